@@ -1,0 +1,30 @@
+"""Consistency models and their relatives for diffusers: train them, share them, sample them in one to four steps."""
+
+import sys
+
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # diffusers looks its bases up in this namespace
+
+from cm_diffusers.pipelines import ConsistencyPipeline, DenoisingPipeline
+from cm_diffusers.schedulers import MultistepConsistencyScheduler
+
+
+__version__ = "0.1.0"
+__all__ = ["ConsistencyPipeline", "DenoisingPipeline", "MultistepConsistencyScheduler"]
+
+
+def _register(*classes: type) -> None:
+    """Let diffusers find our classes, so that saved models load without `trust_remote_code`.
+
+    `save_pretrained` then writes ["cm_diffusers", <class>], `DiffusionPipeline.from_pretrained` finds our pipelines by
+    name, and downloads from the Hub take `cm_diffusers` for a known library.
+    """
+    for cls in classes:
+        cls.__module__ = __name__
+        if issubclass(cls, DiffusionPipeline) and not hasattr(diffusers, cls.__name__):
+            setattr(diffusers, cls.__name__, cls)
+    setattr(diffusers.pipelines, __name__, sys.modules[__name__])
+
+
+_register(ConsistencyPipeline, DenoisingPipeline, MultistepConsistencyScheduler)
+ConsistencyPipeline._scheduler_class = MultistepConsistencyScheduler

@@ -1,0 +1,64 @@
+"""Keyed randomness: every random number of a training step is a function of (seed, step, row), so none is stored.
+
+Rows are positions in the global batch. Each row has its own stream, so a process draws only its own rows, and one
+process draws what several do together. Resuming needs the step number and nothing else (the idea is EDM2's, Karras
+et al. 2023, arXiv:2312.02696). Numbers are drawn on the CPU, so they do not depend on the device.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: object) -> int:
+    """A 64-bit seed that depends on every part and on nothing else (not on PYTHONHASHSEED, not on the platform)."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def permutation(n: int, *key: object) -> Tensor:
+    """The keyed random order of range(n), int64 (n,)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed("permutation", *key)))
+
+
+class Draws:
+    """The random numbers of one training step.
+
+    Args:
+        seed: the run's seed.
+        step: the training step, which curricula read as well.
+        rows: which rows of the global batch these are.
+        device: where the drawn numbers go.
+    """
+
+    def __init__(self, seed: int, step: int, rows: Sequence[int], device: torch.device | str = "cpu"):
+        self.seed, self.step, self.rows, self.device = seed, step, rows, torch.device(device)
+        self._generator = torch.Generator()
+
+    def _draw(self, sampler, name: str, shape: Sequence[int]) -> Tensor:
+        out = torch.empty(len(self.rows), *shape)
+        for row, values in zip(self.rows, out):
+            sampler(values, generator=self._generator.manual_seed(derive_seed(self.seed, name, self.step, row)))
+        return out.to(self.device)
+
+    def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
+        """Unit normals (rows, *shape). Each `name` is an independent stream; the same name gives the same numbers."""
+        return self._draw(Tensor.normal_, name, shape)
+
+    def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform numbers in [0, 1), (rows, *shape)."""
+        return self._draw(Tensor.uniform_, name, shape)
+
+    @contextmanager
+    def dropout(self) -> Iterator[None]:
+        """Passes of a network inside this block draw the same dropout masks each time it is entered.
+
+        Masks are drawn by the local shape of the batch, so with dropout one process equals two in law only.
+        """
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda"):
+            torch.manual_seed(derive_seed(self.seed, "dropout", self.step, self.rows[0]))
+            yield

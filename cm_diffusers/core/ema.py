@@ -1,0 +1,69 @@
+"""Exponential moving averages of a network's weights: float32 whatever the weights are, several at once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ConstantDecay:
+    """The decay that was asked for, from the first step on."""
+
+    decay: float
+
+    @property
+    def name(self) -> str:
+        return f"ema_{self.decay:g}"
+
+    def __call__(self, images_seen: int, batch_size: int) -> float:
+        return self.decay
+
+
+@dataclass(frozen=True)
+class HalfLife:
+    """Half of the average is younger than `kimg` thousand images, or than a share `rampup` of all images seen so far.
+
+    The ramp keeps the random initial weights out of short runs (Karras et al. 2022, app. F.2: 500 kimg, 0.05).
+    """
+
+    kimg: float
+    rampup: float = 0.05
+
+    @property
+    def name(self) -> str:
+        return f"ema_halflife_{self.kimg:g}kimg"
+
+    def __call__(self, images_seen: int, batch_size: int) -> float:
+        half_life = min(self.kimg * 1000, self.rampup * images_seen) if self.rampup else self.kimg * 1000
+        return 0.5 ** (batch_size / max(half_life, 1e-8))
+
+
+class EMA:
+    """Averages of `module`'s parameters, one per profile; buffers are copied.
+
+    Args:
+        module: the network whose weights are averaged.
+        profiles: decay rules with distinct names; the first is the one that is exported.
+    """
+
+    def __init__(self, module: nn.Module, profiles: list):
+        self.module = module
+        self.profiles = {profile.name: profile for profile in profiles}
+        self.shadows = {name: {k: self._shadow(v) for k, v in module.state_dict().items()} for name in self.profiles}
+
+    @staticmethod
+    def _shadow(value: Tensor) -> Tensor:
+        return value.detach().to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+
+    @torch.no_grad()
+    def update(self, images_seen: int, batch_size: int) -> None:
+        """Average in the weights after an optimiser step that brought the run to `images_seen` images."""
+        weights = [p.detach().float() for p in self.module.parameters()]
+        names = [name for name, _ in self.module.named_parameters()]
+        for name, profile in self.profiles.items():
+            shadow = self.shadows[name]
+            torch._foreach_lerp_([shadow[n] for n in names], weights, 1 - profile(images_seen, batch_size))
+            for n, buffer in self.module.named_buffers():
+                if n in shadow:
+                    shadow[n].copy_(buffer)

@@ -1,0 +1,26 @@
+"""Grids of noise levels, and curricula as pure functions of the training step (so that nothing is checkpointed)."""
+
+import torch
+from torch import Tensor
+
+
+def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """`n` levels from `sigma_max` down to `sigma_min` (Karras et al. 2022, eq. 5), float64 (n,)."""
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
+
+
+def ect_stage(step: int, pretrain_steps: int, stage_steps: int) -> int:
+    """ECT's stage at `step`: -1 while pretraining, then 0, 1, 2 ... each of `stage_steps` steps."""
+    return -1 if step < pretrain_steps else (step - pretrain_steps) // stage_steps
+
+
+def ect_gap(sigma: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:
+    """The step Delta t = t - r from `sigma` = t down to the target's level r (Geng et al. 2024, arXiv:2406.14548).
+
+    r = max(0, t (1 - n(t) / q^(stage + 1))) with n(t) = 1 + k sigmoid(-b t). At stage -1 this is r = 0 for all t, the
+    target is the data, and training is that of a diffusion model; as the stage grows Delta t shrinks to dt.
+    """
+    n = 1 + k * torch.sigmoid(-b * sigma)
+    return sigma * (n / q ** (stage + 1)).clamp(max=1)

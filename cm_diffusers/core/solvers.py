@@ -1,0 +1,27 @@
+"""Steps of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma in VE."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from cm_diffusers.core.interpolants import append_dims
+
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def ode_slope(denoise: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
+    """(x - D(x, sigma)) / sigma for x (B, ...) and sigma > 0 (B,)."""
+    return (x - denoise(x, sigma)) / append_dims(sigma, x)
+
+
+def euler_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """One first-order step from `sigma` to `sigma_next` (B,)."""
+    return x + append_dims(sigma_next - sigma, x) * ode_slope(denoise, x, sigma)
+
+
+def heun_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """One second-order step (Karras et al. 2022, algorithm 1); sigma_next > 0, since the slope there is needed."""
+    slope = ode_slope(denoise, x, sigma)
+    step = append_dims(sigma_next - sigma, x)
+    return x + step * (slope + ode_slope(denoise, x + step * slope, sigma_next)) / 2

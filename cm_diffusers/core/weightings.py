@@ -1,0 +1,13 @@
+"""Loss weights, one per sample (B,)."""
+
+from torch import Tensor
+
+
+def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """1 / c_out^2, which makes the network's own error count alike at all levels (Karras et al. 2022, table 1)."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def inverse_gap(gap: Tensor) -> Tensor:
+    """1 / (t - r), the weight of iCT and ECT."""
+    return 1 / gap

@@ -1,0 +1,162 @@
+"""Checkpoints that survive a kill at any moment: safetensors and JSON, written aside, verified, never pickled.
+
+A checkpoint is written to a hidden folder, each file is fsynced, a manifest with the SHA-256 of every file is added,
+and the folder is renamed to `checkpoint-<step>`; only then are older ones deleted. The newest checkpoint is the newest
+one that verifies.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are not what was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved: groups of tensors by name, and a JSON state."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write and fsync."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(
+        value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    ).hexdigest()
+
+
+def save_checkpoint(
+    root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write `checkpoint-<step>` under `root` and delete all but the newest `keep`.
+
+    Args:
+        root: the folder of checkpoints.
+        step: the training step that it was taken after.
+        tensors: groups of tensors; each group becomes a safetensors file.
+        state: values that JSON can hold.
+        keep: how many checkpoints stay, at least 2.
+    """
+    assert keep >= 2
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    folder = root / f".tmp-{step}"
+    folder.mkdir()
+    try:
+        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": {}}
+        for group, values in tensors.items():
+            plain = {key: value.detach().cpu().contiguous() for key, value in values.items()}
+            _add(folder, manifest, f"{group}.safetensors", save_tensors(plain))
+        _add(folder, manifest, "state.json", json.dumps(dict(state), indent=1).encode())
+        manifest["digest"] = _digest(manifest)
+        write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        fsync_folder(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    final = root / f"checkpoint-{step}"
+    if final.exists():  # found damaged when the run was resumed from the one before
+        shutil.rmtree(final)
+    os.rename(folder, final)
+    fsync_folder(root)
+    for _, old in _listed(root)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def _add(folder: Path, manifest: dict[str, Any], name: str, data: bytes) -> None:
+    manifest["files"][name] = {"size": len(data), "sha256": _digest(data)}
+    write_file(folder / name, data)
+
+
+def _listed(root: Path) -> list[tuple[int, Path]]:
+    """Checkpoints, newest first."""
+    found = [(int(m[1]), path) for path in root.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises DamagedCheckpoint, naming the file."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        digest = manifest.pop("digest")
+        sound = digest == _digest(manifest)
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise DamagedCheckpoint("manifest.json is missing or damaged")
+    if manifest["format"] != FORMAT:
+        raise DamagedCheckpoint(f"format {manifest['format']} is not the format {FORMAT} of this version")
+    if path.name != f"checkpoint-{manifest['step']}":
+        raise DamagedCheckpoint(f"the manifest is that of step {manifest['step']}")
+    contents = {}
+    for name, expected in files.items():
+        try:
+            data = (path / name).read_bytes()
+        except OSError:
+            raise DamagedCheckpoint(f"{name} is missing") from None
+        if len(data) != expected["size"]:
+            raise DamagedCheckpoint(f"{name} has {len(data)} bytes instead of {expected['size']}")
+        if _digest(data) != expected["sha256"]:
+            raise DamagedCheckpoint(f"{name} was changed: its SHA-256 differs")
+        contents[name] = data
+    state = json.loads(contents.pop("state.json"))
+    tensors = {name.removesuffix(".safetensors"): load_tensors(data) for name, data in contents.items()}
+    return Checkpoint(manifest["step"], tensors, state)
+
+
+def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, or None where none was ever written; and what is wrong with newer ones.
+
+    Raises:
+        DamagedCheckpoint: there are checkpoints, but none verifies.
+    """
+    faults = []
+    for _, path in _listed(root):
+        try:
+            return load_checkpoint(path), faults
+        except DamagedCheckpoint as error:
+            faults.append(f"{path}: {error}")
+    if faults:
+        raise DamagedCheckpoint(
+            "No checkpoint verifies, and the run is not restarted from nothing: "
+            + "; ".join(faults)
+            + ". Restore one of them, or choose another --output_dir."
+        )
+    return None, []

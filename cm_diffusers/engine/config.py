@@ -1,0 +1,242 @@
+"""Settings of a run: frozen dataclasses, read from flags and from a YAML file with the same keys; flags win."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from cm_diffusers.core.time_labels import TIME_LABELS
+from cm_diffusers.models import UNET_PRESETS
+from cm_diffusers.objectives import OBJECTIVES
+from cm_diffusers.objectives.base import check_between, option
+
+
+LR_SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
+OPTIMIZERS = ["adam", "adamw", "radam"]
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    pretrained_model_name_or_path: str | None = option(
+        None, "Start from this diffusion or consistency model of the library: a folder or a Hub id."
+    )
+    revision: str | None = option(None, "Revision of the pretrained model on the Hub.")
+    model_preset: str = option("small", "Size of the U-Net.", choices=list(UNET_PRESETS))
+    model_config_name_or_path: str | None = option(None, "Config of a UNet2DModel to use instead of a preset.")
+    dropout: float = option(0.0, "Dropout probability of the U-Net.")
+    class_conditional: bool = option(False, "Condition the model on the labels of the dataset.")
+    time_label: str | None = option(
+        None,
+        "The network's time input: log_sigma (250 ln sigma; loads with stock diffusers; the default) or angle"
+        " (bounded and slow, for methods with tangents).",
+        choices=list(TIME_LABELS),
+    )
+    sigma_data: float | None = option(None, "Root mean square of the data in [-1, 1]. Default: measured.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+
+    _argument_group_name = "model"
+
+    def __post_init__(self) -> None:
+        check_between("dropout", self.dropout, 0, 0.99)
+        if self.sigma_data is not None:
+            check_between("sigma_data", self.sigma_data, 1e-3, 1e3)
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    dataset_name: str | None = option(
+        None, "A dataset on the Hub, a local folder of parquet files or images, or 'digits' (8x8, from scikit-learn)."
+    )
+    dataset_config_name: str | None = option(None, "Configuration of the dataset.")
+    train_data_dir: str | None = option(None, "A folder of images (a folder per class), instead of dataset_name.")
+    split: str = option("train", "Split of the dataset.")
+    image_column: str | None = option(None, "Column of the images. Default: detected.")
+    label_column: str | None = option(None, "Column of the labels. Default: detected.")
+    resolution: list[int] | None = option(
+        None, "Side, or height and width, in pixels. Default: that of the first image."
+    )
+    channels: int | None = option(None, "1 for grey, 3 for RGB. Default: detected.", choices=[1, 3])
+    random_flip: bool = option(False, "Flip half of the images left to right.")
+    max_train_samples: int | None = option(None, "Use only the first samples.")
+    streaming: bool = option(False, "Stream the dataset. Such a run can't be resumed bit for bit.")
+    dataloader_num_workers: int = option(0, "Processes that load images.")
+
+    _argument_group_name = "data"
+
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError("Give exactly one of dataset_name and train_data_dir.")
+        if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
+            raise ValueError(f"resolution takes one or two positive numbers, got {self.resolution}.")
+        if self.max_train_samples is not None:
+            check_between("max_train_samples", self.max_train_samples, 1, 1 << 40)
+        check_between("dataloader_num_workers", self.dataloader_num_workers, 0, 1024)
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    output_dir: str = option("runs/model", "Folder of the run. The same command resumes a run that was stopped.")
+    seed: int = option(0, "Every random number of the run follows from it.")
+    max_train_steps: int = option(10_000, "Number of optimiser steps.")
+    train_batch_size: int = option(64, "Images per process and forward pass.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.")
+    learning_rate: float = option(1e-4, "Peak learning rate.")
+    lr_scheduler: str = option("constant_with_warmup", "Course of the learning rate.", choices=LR_SCHEDULES)
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
+    optimizer: str = option("radam", "Optimiser.", choices=OPTIMIZERS)
+    adam_beta1: float = option(0.9, "First beta of the optimiser.")
+    adam_beta2: float = option(0.999, "Second beta of the optimiser.")
+    adam_epsilon: float = option(1e-8, "Epsilon of the optimiser.")
+    adam_weight_decay: float = option(0.0, "Weight decay of the optimiser.")
+    max_grad_norm: float = option(0.0, "Clip the gradient to this norm; 0 for no clipping.")
+    max_skipped_steps: int = option(20, "Stop after more successive steps with a loss or gradient that is not finite.")
+    mixed_precision: str | None = option(
+        None, "Default: what accelerate launch was told, else no.", choices=["no", "fp16", "bf16"]
+    )
+    compile: bool = option(False, "Compile the network with torch.compile.")
+    ema_half_life: list[float] | None = option(
+        None, "Half-lives of averages of the weights, in thousands of images. Default: 500, if no ema_decay is given."
+    )
+    ema_rampup: float = option(
+        0.05, "No half-life is longer than this share of the images seen so far; 0 for no ramp."
+    )
+    ema_decay: list[float] | None = option(None, "Decays of averages of the weights, constant.")
+    checkpointing_steps: int = option(1000, "Steps between checkpoints.")
+    checkpoints_total_limit: int = option(2, "How many checkpoints are kept.")
+    validation_steps: int = option(1000, "Steps between sample grids; 0 for none.")
+    logging_steps: int = option(50, "Steps between lines of the log.")
+    report_to: str | None = option(None, "A tracker that Accelerate knows: tensorboard, wandb, trackio, ...")
+    dry_run: bool = option(False, "Print the resolved settings and stop.")
+
+    _argument_group_name = "run"
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
+            check_between(name, getattr(self, name), 1, 1 << 40)
+        for name in ("validation_steps", "lr_warmup_steps", "max_skipped_steps", "seed"):
+            check_between(name, getattr(self, name), 0, 1 << 40)
+        check_between("logging_steps", self.logging_steps, 1, 1 << 40)
+        check_between("learning_rate", self.learning_rate, 1e-12, 1e3)
+        check_between("adam_beta1", self.adam_beta1, 0, 1 - 1e-9)
+        check_between("adam_beta2", self.adam_beta2, 0, 1 - 1e-9)
+        check_between("adam_epsilon", self.adam_epsilon, 0, 1)
+        check_between("adam_weight_decay", self.adam_weight_decay, 0, 1e3)
+        check_between("max_grad_norm", self.max_grad_norm, 0, float("inf"))
+        check_between("ema_rampup", self.ema_rampup, 0, 1)
+        for decay in self.ema_decay or []:
+            check_between("ema_decay", decay, 0, 1 - 1e-9)
+        for half_life in self.ema_half_life or []:
+            check_between("ema_half_life", half_life, 1e-6, 1e9)
+        if self.checkpoints_total_limit < 2:
+            raise ValueError("checkpoints_total_limit must be at least 2: the newest may be found damaged.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: the method and its own options, and what all methods share."""
+
+    method: str
+    options: Any
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by their flag names."""
+        parts = (self.data, self.model, self.options, self.run)
+        return {"method": self.method, **{key: value for part in parts for key, value in asdict(part).items()}}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+class _Parser(HfArgumentParser):
+    """An argument parser whose errors are ValueErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.replace("argument --", "--"))
+
+
+def _own_option(name: str, methods: Sequence[str], method: str) -> str:
+    """Why the flag `name` is unknown, and what was perhaps meant."""
+    others = [m for m in OBJECTIVES if m != method and name in {f.name for f in fields(OBJECTIVES[m].Options)}]
+    own = [f.name for f in fields(OBJECTIVES[method].Options)]
+    if others:
+        return f"{name!r} is an option of {', '.join(others)}; {method} ignores it. Its own are: {', '.join(own)}."
+    known = own + [f.name for cls in (ModelArguments, DataArguments, RunArguments) for f in fields(cls)]
+    near = difflib.get_close_matches(name, [*known, "config", "method"], n=1)
+    return f"Unknown option {name!r}." + (
+        f" Did you mean {near[0]!r}?" if near else f" See --help for all of {method}."
+    )
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config {path}: can't be read ({error.strerror}).") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"config {path}: must hold `key: value` lines.")
+    return values
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    flags = []
+    for key, value in values.items():
+        if value is not None:
+            items = value if isinstance(value, list) else [value]
+            flags += [f"--{key}", *map(str, items)]
+    return flags
+
+
+def _parse(parser: _Parser, flags: list[str], methods: Sequence[str], method: str) -> argparse.Namespace:
+    namespace, unknown = parser.parse_known_args(flags)
+    for flag in unknown:
+        if flag.startswith("--"):
+            raise ValueError(_own_option(flag[2:].split("=")[0].replace("-", "_"), methods, method))
+    if unknown:
+        raise ValueError(f"Unexpected argument {unknown[0]!r}.")
+    return namespace
+
+
+def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) -> Config:
+    """Read the settings of a training script from its command line.
+
+    Args:
+        argv: the command line without the program's name.
+        methods: the methods that the script trains; the first is the default.
+        description: the text at the top of `--help`.
+
+    Raises:
+        ValueError: an unknown option (the nearest one is named), a wrong type, an impossible value, or an option that
+            the chosen method ignores.
+    """
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--method")
+    chosen, rest = first.parse_known_args(list(argv))
+    from_file = _read_yaml(chosen.config) if chosen.config else {}
+    method = chosen.method or from_file.pop("method", methods[0])
+    if method not in methods:
+        raise ValueError(f"Unknown method {method!r}; this script trains: {', '.join(methods)}.")
+    from_file.pop("method", None)
+
+    groups = (OBJECTIVES[method].Options, DataArguments, ModelArguments, RunArguments)
+    parser = _Parser(groups, description=description, allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
+    parser.add_argument("--method", choices=methods, default=method, help="Training method.")
+    try:
+        _parse(parser, _as_flags(from_file), methods, method)
+    except ValueError as error:
+        raise ValueError(f"config {chosen.config}: {error}") from None
+    namespace = _parse(parser, _as_flags(from_file) + rest, methods, method)
+    options, data, model, run = (cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in groups)
+    return Config(method, options, model, data, run)

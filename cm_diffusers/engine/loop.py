@@ -1,0 +1,322 @@
+"""The training loop: the only place that drives an objective, with Accelerate."""
+
+import json
+import math
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.ema import EMA, ConstantDecay, HalfLife
+from cm_diffusers.engine.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from cm_diffusers.engine.config import Config
+from cm_diffusers.engine.data import ImageData, Spot
+from cm_diffusers.engine.meter import LossMeter
+from cm_diffusers.engine.optimization import (
+    LearningRate,
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from cm_diffusers.engine.pictures import plot_losses
+from cm_diffusers.engine.preview import save_preview
+from cm_diffusers.objectives import Batch, Objective
+
+
+DEFAULT_HALF_LIFE = 500.0
+# settings that may change when a run is resumed: they move neither the weights nor the randomness
+FREE_TO_CHANGE = {
+    "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
+    "report_to", "dry_run", "dataloader_num_workers", "max_skipped_steps", "train_batch_size",
+    "gradient_accumulation_steps", "compile", "gradient_checkpointing", "train_data_dir", "dataset_name",
+}  # fmt: skip
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop by a signal, and was saved."""
+
+
+class Trainer:
+    """Runs one objective on one dataset to the end, or from where it stopped.
+
+    Args:
+        config: the settings.
+        objective: the method, holding the network.
+        data: the images.
+        accelerator: Accelerate's view of the machine.
+    """
+
+    def __init__(self, config: Config, objective: Objective, data: ImageData, accelerator: Accelerator):
+        run = config.run
+        self.config, self.run, self.objective, self.data, self.accelerator = config, run, objective, data, accelerator
+        self.folder = Path(run.output_dir)
+        self.log_file = self.folder / "log.jsonl"
+        self.spot = Spot(
+            run.train_batch_size, run.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
+        )
+        network = objective.network.to(accelerator.device)
+        for module in objective.auxiliary.values():
+            module.to(accelerator.device)
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(network, run))
+        objective.model = accelerator.prepare_model(torch.compile(network) if run.compile else network)
+        objective.model.train()
+        self.learning_rate = LearningRate(run)
+        profiles = [HalfLife(kimg, run.ema_rampup) for kimg in run.ema_half_life or []]
+        profiles += [ConstantDecay(decay) for decay in run.ema_decay or []]
+        self.ema = EMA(network, profiles or [HalfLife(DEFAULT_HALF_LIFE, run.ema_rampup)])
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.meter = LossMeter()
+        self._signal = 0
+
+    # --- state -------------------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        auxiliary = {f"auxiliary.{name}": module.state_dict() for name, module in self.objective.auxiliary.items()}
+        return {
+            "model": self.objective.network.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer.optimizer),
+            **self.ema.shadows,
+            **auxiliary,
+        }
+
+    def _state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "config": self.config.to_dict(),
+            "global_batch": self.spot.global_batch,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "meter": self.meter.values.tolist(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step; the log and the meter are complete up to it."""
+        self._gather_meter()
+        if self.accelerator.is_main_process:
+            keep = self.run.checkpoints_total_limit
+            save_checkpoint(self.folder, self.step, self._tensors(), self._state(), keep)
+        self.accelerator.wait_for_everyone()
+
+    def _gather_meter(self) -> None:
+        """Count on the main process what all have measured."""
+        if self.accelerator.num_processes > 1:
+            self.meter.values = self.accelerator.reduce(self.meter.values.to(self.accelerator.device)).cpu()
+            if not self.accelerator.is_main_process:
+                self.meter = LossMeter()
+
+    def resume(self) -> bool:
+        """Go to the newest checkpoint that verifies; say so. False where the run is new."""
+        checkpoint, step, error = None, None, None
+        if self.accelerator.is_main_process:
+            try:
+                checkpoint, faults = newest_checkpoint(self.folder)
+                step = checkpoint and checkpoint.step
+                for fault in faults:
+                    self._say(f"WARNING: damaged checkpoint passed over: {fault}")
+            except DamagedCheckpoint as damage:
+                error = str(damage)
+        step, error = broadcast_object_list([step, error])
+        if error:
+            raise DamagedCheckpoint(error)
+        if step is None:
+            self._cut_log(0)
+            return False
+        checkpoint = checkpoint or load_checkpoint(self.folder / f"checkpoint-{step}")
+        self._check_same_run(checkpoint.state)
+        self._load(checkpoint)
+        self._cut_log(self.step)
+        self._say(f"Resumed from step {self.step} of {self.run.max_train_steps}.")
+        if self.config.data.streaming:
+            self._say("A streamed dataset is shuffled anew: this run is not bit for bit that without the stop.")
+        return True
+
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        before, now = state["config"], self.config.to_dict()
+        changed = [key for key in now if key not in FREE_TO_CHANGE and before.get(key) != now[key]]
+        if changed:
+            differences = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
+            raise ValueError(
+                f"{self.folder} holds a run with other settings: {differences}."
+                " Give the same settings to resume it, or another --output_dir."
+            )
+        if state["global_batch"] != self.spot.global_batch:
+            raise ValueError(
+                f"{self.folder} holds a run with {state['global_batch']} images per step, but processes x"
+                f" train_batch_size x gradient_accumulation_steps is {self.spot.global_batch} now."
+            )
+        if before["max_train_steps"] != self.run.max_train_steps:
+            self._say(
+                f"max_train_steps was {before['max_train_steps']}, is {self.run.max_train_steps} now: schedules that"
+                " are shares of the run move."
+            )
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        tensors, state = checkpoint.tensors, checkpoint.state
+        self.objective.network.load_state_dict(tensors["model"])
+        load_optimizer_tensors(self.optimizer.optimizer, tensors["optimizer"])
+        for name, shadow in self.ema.shadows.items():
+            for key, value in shadow.items():
+                value.copy_(tensors[name][key])
+        for name, module in self.objective.auxiliary.items():
+            module.load_state_dict(tensors[f"auxiliary.{name}"])
+        self.step, self.skipped = checkpoint.step, state["skipped"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.meter = LossMeter(state["meter"] if self.accelerator.is_main_process else None)
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _cut_log(self, step: int) -> None:
+        """Drop the lines of the log after `step`, and a line that a kill cut off."""
+        if self.accelerator.is_main_process and self.log_file.exists():
+            kept = []
+            for line in self.log_file.read_text().splitlines(keepends=True):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break
+                if row["step"] > step:
+                    break
+                kept.append(line)
+            self.log_file.write_text("".join(kept))
+
+    # --- one step ----------------------------------------------------------------------------------------------
+
+    def _batch(self, raw: dict[str, Tensor | None], draws: Draws) -> Batch:
+        images = raw["images"].to(self.accelerator.device, non_blocking=True).float() / 127.5 - 1
+        if self.config.data.random_flip:
+            flip = draws.uniform("flip") < 0.5
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        labels = raw["labels"]
+        return Batch(images, None if labels is None else labels.to(self.accelerator.device))
+
+    def _train_step(self, batches) -> tuple[float, bool]:
+        """Forward and backward passes and the optimiser's step; gives the gradient norm, and whether to stop."""
+        model, accelerator, passes = self.objective.model, self.accelerator, self.spot.accumulation
+        losses = []
+        for micro in range(passes):
+            draws = Draws(self.run.seed, self.step, self.spot.rows(micro), accelerator.device)
+            last = micro == passes - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                loss = self.objective.loss(self._batch(next(batches), draws), draws)
+                accelerator.backward(loss.total / passes)
+            losses.append(loss)
+        accelerator.unscale_gradients(self.optimizer)
+        gradients = [p.grad for p in self.objective.network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = math.isfinite(sum(loss.total.item() for loss in losses)) and math.isfinite(norm.item())
+        trouble, stop = self._agree(not finite, self._signal != 0)
+        if trouble:
+            self._skip()
+        else:
+            if self.run.max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.objective.network.parameters(), self.run.max_grad_norm, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(self.step)
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+            for loss in losses:
+                self.meter.add(loss.per_sample, loss.sigma)
+        self.optimizer.zero_grad()
+        self.step += 1
+        if not trouble:
+            images_seen = self.step * self.spot.global_batch
+            self.objective.after_step(images_seen, self.spot.global_batch)
+            self.ema.update(images_seen, self.spot.global_batch)
+        return norm.item(), stop
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Each flag, true on all processes where it is on one."""
+        if self.accelerator.num_processes == 1:
+            return list(flags)
+        return (self.accelerator.reduce(torch.tensor(flags, device=self.accelerator.device).float()) > 0).tolist()
+
+    def _skip(self) -> None:
+        if self.accelerator.scaler is not None:
+            self.optimizer.step()  # lets the scaler lower its scale; it does not step the weights
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.run.max_skipped_steps:
+            raise RuntimeError(
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or a gradient that is not"
+                " finite; the run ends. The last checkpoint is sound. Lower --learning_rate, set --max_grad_norm, or"
+                " use --mixed_precision bf16 or no."
+            )
+
+    # --- the run -----------------------------------------------------------------------------------------------
+
+    def _log(self, norm: float, seconds_per_step: float) -> dict[str, Any]:
+        """Write a line of the log for the steps since the last one."""
+        self._gather_meter()
+        row = {"step": self.step, **self.meter.read(), "grad_norm": norm, "lr": self.learning_rate(self.step - 1)}
+        row |= {"skipped": self.skipped, **self.objective.describe(self.step - 1)}
+        row["time"] = {"images_per_second": round(self.spot.global_batch / seconds_per_step, 1)}
+        self.meter = LossMeter()
+        if self.accelerator.is_main_process:
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.run.report_to:
+            flat = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+            flat |= {f"loss/sigma_{k}": v for k, v in row["loss_by_sigma"].items()}
+            self.accelerator.log(flat, step=self.step)
+        return row
+
+    def fit(self) -> None:
+        """Train to the last step. Raises Stopped after a SIGTERM or SIGINT, once a checkpoint is written."""
+        run, main = self.run, self.accelerator.is_main_process
+        previous = {s: signal.signal(s, self._remember_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        bar = tqdm(total=run.max_train_steps, initial=self.step, desc=self.config.method, disable=not main)
+        batches = self.data.batches(self.spot, run.seed, self.step)
+        clock, clock_step = time.perf_counter(), self.step
+        try:
+            while self.step < run.max_train_steps:
+                norm, stop = self._train_step(batches)
+                bar.update()
+                if self.step % run.logging_steps == 0:
+                    now = time.perf_counter()
+                    row = self._log(norm, (now - clock) / max(1, self.step - clock_step))
+                    clock, clock_step = now, self.step
+                    bar.set_postfix(loss=row["loss"], skipped=self.skipped, **self.objective.describe(self.step - 1))
+                last = self.step == run.max_train_steps
+                if stop or last or self.step % run.checkpointing_steps == 0:
+                    self.save()
+                if stop and not last:
+                    self._say(f"Stopped by a signal at step {self.step}; the same command resumes.")
+                    raise Stopped(128 + (self._signal or signal.SIGTERM))
+                if main and run.validation_steps and (last or self.step % run.validation_steps == 0):
+                    save_preview(self.exported(), self.folder / "samples" / f"step-{self.step:07d}.png")
+                    plot_losses(self.log_file, self.folder / "losses.png") if self.log_file.exists() else None
+        finally:
+            bar.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _remember_signal(self, number: int, frame: object) -> None:
+        if self._signal:
+            raise KeyboardInterrupt  # asked twice: go at once
+        self._signal = number
+
+    def exported(self):
+        """The pipeline with the first average of the weights."""
+        shadow = next(iter(self.ema.shadows.values()))
+        network = type(self.objective.network).from_config(self.objective.network.config)
+        network.load_state_dict(shadow)
+        return self.objective.pipeline(network.to(self.accelerator.device).eval())

@@ -1,0 +1,59 @@
+"""Pictures for people: grids of images, curves of the loss."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def image_grid(images: np.ndarray, columns: int, min_side: int = 32) -> Image.Image:
+    """Images (N, H, W, C) in [0, 1], C 1 or 3, as one picture; small images are enlarged without smoothing."""
+    images = (np.asarray(images).clip(0, 1) * 255).round().astype(np.uint8)
+    if images.shape[-1] == 1:
+        images = images.repeat(3, -1)
+    scale = max(1, -(-min_side // min(images.shape[1:3])))
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + 2), columns * (width + 2), 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = divmod(i, columns)
+        sheet[y * (height + 2) : y * (height + 2) + height, x * (width + 2) : x * (width + 2) + width] = image
+    return Image.fromarray(sheet)
+
+
+def titled_row(panels: Sequence[tuple[str, Image.Image]], gap: int = 12, title_height: int = 18) -> Image.Image:
+    """Pictures side by side, each under its title."""
+    width = sum(picture.width + gap for _, picture in panels) + gap
+    height = max(picture.height for _, picture in panels) + title_height + gap
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, x = ImageDraw.Draw(sheet), gap
+    for title, picture in panels:
+        draw.text((x, 3), title, fill="black")
+        sheet.paste(picture, (x, title_height))
+        x += picture.width + gap
+    return sheet
+
+
+def plot_losses(log: Path, picture: Path) -> None:
+    """Draw the loss of a run's log, as a whole and by noise level."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for line in log.read_text().splitlines() if (row := json.loads(line))["loss"] is not None]
+    if not rows:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = [row["step"] for row in rows]
+    axes.plot(steps, [row["loss"] for row in rows], "k", linewidth=2, label="all")
+    for name in sorted({name for row in rows for name in row["loss_by_sigma"]}, key=lambda n: float(n.split("-")[0])):
+        axes.plot(steps, [row["loss_by_sigma"].get(name, float("nan")) for row in rows], label=f"sigma {name}")
+    axes.set(
+        xlabel="step", ylabel="loss", yscale="log", title="Loss by noise level (flat curves are normal: see README)"
+    )
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(picture, dpi=110)

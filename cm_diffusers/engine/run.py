@@ -1,0 +1,132 @@
+"""From settings to a saved pipeline: what the training scripts call."""
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+from filelock import FileLock, Timeout
+
+from cm_diffusers.engine.checkpoint import fsync_folder
+from cm_diffusers.engine.config import Config, parse_config
+from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.loop import Trainer
+from cm_diffusers.engine.models import build_start
+from cm_diffusers.objectives import OBJECTIVES
+
+
+def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
+    """Parse the command line, train, export; errors of the user end the program with a message and code 2."""
+    try:
+        config = parse_config(sys.argv[1:] if argv is None else argv, methods, description)
+        if config.run.dry_run:
+            print(config.to_yaml(), end="")
+        else:
+            train(config)
+    except ValueError as error:
+        if os.environ.get("CM_DIFFUSERS_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def train(config: Config) -> Path:
+    """Train as `config` says, resuming what is there, and export the result. Gives the pipeline's folder."""
+    run = config.run
+    folder = Path(run.output_dir)
+    disable_progress_bar()
+    accelerator = Accelerator(
+        mixed_precision=run.mixed_precision,
+        log_with=run.report_to,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tracker")),
+    )
+    lock = _lock(folder) if accelerator.is_main_process else None
+    try:
+        trainer = _prepare(config, accelerator)
+        resumed = trainer.resume()
+        if resumed and trainer.step >= run.max_train_steps and (folder / "pipeline" / "model_index.json").exists():
+            trainer._say(f"This run is finished: {folder / 'pipeline'} holds its model.")
+        else:
+            if run.report_to:
+                scalars = {
+                    k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.to_dict().items()
+                }
+                accelerator.init_trackers("cm_diffusers", config=scalars)
+            trainer.fit()
+            if accelerator.is_main_process:
+                export(trainer.exported(), folder / "pipeline")
+                _say_what_next(folder)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    finally:
+        if lock is not None:
+            lock.release()
+    return folder / "pipeline"
+
+
+def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
+    main, folder = accelerator.is_main_process, Path(config.run.output_dir)
+    with accelerator.main_process_first():
+        data = ImageData(config.data, config.model.class_conditional, folder / "images_checked", show_progress=main)
+    start = build_start(config.model, data, config.run.seed)
+    objective = OBJECTIVES[config.method](
+        start.network, start.spec, config.options, config.run.max_train_steps, start.pretrained
+    )
+    config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data))
+    trainer = Trainer(config, objective, data, accelerator)
+    if main:
+        (folder / "config.yaml").write_text(config.to_yaml())
+        count = sum(p.numel() for p in start.network.parameters())
+        classes = f", {data.num_classes} classes" if data.num_classes else ""
+        size = f"{data.channels} x {data.resolution[0]} x {data.resolution[1]}"
+        trainer._say(f"Data: {'a stream' if data.images is None else len(data.images)} of images, {size}{classes}")
+        trainer._say(f"sigma_data: {start.spec.sigma_data} (root mean square of the images in [-1, 1])")
+        trainer._say(f"Model: {count / 1e6:.2f} M parameters, time label {start.spec.time_label}")
+        trainer._say(f"Method: {config.method}, {objective.options}")
+        trainer._say(f"Images per step: {trainer.spot.global_batch} on {accelerator.num_processes} process(es)")
+    return trainer
+
+
+def _lock(folder: Path) -> FileLock:
+    """Take the run folder for this process. The system frees it when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder / ".lock"), folder / ".owner"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        by = owner.read_text() if owner.exists() else "another process"
+        raise ValueError(f"output_dir {str(folder)!r} is in use by {by}; choose another, or stop that run.") from None
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    return lock
+
+
+def export(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Save a pipeline so that `folder` is at any moment either the old one or the new one, whole."""
+    written, old = folder.with_name(".tmp-pipeline"), folder.with_name(".old-pipeline")
+    for leftover in (written, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pipeline.to("cpu").save_pretrained(written)
+    for path in written.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(written, folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _say_what_next(folder: Path) -> None:
+    print(
+        f"\nSaved {folder / 'pipeline'}; pictures in {folder / 'samples'}, curves in {folder / 'losses.png'}."
+        f"\nSample it:  python training/sample.py --pretrained_model_name_or_path {folder / 'pipeline'}"
+        f" --num_samples 64 --output_dir {folder / 'images'}"
+    )

@@ -1,0 +1,83 @@
+"""Presets over diffusers' `UNet2DModel`, so that what is trained loads with nothing but diffusers."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from diffusers import UNet2DModel
+
+
+# channels by level, residual blocks per level, levels with attention (0 is the full resolution)
+UNET_PRESETS: dict[str, dict] = {
+    "tiny": {"channels": (16, 32), "layers": 1, "attention": (1,)},  # 0.2 M parameters: tests, 8x8 digits
+    "small": {"channels": (16, 64, 128), "layers": 1, "attention": (2,)},  # 2.6 M: MNIST on a CPU
+    "base": {"channels": (64, 128, 128), "layers": 2, "attention": (1,)},  # 8 M: MNIST, Fashion-MNIST
+    "cifar10": {"channels": (128, 256, 256), "layers": 4, "attention": (1,)},  # 56 M, the size of EDM's CIFAR-10 nets
+    "imagenet64": {"channels": (192, 384, 576, 768), "layers": 3, "attention": (1, 2, 3)},  # 0.3 B, ADM's widths
+}
+NORM_GROUPS = 8
+HEAD_DIM = 32
+
+
+def build_unet(
+    preset: str,
+    sample_size: Sequence[int],
+    channels: int,
+    num_classes: int | None = None,
+    dropout: float = 0.0,
+) -> UNet2DModel:
+    """A `UNet2DModel` after a preset.
+
+    Args:
+        preset: a key of `UNET_PRESETS`.
+        sample_size: (height, width) of the images.
+        channels: 1 for grey, 3 for RGB, or any other number.
+        num_classes: number of class labels, None for an unconditional model.
+        dropout: dropout probability.
+
+    Raises:
+        ValueError: unknown preset, or a size that cannot be halved as often as the preset has levels.
+    """
+    if preset not in UNET_PRESETS:
+        raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(UNET_PRESETS)}.")
+    shape = UNET_PRESETS[preset]
+    levels = range(len(shape["channels"]))
+    down = ["AttnDownBlock2D" if i in shape["attention"] else "DownBlock2D" for i in levels]
+    height, width = sample_size
+    check_halvings(sample_size, len(levels), f"preset {preset!r}")
+    return UNet2DModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=shape["channels"],
+        layers_per_block=shape["layers"],
+        down_block_types=tuple(down),
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        attention_head_dim=HEAD_DIM,
+        norm_num_groups=NORM_GROUPS,
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=num_classes,
+        dropout=dropout,
+    )
+
+
+def check_halvings(sample_size: Sequence[int], levels: int, what: str) -> None:
+    """Raise ValueError where a U-Net of `levels` levels can't halve the images."""
+    factor = 2 ** (levels - 1)
+    if any(side % factor for side in sample_size):
+        raise ValueError(
+            f"resolution {' x '.join(map(str, sample_size))} can't be halved {levels - 1} times, as {what} does:"
+            f" use multiples of {factor}, or a preset with fewer levels."
+        )
+
+
+def keep_time_embedding_in_float32(unet: UNet2DModel) -> None:
+    """Run the time embedding outside autocast: in bfloat16 neighbouring noise levels become one."""
+    forward = unet.time_embedding.forward
+
+    @functools.wraps(forward)
+    def forward_in_float32(sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        with torch.autocast(sample.device.type, enabled=False):
+            return forward(sample, *args, **kwargs)
+
+    unet.time_embedding.forward = forward_in_float32

@@ -1,0 +1,96 @@
+"""What every training method is to the engine: a loss, and the pipeline that its result samples with."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from cm_diffusers.core.draws import Draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (B, C, H, W) in [-1, 1], float32, and class labels (B,), int64, where the model is conditional."""
+
+    images: Tensor
+    class_labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total` is back-propagated; the weighted losses (B,) and noise levels (B,) of the samples are logged."""
+
+    total: Tensor
+    per_sample: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def mean(cls, per_sample: Tensor, sigma: Tensor) -> "Loss":
+        return cls(per_sample.mean(), per_sample.detach(), sigma)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What turns the bare network into a denoiser, in training, sampling and export alike.
+
+    Args:
+        sigma_data: root mean square of the data, > 0.
+        time_label: the network's time input, a key of `TIME_LABELS`.
+        sigma_max: the level of pure noise, where sampling starts.
+    """
+
+    sigma_data: float
+    time_label: str = "log_sigma"
+    sigma_max: float = 80.0
+
+
+class Objective(ABC):
+    """A method. It knows nothing of Accelerate, datasets, files or the Hub; the engine drives it.
+
+    Args:
+        network: what is trained, a model of diffusers called as `network(sample, label, class_labels=...)`.
+        spec: its parameterisation.
+        options: the method's own settings, an instance of its `Options`.
+        total_steps: length of the run, for curricula that are given as shares of it.
+        pretrained: whether `network` is a trained model already.
+
+    A method sets `sigma_min`: the level at which its denoiser is the identity, or a diffusion model's lowest level.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type]
+    sigma_min: ClassVar[float]
+
+    def __init__(self, network: nn.Module, spec: ModelSpec, options: Any, total_steps: int, pretrained: bool = False):
+        self.network, self.spec, self.options, self.total_steps = network, spec, options, total_steps
+        self.model: Callable = network  # the engine puts the wrapped (DDP, compiled, autocast) network here
+        self.auxiliary: Mapping[str, nn.Module] = {}  # other networks that are state: saved in checkpoints
+
+    @abstractmethod
+    def loss(self, batch: Batch, draws: Draws) -> Loss:
+        """The loss of `batch`; a pure function of the weights, `batch` and `draws` (whose `step` curricula read)."""
+
+    @abstractmethod
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        """The pipeline that samples with `network`, which holds the trained weights or an average of them."""
+
+    def after_step(self, images_seen: int, batch_size: int) -> None:
+        """Called after each optimiser step, for methods that keep a moving target."""
+
+    def describe(self, step: int) -> dict[str, float]:
+        """Values of the curricula at `step`, for the log."""
+        return {}
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A documented field of an `Options` dataclass, read by the command line as a flag."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def check_between(name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}.")

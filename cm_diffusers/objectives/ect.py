@@ -1,0 +1,111 @@
+"""Easy consistency tuning, ECT / eCM (Geng et al. 2024, arXiv:2406.14548, algorithm 1).
+
+The network at t is pulled towards its own output, without gradient, at a nearby r < t on the same straight line
+x0 + sigma noise. Training starts with r = 0 for all t, where the target is the data: that is diffusion pretraining in
+the same code (`pretrain_steps`). Then the gap t - r shrinks by the factor q at each stage. Unlike CT and iCT there is
+no grid: noise levels are continuous; and there is no floor: D(x, 0) = x.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DiffusionPipeline
+from torch import Tensor, nn
+
+from cm_diffusers.core.denoisers import EDMDenoiser
+from cm_diffusers.core.distances import l2, pseudo_huber
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.interpolants import VE, append_dims
+from cm_diffusers.core.noise_levels import lognormal
+from cm_diffusers.core.schedules import ect_gap, ect_stage
+from cm_diffusers.core.weightings import edm_weight, inverse_gap
+from cm_diffusers.objectives.base import Batch, Loss, ModelSpec, Objective, check_between, option
+from cm_diffusers.pipelines import ConsistencyPipeline
+from cm_diffusers.schedulers import MultistepConsistencyScheduler
+
+
+DEFAULT_STAGES = 8  # as in the paper's CIFAR-10 run
+
+
+@dataclass(frozen=True)
+class ECTOptions:
+    pretrain_steps: int | None = option(
+        None, "Steps with r = 0 (diffusion pretraining). Default: half of the run, or 0 from a pretrained model."
+    )
+    stage_steps: int | None = option(None, "Steps of each stage. Default: an eighth of the steps after pretraining.")
+    q: float = option(2.0, "The gap t - r shrinks by this factor at each stage.")
+    k: float = option(8.0, "n(t) = 1 + k sigmoid(-b t) widens the gap at small t.")
+    b: float = option(1.0, "See k.")
+    p_mean: float = option(-1.1, "Mean of ln(sigma) in training.")
+    p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.")
+    distance: str = option("pseudo_huber", "Distance of estimate and target.", choices=["pseudo_huber", "l2"])
+    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.")
+    weighting: str = option(
+        "inverse_gap", "Weight of a sample: 1 / (t - r), or EDM's.", choices=["inverse_gap", "edm"]
+    )
+
+    def __post_init__(self) -> None:
+        if self.pretrain_steps is not None:
+            check_between("pretrain_steps", self.pretrain_steps, 0, 1 << 40)
+        if self.stage_steps is not None:
+            check_between("stage_steps", self.stage_steps, 1, 1 << 40)
+        check_between("q", self.q, 1.0 + 1e-6, 1e6)
+        check_between("k", self.k, 0, 1e6)
+        check_between("b", self.b, 0, 1e6)
+        check_between("p_std", self.p_std, 1e-3, 10)
+        check_between("huber_c", self.huber_c, 0, 1e6)
+
+
+class ECT(Objective):
+    """E[ w(t, r) d(D(x_t, t), sg D(x_r, r)) ] with the same noise, and the same dropout masks, in x_t and x_r."""
+
+    name = "ect"
+    Options = ECTOptions
+    sigma_min = 0.0
+
+    def __init__(
+        self, network: nn.Module, spec: ModelSpec, options: ECTOptions, total_steps: int, pretrained: bool = False
+    ):
+        if options.pretrain_steps is None:
+            options = replace(options, pretrain_steps=0 if pretrained else total_steps // 2)
+        if options.stage_steps is None:
+            tuning_steps = max(1, total_steps - options.pretrain_steps)
+            options = replace(options, stage_steps=math.ceil(tuning_steps / DEFAULT_STAGES))
+        super().__init__(network, spec, options, total_steps, pretrained)
+
+    def stage(self, step: int) -> int:
+        return ect_stage(step, self.options.pretrain_steps, self.options.stage_steps)
+
+    def loss(self, batch: Batch, draws: Draws) -> Loss:
+        x0, labels, stage = batch.images, batch.class_labels, self.stage(draws.step)
+        t = lognormal(draws.normal("sigma"), self.options.p_mean, self.options.p_std)
+        gap = ect_gap(t, stage, self.options.q, self.options.k, self.options.b)
+        noise = draws.normal("noise", x0.shape[1:])
+        denoise = EDMDenoiser(self.model, self.spec.sigma_data, time_label=self.spec.time_label)
+        with draws.dropout():
+            estimate = denoise(VE().add_noise(x0, noise, t), t, labels)
+        target = x0
+        if stage >= 0:
+            r = t - gap
+            with torch.no_grad(), draws.dropout():
+                target = denoise(VE().add_noise(x0, noise, r), r, labels)
+            target = torch.where(append_dims(r > 0, x0), target, x0)  # D(x, 0) = x, where the label is not finite
+        return Loss.mean(self._weight(t, gap) * self._distance(estimate, target), t)
+
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        return l2(a, b) if self.options.distance == "l2" else pseudo_huber(a, b, self.options.huber_c)
+
+    def _weight(self, t: Tensor, gap: Tensor) -> Tensor:
+        return edm_weight(t, self.spec.sigma_data) if self.options.weighting == "edm" else inverse_gap(gap)
+
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        """Stock classes wherever they can express the model, so that it loads with nothing but diffusers."""
+        levels = {"sigma_min": self.sigma_min, "sigma_max": self.spec.sigma_max, "sigma_data": self.spec.sigma_data}
+        if self.spec.time_label == "log_sigma" and isinstance(network.config.sample_size, int):
+            return ConsistencyModelPipeline(network, CMStochasticIterativeScheduler(**levels))
+        scheduler = MultistepConsistencyScheduler(time_label=self.spec.time_label, **levels)
+        return ConsistencyPipeline(network, scheduler)
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"stage": self.stage(step)}

@@ -1,0 +1,16 @@
+"""The pipelines of the top-level folder `pipelines/`, as `cm_diffusers.pipelines`.
+
+They live in one place only: beside this package in the source tree, inside it once installed from a wheel.
+"""
+
+from pathlib import Path
+
+
+_here = Path(__file__).resolve().parent
+__path__ = [str(folder) for folder in (_here / "pipelines", _here.parent / "pipelines") if folder.is_dir()][:1]
+
+from cm_diffusers.pipelines.consistency import ConsistencyPipeline  # noqa: E402
+from cm_diffusers.pipelines.denoising import DenoisingPipeline  # noqa: E402
+
+
+__all__ = ["ConsistencyPipeline", "DenoisingPipeline"]

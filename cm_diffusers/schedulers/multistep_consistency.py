@@ -1,0 +1,264 @@
+"""Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1) at any noise levels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+@dataclass
+class MultistepConsistencySchedulerOutput(BaseOutput):
+    """
+    Args:
+        prev_sample (`torch.Tensor`): the sample at the next level, the input of the next network call.
+        pred_original_sample (`torch.Tensor`): the network's estimate of the clean sample at this step.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
+    """Jump to the clean sample, add noise of the next level, repeat; the last step adds none.
+
+    The unit of time is `sigma`, the standard deviation of the noise on data of scale `sigma_data`. The default
+    configuration means what that of diffusers' `CMStochasticIterativeScheduler` means, and gives the same numbers;
+    unlike it this scheduler takes any levels, not only those of a grid, and adds noise at any levels.
+
+    Args:
+        num_train_timesteps: length of the Karras grid that `num_inference_steps` picks its levels from.
+        sigma_min: the floor, at which the model is the identity; 0 for models trained without one (ECT).
+        sigma_max: the level of pure noise, where sampling starts.
+        sigma_data: root mean square of the training data.
+        s_noise: factor of the noise that is added between steps.
+        rho: exponent of the Karras grid.
+        clip_denoised: clamp the estimate of the clean sample to [-1, 1] (images; not latents).
+        time_label: the network's time input, "log_sigma" (250 ln sigma) or "angle" (atan(sigma / sigma_data)).
+        renoise: "floor" adds noise of std sqrt(sigma^2 - sigma_min^2), "full" of std sigma. They agree at sigma_min 0.
+    """
+
+    order = 1
+    _compatibles = []
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 40,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        s_noise: float = 1.0,
+        rho: float = 7.0,
+        clip_denoised: bool = True,
+        time_label: str = "log_sigma",
+        renoise: str = "floor",
+    ) -> None:
+        if time_label not in ("log_sigma", "angle"):
+            raise ValueError(f"time_label must be 'log_sigma' or 'angle', got {time_label!r}.")
+        if renoise not in ("floor", "full"):
+            raise ValueError(f"renoise must be 'floor' or 'full', got {renoise!r}.")
+        if not 0 <= sigma_min < sigma_max:
+            raise ValueError(f"sigma_min must lie in [0, sigma_max), got {sigma_min} and {sigma_max}.")
+        if num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}.")
+        self.num_inference_steps = None
+        self._set_sigmas(self._karras(np.linspace(0, 1, num_train_timesteps)), None)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The factor of unit noise at the first step."""
+        return float(self.sigmas[0])
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the current step, or None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index to start from, or None for the first step that is asked for."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start from step `begin_index`."""
+        self._begin_index = begin_index
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def _karras(self, ramp: np.ndarray) -> np.ndarray:
+        high, low = self.config.sigma_max ** (1 / self.config.rho), self.config.sigma_min ** (1 / self.config.rho)
+        return (high + ramp * (low - high)) ** self.config.rho
+
+    def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
+        """The network's time input at `sigmas`."""
+        if self.config.time_label == "angle":
+            return np.arctan(sigmas / self.config.sigma_data)
+        return 250.0 * np.log(sigmas + 1e-44)
+
+    def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
+        """The noise levels whose time input `timesteps` is."""
+        if self.config.time_label == "angle":
+            return np.tan(timesteps) * self.config.sigma_data
+        return np.exp(timesteps / 250.0)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the noise levels, by exactly one of the three.
+
+        Args:
+            num_inference_steps: 1 to `num_train_timesteps` levels, evenly spaced on the Karras grid from sigma_max.
+            device: where `timesteps` go.
+            timesteps: time labels as in `.timesteps`, falling. Grid indices are refused.
+            sigmas: noise levels in (sigma_min, infinity), falling; sampling starts from noise of the first.
+
+        Raises:
+            ValueError: not exactly one was given, or levels that do not fall or lie at or below the floor.
+        """
+        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
+        if num_inference_steps is not None:
+            levels = self._grid_levels(num_inference_steps)
+        elif sigmas is not None:
+            levels = self._check_levels("sigmas", np.array([float(s) for s in sigmas]))
+        else:
+            self._refuse_indices(timesteps)
+            levels = self.timestep_to_sigma(np.array([float(t) for t in timesteps]))
+            self._check_levels("timesteps", levels)
+        self.num_inference_steps = len(levels)
+        self._set_sigmas(levels, device)
+
+    def _grid_levels(self, n: int) -> np.ndarray:
+        total = self.config.num_train_timesteps
+        if not 1 <= n <= total:
+            raise ValueError(f"num_inference_steps must lie in [1, num_train_timesteps={total}], got {n}.")
+        return self._karras(np.arange(n) * (total // n) / (total - 1))
+
+    def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
+        if levels.ndim != 1 or len(levels) == 0 or not np.isfinite(levels).all():
+            raise ValueError(f"`{name}` must be a non-empty list of finite numbers.")
+        if (np.diff(levels) >= 0).any():
+            raise ValueError(f"`{name}` must fall strictly, got the levels {levels.tolist()}.")
+        if levels[-1] <= self.config.sigma_min:
+            raise ValueError(f"`{name}` must stay above sigma_min={self.config.sigma_min}, got {levels[-1]:g}.")
+        return levels
+
+    def _refuse_indices(self, timesteps: Sequence[float]) -> None:
+        values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+        if all(isinstance(t, (int, np.integer)) for t in values):
+            total = self.config.num_train_timesteps
+            hint = ""
+            if all(0 <= t < total for t in values):  # counted from sigma_min, as in diffusers' own scheduler
+                same = self._karras((total - 1 - np.array(values)) / (total - 1))
+                hint = f" As indices into the grid of {total} levels they mean sigmas={[float(f'{s:.6g}') for s in same]}."
+            raise ValueError(
+                f"`timesteps` are the network's time labels as in `.timesteps` (floats), not grid indices; got {values}."
+                f" Pass `sigmas`, the noise levels, instead.{hint}"
+            )
+
+    def _set_sigmas(self, levels: np.ndarray, device: str | torch.device | None) -> None:
+        """Keep the levels and the floor in float64 on the CPU; the labels go to `device`, where it knows float64."""
+        self.sigmas = torch.from_numpy(np.append(levels, self.config.sigma_min))
+        timesteps = torch.from_numpy(self.sigma_to_timestep(levels))
+        lacks_float64 = device is not None and torch.device(device).type == "mps"
+        self.timesteps = timesteps.to(device, torch.float32 if lacks_float64 else torch.float64)
+        self._step_index = self._begin_index = None
+
+    def _index_of(self, timestep: float | torch.Tensor) -> int:
+        if self.begin_index is not None:
+            return self.begin_index
+        if isinstance(timestep, int) or torch.is_tensor(timestep) and not timestep.is_floating_point():
+            raise ValueError(f"Pass one of `scheduler.timesteps` (floats), not the integer index {timestep}.")
+        gaps = (self.timesteps.double().cpu() - float(timestep)).abs()
+        index = int(gaps.argmin())
+        if gaps[index] > 1e-4 * max(1.0, abs(float(timestep))):
+            raise ValueError(f"{float(timestep):g} is not one of `scheduler.timesteps`: {self.timesteps.tolist()}.")
+        return index
+
+    def _sigma(self, sample: torch.Tensor, index: int) -> torch.Tensor:
+        return self.sigmas[index].to(torch.promote_types(sample.dtype, torch.float32))
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
+        """`sample` divided by sqrt(sigma^2 + sigma_data^2), the network's input at `timestep`."""
+        if self._step_index is None:
+            self._step_index = self._index_of(timestep)
+        sigma = self._sigma(sample, self._step_index)
+        return sample / ((sigma**2 + self.config.sigma_data**2) ** 0.5)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> MultistepConsistencySchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One step: the estimate of the clean sample, and the sample at the next level.
+
+        Args:
+            model_output: the network's output (B, ...) for `scale_model_input(sample, timestep)`.
+            timestep: one of `.timesteps`.
+            sample: the current sample (B, ...).
+            generator: source of the noise; a list has one per sample.
+            return_dict: give an output object rather than a tuple.
+        """
+        if self._step_index is None:
+            self._step_index = self._index_of(timestep)
+        sigma = self._sigma(sample, self._step_index)
+        sigma_next = self._sigma(sample, self._step_index + 1)
+        sigma_min, sigma_data = self.config.sigma_min, self.config.sigma_data
+
+        # float32 arithmetic for half-precision samples, in the order of the stock scheduler so that bits agree
+        c_skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+        c_out = (sigma - sigma_min) * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
+        denoised = c_out * model_output.to(sigma.dtype) + c_skip * sample.to(sigma.dtype)
+        if self.config.clip_denoised:
+            denoised = denoised.clamp(-1, 1)
+
+        prev_sample = denoised
+        if self._step_index + 1 < len(self.timesteps):
+            noise = randn_tensor(
+                model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+            )
+            floor = sigma_min if self.config.renoise == "floor" else 0.0
+            prev_sample = denoised + noise * self.config.s_noise * (sigma_next**2 - floor**2) ** 0.5
+        self._step_index += 1
+
+        prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, denoised
+        return MultistepConsistencySchedulerOutput(prev_sample, denoised)
+
+    def add_noise(
+        self,
+        original_samples: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor | None = None,
+        *,
+        sigmas: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """original_samples + sigma noise, at any level of each sample.
+
+        Args:
+            original_samples: clean samples (B, ...).
+            noise: unit normal noise of the same shape.
+            timesteps: time labels (B,) or one for all; or else
+            sigmas: noise levels (B,) or one for all.
+        """
+        if (timesteps is None) == (sigmas is None):
+            raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
+        if sigmas is None:
+            labels = torch.as_tensor(timesteps)
+            sigmas = torch.from_numpy(np.asarray(self.timestep_to_sigma(labels.double().cpu().numpy())))
+        sigmas = torch.as_tensor(sigmas).to(original_samples.device, original_samples.dtype)
+        return original_samples + sigmas.reshape(-1, *[1] * (original_samples.ndim - 1)) * noise

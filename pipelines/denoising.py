@@ -1,0 +1,99 @@
+"""Sampling of diffusion models by the probability-flow ODE (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import EDMEulerScheduler, ImagePipelineOutput, ModelMixin
+
+from .image_pipeline import Generators, ImagePipeline, StepCallback
+
+
+class DenoisingPipeline(ImagePipeline):
+    """Images from an EDM diffusion model, unconditional or class-conditional, by deterministic Heun or Euler steps.
+
+    The levels, the preconditioning and the Euler step are those of diffusers' `EDMEulerScheduler`.
+
+    Args:
+        unet: the network, called as `unet(sample, label, class_labels=...)`, for example a `UNet2DModel`.
+        scheduler: an `EDMEulerScheduler` with the model's `sigma_data`.
+        time_label: the network's time input, "log_sigma" (250 ln sigma) or "angle" (atan(sigma / sigma_data)).
+    """
+
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]
+
+    def __init__(self, unet: ModelMixin, scheduler: EDMEulerScheduler, time_label: str = "log_sigma"):
+        super().__init__()
+        if time_label not in ("log_sigma", "angle"):
+            raise ValueError(f"time_label must be 'log_sigma' or 'angle', got {time_label!r}.")
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(time_label=time_label)
+
+    def denoise(self, sample: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The estimate of the clean sample from `sample` (B, C, H, W), float32, at the level `sigma` > 0 (a scalar)."""
+        log_label = self.config.time_label == "log_sigma"
+        label = 250 * sigma.log() if log_label else (sigma / self.scheduler.config.sigma_data).atan()
+        network_input = self.scheduler.precondition_inputs(sample, sigma).to(self.unet.dtype)
+        output = self.unet(network_input, label.to(sample.device), class_labels=labels, return_dict=False)[0]
+        return self.scheduler.precondition_outputs(sample, output.float(), sigma)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        num_inference_steps: int = 18,
+        solver: str = "heun",
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        """Make images.
+
+        Args:
+            batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
+            class_labels: one label for all or one per image; drawn from `generator` where the model wants some and
+                none are given.
+            num_inference_steps: number of Karras levels N; Heun calls the network 2 N - 1 times, Euler N times.
+            solver: "heun" or "euler".
+            generator: a generator, or one per image (then an image does not depend on the others of the batch).
+            latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
+            output_type: "pil", "np" (B, H, W, C in [0, 1]) or "pt" (B, C, H, W in [0, 1]).
+            return_dict: give an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
+                replaces the tensors.
+            callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
+
+        Returns:
+            `ImagePipelineOutput` with `.images`.
+        """
+        self.check_inputs(output_type, callback_on_step_end_tensor_inputs)
+        if solver not in ("heun", "euler"):
+            raise ValueError(f"solver must be 'heun' or 'euler', got {solver!r}.")
+        if num_inference_steps < 2:
+            raise ValueError(f"num_inference_steps must be at least 2, got {num_inference_steps}.")
+        batch_size = self.resolve_batch_size(batch_size, class_labels, generator, latents)
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.is_scale_input_called = True  # `denoise` scales the network's input itself
+        sigmas = self.scheduler.sigmas
+
+        noise = self.prepare_latents(batch_size, generator, latents, device)
+        labels = self.prepare_class_labels(batch_size, class_labels, generator, device)
+        sample = noise.float() * sigmas[0]
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            denoised = self.denoise(sample, sigmas[i], labels)
+            euler = self.scheduler.step(denoised, t, sample, pred_original_sample=denoised, return_dict=False)[0]
+            if solver == "heun" and sigmas[i + 1] > 0:
+                slope = (sample - denoised) / sigmas[i]
+                slope_next = (euler - self.denoise(euler, sigmas[i + 1], labels)) / sigmas[i + 1]
+                sample = sample + (sigmas[i + 1] - sigmas[i]) * (slope + slope_next) / 2
+            else:
+                sample = euler
+            tensors = {"latents": sample, "pred_original_sample": denoised}
+            sample = self.after_step(callback_on_step_end, i, t, tensors, callback_on_step_end_tensor_inputs)[
+                "latents"
+            ]
+        return self.finish(sample, output_type, return_dict)

@@ -1,0 +1,112 @@
+"""What the pipelines of this folder share: shapes, latents, labels and images."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+StepCallback = Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict]
+
+
+class ImagePipeline(DiffusionPipeline):
+    """Base of pipelines that make images with one network `unet`, unconditional or class-conditional."""
+
+    model_cpu_offload_seq = "unet"
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what the network makes."""
+        size = self.unet.config.sample_size
+        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, or None for an unconditional network."""
+        return self.unet.config.num_class_embeds
+
+    def check_inputs(self, output_type: str, tensor_inputs: list[str]) -> None:
+        """Raise ValueError for what can't be done, before any work."""
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}.")
+        if output_type == "pil" and self.sample_shape[0] not in (1, 3):
+            raise ValueError(
+                f"Images of {self.sample_shape[0]} channels have no PIL form; use output_type 'np' or 'pt'."
+            )
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"A callback can be given {self._callback_tensor_inputs}, not {unknown}.")
+
+    def resolve_batch_size(
+        self, batch_size: int | None, class_labels: object, generator: Generators, latents: torch.Tensor | None
+    ) -> int:
+        """The batch size that the arguments agree on; ValueError where they don't."""
+        sizes = {"batch_size": batch_size}
+        if isinstance(class_labels, (list, tuple, np.ndarray)) or torch.is_tensor(class_labels) and class_labels.ndim:
+            sizes["the number of class_labels"] = len(class_labels)
+        if isinstance(generator, list):
+            sizes["the number of generators"] = len(generator)
+        if latents is not None:
+            sizes["the batch of latents"] = len(latents)
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(
+                "These must agree: " + ", ".join(f"{name} is {size}" for name, size in sizes.items()) + "."
+            )
+        return next(iter(sizes.values()), 1)
+
+    def prepare_latents(
+        self, batch_size: int, generator: Generators, latents: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
+        """Unit normal noise (batch_size, *sample_shape) in the network's dtype, or the given latents, checked."""
+        shape = (batch_size, *self.sample_shape)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}.")
+        return latents.to(device=device, dtype=self.unet.dtype)
+
+    def prepare_class_labels(
+        self, batch_size: int, class_labels: object, generator: Generators, device: torch.device
+    ) -> torch.Tensor | None:
+        """Labels (batch_size,) on `device`: those given, or drawn from `generator`; None for unconditional networks."""
+        if self.num_classes is None:
+            if class_labels is not None:
+                raise ValueError("class_labels were given, but this model is unconditional.")
+            return None
+        if class_labels is None:
+            generators = generator if isinstance(generator, list) else [generator]
+            share = batch_size // len(generators)
+            drawn = [
+                torch.randint(self.num_classes, (share,), generator=g, device=g.device if g else "cpu").cpu()
+                for g in generators
+            ]
+            return torch.cat(drawn).to(device)
+        labels = torch.as_tensor(class_labels)
+        if labels.is_floating_point() or labels.min() < 0 or labels.max() >= self.num_classes:
+            raise ValueError(f"class_labels must be integers in [0, {self.num_classes - 1}], got {labels.tolist()}.")
+        return labels.reshape(-1).expand(batch_size).to(device)
+
+    def after_step(
+        self, callback: StepCallback | None, index: int, timestep: torch.Tensor, tensors: dict, names: list[str]
+    ) -> dict:
+        """Show the callback the tensors called `names`; give back all tensors, as it may have changed them."""
+        if callback is None:
+            return tensors
+        changed = callback(self, index, timestep, {name: tensors[name] for name in names}) or {}
+        return {**tensors, **changed}
+
+    def finish(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """Images from a sample in [-1, 1]: a list of PIL images, an array (B, H, W, C) or a tensor (B, C, H, W)."""
+        sample = (sample / 2 + 0.5).clamp(0, 1)
+        images = sample
+        if output_type != "pt":
+            images = VaeImageProcessor.pt_to_numpy(sample)
+            if output_type == "pil":
+                images = VaeImageProcessor.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,53 @@
+from setuptools import setup
+
+
+DATA = ["datasets>=4.0", "pillow>=10"]
+TRAINING = [
+    "accelerate>=1.10",
+    *DATA,
+    "filelock>=3.12",
+    "matplotlib>=3.8",
+    "pyyaml>=6",
+    "tqdm>=4.60",
+    "transformers>=5.0",
+]
+QUICKSTART = ["scikit-learn>=1.4"]
+TEST = ["pytest>=8", "pytest-timeout>=2"]
+QUALITY = ["ruff==0.17.5"]
+
+setup(
+    name="cm-diffusers",
+    version="0.1.0",
+    description="Consistency models and their relatives for diffusers: generators that sample in one to four steps",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="consistency models, diffusion, distillation, few-step generation, diffusers",
+    python_requires=">=3.11",
+    packages=[
+        "cm_diffusers",
+        "cm_diffusers.core",
+        "cm_diffusers.engine",
+        "cm_diffusers.evaluation",
+        "cm_diffusers.models",
+        "cm_diffusers.objectives",
+        "cm_diffusers.pipelines",
+        "cm_diffusers.schedulers",
+    ],
+    package_dir={"cm_diffusers.pipelines": "pipelines"},
+    package_data={"cm_diffusers": ["py.typed"]},
+    install_requires=["torch>=2.6", "numpy>=1.26", "diffusers>=0.42", "huggingface-hub>=1.32", "safetensors>=0.5"],
+    extras_require={
+        "training": TRAINING,
+        "quickstart": TRAINING + QUICKSTART,
+        "test": TRAINING + QUICKSTART + TEST,
+        "dev": TRAINING + QUICKSTART + TEST + QUALITY,
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

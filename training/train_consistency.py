@@ -1,0 +1,16 @@
+"""Train a consistency model, which makes images in one or two steps.
+
+    accelerate launch training/train_consistency.py --config training/configs/digits_ect.yaml
+    accelerate launch training/train_consistency.py --method ect --train_data_dir my_images --resolution 32 \\
+        --model_preset base --max_train_steps 100000 --output_dir runs/mine
+
+The same command resumes a run that was stopped.
+"""
+
+from cm_diffusers.engine.run import main
+
+
+METHODS = ["ect"]
+
+if __name__ == "__main__":
+    main(None, METHODS, __doc__)
