@@ -29,7 +29,7 @@ class DenoisingPipeline(ImagePipeline):
         self.register_to_config(time_label=time_label)
 
     def denoise(self, sample: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The estimate of the clean sample from `sample` (B, C, H, W), float32, at the level `sigma` > 0 (a scalar)."""
+        """The estimate of the clean sample from `sample` (B, C, H, W), float32, at the scalar level `sigma` > 0."""
         log_label = self.config.time_label == "log_sigma"
         label = 250 * sigma.log() if log_label else (sigma / self.scheduler.config.sigma_data).atan()
         network_input = self.scheduler.precondition_inputs(sample, sigma).to(self.unet.dtype)

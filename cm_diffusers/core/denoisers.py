@@ -39,7 +39,7 @@ class EDMDenoiser:
     time_label: str = "log_sigma"
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Denoise `x` (B, C, H, W), noised to the levels `sigma` (B,); class labels (B,) where the network has them."""
+        """Denoise `x` (B, C, H, W), noised to `sigma` (B,); class labels (B,) where the network takes them."""
         c_skip, c_out, c_in = (append_dims(c, x) for c in edm_scalings(sigma, self.sigma_data, self.sigma_min))
         label = TIME_LABELS[self.time_label].from_sigma(sigma, self.sigma_data)
         output = self.network(c_in * x, label, class_labels=class_labels).sample

@@ -160,9 +160,10 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
             hint = ""
             if all(0 <= t < total for t in values):  # counted from sigma_min, as in diffusers' own scheduler
                 same = self._karras((total - 1 - np.array(values)) / (total - 1))
-                hint = f" As indices into the grid of {total} levels they mean sigmas={[float(f'{s:.6g}') for s in same]}."
+                hint = f" As indices into the grid of {total} levels they mean sigmas={[round(float(s), 6) for s in same]}."
             raise ValueError(
-                f"`timesteps` are the network's time labels as in `.timesteps` (floats), not grid indices; got {values}."
+                "`timesteps` are the network's time labels as in `.timesteps` (floats), not grid indices;"
+                f" got {values}."
                 f" Pass `sigmas`, the noise levels, instead.{hint}"
             )
 
