@@ -73,7 +73,7 @@ class ImagePipeline(DiffusionPipeline):
     def prepare_class_labels(
         self, batch_size: int, class_labels: object, generator: Generators, device: torch.device
     ) -> torch.Tensor | None:
-        """Labels (batch_size,) on `device`: those given, or drawn from `generator`; None where the network takes none."""
+        """Labels (batch_size,) on `device`: those given, or from `generator`; None where the network takes none."""
         if self.num_classes is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given, but this model is unconditional.")

@@ -160,7 +160,7 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
             hint = ""
             if all(0 <= t < total for t in values):  # counted from sigma_min, as in diffusers' own scheduler
                 same = self._karras((total - 1 - np.array(values)) / (total - 1))
-                hint = f" As indices into the grid of {total} levels they mean sigmas={[round(float(s), 6) for s in same]}."
+                hint = f" As indices into its grid of {total} they mean sigmas={[round(float(s), 6) for s in same]}."
             raise ValueError(
                 "`timesteps` are the network's time labels as in `.timesteps` (floats), not grid indices;"
                 f" got {values}."
