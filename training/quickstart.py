@@ -1,0 +1,128 @@
+"""The library in some minutes on a CPU: train, reload with nothing but diffusers, sample, judge.
+
+Trains a class-conditional ECT model on the handwritten digits that ship inside scikit-learn and leaves in
+runs/quickstart: pipeline/ (the model), samples.png (samples beside real images) and report.json (distances, times).
+Run again, it goes on where it stopped.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from cm_diffusers.engine.config import DataArguments
+from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.pictures import image_grid, titled_row
+from cm_diffusers.evaluation import frechet_distance, train_classifier
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "training" / "configs" / "digits_ect.yaml"
+FOLDER = ROOT / "runs" / "quickstart"
+STEPS = (1, 2, 4)
+
+# what a stranger runs: diffusers, and nothing of this library
+SAMPLER = """
+import sys
+import numpy, torch
+from diffusers import DiffusionPipeline
+
+folder, out, count, *steps = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(folder)
+pipe.set_progress_bar_config(disable=True)
+for n in map(int, steps):
+    generator = torch.Generator().manual_seed(0)
+    labels = [i % 10 for i in range(int(count))]
+    images = pipe(int(count), labels, num_inference_steps=n, generator=generator, output_type="np").images
+    numpy.save(f"{out}/{n}.npy", images)
+assert "cm_diffusers" not in sys.modules
+"""
+
+
+def train() -> None:
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "training" / "train_consistency.py")]
+    subprocess.run([*launch, "--config", str(CONFIG), "--output_dir", str(FOLDER)], check=True)
+
+
+def sample(count: int) -> dict[int, np.ndarray]:
+    """Images (count, 8, 8, 1) in [0, 1] by number of steps, made in a process that imports only diffusers."""
+    with tempfile.TemporaryDirectory() as out:
+        arguments = [str(FOLDER / "pipeline"), out, str(count), *map(str, STEPS)]
+        subprocess.run([sys.executable, "-I", "-c", SAMPLER, *arguments], check=True)
+        return {n: np.load(f"{out}/{n}.npy") for n in STEPS}
+
+
+def judge(samples: dict[int, np.ndarray], data: ImageData) -> dict[str, float]:
+    """Fréchet distances to one half of the data: of the samples, and of the other half."""
+    images = data.images.float() / 255
+    classifier = train_classifier(images, data.labels)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    one, other = (classifier.features(images[half]) for half in order.tensor_split(2))
+    distances = {}
+    for n, made in samples.items():
+        features = classifier.features(torch.from_numpy(made).permute(0, 3, 1, 2))
+        distances[f"{n}_step{'s' if n > 1 else ''}"] = frechet_distance(features, one)
+    distances["real_half_against_real_half"] = frechet_distance(other, one)
+    return {name: round(value, 3) for name, value in distances.items()}
+
+
+def draw(samples: dict[int, np.ndarray], data: ImageData) -> None:
+    """Samples beside real images, one class per column."""
+    rows = [data.images[data.labels == label][:8] for label in range(10)]
+    real = torch.stack(rows, 1).flatten(0, 1).permute(0, 2, 3, 1).numpy() / 255
+    panels = [(f"{n} step{'s' if n > 1 else ''}", image_grid(samples[n][:80], 10, 24)) for n in STEPS]
+    titled_row([*panels, ("real images", image_grid(real, 10, 24))]).save(FOLDER / "samples.png")
+
+
+def main() -> None:
+    data = ImageData(DataArguments(dataset_name="digits"), class_conditional=True, show_progress=False)
+    clock = [time.perf_counter()]
+    train()
+    clock.append(time.perf_counter())
+    samples = sample(len(data.images) // 2)
+    clock.append(time.perf_counter())
+    distances = judge(samples, data)
+    draw(samples, data)
+    clock.append(time.perf_counter())
+
+    config = yaml.safe_load(CONFIG.read_text())
+    names = ("training_seconds", "sampling_seconds", "judging_seconds")
+    report = {
+        "dataset": "digits (scikit-learn), 8x8",
+        "frechet_distance": distances,
+        "features": "small classifier trained on the same images (not FID)",
+        "num_samples": len(data.images) // 2,
+        "steps": {"training": config["max_train_steps"], "pretraining": config["pretrain_steps"]},
+        "seed": 0,
+        "time": {name: round(b - a, 1) for name, a, b in zip(names, clock, clock[1:])},
+    }
+    (FOLDER / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    print("\nFréchet distance to real digits, in the features of a small classifier (less is better):")
+    for name, distance in distances.items():
+        print(f"  {name.replace('_', ' '):28} {distance:8.3f}")
+    folder = FOLDER.relative_to(ROOT)
+    print(f"\nLook at {folder}/samples.png; the model is {folder}/pipeline. Try next:")
+    print(f"  .venv/bin/python training/sample.py --pretrained_model_name_or_path {folder}/pipeline --class_labels 3")
+    print(f"  .venv/bin/python training/sample.py --pretrained_model_name_or_path {folder}/pipeline --sigmas 80 1 0.2")
+    print("  .venv/bin/accelerate launch training/train_consistency.py --train_data_dir my_images --resolution 32")
+
+
+if __name__ == "__main__":
+    main()

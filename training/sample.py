@@ -1,0 +1,80 @@
+"""Make images with a saved model: a grid, and a folder with one file per image.
+
+    python training/sample.py --pretrained_model_name_or_path runs/quickstart/pipeline --num_samples 64
+    python training/sample.py --pretrained_model_name_or_path user/model --sigmas 80 0.8 --class_labels 3 7
+
+Image i is made from seed + i alone: it does not depend on the batch size or on the number of images.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from diffusers.utils.logging import disable_progress_bar
+from tqdm.auto import tqdm
+
+from cm_diffusers.engine.models import load_pipeline
+from cm_diffusers.engine.pictures import image_grid, to_pil
+from cm_diffusers.engine.preview import sample_images
+from cm_diffusers.pipelines import ConsistencyPipeline
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a model")
+    add("--revision", help="revision on the Hub")
+    add("--num_samples", type=int, default=64, help="number of images (64)")
+    add("--num_inference_steps", type=int, help="1 or more for consistency models (1), 2 or more for diffusion (18)")
+    add("--sigmas", type=float, nargs="+", help="noise levels of a consistency model, falling, instead of a number")
+    add("--solver", choices=["heun", "euler"], help="solver of a diffusion model (heun)")
+    add("--class_labels", type=int, nargs="+", help="labels to go round (all classes)")
+    add("--seed", type=int, default=0, help="seed of the first image (0)")
+    add("--batch_size", type=int, default=250, help="images made at once (250)")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="precision of the network (fp32)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    add("--output_dir", type=Path, default=Path("runs/samples"), help="leaves grid.png and images/*.png here")
+    return parser.parse_args(argv)
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Make the images that `args` ask for and write them. Raises ValueError for what can't be done."""
+    if args.num_samples < 1 or args.batch_size < 1:
+        raise ValueError("num_samples and batch_size must be at least 1.")
+    pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, torch_dtype=DTYPES[args.dtype])
+    wrong = {"solver"} if isinstance(pipeline, ConsistencyPipeline) else {"sigmas"}
+    steps = {name: getattr(args, name) for name in ("num_inference_steps", "sigmas", "solver")}
+    steps = {name: value for name, value in steps.items() if value is not None}
+    if wrong & steps.keys():
+        raise ValueError(f"{wrong.pop()} is not an option of a {type(pipeline).__name__}.")
+    pipeline.to(args.device).set_progress_bar_config(disable=True)
+
+    files = args.output_dir / "images"
+    files.mkdir(parents=True, exist_ok=True)
+    shown = []
+    bar = tqdm(total=args.num_samples, unit="image")
+    for start in range(0, args.num_samples, args.batch_size):
+        numbers = range(start, min(start + args.batch_size, args.num_samples))
+        labels = args.class_labels and [args.class_labels[i % len(args.class_labels)] for i in numbers]
+        seeds = range(args.seed + numbers.start, args.seed + numbers.stop)
+        images = sample_images(pipeline, seeds, labels, args.batch_size, **steps)
+        for i, image in zip(numbers, images):
+            to_pil(image).save(files / f"{i:06d}.png")
+        shown.extend(images[: max(0, 100 - start)])
+        bar.update(len(images))
+    bar.close()
+    image_grid(shown, columns=10).save(args.output_dir / "grid.png")
+    print(f"Saved {args.output_dir / 'grid.png'} and {args.num_samples} images in {files}.")
+
+
+if __name__ == "__main__":
+    disable_progress_bar()
+    try:
+        sample(parse_args(None))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
