@@ -1,0 +1,44 @@
+"""Paired timings: the parts and the whole take turns in one run, so that the machine's moods cancel in their ratio."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def seconds(function: Callable[[], object], repeats: int = 1) -> float:
+    """Wall time of one call, the mean over `repeats` calls in a row."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def paired(whole: Callable[[], object], parts: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict:
+    """Medians over `rounds` of the whole, of each part, and of the ratio of the whole to the sum of its parts."""
+    functions = {"whole": whole, **parts}
+    for function in functions.values():
+        seconds(function, 2)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(rounds):
+        for name in list(functions)[:: 1 if i % 2 else -1]:
+            times[name].append(seconds(functions[name], repeats))
+    ratios = [w / sum(t) for w, *t in zip(times["whole"], *(times[name] for name in parts))]
+    low, ratio, high = (round(q, 3) for q in statistics.quantiles(ratios, n=4))
+    report = {f"{name}_ms": round(1000 * statistics.median(values), 2) for name, values in times.items()}
+    return report | {
+        "ratio": round(quartiles[1], 3),
+        "ratio_quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
+    }
+
+
+def show(rows: dict[str, dict]) -> None:
+    """Print the rows as JSON with the machine that they were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    machine = {"device": device, "python": platform.python_version(), "torch": torch.__version__}
+    print(json.dumps({"machine": machine, **rows}, indent=2))
