@@ -50,7 +50,8 @@ class ModelArguments:
 @dataclass(frozen=True)
 class DataArguments:
     dataset_name: str | None = option(
-        None, "A dataset on the Hub, a local folder of parquet files or images, or 'digits' (8x8, from scikit-learn)."
+        None,
+        "A dataset on the Hub, a parquet file, a folder of parquet files or images, or 'digits' (of scikit-learn).",
     )
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     train_data_dir: str | None = option(None, "A folder of images (a folder per class), instead of dataset_name.")
@@ -180,7 +181,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config {path}: can't be read ({error.strerror}).") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"config {path}: must hold `key: value` lines.")

@@ -34,6 +34,8 @@ def load_source(args: DataArguments) -> datasets.Dataset | datasets.IterableData
             name, options = "imagefolder", {"data_dir": args.train_data_dir}
             if not Path(args.train_data_dir).is_dir():
                 raise ValueError(f"train_data_dir {args.train_data_dir!r} is not a folder.")
+        elif Path(name).suffix == ".parquet":
+            name, options = "parquet", {"data_files": {args.split: args.dataset_name}}
         try:
             source = datasets.load_dataset(
                 name, args.dataset_config_name, split=args.split, streaming=args.streaming, **options

@@ -24,6 +24,7 @@ class DiffusionOptions:
     p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.")
 
     def __post_init__(self) -> None:
+        check_between("p_mean", self.p_mean, -20, 20)
         check_between("p_std", self.p_std, 1e-3, 10)
 
 
