@@ -1,0 +1,95 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cm_diffusers.core.denoisers import EDMDenoiser, edm_scalings
+from cm_diffusers.core.time_labels import TIME_LABELS
+from cm_diffusers.core.weightings import edm_weight, inverse_gap
+
+
+def scalings(sigma, sigma_min=0.0):
+    return [c.item() for c in edm_scalings(torch.tensor(sigma, dtype=torch.float64), 0.5, sigma_min)]
+
+
+def random_network(sample, label, class_labels=None):
+    return SimpleNamespace(sample=torch.randn_like(sample))
+
+
+@pytest.mark.parametrize(
+    "sigma, expected", [(0.5, (0.5, 0.35355339, 1.41421356)), (80.0, (3.9060974e-5, 0.49999023, 0.01249976))]
+)
+def test_edm_scalings(sigma, expected):
+    assert scalings(sigma) == pytest.approx(expected, rel=1e-6)
+
+
+def test_scalings_with_the_floor_of_the_consistency_models():
+    assert scalings(0.5, 0.002)[:2] == pytest.approx((0.50200400, 0.35213918), rel=1e-7)
+    assert scalings(80.0, 0.002)[1] == pytest.approx(0.49997773, rel=1e-7)
+    assert scalings(0.002, 0.002)[:2] == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("time_label", TIME_LABELS)
+@pytest.mark.parametrize("sigma_min", [0.0, 0.002])
+def test_denoiser_is_the_identity_at_its_floor_whatever_the_network_says(sigma_min, time_label, dtype):
+    x = 3 * torch.randn(4, 1, 8, 8, dtype=dtype)
+    denoise = EDMDenoiser(random_network, 0.5, sigma_min, time_label)
+    assert torch.equal(denoise(x, torch.full((4,), sigma_min, dtype=dtype)), x)
+    assert not torch.equal(denoise(x, torch.full((4,), 0.1, dtype=dtype)), x)
+
+
+def test_denoiser_feeds_scaled_input_label_and_class():
+    seen = {}
+
+    def network(sample, label, class_labels=None):
+        seen.update(sample=sample, label=label, class_labels=class_labels)
+        return SimpleNamespace(sample=torch.ones_like(sample))
+
+    x, sigma = torch.randn(2, 3, 4, 4).double(), torch.tensor([0.5, 80.0]).double()
+    classes = torch.tensor([3, 1])
+    denoised = EDMDenoiser(network, 0.5)(x, sigma, classes)
+    torch.testing.assert_close(seen["sample"][0], x[0] * 1.4142135623730951)
+    assert seen["label"].tolist() == pytest.approx([250 * math.log(0.5), 250 * math.log(80)])
+    assert seen["class_labels"] is classes
+    torch.testing.assert_close(denoised[0], 0.5 * x[0] + 0.125**0.5)
+
+
+def test_angle_labels_are_those_of_trigflow():
+    levels = {
+        **{0.002: 0.00399998, 0.02: 0.03997869, 0.5: 0.78539816, 0.821: 1.02377567, 1: 1.10714872, 1.526: 1.25416585},
+        **{2: 1.32581767, 5: 1.47112767, 80: 1.56454641, 800: 1.57017133},
+    }
+    angles = TIME_LABELS["angle"].from_sigma(torch.tensor([*levels], dtype=torch.float64), 0.5)
+    torch.testing.assert_close(angles, torch.tensor([*levels.values()]).double(), rtol=0, atol=1e-8 + 6e-8)
+    back = TIME_LABELS["angle"].to_sigma(torch.tensor([1.1, 1.3], dtype=torch.float64), 0.5)
+    assert back.tolist() == pytest.approx([0.98237983, 1.80105122], rel=1e-8)
+
+
+@pytest.mark.parametrize("name", TIME_LABELS)
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_time_labels_round_trip(name, sigma_data):
+    sigma = torch.logspace(-4, 3, 100, dtype=torch.float64)
+    label = TIME_LABELS[name].from_sigma(sigma, sigma_data)
+    assert (label.diff() > 0).all()
+    torch.testing.assert_close(TIME_LABELS[name].to_sigma(label, sigma_data), sigma, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("name", TIME_LABELS)
+def test_time_labels_are_finite_at_zero(name):
+    assert TIME_LABELS[name].from_sigma(torch.zeros(3), 0.5).isfinite().all()
+
+
+def test_edm_weight():
+    sigma = torch.tensor([0.002, 0.02, 0.1, 0.5, 1, 5], dtype=torch.float64)
+    assert edm_weight(sigma, 0.5).tolist() == pytest.approx([250004, 2504, 104, 8, 5, 4.04], rel=1e-12)
+
+
+def test_edm_weight_is_the_inverse_square_of_c_out():
+    sigma = torch.logspace(-3, 2, 30, dtype=torch.float64)
+    torch.testing.assert_close(edm_weight(sigma, 0.7), edm_scalings(sigma, 0.7)[1] ** -2, rtol=1e-13, atol=0)
+
+
+def test_inverse_gap():
+    assert inverse_gap(torch.tensor([0.5, 4.0])).tolist() == [2, 0.25]
