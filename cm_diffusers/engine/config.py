@@ -51,7 +51,7 @@ class ModelArguments:
 class DataArguments:
     dataset_name: str | None = option(
         None,
-        "A dataset on the Hub, a parquet file, a folder of parquet files or images, or 'digits' (of scikit-learn).",
+        "A dataset on the Hub, a parquet file, a folder of parquet files or images, or 'digits' (scikit-learn's).",
     )
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     train_data_dir: str | None = option(None, "A folder of images (a folder per class), instead of dataset_name.")

@@ -11,7 +11,8 @@ def build_optimizer(network: nn.Module, run: RunArguments) -> torch.optim.Optimi
     """The optimiser that `run` names, over all parameters of `network`."""
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[run.optimizer]
     betas, decay = (run.adam_beta1, run.adam_beta2), run.adam_weight_decay
-    return cls(network.parameters(), lr=run.learning_rate, betas=betas, eps=run.adam_epsilon, weight_decay=decay)
+    settings = {"lr": run.learning_rate, "betas": betas, "eps": run.adam_epsilon, "weight_decay": decay}
+    return cls(network.parameters(), **settings, foreach=True)  # fewer calls than one by one, on a CPU as well
 
 
 class LearningRate:

@@ -87,6 +87,8 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
         classes = f", {data.num_classes} classes" if data.num_classes else ""
         size = f"{data.channels} x {data.resolution[0]} x {data.resolution[1]}"
         trainer._say(f"Data: {'a stream' if data.images is None else len(data.images)} of images, {size}{classes}")
+        if data.images is None:
+            trainer._say("A stream has no fixed order: stopped and resumed, this run is not bit for bit the same.")
         trainer._say(f"sigma_data: {start.spec.sigma_data} (root mean square of the images in [-1, 1])")
         trainer._say(f"Model: {count / 1e6:.2f} M parameters, time label {start.spec.time_label}")
         trainer._say(f"Method: {config.method}, {objective.options}")

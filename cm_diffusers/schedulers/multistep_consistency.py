@@ -158,9 +158,11 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if all(isinstance(t, (int, np.integer)) for t in values):
             total = self.config.num_train_timesteps
             hint = ""
-            if all(0 <= t < total for t in values):  # counted from sigma_min, as in diffusers' own scheduler
-                same = self._karras((total - 1 - np.array(values)) / (total - 1))
-                hint = f" As indices into its grid of {total} they mean sigmas={[round(float(s), 6) for s in same]}."
+            if values and all(0 <= t < total for t in values):
+                # counted from sigma_max and sampled in rising order, as in diffusers' own scheduler
+                same = self._karras(np.array(sorted(set(values))) / (total - 1))
+                levels = [round(float(s), 6) for s in same if s > self.config.sigma_min]
+                hint = f" As indices into its grid of {total} they mean sigmas={levels}."
             raise ValueError(
                 "`timesteps` are the network's time labels as in `.timesteps` (floats), not grid indices;"
                 f" got {values}."
