@@ -31,10 +31,7 @@ def paired(whole: Callable[[], object], parts: dict[str, Callable[[], object]], 
     ratios = [w / sum(t) for w, *t in zip(times["whole"], *(times[name] for name in parts))]
     low, ratio, high = (round(q, 3) for q in statistics.quantiles(ratios, n=4))
     report = {f"{name}_ms": round(1000 * statistics.median(values), 2) for name, values in times.items()}
-    return report | {
-        "ratio": round(quartiles[1], 3),
-        "ratio_quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
-    }
+    return report | {"ratio": ratio, "ratio_quartiles": [low, high]}
 
 
 def show(rows: dict[str, dict]) -> None:
