@@ -161,7 +161,7 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
             if values and all(0 <= t < total for t in values):
                 # counted from sigma_max and sampled in rising order, as in diffusers' own scheduler
                 same = self._karras(np.array(sorted(set(values))) / (total - 1))
-                levels = [round(float(s), 6) for s in same if s > self.config.sigma_min]
+                levels = [round(float(s), 6) for s in same if s > self.config.sigma_min * (1 + 1e-9)]
                 hint = f" As indices into its grid of {total} they mean sigmas={levels}."
             raise ValueError(
                 "`timesteps` are the network's time labels as in `.timesteps` (floats), not grid indices;"

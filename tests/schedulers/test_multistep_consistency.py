@@ -1,0 +1,396 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CMStochasticIterativeScheduler
+
+from cm_diffusers import MultistepConsistencyScheduler
+
+
+STEPS = [1, 2, 3, 4, 7, 40]
+SHAPE = (2, 3, 4, 4)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def network_output(x, t):
+    return torch.sin(x + 0.01 * t.to(x.dtype))
+
+
+def sample(scheduler, dtype=torch.float32, start=None, model=network_output):
+    """A whole run on the levels that were set; gives back all samples on the way."""
+    start = start or scheduler.init_noise_sigma
+    x, noise, path = torch.randn(SHAPE, dtype=dtype, generator=generator()) * start, generator(1), []
+    for t in scheduler.timesteps:
+        output = model(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(output, t, x, noise, return_dict=False)[0]
+        path.append(x)
+    return torch.stack(path)
+
+
+def make(n=None, sigmas=None, timesteps=None, **config):
+    scheduler = MultistepConsistencyScheduler(**config)
+    scheduler.set_timesteps(n, sigmas=sigmas, timesteps=timesteps)
+    return scheduler
+
+
+def assert_same_samples(ours, theirs, **run):
+    """Bit for bit. The stock scheduler keeps its last level in float32 and the floor that it subtracts in float64, so
+    after the last of several steps it adds noise of the size of that rounding (7e-7); ours adds none."""
+    mine, expected = sample(ours, **run), sample(theirs, **run)
+    if len(mine) > 1:
+        draws, floor = generator(1), theirs.config.sigma_min
+        noise = [torch.randn(SHAPE, generator=draws) for _ in mine][-1] * theirs.config.s_noise
+        mine[-1] += noise * (torch.tensor(floor) ** 2 - floor**2) ** 0.5
+    assert torch.equal(mine, expected)
+
+
+def stock(n=None, timesteps=None, **config):
+    scheduler = CMStochasticIterativeScheduler(**config)
+    scheduler.set_timesteps(n, timesteps=timesteps)
+    return scheduler
+
+
+# --- the same numbers as the stock scheduler
+
+
+@pytest.mark.parametrize("n", STEPS)
+def test_levels_and_labels_are_those_of_the_stock_scheduler(n):
+    ours, theirs = make(n), stock(n)
+    assert torch.equal(ours.sigmas.float(), theirs.sigmas)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    assert ours.num_inference_steps == n
+    assert ours.init_noise_sigma == pytest.approx(theirs.init_noise_sigma, rel=1e-15)
+
+
+@pytest.mark.parametrize("n", STEPS)
+def test_scaled_inputs_are_those_of_the_stock_scheduler(n):
+    ours, theirs, x = make(n), stock(n), torch.randn(2, 3, 4, 4)
+    assert torch.equal(
+        ours.scale_model_input(x, ours.timesteps[-1]), theirs.scale_model_input(x, theirs.timesteps[-1])
+    )
+
+
+@pytest.mark.parametrize("n", STEPS)
+@pytest.mark.parametrize(
+    "config", [{}, {"sigma_min": 0.0}, {"clip_denoised": False, "s_noise": 1.005, "sigma_data": 0.7}]
+)
+def test_samples_are_those_of_the_stock_scheduler(n, config):
+    assert_same_samples(make(n, **config), stock(n, **config))
+
+
+@pytest.mark.parametrize("indices", [[22, 0], [38, 22, 0], [17], [38, 20, 10, 5, 1]])
+def test_given_levels_do_what_the_stock_grid_indices_do(indices):
+    theirs = stock(timesteps=indices)
+    ours = make(sigmas=theirs.sigmas[:-1].tolist())
+    assert torch.equal(ours.sigmas.float(), theirs.sigmas)
+    torch.testing.assert_close(
+        ours.timesteps, theirs.timesteps, rtol=0, atol=1e-4
+    )  # theirs rounds sigma, not the label
+
+    # theirs starts from sigma_max whatever the levels are
+    assert_same_samples(ours, theirs, start=80.0, model=lambda x, t: x.sin())
+
+
+def test_levels_and_labels_in_numbers():
+    assert make(2).sigmas.tolist() == pytest.approx([80, 2.2404398, 0.002], rel=1e-7)
+    two = make(sigmas=[80, 1.3823680])
+    assert two.timesteps.tolist() == pytest.approx([1095.507, 80.949], abs=1e-3)
+    assert make(sigmas=[80, 0.8], time_label="angle").timesteps.tolist() == pytest.approx(
+        [1.56454641, math.atan(1.6)], abs=1e-8
+    )
+
+
+# --- levels
+
+
+@pytest.mark.parametrize("sigma_min", [0.002, 0.0])
+@pytest.mark.parametrize("time_label", ["log_sigma", "angle"])
+def test_every_number_of_steps_falls_from_sigma_max_to_sigma_min(sigma_min, time_label):
+    for n in range(1, 41):
+        scheduler = make(n, sigma_min=sigma_min, time_label=time_label)
+        sigmas, labels = scheduler.sigmas, scheduler.timesteps
+        assert len(labels) == n == len(sigmas) - 1
+        assert sigmas.isfinite().all() and labels.isfinite().all()
+        assert sigmas[0] == pytest.approx(80, rel=1e-14) and sigmas[-1] == sigma_min
+        assert (sigmas[:-1].diff() < 0).all() and (labels.diff() < 0).all()
+        assert sigmas[-2] > sigma_min or n == 40
+
+
+@pytest.mark.parametrize("time_label", ["log_sigma", "angle"])
+def test_labels_can_be_given_back_as_timesteps(time_label):
+    first = make(sigmas=[80, 5.5, 0.3], time_label=time_label)
+    again = make(timesteps=first.timesteps, time_label=time_label)
+    torch.testing.assert_close(again.sigmas, first.sigmas, rtol=1e-11, atol=0)
+    as_list = make(timesteps=first.timesteps.tolist(), time_label=time_label)
+    assert torch.equal(as_list.sigmas, again.sigmas)
+
+
+@pytest.mark.parametrize("time_label", ["log_sigma", "angle"])
+def test_angle_and_log_labels_round_trip(time_label):
+    scheduler = MultistepConsistencyScheduler(time_label=time_label)
+    sigmas = np.logspace(-3, 2, 30)
+    back = scheduler.timestep_to_sigma(scheduler.sigma_to_timestep(sigmas))
+    np.testing.assert_allclose(back, sigmas, rtol=1e-11)
+
+
+def test_sampling_starts_from_noise_of_the_first_given_level():
+    assert make(sigmas=[20, 1]).init_noise_sigma == 20
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"n": 2, "sigmas": [80]}, {"n": 1, "timesteps": [5.0]}, {"sigmas": [80], "timesteps": [5.0]}]
+)
+def test_exactly_one_way_to_choose_the_levels(arguments):
+    with pytest.raises(ValueError, match="exactly one"):
+        make(**arguments)
+
+
+@pytest.mark.parametrize("n", [0, -1, 41])
+def test_number_of_steps_outside_the_grid(n):
+    with pytest.raises(ValueError, match="num_train_timesteps=40"):
+        make(n)
+
+
+@pytest.mark.parametrize(
+    "sigmas, message",
+    [
+        *(([], "non-empty"), ([80, math.nan], "finite"), ([math.inf, 1], "finite"), ([1, 80], "fall strictly")),
+        *(([80, 1, 1], "fall strictly"), ([80, 0.002], "above sigma_min=0.002"), ([80, -1], "above sigma_min")),
+    ],
+)
+def test_bad_levels(sigmas, message):
+    with pytest.raises(ValueError, match=message):
+        make(sigmas=sigmas)
+
+
+def test_bad_labels():
+    with pytest.raises(ValueError, match="`timesteps` must fall strictly"):
+        make(timesteps=[10.0, 20.0])
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+@pytest.mark.parametrize("indices", [[22, 0], [39, 22, 0]])
+def test_grid_indices_are_refused_with_the_levels_that_they_mean(kind, indices):
+    scheduler = MultistepConsistencyScheduler()
+    with pytest.raises(ValueError, match="Pass `sigmas`") as error:
+        scheduler.set_timesteps(timesteps=kind(indices))
+    named = str(error.value).split("sigmas=")[1].rstrip(".")
+    meant = stock(timesteps=indices).sigmas.tolist()
+    assert json.loads(named) == pytest.approx([s for s in meant if s > 0.00201], rel=1e-6)
+    scheduler.set_timesteps(sigmas=json.loads(named))
+
+
+def test_indices_beyond_the_grid_are_refused_without_levels():
+    with pytest.raises(ValueError, match="not grid indices") as error:
+        make(timesteps=[999, 0])
+    assert "sigmas=" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        *(({"time_label": "sigma"}, "time_label"), ({"renoise": "half"}, "renoise"), ({"sigma_min": -1}, "sigma_min")),
+        *(({"sigma_min": 80.0}, "sigma_min"), ({"num_train_timesteps": 1}, "num_train_timesteps")),
+    ],
+)
+def test_bad_configurations(config, message):
+    with pytest.raises(ValueError, match=message):
+        MultistepConsistencyScheduler(**config)
+
+
+# --- steps
+
+
+def test_last_step_adds_no_noise_and_consumes_none():
+    scheduler, noise = make(2), generator()
+    x, output = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    before = noise.get_state()
+    first = scheduler.step(output, scheduler.timesteps[0], x, noise)
+    between = noise.get_state()
+    last = scheduler.step(output, scheduler.timesteps[1], x, noise)
+    assert not torch.equal(before, between)
+    assert torch.equal(noise.get_state(), between)
+    assert not torch.equal(first.prev_sample, first.pred_original_sample)
+    assert torch.equal(last.prev_sample, last.pred_original_sample)
+
+
+@pytest.mark.parametrize("sigma_min", [0.002, 0.5, 0.0])
+def test_renoising_with_and_without_the_floor(sigma_min):
+    added = {}
+    for renoise in ("floor", "full"):
+        scheduler = make(sigmas=[80, 0.8], sigma_min=sigma_min, renoise=renoise)
+        x, output = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64, generator=generator())
+        step = scheduler.step(output, scheduler.timesteps[0], x, generator(1))
+        added[renoise] = step.prev_sample - step.pred_original_sample
+    noise = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=generator(1))
+    torch.testing.assert_close(added["full"], 0.8 * noise)
+    torch.testing.assert_close(added["floor"], added["full"] * math.sqrt(1 - (sigma_min / 0.8) ** 2))
+
+
+def test_without_a_floor_the_denoiser_is_that_of_edm():
+    scheduler = make(sigmas=[2.0, 0.5], sigma_min=0.0, clip_denoised=False)
+    x, output = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
+    scheduler.set_begin_index(1)
+    denoised = scheduler.step(output, scheduler.timesteps[1], x).pred_original_sample
+    torch.testing.assert_close(denoised, 0.5 * x + 0.125**0.5 * output)
+
+
+def test_estimates_are_clamped_unless_told_otherwise():
+    x = torch.full((1, 1, 2, 2), 3.0)
+    for clip, largest in ((True, 1.0), (False, 0.5 * 3 + 0.125**0.5 * 3)):
+        scheduler = make(sigmas=[0.5], sigma_min=0.0, clip_denoised=clip)
+        assert scheduler.step(x, scheduler.timesteps[0], x).prev_sample.max().item() == pytest.approx(largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_samples_keep_their_dtype(dtype):
+    scheduler = make(4)
+    assert sample(scheduler, dtype).dtype == dtype
+
+
+def test_float64_samples_are_as_accurate_as_their_dtype():
+    scheduler = make(sigmas=[80, 0.8], clip_denoised=False)
+    x, output = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
+    c_skip, c_out = 0.25 / (79.998**2 + 0.25), 79.998 * 0.5 / math.sqrt(80**2 + 0.25)
+    denoised = scheduler.step(output, scheduler.timesteps[0], x).pred_original_sample
+    torch.testing.assert_close(denoised, c_skip * x + c_out * output, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_samples_are_computed_in_float32(dtype):
+    half, full = make(1, clip_denoised=False), make(1, clip_denoised=False)
+    x, output = torch.randn(2, 2, 3, 8, 8).to(dtype)
+    x = x * 80
+    in_half = half.step(output, half.timesteps[0], x).prev_sample
+    in_full = full.step(output.float(), full.timesteps[0], x.float()).prev_sample
+    assert torch.equal(in_half, in_full.to(dtype))
+
+
+@pytest.mark.parametrize("timestep", [0, torch.tensor(1)])
+def test_an_index_is_no_timestep(timestep):
+    scheduler = make(2)
+    with pytest.raises(ValueError, match="integer index"):
+        scheduler.scale_model_input(torch.randn(1, 1, 4, 4), timestep)
+
+
+def test_a_label_that_was_not_set_is_no_timestep():
+    scheduler = make(2)
+    with pytest.raises(ValueError, match="not one of"):
+        scheduler.scale_model_input(torch.randn(1, 1, 4, 4), 500.0)
+
+
+def test_labels_in_float32_are_found():
+    scheduler, x = make(3), torch.randn(1, 1, 4, 4)
+    expected = x / math.hypot(scheduler.sigmas[1], 0.5)
+    torch.testing.assert_close(scheduler.scale_model_input(x, scheduler.timesteps[1].float()), expected)
+
+
+def test_begin_index_starts_in_the_middle():
+    scheduler, x = make(4), torch.randn(1, 1, 4, 4)
+    assert scheduler.step_index is None and scheduler.begin_index is None
+    scheduler.set_begin_index(2)
+    scheduler.scale_model_input(x, scheduler.timesteps[2])
+    assert scheduler.step_index == 2
+    scheduler.step(x, scheduler.timesteps[2], x)
+    assert scheduler.step_index == 3
+
+
+def test_a_generator_per_sample_makes_samples_independent():
+    scheduler = make(sigmas=[80, 0.8])
+    x, output = torch.randn(2, 3, 1, 4, 4)
+    t = scheduler.timesteps[0]
+    together = scheduler.step(output, t, x, [generator(i) for i in range(3)]).prev_sample
+    for i in range(3):
+        scheduler.set_timesteps(sigmas=[80, 0.8])
+        alone = scheduler.step(output[i : i + 1], t, x[i : i + 1], [generator(i)]).prev_sample
+        assert torch.equal(alone[0], together[i])
+
+
+def test_tuple_and_object_hold_the_same():
+    x, output = torch.randn(2, 1, 1, 4, 4)
+    scheduler = make(2)
+    as_object = scheduler.step(output, scheduler.timesteps[0], x, generator())
+    scheduler.set_timesteps(2)
+    as_tuple = scheduler.step(output, scheduler.timesteps[0], x, generator(), return_dict=False)
+    assert torch.equal(as_tuple[0], as_object.prev_sample) and torch.equal(as_tuple[0], as_object[0])
+    assert torch.equal(as_tuple[1], as_object.pred_original_sample)
+
+
+def test_labels_are_float64_except_where_the_device_has_none(monkeypatch):
+    move = torch.Tensor.to
+
+    def to_cpu_instead(tensor, device, *args):  # as if the CPU were an Apple GPU
+        return move(tensor, "cpu" if str(device) == "mps" else device, *args)
+
+    monkeypatch.setattr(torch.Tensor, "to", to_cpu_instead)
+    scheduler = MultistepConsistencyScheduler()
+    for device, dtype in (("mps", torch.float32), (torch.device("mps"), torch.float32), ("cpu", torch.float64)):
+        scheduler.set_timesteps(4, device=device)
+        assert scheduler.timesteps.dtype == dtype
+        assert scheduler.sigmas.dtype == torch.float64
+
+
+# --- noise at any level
+
+
+@pytest.mark.parametrize("time_label", ["log_sigma", "angle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_is_added_at_the_level_of_each_sample(time_label, dtype):
+    scheduler = MultistepConsistencyScheduler(time_label=time_label)
+    x, noise = torch.randn(2, 3, 2, 4, 4, dtype=dtype)
+    sigmas = torch.tensor([0.003, 0.77, 80.0], dtype=torch.float64)
+    expected = x + sigmas.to(dtype).reshape(3, 1, 1, 1) * noise
+    assert torch.equal(scheduler.add_noise(x, noise, sigmas=sigmas), expected)
+    labels = torch.from_numpy(scheduler.sigma_to_timestep(sigmas.numpy()))
+    by_label = scheduler.add_noise(x, noise, labels)
+    assert by_label.dtype == dtype
+    torch.testing.assert_close(by_label, expected)
+
+
+def test_noise_of_one_level_for_all_samples():
+    scheduler, (x, noise) = MultistepConsistencyScheduler(), torch.randn(2, 3, 2, 4, 4)
+    assert torch.equal(scheduler.add_noise(x, noise, sigmas=torch.tensor(0.5)), x + 0.5 * noise)
+    torch.testing.assert_close(scheduler.add_noise(x, noise, torch.tensor(0.0)), x + noise)
+
+
+def test_noise_is_that_of_the_stock_scheduler_on_its_grid():
+    ours, theirs, (x, noise) = make(3), stock(3), torch.randn(2, 3, 2, 4, 4)
+    torch.testing.assert_close(
+        ours.add_noise(x, noise, ours.timesteps), theirs.add_noise(x, noise, theirs.timesteps), rtol=1e-6, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("arguments", [{}, {"timesteps": torch.ones(1), "sigmas": torch.ones(1)}])
+def test_noise_needs_exactly_one_kind_of_level(arguments):
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="exactly one"):
+        MultistepConsistencyScheduler().add_noise(x, x, **arguments)
+
+
+# --- configuration
+
+
+CONFIG = {"sigma_min": 0.0, "sigma_data": 0.7, "time_label": "angle", "renoise": "full", "num_train_timesteps": 11}
+
+
+def test_a_saved_scheduler_is_the_same_scheduler(tmp_path):
+    scheduler = MultistepConsistencyScheduler(**CONFIG)
+    scheduler.save_pretrained(tmp_path)
+    again = MultistepConsistencyScheduler.from_pretrained(tmp_path)
+    assert all(again.config[name] == value for name, value in CONFIG.items())
+    for one in (scheduler, again):
+        one.set_timesteps(5)
+    assert torch.equal(sample(again), sample(scheduler))
+    assert len(again) == 11
+
+
+def test_the_configuration_of_the_stock_scheduler_is_understood():
+    config = {"num_train_timesteps": 151, "sigma_max": 60.0, "sigma_data": 0.6, "rho": 5.0, "s_noise": 1.01}
+    ours = MultistepConsistencyScheduler.from_config(CMStochasticIterativeScheduler(**config).config)
+    ours.set_timesteps(5)
+    assert_same_samples(ours, stock(5, **config))
