@@ -1,0 +1,50 @@
+"""The package as people get it: from a wheel, in the tree, and (as these tests run) from an editable install."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOW = (
+    "import cm_diffusers, cm_diffusers.pipelines.consistency as c; print(cm_diffusers.__file__, c.__file__, sep='\\n')"
+)
+
+
+@pytest.fixture(scope="module")
+def wheel_folder(tmp_path_factory):
+    """A folder into which a freshly built wheel was installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    built = folder / "built"
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", built, ROOT], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", *built.glob("*.whl")], check=True)
+    return folder / "site"
+
+
+def imported_from(path, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    result = subprocess.run([sys.executable, "-c", SHOW], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [Path(line) for line in result.stdout.split()]
+
+
+def test_a_wheel_holds_the_package_and_its_pipelines(wheel_folder, tmp_path):
+    package, pipeline = imported_from(wheel_folder, tmp_path)
+    assert package == wheel_folder / "cm_diffusers" / "__init__.py"
+    assert pipeline == wheel_folder / "cm_diffusers" / "pipelines" / "consistency.py"
+
+
+def test_the_tree_works_as_it_is(tmp_path):
+    package, pipeline = imported_from(ROOT, tmp_path)
+    assert package == ROOT / "cm_diffusers" / "__init__.py"
+    assert pipeline == ROOT / "pipelines" / "consistency.py"
+
+
+def test_pipelines_have_one_home_in_the_tree():
+    import cm_diffusers.pipelines
+
+    assert [Path(p) for p in cm_diffusers.pipelines.__path__] == [ROOT / "pipelines"]
