@@ -290,12 +290,12 @@ class Trainer:
             while self.step < run.max_train_steps:
                 norm, stop = self._train_step(batches)
                 bar.update()
-                if self.step % run.logging_steps == 0:
+                last = self.step == run.max_train_steps
+                if last or self.step % run.logging_steps == 0:
                     now = time.perf_counter()
                     row = self._log(norm, (now - clock) / max(1, self.step - clock_step))
                     clock, clock_step = now, self.step
                     bar.set_postfix(loss=row["loss"], skipped=self.skipped, **self.objective.describe(self.step - 1))
-                last = self.step == run.max_train_steps
                 if stop or last or self.step % run.checkpointing_steps == 0:
                     self.save()
                 if stop and not last:
@@ -303,7 +303,8 @@ class Trainer:
                     raise Stopped(128 + (self._signal or signal.SIGTERM))
                 if main and run.validation_steps and (last or self.step % run.validation_steps == 0):
                     save_preview(self.exported(), self.folder / "samples" / f"step-{self.step:07d}.png")
-                    plot_losses(self.log_file, self.folder / "losses.png") if self.log_file.exists() else None
+                    if self.log_file.exists():
+                        plot_losses(self.log_file, self.folder / "losses.png")
         finally:
             bar.close()
             for number, handler in previous.items():
