@@ -1,0 +1,164 @@
+"""What holds for every training method. A new one joins by being registered."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
+
+
+# Settings, by method, under which the battery runs, where its defaults alone don't reach all of its code.
+OPTIONS = {"ect": [{"pretrain_steps": 0, "stage_steps": 1}, {"pretrain_steps": 100}]}
+# what a method asks of a model beside the shape; all others take a tiny U-Net with labels 250 ln(sigma)
+SPECS = {}
+
+CASES = [
+    pytest.param(name, options, id=f"{name}-{i}")
+    for name in OBJECTIVES
+    for i, options in enumerate(OPTIONS.get(name, [{}]))
+]
+every_objective = pytest.mark.parametrize("name, options", CASES)
+STEP = 3
+
+
+@pytest.fixture
+def make(tiny_unet):
+    def build(name, options, dtype=torch.float32, **unet):
+        network = tiny_unet(**unet).to(dtype).train()
+        torch.manual_seed(1)
+        for parameter in network.parameters():  # a fresh U-Net has zeros, which stop gradients
+            torch.nn.init.normal_(parameter, std=0.05)
+        spec = ModelSpec(sigma_data=0.5, **SPECS.get(name, {}))
+        cls = OBJECTIVES[name]
+        return cls(network, spec, cls.Options(**options), total_steps=1000)
+
+    return build
+
+
+def batch_of(n=8, channels=1, size=(8, 8), classes=10, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(n, channels, *size, generator=generator).to(dtype) * 2 - 1
+    labels = torch.randint(classes, (n,), generator=generator) if classes else None
+    return Batch(images, labels)
+
+
+def gradient(objective, batch, rows):
+    objective.network.zero_grad()
+    loss = objective.loss(batch, Draws(0, STEP, rows))
+    loss.total.backward()
+    return loss, {name: parameter.grad.clone() for name, parameter in objective.network.named_parameters()}
+
+
+@every_objective
+def test_gradient_reaches_every_parameter_and_is_finite(make, name, options):
+    objective = make(name, options)
+    _, gradients = gradient(objective, batch_of(), range(8))
+    for parameter, value in gradients.items():
+        assert value.isfinite().all(), parameter
+        assert parameter.endswith("to_k.bias") or value.abs().max() > 0, parameter  # softmax ignores a bias of keys
+
+
+@every_objective
+def test_loss_is_repeatable_and_does_not_depend_on_the_global_generator(make, name, options):
+    objective = make(name, options, dropout=0.3)
+    torch.manual_seed(0)
+    first, first_gradient = gradient(objective, batch_of(), range(8))
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    again, again_gradient = gradient(objective, batch_of(), range(8))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.total, again.total) and torch.equal(first.per_sample, again.per_sample)
+    assert all(torch.equal(first_gradient[key], again_gradient[key]) for key in first_gradient)
+    assert not torch.equal(objective.loss(batch_of(), Draws(0, STEP + 1, range(8))).sigma, first.sigma)
+
+
+@every_objective
+def test_total_is_the_mean_over_the_samples(make, name, options):
+    loss = make(name, options).loss(batch_of(), Draws(0, STEP, range(8)))
+    assert loss.per_sample.shape == loss.sigma.shape == (8,)
+    assert not loss.per_sample.requires_grad and loss.total.requires_grad
+    assert (loss.sigma > 0).all()
+    torch.testing.assert_close(loss.total.detach(), loss.per_sample.mean())
+
+
+@every_objective
+def test_gradient_of_half_batches_averages_to_that_of_the_whole(make, name, options):
+    objective = make(name, options, dtype=torch.float64)
+    batch = batch_of(dtype=torch.float64)
+    loss, whole = gradient(objective, batch, range(8))
+    halves, per_sample = [], []
+    for rows in (range(4), range(4, 8)):
+        part = Batch(batch.images[list(rows)], batch.class_labels[list(rows)])
+        half_loss, half = gradient(objective, part, rows)
+        halves.append(half)
+        per_sample.append(half_loss.per_sample)
+    torch.testing.assert_close(torch.cat(per_sample), loss.per_sample, rtol=1e-6, atol=0)
+    error = sum(((halves[0][key] + halves[1][key]) / 2 - value).square().sum() for key, value in whole.items())
+    assert error.sqrt() < 1e-6 * sum(value.square().sum() for value in whole.values()).sqrt()
+
+
+@every_objective
+def test_bfloat16_autocast_is_finite_and_close(make, name, options):
+    objective = make(name, options)
+    exact, _ = gradient(objective, batch_of(), range(8))
+
+    def autocast(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return objective.network(*args, **kwargs)
+
+    objective.model = autocast
+    loss, gradients = gradient(objective, batch_of(), range(8))
+    assert loss.total.dtype == torch.float32
+    assert all(value.isfinite().all() for value in gradients.values())
+    torch.testing.assert_close(loss.total, exact.total, rtol=0.05, atol=0)
+
+
+@every_objective
+def test_loss_uses_the_wrapped_network(make, name, options):
+    objective = make(name, options)
+    calls = []
+    objective.model = lambda *args, **kwargs: calls.append(args) or objective.network(*args, **kwargs)
+    objective.loss(batch_of(), Draws(0, STEP, range(8)))
+    assert calls
+
+
+@every_objective
+@pytest.mark.parametrize("channels, size, classes", [(1, (8, 16), 10), (4, (12, 4), None), (3, (8, 8), None)])
+def test_any_shape_trains_samples_and_survives_saving(make, name, options, channels, size, classes, tmp_path):
+    objective = make(name, options, channels=channels, size=size, num_classes=classes)
+    batch = batch_of(4, channels, size, classes)
+    _, gradients = gradient(objective, batch, range(4))
+    assert all(value.isfinite().all() for value in gradients.values())
+
+    pipe = objective.pipeline(objective.network.eval())
+    pipe.set_progress_bar_config(disable=True)
+    labels = {"class_labels": [1, 7]} if classes else {}
+    arguments = {"batch_size": 2, "num_inference_steps": 2, "output_type": "np", **labels}
+    images = pipe(generator=torch.Generator().manual_seed(0), **arguments).images
+    assert images.shape == (2, *size, channels)
+    assert (images >= 0).all() and (images <= 1).all() and images.std() > 0
+
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again) is type(pipe)
+    again.set_progress_bar_config(disable=True)
+    assert (again(generator=torch.Generator().manual_seed(0), **arguments).images == images).all()
+
+
+@every_objective
+def test_pipeline_carries_the_parameterisation(make, name, options):
+    objective = make(name, options)
+    config = objective.pipeline(objective.network).scheduler.config
+    assert (config.sigma_data, config.sigma_max, config.sigma_min) == (0.5, 80, objective.sigma_min)
+
+
+@every_objective
+def test_curricula_are_numbers(make, name, options):
+    values = make(name, options).describe(STEP)
+    assert all(isinstance(value, (int, float)) for value in values.values())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_name_is_the_key(name):
+    assert OBJECTIVES[name].name == name
