@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -90,7 +91,7 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     final = root / f"checkpoint-{step}"
-    if final.exists():  # found damaged when the run was resumed from the one before
+    if final.exists():
         shutil.rmtree(final)
     os.rename(folder, final)
     fsync_folder(root)
@@ -121,24 +122,34 @@ def load_checkpoint(path: Path) -> Checkpoint:
         sound = False
     if not sound:
         raise DamagedCheckpoint("manifest.json is missing or damaged")
-    if manifest["format"] != FORMAT:
-        raise DamagedCheckpoint(f"format {manifest['format']} is not the format {FORMAT} of this version")
-    if path.name != f"checkpoint-{manifest['step']}":
-        raise DamagedCheckpoint(f"the manifest is that of step {manifest['step']}")
-    contents = {}
-    for name, expected in files.items():
-        try:
-            data = (path / name).read_bytes()
-        except OSError:
-            raise DamagedCheckpoint(f"{name} is missing") from None
-        if len(data) != expected["size"]:
-            raise DamagedCheckpoint(f"{name} has {len(data)} bytes instead of {expected['size']}")
-        if _digest(data) != expected["sha256"]:
-            raise DamagedCheckpoint(f"{name} was changed: its SHA-256 differs")
-        contents[name] = data
-    state = json.loads(contents.pop("state.json"))
-    tensors = {name.removesuffix(".safetensors"): load_tensors(data) for name, data in contents.items()}
-    return Checkpoint(manifest["step"], tensors, state)
+    if manifest.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"format {manifest.get('format')} is not the format {FORMAT} of this version")
+    if path.name != f"checkpoint-{manifest.get('step')}":
+        raise DamagedCheckpoint(f"the manifest is that of step {manifest.get('step')}")
+    try:
+        contents = {name: _read(path, name, **expected) for name, expected in files.items()}
+        state = json.loads(contents.pop("state.json"))
+        tensors = {name.removesuffix(".safetensors"): load_tensors(data) for name, data in contents.items()}
+    except DamagedCheckpoint:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"it was not written by this library: {error!r}") from None
+    return Checkpoint(int(manifest["step"]), tensors, state)
+
+
+def _read(folder: Path, name: str, size: int, sha256: str) -> bytes:
+    """A file of a checkpoint, verified."""
+    if Path(name).name != name:
+        raise DamagedCheckpoint(f"the manifest names {name!r}, which is not a file of the checkpoint")
+    try:
+        data = (folder / name).read_bytes()
+    except OSError:
+        raise DamagedCheckpoint(f"{name} is missing") from None
+    if len(data) != size:
+        raise DamagedCheckpoint(f"{name} has {len(data)} bytes instead of {size}")
+    if _digest(data) != sha256:
+        raise DamagedCheckpoint(f"{name} was changed: its SHA-256 differs")
+    return data
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -160,3 +171,12 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
             + ". Restore one of them, or choose another --output_dir."
         )
     return None, []
+
+
+def set_aside_newer(root: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which were found damaged, so that they never count as ones to keep."""
+    for number, path in _listed(root):
+        if number > step:
+            aside = root / f"damaged-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)

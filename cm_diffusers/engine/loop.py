@@ -22,6 +22,7 @@ from cm_diffusers.engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
+    set_aside_newer,
 )
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data import ImageData, Spot
@@ -143,6 +144,8 @@ class Trainer:
         checkpoint = checkpoint or load_checkpoint(self.folder / f"checkpoint-{step}")
         self._check_same_run(checkpoint.state)
         self._load(checkpoint)
+        if self.accelerator.is_main_process:
+            set_aside_newer(self.folder, self.step)
         self._cut_log(self.step)
         self._say(f"Resumed from step {self.step} of {self.run.max_train_steps}.")
         if self.config.data.streaming:

@@ -1,0 +1,276 @@
+"""Settings: flags and YAML are one thing, and every mistake is named."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cm_diffusers.engine.config import parse_config
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def parse(*argv, method="ect"):
+    return parse_config([str(a) for a in argv], [method], "a description")
+
+
+def parse_digits(*argv, method="ect"):
+    return parse("--dataset_name", "digits", *argv, method=method)
+
+
+def write_yaml(path, **values):
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+SETTINGS = {
+    "dataset_name": "digits",
+    "class_conditional": True,
+    "learning_rate": 3e-5,
+    "resolution": [8, 16],
+    "ema_half_life": [1.0, 2.5],
+    "ema_decay": [0.99],
+    "q": 4.0,
+    "pretrain_steps": 7,
+    "time_label": "angle",
+    "mixed_precision": "bf16",
+    "output_dir": "runs/a folder",
+}
+
+
+def as_flags(settings):
+    return [
+        word
+        for key, value in settings.items()
+        for word in (f"--{key}", *(value if isinstance(value, list) else [value]))
+    ]
+
+
+def test_flags_and_yaml_give_the_same_config(tmp_path):
+    from_flags = parse(*as_flags(SETTINGS))
+    from_yaml = parse("--config", write_yaml(tmp_path / "c.yaml", method="ect", **SETTINGS))
+    assert from_flags == from_yaml
+    assert {key: from_yaml.to_dict()[key] for key in SETTINGS} == SETTINGS
+
+
+def test_flags_win_over_yaml_key_by_key(tmp_path):
+    config = parse(
+        "--config", write_yaml(tmp_path / "c.yaml", **SETTINGS), "--q", 3, "--ema_decay", 0.5, "--time_label=log_sigma"
+    )
+    assert (config.options.q, config.run.ema_decay, config.model.time_label) == (3.0, [0.5], "log_sigma")
+    assert config.run.learning_rate == SETTINGS["learning_rate"] and config.options.pretrain_steps == 7
+
+
+def test_an_empty_value_in_yaml_means_the_default(tmp_path):
+    config = parse("--config", write_yaml(tmp_path / "c.yaml", dataset_name="digits", pretrain_steps=None))
+    assert config == parse_digits()
+
+
+@pytest.mark.parametrize("value", ["3e-5", "3.0e-5", "'3e-5'"])
+def test_numbers_of_yaml_need_not_have_a_dot(tmp_path, value):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"dataset_name: digits\nlearning_rate: {value}\n")
+    assert parse("--config", path).run.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, {"train_data_dir": "x", "random_flip": True}])
+def test_the_printed_yaml_parses_back_into_the_same_config(tmp_path, settings):
+    config = parse(*as_flags(settings))
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert parse("--config", tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [("learning_rat", "learning_rate"), ("lr_sheduler", "lr_scheduler"), ("pretrain_step", "pretrain_steps")],
+)
+def test_unknown_options_offer_the_nearest_name(tmp_path, wrong, right):
+    with pytest.raises(ValueError, match=f"{wrong!r}.*{right!r}"):
+        parse_digits(f"--{wrong}", 1)
+    path = write_yaml(tmp_path / "c.yaml", dataset_name="digits", **{wrong: 1})
+    with pytest.raises(ValueError, match=f"c.yaml.*{wrong!r}.*{right!r}"):
+        parse("--config", path)
+
+
+def test_abbreviated_flags_are_unknown_and_not_guessed():
+    with pytest.raises(ValueError, match="'learning_rate'"):
+        parse_digits("--learning", 1e-3)
+
+
+@pytest.mark.parametrize("name", ["q", "pretrain_steps", "huber_c", "stage_steps"])
+def test_options_of_another_method_are_refused_by_name(tmp_path, name):
+    expected = f"{name!r} is an option of ect; diffusion ignores it.*p_mean, p_std"
+    with pytest.raises(ValueError, match=expected):
+        parse_digits(f"--{name}", 2, method="diffusion")
+    path = write_yaml(tmp_path / "c.yaml", dataset_name="digits", **{name: 2})
+    with pytest.raises(ValueError, match=expected):
+        parse("--config", path, method="diffusion")
+    assert parse_digits(f"--{name}", 2).to_dict()[name] == 2  # its own method takes it
+
+
+def test_a_method_of_another_script_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'diffusion'.*trains: ect"):
+        parse_digits("--method", "diffusion")
+    with pytest.raises(ValueError, match="'diffusion'.*trains: ect"):
+        parse("--config", write_yaml(tmp_path / "c.yaml", dataset_name="digits", method="diffusion"))
+
+
+WRONG_VALUES = [
+    ("learning_rate", "-1e-3"),
+    ("learning_rate", "0"),
+    ("learning_rate", "nan"),
+    ("learning_rate", "inf"),
+    ("learning_rate", "fast"),
+    ("p_std", "0"),
+    ("p_std", "-1"),
+    ("p_std", "nan"),
+    ("p_mean", "nan"),
+    ("p_mean", "inf"),
+    ("q", "1"),
+    ("q", "0.5"),
+    ("k", "-1"),
+    ("b", "-1"),
+    ("huber_c", "-0.1"),
+    ("distance", "l3"),
+    ("weighting", "none"),
+    ("pretrain_steps", "-1"),
+    ("pretrain_steps", "1.5"),
+    ("stage_steps", "0"),
+    ("max_train_steps", "0"),
+    ("max_train_steps", "ten"),
+    ("train_batch_size", "0"),
+    ("gradient_accumulation_steps", "0"),
+    ("checkpointing_steps", "0"),
+    ("checkpoints_total_limit", "1"),
+    ("validation_steps", "-1"),
+    ("logging_steps", "0"),
+    ("lr_warmup_steps", "-1"),
+    ("lr_scheduler", "zigzag"),
+    ("optimizer", "sgdd"),
+    ("adam_beta1", "1"),
+    ("adam_beta2", "1.1"),
+    ("adam_epsilon", "-1"),
+    ("adam_weight_decay", "-0.1"),
+    ("max_grad_norm", "-1"),
+    ("max_grad_norm", "nan"),
+    ("max_skipped_steps", "-1"),
+    ("mixed_precision", "fp8"),
+    ("ema_decay", "1"),
+    ("ema_decay", "-0.1"),
+    ("ema_half_life", "0"),
+    ("ema_rampup", "1.5"),
+    ("seed", "-1"),
+    ("resolution", "1 2 3"),
+    ("resolution", "0"),
+    ("resolution", "8 -8"),
+    ("channels", "2"),
+    ("max_train_samples", "0"),
+    ("dataloader_num_workers", "-1"),
+    ("dropout", "2"),
+    ("dropout", "-0.1"),
+    ("dropout", "1"),
+    ("time_label", "sigma"),
+    ("sigma_data", "0"),
+    ("model_preset", "huge"),
+    ("class_conditional", "perhaps"),
+]
+
+
+@pytest.mark.parametrize("key, value", WRONG_VALUES)
+def test_impossible_values_and_wrong_types_are_named(tmp_path, key, value):
+    words = value.split()
+    with pytest.raises(ValueError, match=key):
+        parse_digits(f"--{key}", *words)
+    in_yaml = [yaml.safe_load(word) for word in words]
+    path = write_yaml(tmp_path / "c.yaml", dataset_name="digits", **{key: in_yaml if len(words) > 1 else in_yaml[0]})
+    with pytest.raises(ValueError, match=key):
+        parse("--config", path)
+
+
+@pytest.mark.parametrize("flags", [[], ["--dataset_name", "digits", "--train_data_dir", "x"]])
+def test_exactly_one_source_of_data_is_asked_for(flags):
+    with pytest.raises(ValueError, match="dataset_name and train_data_dir"):
+        parse(*flags)
+
+
+def test_a_list_for_a_single_value_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="c.yaml"):
+        parse("--config", write_yaml(tmp_path / "c.yaml", dataset_name="digits", learning_rate=[1e-3, 1e-4]))
+
+
+def test_a_word_without_a_flag_is_refused():
+    with pytest.raises(ValueError, match="'stray'"):
+        parse_digits("--q", 2, "stray")
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("a: [1", "not valid YAML"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("- a\n- b\n", "key: value"),
+        ("", "key: value"),
+        ("just words", "key: value"),
+        ("1: 2", "key: value"),
+        ("dataset_name: digits\nlearning_rate: {a: 1}\n", "learning_rate"),
+        (b"\xff\xfe\x00bad", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_settings_are_refused_by_name(tmp_path, content, reason):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"(?s)c.yaml.*{reason}"):
+        parse("--config", path)
+
+
+@pytest.mark.parametrize("name", [".", "missing.yaml"])
+def test_unreadable_files_are_refused_by_name(tmp_path, name):
+    with pytest.raises(ValueError, match=re.escape(f"config {tmp_path / name}: can't be read")):
+        parse("--config", tmp_path / name)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_parse_with_their_script(path):
+    method = yaml.safe_load(path.read_text())["method"]
+    script = "train_diffusion.py" if method == "diffusion" else "train_consistency.py"
+    source = (REPOSITORY / "training" / script).read_text()
+    methods = yaml.safe_load(re.search(r"^METHODS = (\[.*?\])", source, re.M | re.S)[1])
+    config = parse_config(["--config", str(path)], methods, "")
+    given = yaml.safe_load(path.read_text())
+    read = {key: config.to_dict()[key] for key in given}
+    assert read == {
+        key: [value] if isinstance(read[key], list) and not isinstance(value, list) else value
+        for key, value in given.items()
+    }
+
+
+def run_script(name, *flags):
+    command = [sys.executable, str(REPOSITORY / "training" / name), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_help_of_a_script_lists_the_options():
+    result = run_script("train_consistency.py", "--help")
+    assert result.returncode == 0
+    assert all(f"--{name}" in result.stdout for name in ("q", "dataset_name", "dropout", "learning_rate", "config"))
+
+
+def test_a_mistake_ends_a_script_with_code_2_and_a_line_rather_than_a_traceback(tmp_path):
+    result = run_script(
+        "train_diffusion.py", "--dataset_name", "digits", "--q", "2", "--output_dir", str(tmp_path / "r")
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: 'q' is an option of ect")
+    assert "Traceback" not in result.stderr and not (tmp_path / "r").exists()
+
+
+def test_a_dry_run_prints_yaml_that_parses_back_and_writes_nothing(tmp_path):
+    flags = ["--dataset_name", "digits", "--q", "4", "--output_dir", str(tmp_path / "r"), "--dry_run", "true"]
+    result = run_script("train_consistency.py", *flags)
+    assert result.returncode == 0 and not (tmp_path / "r").exists()
+    (tmp_path / "c.yaml").write_text(result.stdout)
+    assert parse("--config", tmp_path / "c.yaml") == parse(*flags)
