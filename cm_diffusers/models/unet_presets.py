@@ -11,9 +11,9 @@ from diffusers import UNet2DModel
 UNET_PRESETS: dict[str, dict] = {
     "tiny": {"channels": (16, 32), "layers": 1, "attention": (1,)},  # 0.2 M parameters: tests, 8x8 digits
     "small": {"channels": (16, 64, 128), "layers": 1, "attention": (2,)},  # 2.6 M: MNIST on a CPU
-    "base": {"channels": (64, 128, 128), "layers": 2, "attention": (1,)},  # 8 M: MNIST, Fashion-MNIST
-    "cifar10": {"channels": (128, 256, 256), "layers": 4, "attention": (1,)},  # 56 M, the size of EDM's CIFAR-10 nets
-    "imagenet64": {"channels": (192, 384, 576, 768), "layers": 3, "attention": (1, 2, 3)},  # 0.3 B, ADM's widths
+    "base": {"channels": (64, 128, 128), "layers": 2, "attention": (1,)},  # 6.9 M: MNIST, Fashion-MNIST
+    "cifar10": {"channels": (128, 256, 256), "layers": 4, "attention": (1,)},  # 45 M; EDM's CIFAR-10 nets have 56 M
+    "imagenet64": {"channels": (192, 384, 576, 768), "layers": 3, "attention": (1, 2, 3)},  # 276 M, ADM's widths
 }
 NORM_GROUPS = 8
 HEAD_DIM = 32

@@ -1,0 +1,126 @@
+"""Which part may know of which, and what must not be used anywhere."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "cm_diffusers"
+STDLIB = set(sys.stdlib_module_names)
+
+# the parts of the library that a part may import beside itself, and the packages; the standard library is free
+PARTS = {
+    "core": ((), {"torch"}),
+    "models": ((), {"torch", "numpy", "diffusers"}),
+    "schedulers": ((), {"torch", "numpy", "diffusers"}),
+    "pipelines": ((), {"torch", "numpy", "diffusers"}),
+    "objectives": (("core", "schedulers", "pipelines"), {"torch", "diffusers"}),
+}
+
+
+def sources(folder):
+    files = sorted(folder.rglob("*.py"))
+    assert files
+    return files
+
+
+def folder_of(part):
+    return ROOT / "pipelines" if part == "pipelines" else LIBRARY / part
+
+
+def imports(path):
+    """Full names of what a file imports: modules, and for `from a import b` both a.b and a."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield base
+            if node.module == "cm_diffusers":
+                yield from (f"cm_diffusers.{alias.name}" for alias in node.names)
+
+
+PART_FILES = [(part, path) for part in PARTS for path in sources(folder_of(part))]
+ALL_FILES = [path for folder in (LIBRARY, ROOT / "pipelines", ROOT / "training") for path in sources(folder)]
+
+
+def name_of(value):
+    return str(value.relative_to(ROOT)) if isinstance(value, Path) else str(value)
+
+
+@pytest.mark.parametrize("part, path", PART_FILES, ids=name_of)
+def test_a_part_imports_only_what_it_may(part, path):
+    parts, packages = PARTS[part]
+    for name in imports(path):
+        root = name.split(".")[0]
+        if name.startswith("."):
+            assert part == "pipelines" and not name.startswith(".."), f"{name}: relative"
+        elif root == "cm_diffusers":
+            imported = name.split(".")[1] if "." in name else None
+            assert imported in (part, *parts) or (imported is None and part != "core"), name
+            assert imported is not None, f"{name}: name the part"
+        else:
+            assert root in packages | STDLIB, name
+
+
+@pytest.mark.parametrize("path", [*sources(LIBRARY), *sources(ROOT / "pipelines")], ids=name_of)
+def test_the_library_imports_neither_its_scripts_nor_its_tests(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert not roots & {"training", "tests", "benchmarks", "train_consistency", "train_diffusion"}
+
+
+@pytest.mark.parametrize("path", [p for p in sources(LIBRARY) if p.parent.name != "engine"], ids=name_of)
+def test_the_engine_is_imported_by_the_engine_alone(path):
+    allowed = path.parent.name == "evaluation"
+    assert allowed or not any(name.startswith("cm_diffusers.engine") for name in imports(path))
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
+def test_nothing_is_pickled(path):
+    tree = ast.parse(path.read_text())
+    assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "cPickle", "cloudpickle", "dill", "joblib"}
+    forbidden = {("torch", "save"), ("torch", "load")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("register_for_checkpointing", "save_state", "load_state"), ast.unparse(node)
+            assert not (isinstance(node.value, ast.Name) and (node.value.id, node.attr) in forbidden), ast.unparse(
+                node
+            )
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            assert not {alias.name for alias in node.names} & {"save", "load"}
+
+
+@pytest.mark.parametrize("path", sources(LIBRARY / "objectives"), ids=name_of)
+def test_a_method_is_one_short_file_that_names_its_paper(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 150
+    if path.name not in ("__init__.py", "base.py"):
+        assert re.search(r"arXiv:\d{4}\.\d{5}", text)
+
+
+def test_the_checks_above_see_imports(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("def f():\n    import pickle, a.b\n    from cm_diffusers import engine\n    from . import x\n")
+    assert set(imports(path)) == {"pickle", "a.b", "cm_diffusers", "cm_diffusers.engine", "."}
+
+
+def test_importing_the_library_brings_in_nothing_that_only_training_needs():
+    code = (
+        "import sys, diffusers\n"
+        "from diffusers import DiffusionPipeline, UNet2DModel, EDMEulerScheduler, CMStochasticIterativeScheduler\n"
+        "from diffusers import ConsistencyModelPipeline\n"
+        "before = set(sys.modules)\n"
+        "import cm_diffusers, cm_diffusers.objectives, cm_diffusers.models\n"
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    new, loaded = (set(line.split()) for line in run.stdout.splitlines())
+    assert "cm_diffusers" in new
+    assert not new & {"accelerate", "transformers", "yaml", "tqdm", "filelock"}
+    assert not loaded & {"datasets", "matplotlib", "sklearn", "tensorboard", "wandb"}
