@@ -13,7 +13,9 @@ class LossMeter:
 
     def __init__(self, values: list | None = None):
         self.values = (
-            torch.zeros(len(NAMES), 2, dtype=torch.float64) if values is None else torch.tensor(values).double()
+            torch.zeros(len(NAMES), 2, dtype=torch.float64)
+            if values is None
+            else torch.tensor(values, dtype=torch.float64)
         )
 
     def add(self, per_sample: Tensor, sigma: Tensor) -> None:

@@ -105,6 +105,8 @@ def _from_config(args: ModelArguments, data: ImageData) -> UNet2DModel:
     path = Path(args.model_config_name_or_path)
     try:
         config = json.loads(path.read_text()) if path.is_file() else UNet2DModel.load_config(str(path))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(f"model_config_name_or_path {str(path)!r} can't be read: {error}") from None
     height, width = data.resolution

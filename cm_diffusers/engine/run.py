@@ -51,6 +51,8 @@ def train(config: Config) -> Path:
     try:
         trainer = _prepare(config, accelerator)
         resumed = trainer.resume()
+        if accelerator.is_main_process:
+            (folder / "config.yaml").write_text(trainer.config.to_yaml())
         if resumed and trainer.step >= run.max_train_steps and (folder / "pipeline" / "model_index.json").exists():
             trainer._say(f"This run is finished: {folder / 'pipeline'} holds its model.")
         else:
@@ -82,7 +84,6 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
     config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data))
     trainer = Trainer(config, objective, data, accelerator)
     if main:
-        (folder / "config.yaml").write_text(config.to_yaml())
         count = sum(p.numel() for p in start.network.parameters())
         classes = f", {data.num_classes} classes" if data.num_classes else ""
         size = f"{data.channels} x {data.resolution[0]} x {data.resolution[1]}"

@@ -1,0 +1,59 @@
+"""Short training runs on the digits, and what they leave."""
+
+import json
+from pathlib import Path
+
+from cm_diffusers.engine.checkpoint import newest_checkpoint
+from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.run import train
+
+
+DEFAULTS = {
+    "dataset_name": "digits",
+    "class_conditional": True,
+    "max_train_samples": 100,
+    "model_preset": "tiny",
+    "train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "max_train_steps": 6,
+    "checkpointing_steps": 3,
+    "validation_steps": 0,
+    "logging_steps": 1,
+}
+ECT = {"pretrain_steps": 2, "stage_steps": 2}  # so that they don't move with max_train_steps
+
+
+def flags(folder, method="ect", **settings):
+    """The command line of a short run; None takes a default away."""
+    values = {**DEFAULTS, **(ECT if method == "ect" else {}), **settings, "output_dir": folder}
+    words = [
+        [f"--{key}", *(value if isinstance(value, list) else [value])]
+        for key, value in values.items()
+        if value is not None
+    ]
+    return [str(word) for part in words for word in part]
+
+
+def run(folder, method="ect", **settings):
+    """Train in this process; gives the folder of the run."""
+    train(parse_config(flags(folder, method, **settings), [method], ""))
+    return Path(folder)
+
+
+def read_log(folder):
+    """The lines of the log without the wall-clock times."""
+    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+
+
+def tensors(folder):
+    """All tensors of the newest checkpoint by (group, name)."""
+    checkpoint, faults = newest_checkpoint(Path(folder))
+    assert faults == []
+    return {(group, key): value for group, values in checkpoint.tensors.items() for key, value in values.items()}
+
+
+def differences(a, b):
+    """Names of tensors that are not bit for bit the same in the newest checkpoints of two run folders."""
+    a, b = tensors(a), tensors(b)
+    return sorted(a.keys() ^ b.keys()) + [key for key in a.keys() & b.keys() if not a[key].equal(b[key])]
