@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+from cm_diffusers.core import draws
 from cm_diffusers.core.draws import Draws, derive_seed, permutation
 
 
@@ -17,10 +18,10 @@ def test_a_row_does_not_depend_on_how_the_batch_is_split():
 
 
 def test_the_same_key_gives_the_same_numbers():
-    draws = Draws(7, 3, range(4))
-    first = draws.normal("noise", (5,))
-    draws.uniform("other", (5,))
-    assert torch.equal(draws.normal("noise", (5,)), first)
+    numbers = Draws(7, 3, range(4))
+    first = numbers.normal("noise", (5,))
+    numbers.uniform("other", (5,))
+    assert torch.equal(numbers.normal("noise", (5,)), first)
     assert torch.equal(Draws(7, 3, range(4)).normal("noise", (5,)), first)
 
 
@@ -51,15 +52,15 @@ def test_moments():
 
 def test_drawing_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
-    draws = Draws(0, 0, range(4))
-    draws.normal("a", (3,)), draws.uniform("a", (3,)), permutation(10, 1)
-    with draws.dropout():
+    numbers = Draws(0, 0, range(4))
+    numbers.normal("a", (3,)), numbers.uniform("a", (3,)), permutation(10, 1)
+    with numbers.dropout():
         torch.rand(3)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def dropout_mask(draws):
-    with draws.dropout():
+def dropout_mask(numbers):
+    with numbers.dropout():
         return torch.nn.functional.dropout(torch.ones(1000), 0.5) == 0
 
 
@@ -100,7 +101,7 @@ def test_seeds_are_of_64_bits_and_depend_on_every_part():
 
 
 def test_seeds_do_not_depend_on_the_process():
-    code = "from cm_diffusers.core.draws import derive_seed; print(derive_seed(0, 'noise', 5, 3))"
+    code = f"import runpy; print(runpy.run_path({draws.__file__!r})['derive_seed'](0, 'noise', 5, 3))"
     run = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True
     )
