@@ -1,0 +1,181 @@
+"""The scripts, started as a user starts them, from training to images."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ConsistencyModelPipeline
+from PIL import Image
+from training_runs import flags, read_log
+
+from cm_diffusers import ConsistencyPipeline
+from cm_diffusers.engine.models import load_pipeline
+
+
+TRAINING = Path(__file__).parents[2] / "training"
+
+
+def launch(name, *words):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(TRAINING / name), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def consistency_model(tmp_path_factory):
+    """A class-conditional model from a launched run, and what the run printed."""
+    folder = tmp_path_factory.mktemp("runs") / "ect"
+    result = launch("train_consistency.py", *flags(folder, max_train_steps=8, validation_steps=8))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder, result.stdout
+
+
+@pytest.fixture(scope="module")
+def diffusion_model(tmp_path_factory):
+    """An unconditional diffusion model from a launched run."""
+    folder = tmp_path_factory.mktemp("runs") / "diffusion"
+    words = flags(folder, "diffusion", max_train_steps=4, class_conditional=False, p_mean=-1)
+    result = launch("train_diffusion.py", *words)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sample(model, folder, *words):
+    """Run sample.py in this process; gives the pixels of the images by name."""
+    script = load_script("sample")
+    paths = ["--pretrained_model_name_or_path", str(model), "--output_dir", str(folder), "--device", "cpu"]
+    script.sample(script.parse_args([*paths, *map(str, words)]))
+    return {path.name: np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())}
+
+
+def test_a_launched_consistency_run_leaves_a_model_a_log_and_pictures(consistency_model):
+    folder, printed = consistency_model
+    assert [row["step"] for row in read_log(folder)] == list(range(1, 9))
+    assert all(row["loss"] > 0 and row["lr"] == 1e-3 for row in read_log(folder))
+    assert "sigma_data: 0.8" in printed and "10 classes" in printed and str(folder / "pipeline") in printed
+    assert Image.open(folder / "samples" / "step-0000008.png").width > 300
+    assert Image.open(folder / "losses.png").format == "PNG"
+
+
+def test_a_launched_diffusion_run_leaves_a_model_that_samples(diffusion_model):
+    assert len(read_log(diffusion_model)) == 4
+    pipeline = load_pipeline(str(diffusion_model / "pipeline"))
+    images = pipeline(batch_size=2, num_inference_steps=3, output_type="np").images
+    assert type(pipeline).__name__ == "DenoisingPipeline" and images.shape == (2, 8, 8, 1) and images.std() > 0
+
+
+CLEAN = """
+import sys
+import numpy, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+images = [
+    pipeline(batch_size=4, class_labels=[0, 3, 3, 9], num_inference_steps=n, output_type="np",
+             generator=torch.Generator().manual_seed(1)).images
+    for n in (1, 2)
+]
+assert "cm_diffusers" not in sys.modules
+numpy.save(sys.argv[2], images)
+"""
+
+
+def test_the_exported_model_gives_the_same_images_with_nothing_but_diffusers(consistency_model, tmp_path):
+    model = consistency_model[0] / "pipeline"
+    index = json.loads((model / "model_index.json").read_text())
+    assert index["_class_name"] == ConsistencyModelPipeline.__name__
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", CLEAN, str(model), str(tmp_path / "images.npy")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    stock = np.load(tmp_path / "images.npy")
+
+    pipeline = load_pipeline(str(model))
+    assert type(pipeline) is ConsistencyPipeline
+    for n, images in zip((1, 2), stock):
+        generator = torch.Generator().manual_seed(1)
+        ours = pipeline(class_labels=[0, 3, 3, 9], num_inference_steps=n, generator=generator, output_type="np").images
+        assert images.std() > 0 and np.array_equal(ours, images)
+    assert not np.array_equal(stock[0], stock[1])
+
+
+def test_sample_makes_a_file_per_image_and_a_grid(consistency_model, tmp_path):
+    images = sample(consistency_model[0] / "pipeline", tmp_path, "--num_samples", 12, "--num_inference_steps", 2)
+    assert list(images) == [f"{i:06d}.png" for i in range(12)]
+    assert all(image.shape == (8, 8) and image.dtype == np.uint8 for image in images.values())
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (2 * 34, 10 * 34, 3)
+    assert np.array_equal(grid[:32:4, :32:4, 0], images["000000.png"])
+
+
+def test_images_depend_on_their_seed_alone(consistency_model, tmp_path):
+    model, words = consistency_model[0] / "pipeline", ["--num_inference_steps", 2]
+    images = sample(model, tmp_path / "a", "--num_samples", 7, *words)
+    in_parts = sample(model, tmp_path / "b", "--num_samples", 7, "--batch_size", 3, *words)
+    assert all(np.abs(images[name].astype(int) - in_parts[name]).max() <= 1 for name in images)
+    later = sample(model, tmp_path / "c", "--num_samples", 2, "--seed", 5, *words)
+    assert all(np.abs(later[f"{i:06d}.png"].astype(int) - images[f"{5 + i:06d}.png"]).max() <= 1 for i in range(2))
+    assert not np.array_equal(images["000000.png"], images["000001.png"])
+
+
+def test_sample_takes_noise_levels_and_labels(consistency_model, tmp_path):
+    model = consistency_model[0] / "pipeline"
+    labelled = sample(model, tmp_path / "a", "--num_samples", 4, "--sigmas", 80, 0.8, "--class_labels", 3)
+    pipeline = load_pipeline(str(model))
+    for i, image in enumerate(labelled.values()):
+        generator = [torch.Generator().manual_seed(i)]
+        (expected,) = pipeline(class_labels=[3], sigmas=[80, 0.8], generator=generator, output_type="np").images
+        assert np.abs(image - expected[..., 0] * 255).max() <= 0.51
+    other = sample(model, tmp_path / "b", "--num_samples", 4, "--sigmas", 80, 2.0, "--class_labels", 3)
+    assert any(not np.array_equal(labelled[name], other[name]) for name in other)
+
+
+def test_sample_reads_diffusion_models_too(diffusion_model, tmp_path):
+    model = diffusion_model / "pipeline"
+    heun = sample(model, tmp_path / "a", "--num_samples", 2, "--num_inference_steps", 3)
+    euler = sample(model, tmp_path / "b", "--num_samples", 2, "--num_inference_steps", 3, "--solver", "euler")
+    assert len(heun) == 2 and any(not np.array_equal(heun[name], euler[name]) for name in heun)
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--class_labels", 10], "class_labels"),
+        (["--class_labels", -1], "class_labels"),
+        (["--num_samples", 0], "num_samples"),
+        (["--batch_size", 0], "batch_size"),
+        (["--num_inference_steps", 0], "num_inference_steps"),
+        (["--sigmas", 0.8, 80], "sigmas"),
+        (["--sigmas", 80, 0.8, "--num_inference_steps", 2], "sigmas"),
+        (["--solver", "heun"], "solver is not an option of a ConsistencyPipeline"),
+    ],
+)
+def test_sample_refuses_what_can_not_be_done(consistency_model, tmp_path, words, reason):
+    with pytest.raises(ValueError, match=reason):
+        sample(consistency_model[0] / "pipeline", tmp_path, *words)
+
+
+def test_noise_levels_are_no_option_of_a_diffusion_model(diffusion_model, tmp_path):
+    with pytest.raises(ValueError, match="sigmas is not an option of a DenoisingPipeline"):
+        sample(diffusion_model / "pipeline", tmp_path, "--sigmas", 80, 1)
+
+
+def test_a_missing_model_ends_the_script_with_code_2_and_a_message(tmp_path):
+    words = ["--pretrained_model_name_or_path", str(tmp_path / "missing"), "--output_dir", str(tmp_path / "images")]
+    command = [sys.executable, str(TRAINING / "sample.py"), *words]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ") and "missing" in result.stderr
+    assert not (tmp_path / "images").exists()
