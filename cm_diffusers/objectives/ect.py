@@ -42,7 +42,9 @@ class ECTOptions:
     distance: str = option("pseudo_huber", "Distance of estimate and target.", choices=["pseudo_huber", "l2"])
     huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.")
     weighting: str = option(
-        "inverse_gap", "Weight of a sample: 1 / (t - r), or EDM's.", choices=["inverse_gap", "edm"]
+        "inverse_gap",
+        "Weight of a sample: 1 / (t - r), or EDM's 1 / c_out^2 (its root for pseudo_huber, which is a norm).",
+        choices=["inverse_gap", "edm"],
     )
 
     def __post_init__(self) -> None:
@@ -98,7 +100,10 @@ class ECT(Objective):
         return l2(a, b) if self.options.distance == "l2" else pseudo_huber(a, b, self.options.huber_c)
 
     def _weight(self, t: Tensor, gap: Tensor) -> Tensor:
-        return edm_weight(t, self.spec.sigma_data) if self.options.weighting == "edm" else inverse_gap(gap)
+        if self.options.weighting == "inverse_gap":
+            return inverse_gap(gap)
+        weight = edm_weight(t, self.spec.sigma_data)  # of a squared distance; a norm takes its root
+        return weight if self.options.distance == "l2" else weight.sqrt()
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         """Stock classes wherever they can express the model, so that it loads with nothing but diffusers.
