@@ -88,4 +88,4 @@ class CD(Objective):
         torch._foreach_lerp_(list(self.target.parameters()), list(self.network.parameters()), 1 - self.options.mu)
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        return consistency_pipeline(network, self.spec, self.sigma_min)
+        return consistency_pipeline(network, self.spec, self.sigma_min, self.options.num_scales)

@@ -9,6 +9,8 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
@@ -85,8 +87,8 @@ class CT(Objective):
         mu = ct_target_decay(self.scales(step), self.options.s0, self.options.mu0)
         torch._foreach_lerp_(list(self.target.parameters()), list(self.network.parameters()), 1 - mu)
 
-    def pipeline(self, network):
-        return consistency_pipeline(network, self.spec, self.sigma_min)
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        return consistency_pipeline(network, self.spec, self.sigma_min, self.options.s1 + 1)
 
     def describe(self, step: int) -> dict[str, float]:
         return {"scales": self.scales(step)}

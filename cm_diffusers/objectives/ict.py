@@ -70,7 +70,7 @@ class ICT(Objective):
         return Loss.mean(inverse_gap(gap) * pseudo_huber(estimate, target, c), t)
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        return consistency_pipeline(network, self.spec, self.sigma_min)
+        return consistency_pipeline(network, self.spec, self.sigma_min, self.options.s1 + 1)
 
     def describe(self, step: int) -> dict[str, float]:
         return {"scales": self.scales(step)}
