@@ -1,10 +1,10 @@
 """Presets over diffusers' `UNet2DModel`, so that what is trained loads with nothing but diffusers."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.embeddings import TimestepEmbedding
 
 
 # channels by level, residual blocks per level, levels with attention (0 is the full resolution)
@@ -71,13 +71,17 @@ def check_halvings(sample_size: Sequence[int], levels: int, what: str) -> None:
         )
 
 
-def keep_time_embedding_in_float32(unet: UNet2DModel) -> None:
-    """Run the time embedding outside autocast: in bfloat16 neighbouring noise levels become one."""
-    forward = unet.time_embedding.forward
+class _Float32TimestepEmbedding(TimestepEmbedding):
+    """A time embedding that runs outside autocast."""
 
-    @functools.wraps(forward)
-    def forward_in_float32(sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         with torch.autocast(sample.device.type, enabled=False):
-            return forward(sample, *args, **kwargs)
+            return super().forward(sample, condition)
 
-    unet.time_embedding.forward = forward_in_float32
+
+def keep_time_embedding_in_float32(unet: UNet2DModel) -> None:
+    """Run the time embedding outside autocast: in bfloat16 neighbouring noise levels become one.
+
+    The module changes its class and not its `forward`, so that a copy of the network has an embedding of its own.
+    """
+    unet.time_embedding.__class__ = _Float32TimestepEmbedding

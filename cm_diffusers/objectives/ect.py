@@ -46,7 +46,9 @@ class ECTOptions:
     distance: str = option("pseudo_huber", "Distance of estimate and target.", choices=DISTANCES)
     huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.")
     weighting: str = option(
-        "inverse_gap", "Weight of a sample: 1 / (t - r), or EDM's.", choices=["inverse_gap", "edm"]
+        "inverse_gap",
+        "Weight of a sample: 1 / (t - r), or EDM's 1 / c_out^2 (its root for pseudo_huber, which is a norm).",
+        choices=["inverse_gap", "edm"],
     )
 
     def __post_init__(self) -> None:
@@ -120,7 +122,10 @@ class ECT(Objective):
         return VE().add_noise(x0, noise, r)
 
     def _weight(self, t: Tensor, gap: Tensor) -> Tensor:
-        return edm_weight(t, self.spec.sigma_data) if self.options.weighting == "edm" else inverse_gap(gap)
+        if self.options.weighting == "inverse_gap":
+            return inverse_gap(gap)
+        weight = edm_weight(t, self.spec.sigma_data)  # of a squared distance; a norm takes its root
+        return weight if self.options.distance == "l2" else weight.sqrt()
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         """The grid has a middle, where the second of two steps starts, and it lies at 1.6 sigma_data: at 0.8 for data of

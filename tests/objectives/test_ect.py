@@ -166,6 +166,16 @@ def test_stage_minus_1_with_l2_and_edms_settings_is_diffusion_bit_for_bit(tiny_u
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("distance, power", [("l2", 1), ("pseudo_huber", 0.5)])
+def test_edms_weight_is_that_of_a_squared_distance_and_its_root_that_of_a_norm(distance, power):
+    network, batch = SmallNetwork().double(), small_batch()
+    (plain, draws), (weighted, _) = (at_stage(network, 1, distance=distance, weighting=w) for w in ("inverse_gap", "edm"))
+    ours, theirs = (objective.loss(batch, draws) for objective in (weighted, plain))
+    sigma = ours.sigma
+    ratio = ((sigma**2 + 0.25) / (0.5 * sigma) ** 2) ** power * ect_gap(sigma, 1)
+    torch.testing.assert_close(ours.per_sample / theirs.per_sample, ratio, rtol=1e-5, atol=0, check_dtype=False)
+
+
 def test_stage_minus_1_is_denoising_with_the_root_of_the_squared_error():
     network, batch = SmallNetwork().double(), small_batch()
     objective, draws = at_stage(network, -1)
