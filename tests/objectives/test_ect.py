@@ -169,7 +169,8 @@ def test_stage_minus_1_with_l2_and_edms_settings_is_diffusion_bit_for_bit(tiny_u
 @pytest.mark.parametrize("distance, power", [("l2", 1), ("pseudo_huber", 0.5)])
 def test_edms_weight_is_that_of_a_squared_distance_and_its_root_that_of_a_norm(distance, power):
     network, batch = SmallNetwork().double(), small_batch()
-    (plain, draws), (weighted, _) = (at_stage(network, 1, distance=distance, weighting=w) for w in ("inverse_gap", "edm"))
+    plain, draws = at_stage(network, 1, distance=distance)
+    weighted, _ = at_stage(network, 1, distance=distance, weighting="edm")
     ours, theirs = (objective.loss(batch, draws) for objective in (weighted, plain))
     sigma = ours.sigma
     ratio = ((sigma**2 + 0.25) / (0.5 * sigma) ** 2) ** power * ect_gap(sigma, 1)
