@@ -128,8 +128,8 @@ class ECT(Objective):
         return weight if self.options.distance == "l2" else weight.sqrt()
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        """The grid has a middle, where the second of two steps starts, and it lies at 1.6 sigma_data: at 0.8 for data of
-        scale 0.5, where the paper samples CIFAR-10 (0.821)."""
+        """The grid has a middle, where the second of two steps starts; it lies at 1.6 sigma_data, so at 0.8 for data
+        of scale 0.5, near where the paper samples CIFAR-10 (0.821)."""
         rho = math.log2(self.spec.sigma_max / (1.6 * self.spec.sigma_data))
         return consistency_pipeline(network, self.spec, self.sigma_min, 41, rho)
 

@@ -27,7 +27,16 @@ def test_ct_slows_its_target(scales, mu):
 
 @pytest.mark.parametrize(
     "step, scales",
-    [(0, 11), (49_999, 11), (50_000, 21), (100_000, 41), (200_000, 161), (349_999, 641), (350_000, 1281), (400_000, 1281)],
+    [
+        (0, 11),
+        (49_999, 11),
+        (50_000, 21),
+        (100_000, 41),
+        (200_000, 161),
+        (349_999, 641),
+        (350_000, 1281),
+        (400_000, 1281),
+    ],
 )
 def test_ict_doubles_its_grid(step, scales):
     assert ict_scales(step, 400_000, s0=10, s1=1280) == scales
@@ -42,7 +51,9 @@ def test_ict_draws_and_weighs_its_bins():
     sigmas = karras_sigmas(11).flip(0)
     law = lognormal_bins(sigmas, -1.1, 2.0)
     expected = [0.06263299, 0.18173698, 0.24550142, 0.21349445, 0.14244606, 0.08060462, 0.04107991, 0.01958009]
-    torch.testing.assert_close(law, torch.tensor([*expected, 0.00894387, 0.00397961]).double(), rtol=0, atol=6e-9)
+    torch.testing.assert_close(
+        law, torch.tensor([*expected, 0.00894387, 0.00397961], dtype=torch.float64), rtol=0, atol=6e-9
+    )
     weights = [67.9313065, 14.6270577, 4.28823664, 1.54527588, 0.645243694, 0.300866919, 0.152843769, 0.0831478744]
     expected = torch.tensor([*weights, 0.0478345484, 0.0288298545], dtype=torch.float64)
     torch.testing.assert_close(inverse_gap(sigmas.diff()), expected, rtol=2e-9, atol=0)

