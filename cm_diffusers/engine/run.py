@@ -66,6 +66,8 @@ def train(config: Config) -> Path:
                 export(trainer.exported(), folder / "pipeline")
                 _say_what_next(folder)
         accelerator.wait_for_everyone()
+        trainer = None  # the distributed wrapper goes before its process group: the other way round gloo can deadlock
+        accelerator.free_memory()
         accelerator.end_training()
     finally:
         if lock is not None:
