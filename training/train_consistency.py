@@ -10,7 +10,7 @@ The same command resumes a run that was stopped.
 from cm_diffusers.engine.run import main
 
 
-METHODS = ["ect"]
+METHODS = ["ect", "ct", "ict", "cd", "ecd"]
 
 if __name__ == "__main__":
     main(None, METHODS, __doc__)

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cm_diffusers.core.interpolants import append_dims
+from cm_diffusers.core.interpolants import Interpolant, append_dims
 from cm_diffusers.core.time_labels import TIME_LABELS
+
+
+PREDICTION_TYPES = ("sample", "epsilon", "v_prediction", "flow_prediction", "trigflow")
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,3 +47,46 @@ class EDMDenoiser:
         label = TIME_LABELS[self.time_label].from_sigma(sigma, self.sigma_data)
         output = self.network(c_in * x, label, class_labels=class_labels).sample
         return c_skip * x + c_out * output.to(x.dtype)
+
+
+def to_denoised(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor, interpolant: Interpolant) -> Tensor:
+    """The estimate of the clean data from a network's output, for a process other than EDM's.
+
+    Args:
+        prediction_type: what the network predicts: "sample" (x0), "epsilon" (the noise), "v_prediction"
+            (alpha noise - std x0, for alpha^2 + std^2 = 1), "flow_prediction" (noise - x0, for alpha + std = 1), or
+            "trigflow" (the velocity over sigma_data: x0 = cos(t) x - sin(t) sigma_data F).
+        output: the network's output (B, ...).
+        x: the noisy sample (B, ...) in the interpolant's own scale.
+        sigma: its noise-to-signal ratio (B,); finite for "epsilon", which says nothing of x0 where x is pure noise.
+        interpolant: the forward process.
+
+    Raises:
+        ValueError: unknown prediction type.
+    """
+    alpha, std = append_dims(interpolant.alpha(sigma), x), append_dims(interpolant.std(sigma), x)
+    if prediction_type == "sample":
+        return output
+    if prediction_type == "epsilon":
+        return (x - std * output) / alpha
+    if prediction_type in ("v_prediction", "trigflow"):  # TrigFlow's std is sin(t) sigma_data
+        return alpha * x - std * output
+    if prediction_type == "flow_prediction":
+        return x - std * output
+    raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}.")
+
+
+def from_denoised(
+    prediction_type: str, denoised: Tensor, x: Tensor, sigma: Tensor, interpolant: Interpolant
+) -> Tensor:
+    """What a network must put out to mean `denoised`: the inverse of `to_denoised`, for sigma > 0."""
+    alpha, std = append_dims(interpolant.alpha(sigma), x), append_dims(interpolant.std(sigma), x)
+    if prediction_type == "sample":
+        return denoised
+    if prediction_type == "epsilon":
+        return (x - alpha * denoised) / std
+    if prediction_type in ("v_prediction", "trigflow"):
+        return (alpha * x - denoised) / std
+    if prediction_type == "flow_prediction":
+        return (x - denoised) / std
+    raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}.")

@@ -1,11 +1,14 @@
 """Gaussian interpolants x_t = alpha(t) x0 + std(t) noise, indexed by sigma = std / alpha.
 
 Every Gaussian forward process is the same process up to a change of time and a rescaling, so the library speaks one
-coordinate: the noise-to-signal ratio sigma, which is EDM's noise level (Karras et al. 2022, arXiv:2206.00364).
+coordinate: the noise-to-signal ratio sigma, which is EDM's noise level (Karras et al. 2022, arXiv:2206.00364). It is
+infinite where a process reaches pure noise: flow time 1, angle pi/2, zero terminal SNR.
 """
 
+import math
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 
@@ -62,3 +65,71 @@ class VE(Interpolant):
 
     def sigma(self, time: Tensor) -> Tensor:
         return time
+
+
+class TrigFlow(Interpolant):
+    """x = cos(t) x0 + sin(t) sigma_data noise, t in [0, pi/2] (Lu & Song 2024, arXiv:2410.11081, section 3)."""
+
+    def __init__(self, sigma_data: float):
+        self.sigma_data = sigma_data
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        return 1 / (1 + (sigma / self.sigma_data) ** 2).sqrt()
+
+    def std(self, sigma: Tensor) -> Tensor:
+        return self.sigma_data / (1 + (self.sigma_data / sigma) ** 2).sqrt()
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return (sigma / self.sigma_data).atan()
+
+    def sigma(self, time: Tensor) -> Tensor:
+        return torch.where(time >= math.pi / 2, math.inf, time.tan() * self.sigma_data)
+
+
+class LinearFlow(Interpolant):
+    """x = (1 - t) x0 + t noise, t in [0, 1]: rectified flow, flow matching (Lipman et al. 2022, arXiv:2210.02747)."""
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        return 1 / (1 + sigma)
+
+    def std(self, sigma: Tensor) -> Tensor:
+        return 1 / (1 + 1 / sigma)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return self.std(sigma)
+
+    def sigma(self, time: Tensor) -> Tensor:
+        return time / (1 - time)
+
+
+class VP(Interpolant):
+    """x = sqrt(abar) x0 + sqrt(1 - abar) noise: DDPM (Ho et al. 2020, arXiv:2006.11239).
+
+    Args:
+        alphas_cumprod: abar at the integer times 0, 1, ..., N - 1, falling; the last may be 0 (zero terminal SNR).
+            Between integers the angle atan(sigma) is interpolated.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor):
+        abar = alphas_cumprod.double()
+        if abar.ndim != 1 or len(abar) < 2 or (abar.diff() >= 0).any() or abar[0] > 1 or abar[-1] < 0:
+            raise ValueError("alphas_cumprod must fall strictly from at most 1 to at least 0.")
+        self.angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        return 1 / (1 + sigma**2).sqrt()
+
+    def std(self, sigma: Tensor) -> Tensor:
+        return 1 / (1 + 1 / sigma**2).sqrt()
+
+    def time(self, sigma: Tensor) -> Tensor:
+        angles, angle = self.angles.to(sigma.device), sigma.double().atan()
+        left = (torch.searchsorted(angles, angle, right=True) - 1).clamp(0, len(angles) - 2)
+        share = (angle - angles[left]) / (angles[left + 1] - angles[left])
+        return (left + share).clamp(0, len(angles) - 1).to(sigma.dtype)
+
+    def sigma(self, time: Tensor) -> Tensor:
+        angles, last = self.angles.to(time.device), len(self.angles) - 1
+        left = time.double().floor().clamp(0, last - 1).long()
+        angle = angles[left] + (time.double() - left) * (angles[left + 1] - angles[left])
+        return torch.where(angle >= math.pi / 2, math.inf, angle.tan()).to(time.dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from cm_diffusers.core.interpolants import append_dims
@@ -21,7 +22,9 @@ def euler_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) 
 
 
 def heun_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """One second-order step (Karras et al. 2022, algorithm 1); sigma_next > 0, since the slope there is needed."""
+    """One second-order step (Karras et al. 2022, algorithm 1); Euler's where sigma_next is 0, which has no slope."""
     slope = ode_slope(denoise, x, sigma)
     step = append_dims(sigma_next - sigma, x)
-    return x + step * (slope + ode_slope(denoise, x + step * slope, sigma_next)) / 2
+    slope_next = ode_slope(denoise, x + step * slope, sigma_next)
+    slope_next = torch.where(append_dims(sigma_next > 0, x), slope_next, slope)
+    return x + step * (slope + slope_next) / 2

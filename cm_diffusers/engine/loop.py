@@ -70,8 +70,9 @@ class Trainer:
             run.train_batch_size, run.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
         )
         network = objective.network.to(accelerator.device)
-        for module in objective.auxiliary.values():
-            module.to(accelerator.device)
+        teacher = [objective.teacher.network] if objective.teacher is not None else []
+        for module in (*objective.auxiliary.values(), *teacher):
+            accelerator.prepare_model(module, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(network, run))
         objective.model = accelerator.prepare_model(torch.compile(network) if run.compile else network)
         objective.model.train()
@@ -242,7 +243,7 @@ class Trainer:
         self.step += 1
         if not trouble:
             images_seen = self.step * self.spot.global_batch
-            self.objective.after_step(images_seen, self.spot.global_batch)
+            self.objective.after_step(self.step - 1)
             self.ema.update(images_seen, self.spot.global_batch)
         return norm.item(), stop
 

@@ -1,5 +1,6 @@
 """From settings to a network: a preset, a config file, or a saved model of the library."""
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffusers import (
 )
 from torch import nn
 
+from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.data import ImageData
@@ -58,36 +60,69 @@ class Start:
     pretrained: bool
 
 
-def _conflict(name: str, asked: object, found: object) -> None:
-    if asked is not None and asked != found:
-        raise ValueError(f"{name} {asked!r} differs from {found!r} of the pretrained model; leave the option out.")
-
-
-def _from_pretrained(args: ModelArguments, data: ImageData) -> Start:
-    pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision)
+def _spec_of(pipeline: ConsistencyPipeline | DenoisingPipeline, args: ModelArguments, role: str) -> ModelSpec:
+    """The parameterisation of a saved model. Raises ValueError where the settings say otherwise."""
     scheduler = pipeline.scheduler
     assert isinstance(scheduler, (EDMEulerScheduler, CMStochasticIterativeScheduler, MultistepConsistencyScheduler))
     holder = pipeline.config if isinstance(pipeline, DenoisingPipeline) else scheduler.config
     levels = {name: scheduler.config[name] for name in ("sigma_data", "sigma_max")}
     spec = ModelSpec(time_label=holder.get("time_label", "log_sigma"), **levels)
-    _conflict("time_label", args.time_label, spec.time_label)
-    _conflict("sigma_data", args.sigma_data, spec.sigma_data)
+    for name in ("time_label", "sigma_data"):
+        asked, found = getattr(args, name), getattr(spec, name)
+        if asked is not None and asked != found:
+            raise ValueError(f"{name} {asked!r} differs from {found!r} of the {role}; leave the option out.")
+    return spec
+
+
+def _check_fit(pipeline: ConsistencyPipeline | DenoisingPipeline, data: ImageData, role: str) -> None:
+    """Raise ValueError unless the model makes images like those of the dataset."""
     channels, height, width = pipeline.sample_shape
     if (channels, height, width) != (data.channels, *data.resolution):
         raise ValueError(
-            f"the pretrained model makes images of {channels} x {height} x {width},"
+            f"the {role} makes images of {channels} x {height} x {width},"
             f" the dataset gives {data.channels} x {data.resolution[0]} x {data.resolution[1]}: set --resolution."
         )
     classes = pipeline.num_classes
     if (classes is None) != (data.num_classes is None):
         kind = "unconditional" if classes is None else f"conditional on {classes} classes"
-        raise ValueError(f"the pretrained model is {kind}; set --class_conditional accordingly.")
+        raise ValueError(f"the {role} is {kind}; set --class_conditional accordingly.")
     if classes is not None and data.num_classes > classes:
-        raise ValueError(f"the dataset has {data.num_classes} classes, the pretrained model {classes}.")
-    for module in pipeline.unet.modules():
+        raise ValueError(f"the dataset has {data.num_classes} classes, the {role} {classes}.")
+
+
+def _set_dropout(network: nn.Module, dropout: float) -> None:
+    for module in network.modules():
         if isinstance(module, nn.Dropout):
-            module.p = args.dropout
-    pipeline.unet.register_to_config(dropout=args.dropout)
+            module.p = dropout
+    network.register_to_config(dropout=dropout)
+
+
+def load_teacher(name_or_path: str, args: ModelArguments, data: ImageData) -> EDMDenoiser:
+    """The denoiser of a diffusion model, frozen.
+
+    Raises:
+        ValueError: no such model, not a diffusion model, or one that does not fit the settings or the data.
+    """
+    pipeline = load_pipeline(name_or_path)
+    if not isinstance(pipeline, DenoisingPipeline):
+        raise ValueError(f"the teacher must be a diffusion model; {name_or_path!r} is a consistency model.")
+    spec = _spec_of(pipeline, args, "teacher")
+    _check_fit(pipeline, data, "teacher")
+    network = pipeline.unet.float().eval().requires_grad_(False)
+    return EDMDenoiser(network, spec.sigma_data, time_label=spec.time_label)
+
+
+def _from_teacher(teacher: EDMDenoiser, args: ModelArguments) -> Start:
+    network = copy.deepcopy(teacher.network).requires_grad_(True)
+    _set_dropout(network, args.dropout)
+    return Start(network, ModelSpec(teacher.sigma_data, teacher.time_label), pretrained=True)
+
+
+def _from_pretrained(args: ModelArguments, data: ImageData) -> Start:
+    pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision)
+    spec = _spec_of(pipeline, args, "pretrained model")
+    _check_fit(pipeline, data, "pretrained model")
+    _set_dropout(pipeline.unet, args.dropout)
     return Start(pipeline.unet.float(), spec, pretrained=True)
 
 
@@ -116,14 +151,20 @@ def _from_config(args: ModelArguments, data: ImageData) -> UNet2DModel:
     return UNet2DModel.from_config(config, **shape, dropout=args.dropout)
 
 
-def build_start(args: ModelArguments, data: ImageData, seed: int) -> Start:
-    """The network to train, with its parameterisation.
+def build_start(args: ModelArguments, data: ImageData, seed: int, teacher: EDMDenoiser | None = None) -> Start:
+    """The network to train, with its parameterisation: a saved one, else the teacher's, else a new one.
 
     Raises:
         ValueError: no such model or config, or one that does not fit the data.
     """
-    from_model = args.pretrained_model_name_or_path is not None
-    start = _from_pretrained(args, data) if from_model else _from_scratch(args, data, seed)
+    if args.pretrained_model_name_or_path is not None:
+        start = _from_pretrained(args, data)
+    elif teacher is not None:
+        start = _from_teacher(teacher, args)
+    else:
+        start = _from_scratch(args, data, seed)
+    if teacher is not None and teacher.sigma_data != start.spec.sigma_data:
+        raise ValueError(f"sigma_data is {start.spec.sigma_data}, that of the teacher {teacher.sigma_data}.")
     keep_time_embedding_in_float32(start.network)
     if args.gradient_checkpointing:
         start.network.enable_gradient_checkpointing()

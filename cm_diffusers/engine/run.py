@@ -18,7 +18,7 @@ from cm_diffusers.engine.checkpoint import fsync_folder
 from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.loop import Trainer
-from cm_diffusers.engine.models import build_start
+from cm_diffusers.engine.models import build_start, load_teacher
 from cm_diffusers.objectives import OBJECTIVES
 
 
@@ -79,9 +79,11 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
     main, folder = accelerator.is_main_process, Path(config.run.output_dir)
     with accelerator.main_process_first():
         data = ImageData(config.data, config.model.class_conditional, folder / "images_checked", show_progress=main)
-    start = build_start(config.model, data, config.run.seed)
+    teacher_name = getattr(config.options, "pretrained_teacher_model", None)
+    teacher = load_teacher(teacher_name, config.model, data) if teacher_name else None
+    start = build_start(config.model, data, config.run.seed, teacher)
     objective = OBJECTIVES[config.method](
-        start.network, start.spec, config.options, config.run.max_train_steps, start.pretrained
+        start.network, start.spec, config.options, config.run.max_train_steps, start.pretrained, teacher
     )
     config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data))
     trainer = Trainer(config, objective, data, accelerator)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.draws import Draws
 
 
@@ -47,6 +48,20 @@ class ModelSpec:
     sigma_max: float = 80.0
 
 
+@dataclass(frozen=True)
+class Facts:
+    """A row of the README's table of methods."""
+
+    what: str
+    teacher: str
+    target: str
+    times: str
+    distance: str
+    weight: str
+    paper: str
+    jvp: str = "no"
+
+
 class Objective(ABC):
     """A method. It knows nothing of Accelerate, datasets, files or the Hub; the engine drives it.
 
@@ -56,18 +71,35 @@ class Objective(ABC):
         options: the method's own settings, an instance of its `Options`.
         total_steps: length of the run, for curricula that are given as shares of it.
         pretrained: whether `network` is a trained model already.
+        teacher: the denoiser that is distilled, for methods that have one.
 
-    A method sets `sigma_min`: the level at which its denoiser is the identity, or a diffusion model's lowest level.
+    A method sets `sigma_min`, the lowest level of its samplers, and `floor`, where its denoiser is the identity.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     sigma_min: ClassVar[float]
+    floor: ClassVar[float]
+    facts: ClassVar[Facts]
 
-    def __init__(self, network: nn.Module, spec: ModelSpec, options: Any, total_steps: int, pretrained: bool = False):
+    def __init__(
+        self,
+        network: nn.Module,
+        spec: ModelSpec,
+        options: Any,
+        total_steps: int,
+        pretrained: bool = False,
+        teacher: EDMDenoiser | None = None,
+    ):
         self.network, self.spec, self.options, self.total_steps = network, spec, options, total_steps
         self.model: Callable = network  # the engine puts the wrapped (DDP, compiled, autocast) network here
+        self.teacher = teacher
         self.auxiliary: Mapping[str, nn.Module] = {}  # other networks that are state: saved in checkpoints
+
+    def denoiser(self, network: Callable | None = None) -> EDMDenoiser:
+        """D of the trained network, or of another one with the same parameterisation; the identity at the floor."""
+        network = network or self.model
+        return EDMDenoiser(network, self.spec.sigma_data, self.floor, self.spec.time_label)
 
     @abstractmethod
     def loss(self, batch: Batch, draws: Draws) -> Loss:
@@ -77,8 +109,8 @@ class Objective(ABC):
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         """The pipeline that samples with `network`, which holds the trained weights or an average of them."""
 
-    def after_step(self, images_seen: int, batch_size: int) -> None:
-        """Called after each optimiser step, for methods that keep a moving target."""
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser's step number `step`, for methods that keep a moving target."""
 
     def describe(self, step: int) -> dict[str, float]:
         """Values of the curricula at `step`, for the log."""

@@ -10,19 +10,23 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from cm_diffusers.core.denoisers import EDMDenoiser
-from cm_diffusers.core.distances import l2, pseudo_huber
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE, append_dims
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.schedules import ect_gap, ect_stage
 from cm_diffusers.core.weightings import edm_weight, inverse_gap
-from cm_diffusers.objectives.base import Batch, Loss, ModelSpec, Objective, check_between, option
-from cm_diffusers.pipelines import ConsistencyPipeline
-from cm_diffusers.schedulers import MultistepConsistencyScheduler
+from cm_diffusers.objectives.base import Batch, Facts, Loss, ModelSpec, Objective, check_between, option
+from cm_diffusers.objectives.consistency import (
+    DISTANCES,
+    check_distance,
+    consistency_pipeline,
+    distance,
+    estimate_and_target,
+)
 
 
 DEFAULT_STAGES = 8  # as in the paper's CIFAR-10 run
@@ -39,7 +43,7 @@ class ECTOptions:
     b: float = option(1.0, "See k.")
     p_mean: float = option(-1.1, "Mean of ln(sigma) in training.")
     p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.")
-    distance: str = option("pseudo_huber", "Distance of estimate and target.", choices=["pseudo_huber", "l2"])
+    distance: str = option("pseudo_huber", "Distance of estimate and target.", choices=DISTANCES)
     huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.")
     weighting: str = option(
         "inverse_gap",
@@ -58,6 +62,7 @@ class ECTOptions:
         check_between("p_mean", self.p_mean, -20, 20)
         check_between("p_std", self.p_std, 1e-3, 10)
         check_between("huber_c", self.huber_c, 0, 1e6)
+        check_distance(self.distance)
 
 
 class ECT(Objective):
@@ -65,17 +70,32 @@ class ECT(Objective):
 
     name = "ect"
     Options = ECTOptions
-    sigma_min = 0.0
+    sigma_min = floor = 0.0
+    facts = Facts(
+        what="easy consistency tuning, 1 to 4 calls",
+        teacher="no",
+        target="itself at r < t, no gradient",
+        times="ln sigma ~ N(-1.1, 2^2)",
+        distance="pseudo-Huber, c = 0",
+        weight="1 / (t - r)",
+        paper="[Geng et al. 2024](https://arxiv.org/abs/2406.14548), alg. 1",
+    )
 
     def __init__(
-        self, network: nn.Module, spec: ModelSpec, options: ECTOptions, total_steps: int, pretrained: bool = False
+        self,
+        network: nn.Module,
+        spec: ModelSpec,
+        options: ECTOptions,
+        total_steps: int,
+        pretrained: bool = False,
+        teacher: EDMDenoiser | None = None,
     ):
         if options.pretrain_steps is None:
             options = replace(options, pretrain_steps=0 if pretrained else total_steps // 2)
         if options.stage_steps is None:
             tuning_steps = max(1, total_steps - options.pretrain_steps)
             options = replace(options, stage_steps=math.ceil(tuning_steps / DEFAULT_STAGES))
-        super().__init__(network, spec, options, total_steps, pretrained)
+        super().__init__(network, spec, options, total_steps, pretrained, teacher)
 
     def stage(self, step: int) -> int:
         return ect_stage(step, self.options.pretrain_steps, self.options.stage_steps)
@@ -84,20 +104,22 @@ class ECT(Objective):
         x0, labels, stage = batch.images, batch.class_labels, self.stage(draws.step)
         t = lognormal(draws.normal("sigma"), self.options.p_mean, self.options.p_std)
         gap = ect_gap(t, stage, self.options.q, self.options.k, self.options.b)
+        r = t - gap
         noise = draws.normal("noise", x0.shape[1:])
-        denoise = EDMDenoiser(self.model, self.spec.sigma_data, time_label=self.spec.time_label)
-        with draws.dropout():
-            estimate = denoise(VE().add_noise(x0, noise, t), t, labels)
-        target = x0
-        if stage >= 0:
-            r = t - gap
-            with torch.no_grad(), draws.dropout():
-                target = denoise(VE().add_noise(x0, noise, r), r, labels)
-            target = torch.where(append_dims(r > 0, x0), target, x0)  # D(x, 0) = x, where the label is not finite
-        return Loss.mean(self._weight(t, gap) * self._distance(estimate, target), t)
+        x_t = VE().add_noise(x0, noise, t)
+        x_r = self.point_at(x0, noise, x_t, t, r, labels)
+        if stage < 0:
+            with draws.dropout():
+                estimate, target = self.denoiser()(x_t, t, labels), x_r
+        else:
+            estimate, target = estimate_and_target(draws, self.denoiser(), x_t, t, self.denoiser(), x_r, r, labels)
+            target = torch.where(append_dims(r > 0, x0), target, x_r)  # D(x, 0) = x, where the label is not finite
+        error = distance(self.options.distance, estimate, target, self.options.huber_c)
+        return Loss.mean(self._weight(t, gap) * error, t)
 
-    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
-        return l2(a, b) if self.options.distance == "l2" else pseudo_huber(a, b, self.options.huber_c)
+    def point_at(self, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        """The point at `r` of the trajectory through x_t: here on the straight line from the data."""
+        return VE().add_noise(x0, noise, r)
 
     def _weight(self, t: Tensor, gap: Tensor) -> Tensor:
         if self.options.weighting == "inverse_gap":
@@ -106,17 +128,10 @@ class ECT(Objective):
         return weight if self.options.distance == "l2" else weight.sqrt()
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        """Stock classes wherever they can express the model, so that it loads with nothing but diffusers.
-
-        The grid has a middle, where the second of two steps starts, and it lies at 1.6 sigma_data: at 0.8 for data of
-        scale 0.5, where the paper samples CIFAR-10 (0.821).
-        """
-        levels = {"sigma_min": self.sigma_min, "sigma_max": self.spec.sigma_max, "sigma_data": self.spec.sigma_data}
-        levels |= {"num_train_timesteps": 41, "rho": math.log2(self.spec.sigma_max / (1.6 * self.spec.sigma_data))}
-        if self.spec.time_label == "log_sigma" and isinstance(network.config.sample_size, int):
-            return ConsistencyModelPipeline(network, CMStochasticIterativeScheduler(**levels))
-        scheduler = MultistepConsistencyScheduler(time_label=self.spec.time_label, **levels)
-        return ConsistencyPipeline(network, scheduler)
+        """The grid has a middle, where the second of two steps starts; it lies at 1.6 sigma_data, so at 0.8 for data
+        of scale 0.5, near where the paper samples CIFAR-10 (0.821)."""
+        rho = math.log2(self.spec.sigma_max / (1.6 * self.spec.sigma_data))
+        return consistency_pipeline(network, self.spec, self.sigma_min, 41, rho)
 
     def describe(self, step: int) -> dict[str, float]:
         return {"stage": self.stage(step)}

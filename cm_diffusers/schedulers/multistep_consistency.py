@@ -120,10 +120,11 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: 1 to `num_train_timesteps` levels, evenly spaced on the Karras grid from sigma_max.
             device: where `timesteps` go.
             timesteps: time labels as in `.timesteps`, falling. Grid indices are refused.
-            sigmas: noise levels in (sigma_min, infinity), falling; sampling starts from noise of the first.
+            sigmas: noise levels in (sigma_min, sigma_max], falling; sampling starts from noise of the first.
 
         Raises:
-            ValueError: not exactly one was given, or levels that do not fall or lie at or below the floor.
+            ValueError: not exactly one was given, or levels that do not fall, or lie at or below the floor or beyond
+                sigma_max.
         """
         if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
@@ -149,6 +150,8 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`{name}` must be a non-empty list of finite numbers.")
         if (np.diff(levels) >= 0).any():
             raise ValueError(f"`{name}` must fall strictly, got the levels {levels.tolist()}.")
+        if levels[0] > self.config.sigma_max * (1 + 1e-6):
+            raise ValueError(f"`{name}` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
         if levels[-1] <= self.config.sigma_min:
             raise ValueError(f"`{name}` must stay above sigma_min={self.config.sigma_min}, got {levels[-1]:g}.")
         return levels

@@ -1,15 +1,22 @@
 """What holds for every training method. A new one joins by being registered."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
 
 
 # Settings, by method, under which the battery runs, where its defaults alone don't reach all of its code.
-OPTIONS = {"ect": [{"pretrain_steps": 0, "stage_steps": 1}, {"pretrain_steps": 100}]}
+OPTIONS = {
+    "ect": [{"pretrain_steps": 0, "stage_steps": 1}, {"pretrain_steps": 100}],
+    "cd": [{"pretrained_teacher_model": "given"}, {"pretrained_teacher_model": "given", "solver": "euler"}],
+    "ecd": [{"pretrained_teacher_model": "given", "stage_steps": 1}],
+}
 # what a method asks of a model beside the shape; all others take a tiny U-Net with labels 250 ln(sigma)
 SPECS = {}
 
@@ -31,7 +38,10 @@ def make(tiny_unet):
             torch.nn.init.normal_(parameter, std=0.05)
         spec = ModelSpec(sigma_data=0.5, **SPECS.get(name, {}))
         cls = OBJECTIVES[name]
-        return cls(network, spec, cls.Options(**options), total_steps=1000)
+        teacher = None
+        if "pretrained_teacher_model" in options:
+            teacher = EDMDenoiser(copy.deepcopy(network).eval().requires_grad_(False), spec.sigma_data)
+        return cls(network, spec, cls.Options(**options), total_steps=1000, teacher=teacher)
 
     return build
 
@@ -112,6 +122,42 @@ def test_bfloat16_autocast_is_finite_and_close(make, name, options):
     assert loss.total.dtype == torch.float32
     assert all(value.isfinite().all() for value in gradients.values())
     torch.testing.assert_close(loss.total, exact.total, rtol=0.05, atol=0)
+
+
+@every_objective
+def test_denoiser_is_the_identity_at_its_floor(make, name, options):
+    objective = make(name, options, dtype=torch.float64)
+    x, floor = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.full((4,), objective.floor, dtype=torch.float64)
+    denoised = objective.denoiser()(x, floor, torch.arange(4))
+    assert torch.equal(denoised, x)
+    assert not torch.equal(objective.denoiser()(x, floor + 0.01, torch.arange(4)), x)
+
+
+@every_objective
+def test_gradient_flows_through_one_pass_of_the_network_and_no_target(make, name, options):
+    objective = make(name, options)
+    with_gradient = []
+
+    def watched(*args, **kwargs):
+        with_gradient.append(torch.is_grad_enabled())
+        return objective.network(*args, **kwargs)
+
+    objective.model = watched
+    objective.loss(batch_of(), Draws(0, STEP, range(8))).total.backward()
+    assert with_gradient.count(True) == 1
+    others = [*objective.auxiliary.values(), *([objective.teacher.network] if objective.teacher else [])]
+    for network in others:
+        assert network is not objective.network
+        assert all(p.grad is None and not p.requires_grad for p in network.parameters())
+
+
+@every_objective
+def test_state_is_what_the_method_says(make, name, options):
+    objective = make(name, options)
+    assert set(objective.auxiliary) == ({"target"} if name in ("ct", "cd") else set())
+    weights = {p.data_ptr() for p in objective.network.parameters()}
+    for network in objective.auxiliary.values():
+        assert weights.isdisjoint(p.data_ptr() for p in network.parameters())
 
 
 @every_objective

@@ -1,0 +1,91 @@
+"""Consistency distillation, CD (Song et al. 2023, arXiv:2303.01469, algorithm 2).
+
+Unlike CT the point at sigma_n is not on the straight line to the data but where the ODE of a diffusion model, the
+teacher, leads from x at sigma_{n+1} in one solver step; the grid has a fixed number of levels, the average a fixed
+decay. The student starts from the teacher's weights.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.interpolants import VE
+from cm_diffusers.core.noise_levels import draw_bins, uniform_bins
+from cm_diffusers.core.schedules import karras_sigmas
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective, check_between, option
+from cm_diffusers.objectives.consistency import (
+    CM_WEIGHTS,
+    DISTANCES,
+    SOLVERS,
+    check_distance,
+    check_teacher,
+    cm_weight,
+    consistency_pipeline,
+    distance,
+    estimate_and_target,
+    teacher_step,
+)
+
+
+@dataclass(frozen=True)
+class CDOptions:
+    pretrained_teacher_model: str | None = option(None, "The diffusion model to distil: a folder or a Hub id.")
+    solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
+    num_scales: int = option(40, "Levels of the Karras grid (18 for CIFAR-10, 40 for ImageNet-64 in the paper).")
+    mu: float = option(0.95, "Decay of the target average.")
+    distance: str = option("l2", "Distance of estimate and target.", choices=DISTANCES)
+    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.")
+    weighting: str = option("uniform", "1, 1 / sigma^2, or that plus 1 / sigma_data^2.", choices=CM_WEIGHTS)
+
+    def __post_init__(self) -> None:
+        check_teacher("cd", self.pretrained_teacher_model)
+        check_between("num_scales", self.num_scales, 2, 1 << 20)
+        check_between("mu", self.mu, 0, 1)
+        check_between("huber_c", self.huber_c, 0, 1e6)
+        check_distance(self.distance)
+
+
+class CD(Objective):
+    """E[ lambda(sigma_n) d(D(x, sigma_{n+1}), D-(ODE step of the teacher from x, sigma_n)) ], n uniform (eq. 7)."""
+
+    name = "cd"
+    Options = CDOptions
+    sigma_min = floor = 0.002
+    facts = Facts(
+        what="consistency distillation, 1 or more calls",
+        teacher="a diffusion model",
+        target="average of itself, decay mu",
+        times="uniform on a Karras grid",
+        distance="L2 (or pseudo-Huber)",
+        weight="1",
+        paper="[Song et al. 2023](https://arxiv.org/abs/2303.01469), alg. 2",
+    )
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.target = copy.deepcopy(self.network).requires_grad_(False)
+        self.auxiliary = {"target": self.target}
+        self.sigmas = karras_sigmas(self.options.num_scales, self.sigma_min, self.spec.sigma_max).flip(0)
+
+    def loss(self, batch: Batch, draws: Draws) -> Loss:
+        x0, labels = batch.images, batch.class_labels
+        n = draw_bins(uniform_bins(self.sigmas), draws.uniform("sigma").cpu())
+        u, t = self.sigmas[n].to(x0), self.sigmas[n + 1].to(x0)
+        x_t = VE().add_noise(x0, draws.normal("noise", x0.shape[1:]), t)
+        x_u = teacher_step(self.options.solver, self.teacher, x_t, t, u, labels)
+        estimate, target = estimate_and_target(
+            draws, self.denoiser(), x_t, t, self.denoiser(self.target), x_u, u, labels
+        )
+        weight = cm_weight(self.options.weighting, u, self.spec.sigma_data)
+        return Loss.mean(weight * distance(self.options.distance, estimate, target, self.options.huber_c), t)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.network.parameters()), 1 - self.options.mu)
+
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        return consistency_pipeline(network, self.spec, self.sigma_min, self.options.num_scales)

@@ -1,0 +1,87 @@
+"""What the consistency methods share: two points of a trajectory compared, and the pipeline of the result."""
+
+import torch
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DiffusionPipeline
+from torch import Tensor, nn
+
+from cm_diffusers.core.denoisers import EDMDenoiser
+from cm_diffusers.core.distances import l2, pseudo_huber
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.solvers import euler_step, heun_step
+from cm_diffusers.core.weightings import karras_weight, snr_weight
+from cm_diffusers.objectives.base import ModelSpec
+from cm_diffusers.pipelines import ConsistencyPipeline
+from cm_diffusers.schedulers import MultistepConsistencyScheduler
+
+
+SOLVERS = {"heun": heun_step, "euler": euler_step}
+DISTANCES = ["pseudo_huber", "l2", "lpips"]
+CM_WEIGHTS = ["uniform", "snr", "karras"]
+
+
+def check_distance(name: str) -> None:
+    """Raise ValueError for LPIPS, with the reason."""
+    if name == "lpips":
+        raise ValueError(
+            "distance lpips is not offered: its packages need torchvision and the weights of a classifier of ImageNet,"
+            " whose features flatter FID (Song & Dhariwal 2023, section 3.3). Use pseudo_huber, which replaced it."
+        )
+
+
+def check_teacher(method: str, teacher: str | None) -> None:
+    """Raise ValueError where no teacher is named."""
+    if teacher is None:
+        raise ValueError(f"{method} distils a teacher: give --pretrained_teacher_model, a diffusion model's folder.")
+
+
+def distance(name: str, a: Tensor, b: Tensor, huber_c: float) -> Tensor:
+    """The distance called `name` of each sample, (B,)."""
+    return l2(a, b) if name == "l2" else pseudo_huber(a, b, huber_c)
+
+
+def cm_weight(name: str, sigma: Tensor, sigma_data: float) -> Tensor:
+    """A weight of the original consistency models: 1, 1 / sigma^2, or 1 / sigma^2 + 1 / sigma_data^2."""
+    if name == "uniform":
+        return torch.ones_like(sigma)
+    return snr_weight(sigma) if name == "snr" else karras_weight(sigma, sigma_data)
+
+
+def estimate_and_target(
+    draws: Draws,
+    student: EDMDenoiser,
+    x_t: Tensor,
+    t: Tensor,
+    target: EDMDenoiser,
+    x_u: Tensor,
+    u: Tensor,
+    labels: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """D(x_t, t), and D-(x_u, u) without gradient, with the same dropout masks."""
+    with draws.dropout():
+        estimate = student(x_t, t, labels)
+    with torch.no_grad(), draws.dropout():
+        return estimate, target(x_u, u, labels)
+
+
+@torch.no_grad()
+def teacher_step(solver: str, teacher: EDMDenoiser, x: Tensor, t: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
+    """Where one step of the teacher's ODE leads from `x` (B, ...) at `t` to `u` < t (B,)."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return teacher(x, sigma, labels)
+
+    return SOLVERS[solver](denoise, x, t, u)
+
+
+def consistency_pipeline(
+    network: nn.Module, spec: ModelSpec, sigma_min: float, num_train_timesteps: int, rho: float = 7.0
+) -> DiffusionPipeline:
+    """The pipeline that samples a consistency model at the levels of a Karras grid.
+
+    Stock classes wherever they can express the model, so that it loads with nothing but diffusers.
+    """
+    config = {"sigma_min": sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
+    config |= {"num_train_timesteps": num_train_timesteps, "rho": rho}
+    if spec.time_label == "log_sigma" and isinstance(network.config.sample_size, int):
+        return ConsistencyModelPipeline(network, CMStochasticIterativeScheduler(**config))
+    return ConsistencyPipeline(network, MultistepConsistencyScheduler(time_label=spec.time_label, **config))

@@ -1,0 +1,94 @@
+"""Consistency training, CT (Song et al. 2023, arXiv:2303.01469, algorithm 3).
+
+The network at sigma_{n+1} is pulled towards a moving average of itself at sigma_n, neighbours on a Karras grid whose
+number of levels N(k) grows in training; both points lie on the straight line x0 + sigma noise. Unlike iCT it has the
+average as target, and draws the levels evenly; unlike CD it has no teacher.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.interpolants import VE
+from cm_diffusers.core.noise_levels import draw_bins, uniform_bins
+from cm_diffusers.core.schedules import ct_scales, ct_target_decay, karras_sigmas
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective, check_between, option
+from cm_diffusers.objectives.consistency import (
+    CM_WEIGHTS,
+    DISTANCES,
+    check_distance,
+    cm_weight,
+    consistency_pipeline,
+    distance,
+    estimate_and_target,
+)
+
+
+@dataclass(frozen=True)
+class CTOptions:
+    s0: int = option(2, "Levels of the grid at the start.")
+    s1: int = option(150, "Levels of the grid at the end, less one.")
+    mu0: float = option(0.95, "Decay of the target average at the start.")
+    distance: str = option("l2", "Distance of estimate and target.", choices=DISTANCES)
+    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.")
+    weighting: str = option("uniform", "1, 1 / sigma^2, or that plus 1 / sigma_data^2.", choices=CM_WEIGHTS)
+
+    def __post_init__(self) -> None:
+        check_between("s0", self.s0, 2, 1 << 20)
+        check_between("s1", self.s1, self.s0, 1 << 20)
+        check_between("mu0", self.mu0, 1e-6, 1)
+        check_between("huber_c", self.huber_c, 0, 1e6)
+        check_distance(self.distance)
+
+
+class CT(Objective):
+    """E[ lambda(sigma_n) d(D(x0 + sigma_{n+1} z, sigma_{n+1}), D-(x0 + sigma_n z, sigma_n)) ], n uniform."""
+
+    name = "ct"
+    Options = CTOptions
+    sigma_min = floor = 0.002
+    facts = Facts(
+        what="consistency training, 1 or more calls",
+        teacher="no",
+        target="average of itself, decay mu(k)",
+        times="uniform on a Karras grid of N(k) levels",
+        distance="L2 (or pseudo-Huber)",
+        weight="1",
+        paper="[Song et al. 2023](https://arxiv.org/abs/2303.01469), alg. 3",
+    )
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.target = copy.deepcopy(self.network).requires_grad_(False)
+        self.auxiliary = {"target": self.target}
+
+    def scales(self, step: int) -> int:
+        return ct_scales(step, self.total_steps, self.options.s0, self.options.s1)
+
+    def loss(self, batch: Batch, draws: Draws) -> Loss:
+        x0, labels = batch.images, batch.class_labels
+        sigmas = karras_sigmas(self.scales(draws.step), self.sigma_min, self.spec.sigma_max).flip(0)
+        n = draw_bins(uniform_bins(sigmas), draws.uniform("sigma").cpu())
+        u, t = sigmas[n].to(x0), sigmas[n + 1].to(x0)
+        noise = draws.normal("noise", x0.shape[1:])
+        x_t, x_u = VE().add_noise(x0, noise, t), VE().add_noise(x0, noise, u)
+        estimate, target = estimate_and_target(
+            draws, self.denoiser(), x_t, t, self.denoiser(self.target), x_u, u, labels
+        )
+        weight = cm_weight(self.options.weighting, u, self.spec.sigma_data)
+        return Loss.mean(weight * distance(self.options.distance, estimate, target, self.options.huber_c), t)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        mu = ct_target_decay(self.scales(step), self.options.s0, self.options.mu0)
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.network.parameters()), 1 - mu)
+
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        return consistency_pipeline(network, self.spec, self.sigma_min, self.options.s1 + 1)
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"scales": self.scales(step)}

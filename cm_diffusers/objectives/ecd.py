@@ -1,0 +1,43 @@
+"""Easy consistency distillation, ECD: ECT with a teacher (named in Geng et al. 2024, arXiv:2406.14548, section 3).
+
+Unlike ECT the point at r is not on the straight line to the data but where the teacher's ODE leads from x_t in one
+solver step; where r = 0, its end is the target. The student starts from the teacher's weights.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cm_diffusers.objectives.base import Facts, option
+from cm_diffusers.objectives.consistency import SOLVERS, check_teacher, teacher_step
+from cm_diffusers.objectives.ect import ECT, ECTOptions
+
+
+@dataclass(frozen=True)
+class ECDOptions(ECTOptions):
+    pretrained_teacher_model: str | None = option(None, "The diffusion model to distil: a folder or a Hub id.")
+    solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
+    pretrain_steps: int | None = option(0, "Steps with r = 0, where the teacher's denoised image is the target.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_teacher("ecd", self.pretrained_teacher_model)
+
+
+class ECD(ECT):
+    """E[ w(t, r) d(D(x_t, t), sg D(ODE step of the teacher from x_t to r, r)) ]."""
+
+    name = "ecd"
+    Options = ECDOptions
+    facts = Facts(
+        what="ECT from a teacher, 1 to 4 calls",
+        teacher="a diffusion model",
+        target="itself at r < t, no gradient",
+        times="ln sigma ~ N(-1.1, 2^2)",
+        distance="pseudo-Huber, c = 0",
+        weight="1 / (t - r)",
+        paper="[Geng et al. 2024](https://arxiv.org/abs/2406.14548), sec. 3",
+    )
+
+    def point_at(self, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+        return teacher_step(self.options.solver, self.teacher, x_t, t, r, labels)

@@ -1,0 +1,76 @@
+"""Improved consistency training, iCT (Song & Dhariwal 2023, arXiv:2310.14189, section 3).
+
+Unlike CT the target is the network itself without an average, the distance is pseudo-Huber, the weight 1 / (t - u),
+levels are drawn by a discretised log-normal law, and N(k) doubles at even intervals.
+"""
+
+import math
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from cm_diffusers.core.distances import ict_huber_c, pseudo_huber
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.interpolants import VE
+from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins
+from cm_diffusers.core.schedules import ict_scales, karras_sigmas
+from cm_diffusers.core.weightings import inverse_gap
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective, check_between, option
+from cm_diffusers.objectives.consistency import consistency_pipeline, estimate_and_target
+
+
+@dataclass(frozen=True)
+class ICTOptions:
+    s0: int = option(10, "Levels of the grid at the start, less one.")
+    s1: int = option(1280, "Levels of the grid at the end, less one.")
+    p_mean: float = option(-1.1, "Mean of ln(sigma) in training.")
+    p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.")
+    huber_c: float | None = option(None, "c of the pseudo-Huber distance. Default: 0.00054 sqrt(d).")
+
+    def __post_init__(self) -> None:
+        check_between("s0", self.s0, 1, 1 << 20)
+        check_between("s1", self.s1, self.s0, 1 << 20)
+        check_between("p_mean", self.p_mean, -20, 20)
+        check_between("p_std", self.p_std, 1e-3, 10)
+        if self.huber_c is not None:
+            check_between("huber_c", self.huber_c, 0, 1e6)
+
+
+class ICT(Objective):
+    """E[ d(D(x0 + sigma_{i+1} z, sigma_{i+1}), sg D(x0 + sigma_i z, sigma_i)) / (sigma_{i+1} - sigma_i) ]."""
+
+    name = "ict"
+    Options = ICTOptions
+    sigma_min = floor = 0.002
+    facts = Facts(
+        what="improved consistency training, 1 or more calls",
+        teacher="no",
+        target="itself, no gradient",
+        times="discretised ln sigma ~ N(-1.1, 2^2) on N(k) levels",
+        distance="pseudo-Huber, c = 0.00054 sqrt(d)",
+        weight="1 / (t - u)",
+        paper="[Song & Dhariwal 2023](https://arxiv.org/abs/2310.14189), sec. 3",
+    )
+
+    def scales(self, step: int) -> int:
+        return ict_scales(step, self.total_steps, self.options.s0, self.options.s1)
+
+    def loss(self, batch: Batch, draws: Draws) -> Loss:
+        x0, labels = batch.images, batch.class_labels
+        sigmas = karras_sigmas(self.scales(draws.step), self.sigma_min, self.spec.sigma_max).flip(0)
+        law = lognormal_bins(sigmas, self.options.p_mean, self.options.p_std)
+        i = draw_bins(law, draws.uniform("sigma").cpu())
+        u, t, gap = sigmas[i].to(x0), sigmas[i + 1].to(x0), sigmas.diff()[i].to(x0)
+        noise = draws.normal("noise", x0.shape[1:])
+        x_t, x_u = VE().add_noise(x0, noise, t), VE().add_noise(x0, noise, u)
+        estimate, target = estimate_and_target(draws, self.denoiser(), x_t, t, self.denoiser(), x_u, u, labels)
+        c = self.options.huber_c
+        c = ict_huber_c(math.prod(x0.shape[1:])) if c is None else c
+        return Loss.mean(inverse_gap(gap) * pseudo_huber(estimate, target, c), t)
+
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        return consistency_pipeline(network, self.spec, self.sigma_min, self.options.s1 + 1)
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"scales": self.scales(step)}
