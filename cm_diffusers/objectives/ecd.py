@@ -18,6 +18,7 @@ class ECDOptions(ECTOptions):
     pretrained_teacher_model: str | None = option(None, "The diffusion model to distil: a folder or a Hub id.")
     solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
     pretrain_steps: int | None = option(0, "Steps with r = 0, where the teacher's denoised image is the target.")
+    huber_c: float = option(0.03, "c of the pseudo-Huber distance, as iCT's for 32x32 colour images; see below.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
