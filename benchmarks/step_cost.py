@@ -3,11 +3,14 @@
     python benchmarks/step_cost.py
 
 The floor is one forward with backward pass, the method's further forward passes, and the optimiser's step, each timed
-by itself in the same run. Batch 64, images of 28x28, the preset `small`, float32.
+by itself in the same run. Reading the batch, drawing noise, the distance, and moving averages of the weights are what
+comes on top. Batch 64, images of 28x28, the preset `small`, float32.
 """
 
 import argparse
+import copy
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,45 +19,67 @@ from accelerate import Accelerator
 from common import paired, show
 from datasets import Dataset, Features, Image, Value
 
+from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start
+from cm_diffusers.engine.optimization import build_optimizer
 from cm_diffusers.objectives import OBJECTIVES
 
 
-METHODS = {  # flags, and forward passes without gradient in a step
-    "diffusion": ([], 0),
-    "ect": (["--pretrain_steps", "0"], 1),
+@dataclass(frozen=True)
+class Method:
+    """The flags of a method, its forward passes without gradient in a step, and whether it has a teacher."""
+
+    forwards: int
+    flags: tuple[str, ...] = ()
+    teacher: bool = False
+
+
+METHODS = {  # solvers are Heun's, which asks the teacher twice
+    "diffusion": Method(0),
+    "ect": Method(1, ("--pretrain_steps", "0")),
+    "ct": Method(1),
+    "ict": Method(1),
+    "cd": Method(3, ("--pretrained_teacher_model", "given"), teacher=True),
+    "ecd": Method(3, ("--pretrained_teacher_model", "given", "--pretrain_steps", "0"), teacher=True),
 }
 BATCH = 64
 
 
-def build_trainer(method: str, folder: str, accelerator: Accelerator) -> Trainer:
-    """A trainer on noise images."""
+def build_trainer(name: str, folder: str, accelerator: Accelerator, batch: int = BATCH) -> Trainer:
+    """A trainer of the method `name` on noise images. A teacher is a copy of the network."""
+    method = METHODS[name]
+    Path(folder, "data").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (256, 28, 28), dtype=np.uint8)
     features = Features({"image": Image(), "label": Value("int64")})
     rows = {"image": list(pixels), "label": [i % 10 for i in range(len(pixels))]}
     Dataset.from_dict(rows, features=features).to_parquet(f"{folder}/data/train.parquet")
     flags = ["--dataset_name", f"{folder}/data", "--output_dir", f"{folder}/run", "--class_conditional"]
-    flags += ["--train_batch_size", str(BATCH), *METHODS[method][0]]
-    config = parse_config(["--method", method, *flags], [method], "")
+    flags += ["--train_batch_size", str(batch), *method.flags]
+    config = parse_config(["--method", name, *flags], [name], "")
     data = ImageData(config.data, True, show_progress=False)
     start = build_start(config.model, data, 0)
-    objective = OBJECTIVES[method](start.network, start.spec, config.options, config.run.max_train_steps)
+    teacher = None
+    if method.teacher:
+        network = copy.deepcopy(start.network).eval().requires_grad_(False)
+        teacher = EDMDenoiser(network, start.spec.sigma_data, time_label=start.spec.time_label)
+    steps = config.run.max_train_steps
+    objective = OBJECTIVES[name](start.network, start.spec, config.options, steps, teacher=teacher)
     return Trainer(config, objective, data, accelerator)
 
 
-def measure(method: str, rounds: int) -> dict:
+def measure(name: str, rounds: int) -> dict:
     """Medians of the whole step and of its parts, and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "data").mkdir()
         accelerator = Accelerator()
-        trainer = build_trainer(method, folder, accelerator)
+        trainer = build_trainer(name, folder, accelerator)
         device, network = accelerator.device, trainer.objective.network
         sample, label = torch.randn(BATCH, 1, 28, 28, device=device), torch.randn(BATCH, device=device)
         classes = torch.arange(BATCH, device=device) % 10
-        optimizer = torch.optim.RAdam(network.parameters(), lr=0.0)
+        optimizer = build_optimizer(network, trainer.run)
+        optimizer.param_groups[0]["lr"] = 0.0
 
         def forward() -> torch.Tensor:
             return network(sample, label, class_labels=classes).sample
@@ -63,9 +88,13 @@ def measure(method: str, rounds: int) -> dict:
             with torch.no_grad():
                 forward()
 
-        parts = {"forward_backward": lambda: forward().square().mean().backward(), "optimizer": optimizer.step}
-        if METHODS[method][1]:
-            parts["forwards"] = lambda: [forward_without_gradient() for _ in range(METHODS[method][1])]
+        def forward_backward() -> None:
+            optimizer.zero_grad()
+            forward().square().mean().backward()
+
+        parts = {"forward_backward": forward_backward, "optimizer": optimizer.step}
+        if METHODS[name].forwards:
+            parts["forwards"] = lambda: [forward_without_gradient() for _ in range(METHODS[name].forwards)]
         batches = trainer.data.batches(trainer.spot, 0)
 
         def whole() -> None:

@@ -1,0 +1,77 @@
+"""What a training run holds: copies of the weights by role, and the peak of a step beside that of a diffusion step.
+
+    python benchmarks/memory.py
+
+Copies are counted in bytes of distinct storages after three steps of the real loop, over the bytes of the network's
+weights; `other` is every further tensor of the process but the batch and the data. The peak is taken in a fresh
+process above what it held before the network was built. Batch 256, images of 28x28, the preset `small`, float32.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import resource
+import tempfile
+
+import psutil
+import torch
+from accelerate import Accelerator
+from common import show
+from step_cost import METHODS, build_trainer
+
+from cm_diffusers.engine.loop import Trainer
+
+
+BATCH = 256
+
+
+def copies(trainer: Trainer, gradients: list[torch.Tensor]) -> dict[str, float]:
+    """Bytes of each role over those of the network's weights; a storage counts where it comes first."""
+    objective = trainer.objective
+    roles = {
+        "network": list(objective.network.state_dict().values()),
+        "gradients": gradients,
+        "optimizer": [value for state in trainer.optimizer.state.values() for value in state.values()],
+        "ema": [value for shadow in trainer.ema.shadows.values() for value in shadow.values()],
+        "target": [value for module in objective.auxiliary.values() for value in module.state_dict().values()],
+        "teacher": list(objective.teacher.network.state_dict().values()) if objective.teacher else [],
+    }
+    data = {trainer.data.images.untyped_storage().data_ptr()}
+    roles["other"] = [value for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)]
+    seen, sizes = data, {}
+    for role, tensors in roles.items():
+        new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        sizes[role] = sum(size for pointer, size in new.items() if pointer not in seen)
+        seen |= set(new)
+    return {role: round(size / sizes["network"], 2) for role, size in sizes.items()}
+
+
+def measure(name: str) -> dict:
+    """Copies of the weights by role, and the peak of three steps in MiB."""
+    cuda = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = Accelerator()
+        idle = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
+        trainer = build_trainer(name, folder, accelerator, BATCH)
+        gradients: list[torch.Tensor] = []
+        trainer.optimizer.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: gradients.extend(p.grad for group in optimizer.param_groups for p in group["params"])
+        )
+        batches = trainer.data.batches(trainer.spot, 0)
+        for _ in range(3):
+            gradients.clear()
+            trainer._train_step(batches)
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"copies": copies(trainer, gradients), "peak_mib": round((peak - idle) / 2**20)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    args = parser.parse_args()
+    names = ["diffusion", *(name for name in args.methods if name != "diffusion")]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process for each method
+        rows = dict(zip(names, pool.map(measure, names, chunksize=1)))
+    for row in rows.values():
+        row["peak_over_diffusion"] = round(row["peak_mib"] / rows["diffusion"]["peak_mib"], 3)
+    show(rows)
