@@ -5,12 +5,19 @@ import sys
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # diffusers looks its bases up in this namespace
 
-from cm_diffusers.pipelines import ConsistencyPipeline, DenoisingPipeline
-from cm_diffusers.schedulers import MultistepConsistencyScheduler
+from cm_diffusers.pipelines import ConsistencyPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline
+from cm_diffusers.schedulers import MultistepConsistencyScheduler, TrigFlowScheduler
 
 
 __version__ = "0.1.0"
-__all__ = ["ConsistencyPipeline", "DenoisingPipeline", "MultistepConsistencyScheduler"]
+__all__ = [
+    "ConsistencyPipeline",
+    "DenoisingPipeline",
+    "MeanFlowPipeline",
+    "MultistepConsistencyScheduler",
+    "TrigFlowPipeline",
+    "TrigFlowScheduler",
+]
 
 
 def _register(*classes: type) -> None:
@@ -26,5 +33,6 @@ def _register(*classes: type) -> None:
     setattr(diffusers.pipelines, __name__, sys.modules[__name__])
 
 
-_register(ConsistencyPipeline, DenoisingPipeline, MultistepConsistencyScheduler)
+_register(ConsistencyPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline)
+_register(MultistepConsistencyScheduler, TrigFlowScheduler)
 ConsistencyPipeline._scheduler_class = MultistepConsistencyScheduler

@@ -11,6 +11,8 @@ __path__ = [str(folder) for folder in (_here / "pipelines", _here.parent / "pipe
 
 from cm_diffusers.pipelines.consistency import ConsistencyPipeline  # noqa: E402
 from cm_diffusers.pipelines.denoising import DenoisingPipeline  # noqa: E402
+from cm_diffusers.pipelines.mean_flow import MeanFlowPipeline  # noqa: E402
+from cm_diffusers.pipelines.trigflow import TrigFlowPipeline  # noqa: E402
 
 
-__all__ = ["ConsistencyPipeline", "DenoisingPipeline"]
+__all__ = ["ConsistencyPipeline", "DenoisingPipeline", "MeanFlowPipeline", "TrigFlowPipeline"]

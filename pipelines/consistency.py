@@ -25,6 +25,10 @@ class ConsistencyPipeline(ImagePipeline):
             scheduler = self._scheduler_class.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
 
+    @property
+    def default_steps(self) -> tuple[int, ...]:
+        return (1, 2)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -58,15 +62,12 @@ class ConsistencyPipeline(ImagePipeline):
         Returns:
             `ImagePipelineOutput` with `.images`.
         """
-        self.check_inputs(output_type, callback_on_step_end_tensor_inputs)
-        batch_size = self.resolve_batch_size(batch_size, class_labels, generator, latents)
-        device = self._execution_device
         if num_inference_steps is None and sigmas is None:
-            num_inference_steps = 1
-        self.scheduler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas)
-
-        noise = self.prepare_latents(batch_size, generator, latents, device)
-        labels = self.prepare_class_labels(batch_size, class_labels, generator, device)
+            num_inference_steps = self.default_steps[0]
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, sigmas=sigmas)
+        noise, labels = self.prepare(
+            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
+        )
         sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             network_input = self.scheduler.scale_model_input(sample, t).to(noise.dtype)

@@ -8,33 +8,69 @@ from diffusers import EDMEulerScheduler, ImagePipelineOutput, ModelMixin
 from .image_pipeline import Generators, ImagePipeline, StepCallback
 
 
-class DenoisingPipeline(ImagePipeline):
-    """Images from an EDM diffusion model, unconditional or class-conditional, by deterministic Heun or Euler steps.
+TIME_LABELS = {"edm": ("log_sigma", "angle"), "flow": ("flow_time",)}  # of each prediction, the default one first
 
-    The levels, the preconditioning and the Euler step are those of diffusers' `EDMEulerScheduler`.
+
+class DenoisingPipeline(ImagePipeline):
+    """Images from a diffusion or flow model, unconditional or class-conditional, by deterministic Heun or Euler steps.
+
+    The levels, EDM's preconditioning and the Euler step are those of diffusers' `EDMEulerScheduler`.
 
     Args:
         unet: the network, called as `unet(sample, label, class_labels=...)`, for example a `UNet2DModel`.
-        scheduler: an `EDMEulerScheduler` with the model's `sigma_data`.
-        time_label: the network's time input, "log_sigma" (250 ln sigma) or "angle" (atan(sigma / sigma_data)).
+        scheduler: an `EDMEulerScheduler` with the model's `sigma_data` (of which flow models have none).
+        time_label: the network's time input, by default the first that the prediction allows: "log_sigma"
+            (250 ln sigma) or "angle" (atan(sigma / sigma_data)) for "edm", "flow_time" (sigma / (1 + sigma)) for
+            "flow".
+        prediction: "edm" for a network under EDM's preconditioning; "flow" for one that is given
+            x_t = (1 - t) x0 + t noise and predicts noise - x0 (Lipman et al. 2022, arXiv:2210.02747).
+
+    Raises:
+        ValueError: unknown prediction, or a time label that is not one of its own.
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
 
-    def __init__(self, unet: ModelMixin, scheduler: EDMEulerScheduler, time_label: str = "log_sigma"):
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: EDMEulerScheduler,
+        time_label: str | None = None,
+        prediction: str = "edm",
+    ):
         super().__init__()
-        if time_label not in ("log_sigma", "angle"):
-            raise ValueError(f"time_label must be 'log_sigma' or 'angle', got {time_label!r}.")
+        if prediction not in TIME_LABELS:
+            raise ValueError(f"prediction must be one of {', '.join(TIME_LABELS)}; got {prediction!r}.")
+        labels = TIME_LABELS[prediction]
+        time_label = time_label or labels[0]
+        if time_label not in labels:
+            raise ValueError(
+                f"time_label of the prediction {prediction!r} must be one of {', '.join(labels)}; got {time_label!r}."
+            )
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(time_label=time_label)
+        self.register_to_config(time_label=time_label, prediction=prediction)
+
+    @property
+    def default_steps(self) -> tuple[int, ...]:
+        return (18,)
 
     def denoise(self, sample: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The estimate of the clean sample from `sample` (B, C, H, W), float32, at the scalar level `sigma` > 0."""
-        log_label = self.config.time_label == "log_sigma"
-        label = 250 * sigma.log() if log_label else (sigma / self.scheduler.config.sigma_data).atan()
-        network_input = self.scheduler.precondition_inputs(sample, sigma).to(self.unet.dtype)
-        output = self.unet(network_input, label.to(sample.device), class_labels=labels, return_dict=False)[0]
-        return self.scheduler.precondition_outputs(sample, output.float(), sigma)
+        """The estimate of the clean sample from `sample` (B, C, H, W), float32, at the scalar level `sigma` > 0.
+
+        The sample is x0 + sigma noise whatever the network predicts; a flow model is given sample / (1 + sigma).
+        """
+        flow_time = sigma / (1 + sigma)
+        if self.config.prediction == "flow":
+            network_input, label = sample / (1 + sigma), flow_time
+        else:
+            network_input = self.scheduler.precondition_inputs(sample, sigma)
+            log_label = self.config.time_label == "log_sigma"
+            label = 250 * sigma.log() if log_label else (sigma / self.scheduler.config.sigma_data).atan()
+        network = network_input.to(self.unet.dtype), label.to(sample.device)
+        output = self.unet(*network, class_labels=labels, return_dict=False)[0].float()
+        if self.config.prediction == "flow":
+            return network_input - flow_time * output
+        return self.scheduler.precondition_outputs(sample, output, sigma)
 
     @torch.no_grad()
     def __call__(
@@ -69,19 +105,17 @@ class DenoisingPipeline(ImagePipeline):
         Returns:
             `ImagePipelineOutput` with `.images`.
         """
-        self.check_inputs(output_type, callback_on_step_end_tensor_inputs)
         if solver not in ("heun", "euler"):
             raise ValueError(f"solver must be 'heun' or 'euler', got {solver!r}.")
         if num_inference_steps < 2:
             raise ValueError(f"num_inference_steps must be at least 2, got {num_inference_steps}.")
-        batch_size = self.resolve_batch_size(batch_size, class_labels, generator, latents)
-        device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         self.scheduler.is_scale_input_called = True  # `denoise` scales the network's input itself
         sigmas = self.scheduler.sigmas
 
-        noise = self.prepare_latents(batch_size, generator, latents, device)
-        labels = self.prepare_class_labels(batch_size, class_labels, generator, device)
+        noise, labels = self.prepare(
+            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
+        )
         sample = noise.float() * sigmas[0]
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             denoised = self.denoise(sample, sigmas[i], labels)

@@ -29,6 +29,11 @@ class ImagePipeline(DiffusionPipeline):
         """Number of classes, or None for an unconditional network."""
         return self.unet.config.num_class_embeds
 
+    @property
+    def default_steps(self) -> tuple[int, ...]:
+        """The numbers of steps that show what the model can do, the usual one first."""
+        raise NotImplementedError
+
     def check_inputs(self, output_type: str, tensor_inputs: list[str]) -> None:
         """Raise ValueError for what can't be done, before any work."""
         if output_type not in ("pil", "np", "pt"):
@@ -90,6 +95,22 @@ class ImagePipeline(DiffusionPipeline):
         if labels.is_floating_point() or labels.min() < 0 or labels.max() >= self.num_classes:
             raise ValueError(f"class_labels must be integers in [0, {self.num_classes - 1}], got {labels.tolist()}.")
         return labels.reshape(-1).expand(batch_size).to(device)
+
+    def prepare(
+        self,
+        batch_size: int | None,
+        class_labels: object,
+        generator: Generators,
+        latents: torch.Tensor | None,
+        output_type: str,
+        tensor_inputs: list[str],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Unit noise and class labels for what a call asks for; ValueError for what can't be done."""
+        self.check_inputs(output_type, tensor_inputs)
+        batch_size = self.resolve_batch_size(batch_size, class_labels, generator, latents)
+        device = self._execution_device
+        noise = self.prepare_latents(batch_size, generator, latents, device)
+        return noise, self.prepare_class_labels(batch_size, class_labels, generator, device)
 
     def after_step(
         self, callback: StepCallback | None, index: int, timestep: torch.Tensor, tensors: dict, names: list[str]

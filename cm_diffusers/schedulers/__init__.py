@@ -4,6 +4,12 @@ from cm_diffusers.schedulers.multistep_consistency import (
     MultistepConsistencyScheduler,
     MultistepConsistencySchedulerOutput,
 )
+from cm_diffusers.schedulers.trigflow import TrigFlowScheduler, TrigFlowSchedulerOutput
 
 
-__all__ = ["MultistepConsistencyScheduler", "MultistepConsistencySchedulerOutput"]
+__all__ = [
+    "MultistepConsistencyScheduler",
+    "MultistepConsistencySchedulerOutput",
+    "TrigFlowScheduler",
+    "TrigFlowSchedulerOutput",
+]

@@ -1,0 +1,314 @@
+"""Sampling of TrigFlow models, few-step or by the probability-flow ODE (Lu & Song 2024, arXiv:2410.11081)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+SOLVERS = ("consistency", "euler", "heun")
+
+
+@dataclass
+class TrigFlowSchedulerOutput(BaseOutput):
+    """
+    Args:
+        prev_sample (`torch.Tensor`): the input of the next network call.
+        pred_original_sample (`torch.Tensor`): the network's estimate of the clean sample at this call.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
+    """Samples x_t = cos(t) x0 + sin(t) sigma_data noise at the angle t = atan(sigma / sigma_data) in [0, pi/2].
+
+    The network is called as F(x_t / sigma_data, t) and puts out the velocity over sigma_data, so that the estimate of
+    the clean sample is D = cos(t) x_t - sin(t) sigma_data F. The angles given to the network are `.timesteps`; the
+    noise levels that they stand for are `.sigmas`, which end with 0.
+
+    - "consistency" jumps to D and adds noise of the next angle; the last step adds none (section 4.1 of the paper).
+    - "euler" turns x_t by the angle t - s, which is exact where D does not change along the path (section 3).
+    - "heun" calls the network at both ends of a step and turns by the mean of the two velocities, the second one
+      turned back to t: 2 n - 1 calls for n levels, with each angle but the first twice in `.timesteps`. It is of
+      second order, except for the last step, to 0.
+
+    Args:
+        sigma_data: root mean square of the training data.
+        sigma_max: the noise level where sampling starts unless told otherwise.
+        sigma_min: the last level of the solvers' grid, before 0; a consistency model has no floor.
+        rho: exponent of the solvers' Karras grid.
+        solver: "consistency" for consistency models, "euler" or "heun" for diffusion models.
+        clip_denoised: clamp a consistency model's estimate of the clean sample to [-1, 1] (images; not latents).
+
+    Raises:
+        ValueError: unknown solver; levels not in the order 0 < sigma_min < sigma_max < inf; sigma_data not positive.
+    """
+
+    _compatibles = []
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_data: float = 0.5,
+        sigma_max: float = 80.0,
+        sigma_min: float = 0.002,
+        rho: float = 7.0,
+        solver: str = "consistency",
+        clip_denoised: bool = True,
+    ) -> None:
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(f"sigma_min must lie in (0, sigma_max), sigma_max in (0, inf): {sigma_min}, {sigma_max}.")
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}.")
+        self.num_inference_steps = None
+        self.solver = solver
+        self._set_levels(self._grid(1 if solver == "consistency" else 18), None)
+
+    @property
+    def order(self) -> int:
+        """Network calls per step: 2 for "heun", else 1."""
+        return 2 if self.solver == "heun" else 1
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The factor of unit noise at the first step: sin(t) sigma_data, which is sigma_data at infinite sigma."""
+        return math.sin(self._angles[0]) * self.config.sigma_data
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the current network call, or None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index to start from, or None for the first step that is asked for."""
+        return self._begin_index
+
+    @property
+    def state_in_first_order(self) -> bool:
+        """Whether the next call to `step` begins a step; False in the middle of a step of "heun"."""
+        return self._begun is None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start from the network call `begin_index`, which for "heun" must be an even one: those begin a step."""
+        if begin_index % self.order:
+            raise ValueError(f"A step of 'heun' begins at an even index of `timesteps`, not at {begin_index}.")
+        self._begin_index = begin_index
+
+    def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
+        """The angles of the noise levels `sigmas`, pi/2 for inf."""
+        return np.arctan(np.asarray(sigmas) / self.config.sigma_data)
+
+    def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
+        """The noise levels of the angles `timesteps`, inf for pi/2."""
+        angles = np.asarray(timesteps)
+        return np.where(angles >= math.pi / 2, math.inf, np.tan(angles) * self.config.sigma_data)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        solver: str | None = None,
+    ) -> None:
+        """Choose the levels, by exactly one of the three.
+
+        Args:
+            num_inference_steps: the number of levels n. For consistency models they are the angles
+                t_max sqrt(1 - k / n), of which the second of two is near the paper's 1.1; for the solvers the Karras
+                grid from sigma_max to sigma_min, n >= 2.
+            device: where `timesteps` go.
+            timesteps: angles in (0, pi/2], falling, each once.
+            sigmas: noise levels in (0, sigma_max], falling; the first may be inf.
+            solver: "euler" or "heun", for these levels instead of the configured one of the two.
+
+        Raises:
+            ValueError: not exactly one was given, or levels that do not fall or are outside their range, or a solver
+                for a model of the other kind.
+        """
+        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
+        self._check_solver(solver or self.config.solver)
+        if num_inference_steps is not None:
+            angles = self._grid(num_inference_steps)
+        elif sigmas is not None:
+            levels = np.array([float(s) for s in sigmas])
+            self._check_fall("sigmas", levels)
+            if levels[0] > self.config.sigma_max * (1 + 1e-6) and levels[0] != math.inf:
+                raise ValueError(f"`sigmas` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
+            angles = self.sigma_to_timestep(levels)
+        else:
+            angles = self._check_angles(timesteps)
+        self.solver = solver or self.config.solver
+        self.num_inference_steps = len(angles)
+        self._set_levels(angles, device)
+
+    def _check_solver(self, solver: str) -> None:
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+        configured = self.config.solver
+        if solver != configured and "consistency" in (solver, configured):
+            reason = (
+                "a consistency model estimates where its path ends, which is no velocity to follow"
+                if configured == "consistency"
+                else "a diffusion model estimates the mean of all that may have been, to which one can't jump"
+            )
+            raise ValueError(f"The solver {solver!r} does not fit a model of the solver {configured!r}: {reason}.")
+
+    def _grid(self, n: int) -> np.ndarray:
+        fewest = 1 if self.config.solver == "consistency" else 2
+        if n < fewest:
+            raise ValueError(f"num_inference_steps must be at least {fewest}, got {n}.")
+        sigma_min, sigma_max, rho = self.config.sigma_min, self.config.sigma_max, self.config.rho
+        if self.config.solver == "consistency":
+            return self.sigma_to_timestep(sigma_max) * np.sqrt(1 - np.arange(n) / n)
+        high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+        return self.sigma_to_timestep((high + np.linspace(0, 1, n) * (low - high)) ** rho)
+
+    def _check_fall(self, name: str, levels: np.ndarray) -> None:
+        if levels.ndim != 1 or len(levels) == 0 or np.isnan(levels).any():
+            raise ValueError(f"`{name}` must be a non-empty list of numbers.")
+        if not (levels[1:] < levels[:-1]).all():
+            raise ValueError(f"`{name}` must fall strictly, got {levels.tolist()}.")
+        if levels[-1] <= 0:
+            raise ValueError(f"`{name}` must be above 0, got {levels[-1]:g}; the step to 0 comes by itself.")
+
+    def _check_angles(self, timesteps: Sequence[float]) -> np.ndarray:
+        values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+        meant = "`timesteps` are angles in (0, pi/2]; pass noise levels as `sigmas`."
+        if values and all(isinstance(t, (int, np.integer)) for t in values):
+            raise ValueError(f"{meant} Grid indices are not understood, got {values}.")
+        angles = np.array([float(t) for t in values])
+        if (angles > math.pi / 2 + 1e-5).any():
+            raise ValueError(f"{meant} Got {angles.max():g}.")
+        self._check_fall("timesteps", angles)
+        return angles.clip(max=math.pi / 2)  # which float32 and 1.5708 exceed
+
+    def _set_levels(self, angles: np.ndarray, device: str | torch.device | None) -> None:
+        """Keep angles and levels in float64 on the CPU; `timesteps` go to `device`, where it knows float64."""
+        calls = np.repeat(angles, self.order)[self.order - 1 :]
+        self._angles = np.append(calls, 0.0)  # of each network call, and 0
+        self.sigmas = torch.from_numpy(self.timestep_to_sigma(self._angles))
+        lacks_float64 = device is not None and torch.device(device).type == "mps"
+        self.timesteps = torch.from_numpy(calls).to(device, torch.float32 if lacks_float64 else torch.float64)
+        self._step_index = self._begin_index = self._begun = None
+
+    def _index_of(self, timestep: float | torch.Tensor) -> int:
+        if self.begin_index is not None:
+            return self.begin_index
+        if isinstance(timestep, int) or torch.is_tensor(timestep) and not timestep.is_floating_point():
+            raise ValueError(f"Pass one of `scheduler.timesteps` (floats), not the integer index {timestep}.")
+        gaps = np.abs(self._angles[: -1 : self.order] - float(timestep))
+        index = int(gaps.argmin())
+        if gaps[index] > 1e-4:
+            raise ValueError(f"{float(timestep):g} is not one of `scheduler.timesteps`: {self.timesteps.tolist()}.")
+        return index * self.order
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
+        """`sample` divided by sigma_data, the network's input at every angle."""
+        if self._step_index is None:
+            self._step_index = self._index_of(timestep)
+        return sample / self.config.sigma_data
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> TrigFlowSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """The estimate of the clean sample, and the sample that the next network call is given.
+
+        Args:
+            model_output: the network's output F (B, ...) for `scale_model_input(sample, timestep)`.
+            timestep: one of `.timesteps`.
+            sample: the current sample (B, ...).
+            generator: source of a consistency model's noise; a list has one per sample.
+            return_dict: give an output object rather than a tuple.
+        """
+        if self._step_index is None:
+            self._step_index = self._index_of(timestep)
+        t, t_next = self._angles[self._step_index], self._angles[self._step_index + 1]
+        dtype = torch.promote_types(sample.dtype, torch.float32)  # float32 arithmetic for half-precision samples
+        x, velocity = sample.to(dtype), self.config.sigma_data * model_output.to(dtype)
+        denoised = math.cos(t) * x - math.sin(t) * velocity
+        if self.solver == "consistency":
+            if self.config.clip_denoised:
+                denoised = denoised.clamp(-1, 1)
+            prev_sample = self._renoise(denoised, t_next, model_output, generator)
+        elif self._begun is not None:
+            prev_sample = self._correct(x, velocity, t)
+        else:
+            prev_sample = math.cos(t - t_next) * x - math.sin(t - t_next) * velocity
+            if self.solver == "heun" and t_next > 0:
+                self._begun = (t, x, velocity)
+        self._step_index += 1
+
+        prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, denoised
+        return TrigFlowSchedulerOutput(prev_sample, denoised)
+
+    def _renoise(
+        self,
+        denoised: torch.Tensor,
+        t: float,
+        model_output: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        if t == 0:
+            return denoised
+        noise = randn_tensor(
+            model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+        )
+        return math.cos(t) * denoised + math.sin(t) * self.config.sigma_data * noise
+
+    def _correct(self, x_next: torch.Tensor, velocity_next: torch.Tensor, t_next: float) -> torch.Tensor:
+        """The second half of a step of "heun", from what the network says of the end that "euler" found.
+
+        With D and the noise held fixed, the velocity turns as the sample does, dv/dt = -x. Turned back to t, the one
+        at the end can be averaged with the one at the start. (This is Heun's rule in the coordinate tan(s - t), in
+        which the paths of fixed D are straight lines.)
+        """
+        (t, x, velocity), self._begun = self._begun, None
+        cos, sin = math.cos(t - t_next), math.sin(t - t_next)
+        return cos * x - sin * (velocity + cos * velocity_next - sin * x_next) / 2
+
+    def add_noise(
+        self,
+        original_samples: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor | None = None,
+        *,
+        sigmas: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """cos(t) original_samples + sin(t) sigma_data noise, at any level of each sample.
+
+        Args:
+            original_samples: clean samples (B, ...).
+            noise: unit normal noise of the same shape.
+            timesteps: angles (B,) or one for all; or else
+            sigmas: noise levels (B,) or one for all.
+        """
+        if (timesteps is None) == (sigmas is None):
+            raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
+        given = torch.as_tensor(sigmas if timesteps is None else timesteps).cpu().double()
+        angles = (given / self.config.sigma_data).atan() if timesteps is None else given
+        angles = angles.reshape(-1, *[1] * (original_samples.ndim - 1))
+        cos, sin = (
+            factor.to(original_samples.device, original_samples.dtype)
+            for factor in (angles.cos(), angles.sin() * self.config.sigma_data)
+        )
+        return cos * original_samples + sin * noise

@@ -1,0 +1,115 @@
+"""Sampling of MeanFlow models in one to a few steps (Geng et al. 2025, arXiv:2505.13447, algorithm 2)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
+
+from .image_pipeline import Generators, ImagePipeline, StepCallback
+
+
+# what the scheduler must not do of its own, as the network jumps exactly from one of the given flow times to the next
+PLAIN_SCHEDULER = {
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+
+
+class MeanFlowPipeline(ImagePipeline):
+    """Images from a MeanFlow model, unconditional or class-conditional, in 1, 2, ... steps.
+
+    The network gives the average velocity u of x_t = (1 - t) x0 + t noise between the flow times t > r in [0, 1], so
+    that x_r = x_t - (t - r) u.
+
+    Args:
+        unet: the network, called as `unet(x_t, t, target_timestep=r, class_labels=...)`.
+        scheduler: a `FlowMatchEulerDiscreteScheduler` that takes the flow times as they are (its default settings).
+    """
+
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: ModelMixin, scheduler: FlowMatchEulerDiscreteScheduler):
+        super().__init__()
+        changed = {name for name, value in PLAIN_SCHEDULER.items() if scheduler.config.get(name, value) != value}
+        if changed:
+            raise ValueError(f"The scheduler of a MeanFlowPipeline must leave {', '.join(sorted(changed))} alone.")
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def default_steps(self) -> tuple[int, ...]:
+        return (1, 2)
+
+    def flow_times(self, num_inference_steps: int | None, sigmas: Sequence[float] | None) -> list[float]:
+        """Flow times from 1, evenly spaced, or those of the noise levels `sigmas`; ValueError for bad ones."""
+        if (num_inference_steps is None) == (sigmas is None):
+            raise ValueError("Pass exactly one of `num_inference_steps` and `sigmas`.")
+        if sigmas is None:
+            if num_inference_steps < 1:
+                raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
+            return [1 - k / num_inference_steps for k in range(num_inference_steps)]
+        levels = [float(s) for s in sigmas]
+        if not levels or any(math.isnan(s) or s <= 0 for s in levels):
+            raise ValueError(f"`sigmas` must be a non-empty list of positive numbers, got {levels}.")
+        if any(then >= now for now, then in zip(levels, levels[1:])):
+            raise ValueError(f"`sigmas` must fall strictly, got {levels}.")
+        return [1 / (1 + 1 / s) for s in levels]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        """Make images.
+
+        Args:
+            batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
+            class_labels: one label for all or one per image; drawn from `generator` where the model wants some and
+                none are given.
+            num_inference_steps: 1 (the default) or more steps of equal length in flow time, from pure noise; or else
+            sigmas: noise levels t / (1 - t), falling, for example [inf, 1]; inf is pure noise, flow time 1.
+            generator: a generator, or one per image (then an image does not depend on the others of the batch).
+            latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
+            output_type: "pil", "np" (B, H, W, C in [0, 1]) or "pt" (B, C, H, W in [0, 1]).
+            return_dict: give an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
+                replaces the tensors.
+            callback_on_step_end_tensor_inputs: which tensors it sees: "latents".
+
+        Returns:
+            `ImagePipelineOutput` with `.images`.
+        """
+        if num_inference_steps is None and sigmas is None:
+            num_inference_steps = self.default_steps[0]
+        times = self.flow_times(num_inference_steps, sigmas)
+        self.scheduler.set_timesteps(sigmas=times, device=self._execution_device)
+        noise, labels = self.prepare(
+            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
+        )
+        times = self.scheduler.sigmas  # and 0
+        sample = noise.float() * times[0]  # float32 between the steps, whatever the weights
+        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            velocity = self.unet(
+                sample.to(noise.dtype), times[i], target_timestep=times[i + 1], class_labels=labels, return_dict=False
+            )[0]
+            sample = self.scheduler.step(velocity.float(), timestep, sample, return_dict=False)[0]
+            tensors = {"latents": sample}
+            sample = self.after_step(callback_on_step_end, i, timestep, tensors, callback_on_step_end_tensor_inputs)[
+                "latents"
+            ]
+        return self.finish(sample, output_type, return_dict)

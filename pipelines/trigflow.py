@@ -1,0 +1,92 @@
+"""Sampling of TrigFlow models: consistency models in one to a few steps, diffusion models by their ODE."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
+
+from .image_pipeline import Generators, ImagePipeline, StepCallback
+
+
+class TrigFlowPipeline(ImagePipeline):
+    """Images from a TrigFlow model, unconditional or class-conditional (Lu & Song 2024, arXiv:2410.11081).
+
+    Args:
+        unet: the network, called as `unet(sample / sigma_data, angle, class_labels=...)`.
+        scheduler: a `TrigFlowScheduler`; its solver says whether this is a consistency model or a diffusion model.
+    """
+
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+        super().__init__()
+        if "solver" not in scheduler.config:
+            raise ValueError(f"TrigFlowPipeline needs a TrigFlowScheduler, not a {type(scheduler).__name__}.")
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def default_steps(self) -> tuple[int, ...]:
+        return (1, 2) if self.scheduler.config.solver == "consistency" else (18,)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        solver: str | None = None,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        """Make images.
+
+        Args:
+            batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
+            class_labels: one label for all or one per image; drawn from `generator` where the model wants some and
+                none are given.
+            num_inference_steps: the number of levels, of the scheduler's choice: 1 (the default) or more for a
+                consistency model, 2 or more (18) for a diffusion model; or else
+            sigmas: the noise levels, falling, for example [80, 0.8]; the first may be inf; or else
+            timesteps: the same as angles atan(sigma / sigma_data) in (0, pi/2], for example [1.5645, 1.1].
+            solver: "heun" or "euler" instead of a diffusion model's own. Heun calls the network 2 N - 1 times for N
+                levels, Euler N times.
+            generator: a generator, or one per image (then an image does not depend on the others of the batch).
+            latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
+            output_type: "pil", "np" (B, H, W, C in [0, 1]) or "pt" (B, C, H, W in [0, 1]).
+            return_dict: give an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step, from one level
+                to the next; what it returns replaces the tensors.
+            callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
+
+        Returns:
+            `ImagePipelineOutput` with `.images`.
+        """
+        if num_inference_steps is None and sigmas is None and timesteps is None:
+            num_inference_steps = self.default_steps[0]
+        self.scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, solver)
+        noise, labels = self.prepare(
+            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
+        )
+        sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
+        step = 0
+        with self.progress_bar(total=self.scheduler.num_inference_steps) as bar:
+            for t in self.scheduler.timesteps:
+                if self.scheduler.state_in_first_order:
+                    level = t
+                network_input = self.scheduler.scale_model_input(sample, t).to(noise.dtype)
+                output = self.unet(network_input, t, class_labels=labels, return_dict=False)[0]
+                sample, denoised = self.scheduler.step(output.float(), t, sample, generator, return_dict=False)
+                if not self.scheduler.state_in_first_order:
+                    continue  # in the middle of a step of Heun
+                tensors = {"latents": sample, "pred_original_sample": denoised}
+                names = callback_on_step_end_tensor_inputs
+                sample = self.after_step(callback_on_step_end, step, level, tensors, names)["latents"]
+                step += 1
+                bar.update()
+        return self.finish(sample, output_type, return_dict)
