@@ -1,0 +1,223 @@
+"""What holds for all schedulers of the library."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cm_diffusers import MultistepConsistencyScheduler, TrigFlowScheduler
+
+
+KINDS = {
+    "multistep": MultistepConsistencyScheduler,
+    "multistep, angles": functools.partial(MultistepConsistencyScheduler, time_label="angle", sigma_min=0.0),
+    "trigflow": TrigFlowScheduler,
+    "trigflow euler": functools.partial(TrigFlowScheduler, solver="euler"),
+    "trigflow heun": functools.partial(TrigFlowScheduler, solver="heun"),
+}
+NOISY = ["multistep", "multistep, angles", "trigflow"]
+SHAPE = (2, 3, 4, 4)
+
+
+@pytest.fixture(params=KINDS)
+def build(request):
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def make(build):
+    """A maker of schedulers whose levels are set."""
+
+    def make(n=None, sigmas=None, timesteps=None, device=None, **config):
+        scheduler = build(**config)
+        scheduler.set_timesteps(n, device=device, sigmas=sigmas, timesteps=timesteps)
+        return scheduler
+
+    return make
+
+
+noisy = pytest.mark.parametrize("build", [KINDS[kind] for kind in NOISY], ids=NOISY)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def run(scheduler, dtype=torch.float32):
+    x, noise = torch.randn(SHAPE, generator=generator()).to(dtype) * scheduler.init_noise_sigma, generator(1)
+    for t in scheduler.timesteps:
+        x = scheduler.step(scheduler.scale_model_input(x, t).sin(), t, x, noise).prev_sample
+    return x
+
+
+# --- levels
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"n": 2, "sigmas": [80]}, {"n": 2, "timesteps": [0.5]}, {"sigmas": [80], "timesteps": [0.5]}]
+)
+def test_exactly_one_way_to_choose_the_levels(make, arguments):
+    with pytest.raises(ValueError, match="exactly one"):
+        make(**arguments)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_too_few_steps(make, n):
+    with pytest.raises(ValueError, match=f"num_inference_steps must .* got {n}"):
+        make(n)
+
+
+@pytest.mark.parametrize(
+    "sigmas, message",
+    [
+        *(([], "non-empty"), ([80, math.nan], "list of"), ([1, 80], "fall strictly"), ([80, 1, 1], "fall strictly")),
+        *(([80, 0], "above"), ([80, -1], "above"), ([81, 1], "exceed sigma_max=80.0")),
+    ],
+)
+def test_bad_levels(make, sigmas, message):
+    with pytest.raises(ValueError, match=message):
+        make(sigmas=sigmas)
+
+
+def test_labels_must_fall(make):
+    with pytest.raises(ValueError, match="`timesteps` must fall strictly"):
+        make(timesteps=[0.1, 0.2])
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_grid_indices_are_no_labels(make, kind):
+    with pytest.raises(ValueError, match="Grid indices|not grid indices"):
+        make(timesteps=kind([22, 0]))
+
+
+def test_labels_can_be_given_back_as_timesteps(make):
+    first = make(sigmas=[80, 5.5, 0.3])
+    labels = first.timesteps.unique().flip(0)  # Heun's come twice
+    for given in (labels, labels.tolist(), labels.numpy()):
+        again = make(timesteps=given)
+        torch.testing.assert_close(again.sigmas, first.sigmas, rtol=1e-11, atol=0)
+        assert again.num_inference_steps == 3
+
+
+def test_labels_are_float64_except_where_the_device_has_none(make, monkeypatch):
+    move = torch.Tensor.to
+
+    def to_cpu_instead(tensor, device, *args):  # as if the CPU were an Apple GPU
+        return move(tensor, "cpu" if str(device) == "mps" else device, *args)
+
+    monkeypatch.setattr(torch.Tensor, "to", to_cpu_instead)
+    for device, dtype in (("mps", torch.float32), (torch.device("mps"), torch.float32), ("cpu", torch.float64)):
+        scheduler = make(4, device=device)
+        assert scheduler.timesteps.dtype == dtype
+        assert scheduler.sigmas.dtype == torch.float64
+
+
+# --- which step
+
+
+@pytest.mark.parametrize("timestep", [0, torch.tensor(1)])
+def test_an_index_is_no_timestep(make, timestep):
+    with pytest.raises(ValueError, match="integer index"):
+        make(2).scale_model_input(torch.randn(SHAPE), timestep)
+
+
+def test_a_label_that_was_not_set_is_no_timestep(make):
+    with pytest.raises(ValueError, match="not one of"):
+        make(2).scale_model_input(torch.randn(SHAPE), 0.7)
+
+
+def test_labels_in_float32_are_found(make):
+    x = torch.randn(SHAPE)
+    first, second = make(3), make(3)
+    label = first.timesteps[-1]
+    assert torch.equal(first.scale_model_input(x, label), second.scale_model_input(x, label.float()))
+    assert first.step_index == second.step_index == len(first.timesteps) - 1
+
+
+def test_begin_index_starts_in_the_middle(make):
+    scheduler, x = make(4), torch.randn(SHAPE)
+    assert scheduler.step_index is None and scheduler.begin_index is None
+    scheduler.set_begin_index(2)
+    scheduler.scale_model_input(x, scheduler.timesteps[2])
+    assert scheduler.step_index == 2
+    scheduler.step(x, scheduler.timesteps[2], x)
+    assert scheduler.step_index == 3
+
+
+# --- steps
+
+
+@noisy
+def test_last_step_adds_no_noise_and_consumes_none(make):
+    scheduler, noise = make(2), generator()
+    x, output = torch.randn(2, *SHAPE)
+    before = noise.get_state()
+    first = scheduler.step(output, scheduler.timesteps[0], x, noise)
+    between = noise.get_state()
+    last = scheduler.step(output, scheduler.timesteps[1], x, noise)
+    assert not torch.equal(before, between)
+    assert torch.equal(noise.get_state(), between)
+    assert not torch.equal(first.prev_sample, first.pred_original_sample)
+    assert torch.equal(last.prev_sample, last.pred_original_sample)
+
+
+@noisy
+def test_a_generator_per_sample_makes_samples_independent(make):
+    x, output = torch.randn(2, 3, 1, 4, 4)
+
+    def step(rows, generators):
+        scheduler = make(sigmas=[80, 0.8])
+        return scheduler.step(output[rows], scheduler.timesteps[0], x[rows], generators).prev_sample
+
+    together = step(slice(3), [generator(i) for i in range(3)])
+    for i in range(3):
+        assert torch.equal(step(slice(i, i + 1), [generator(i)])[0], together[i])
+
+
+def test_tuple_and_object_hold_the_same(make):
+    x, output = torch.randn(2, *SHAPE)
+    scheduler = make(2)
+    as_object = scheduler.step(output, scheduler.timesteps[0], x, generator())
+    scheduler = make(2)
+    as_tuple = scheduler.step(output, scheduler.timesteps[0], x, generator(), return_dict=False)
+    assert torch.equal(as_tuple[0], as_object.prev_sample) and torch.equal(as_tuple[0], as_object[0])
+    assert torch.equal(as_tuple[1], as_object.pred_original_sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_samples_keep_their_dtype(make, dtype):
+    assert run(make(4), dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_samples_are_computed_in_float32(make, dtype):
+    x, output = torch.randn(2, *SHAPE).to(dtype) * 20
+    results = []
+    for of_step in (dtype, torch.float32):
+        scheduler = make(sigmas=[40], clip_denoised=False)
+        step = scheduler.step(output.to(of_step), scheduler.timesteps[0], x.to(of_step))
+        results.append(step.prev_sample.to(dtype))
+    assert torch.equal(*results)
+
+
+# --- noise at any level, configuration
+
+
+@pytest.mark.parametrize("arguments", [{}, {"timesteps": torch.ones(1), "sigmas": torch.ones(1)}])
+def test_noise_needs_exactly_one_kind_of_level(build, arguments):
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="exactly one"):
+        build().add_noise(x, x, **arguments)
+
+
+def test_a_saved_scheduler_is_the_same_scheduler(build, tmp_path):
+    config = {"sigma_data": 0.7, "sigma_max": 60.0, "rho": 5.0, "clip_denoised": False}
+    scheduler = build(**config)
+    scheduler.save_pretrained(tmp_path)
+    again = type(scheduler).from_pretrained(tmp_path)
+    assert all(again.config[name] == value for name, value in scheduler.config.items() if name[0] != "_")
+    for one in (scheduler, again):
+        one.set_timesteps(5)
+    assert torch.equal(run(again), run(scheduler))
