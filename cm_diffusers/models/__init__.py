@@ -1,6 +1,7 @@
 """Networks. Each file imports only torch, numpy and diffusers."""
 
+from cm_diffusers.models.jvp_unet import JVPUNet2DModel
 from cm_diffusers.models.unet_presets import UNET_PRESETS, build_unet, keep_time_embedding_in_float32
 
 
-__all__ = ["UNET_PRESETS", "build_unet", "keep_time_embedding_in_float32"]
+__all__ = ["JVPUNet2DModel", "UNET_PRESETS", "build_unet", "keep_time_embedding_in_float32"]

@@ -1,10 +1,15 @@
-"""Presets over diffusers' `UNet2DModel`, so that what is trained loads with nothing but diffusers."""
+"""Presets over diffusers' `UNet2DModel`, so that what is trained loads with nothing but diffusers.
+
+Those with `jvp_` before their name have the same shape as a `JVPUNet2DModel`, for methods that differentiate it.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
+
+from cm_diffusers.models.jvp_unet import JVPUNet2DModel
 
 
 # channels by level, residual blocks per level, levels with attention (0 is the full resolution)
@@ -15,6 +20,8 @@ UNET_PRESETS: dict[str, dict] = {
     "cifar10": {"channels": (128, 256, 256), "layers": 4, "attention": (1,)},  # 45 M; EDM's CIFAR-10 nets have 56 M
     "imagenet64": {"channels": (192, 384, 576, 768), "layers": 3, "attention": (1, 2, 3)},  # 276 M, ADM's widths
 }
+JVP = "jvp_"
+UNET_PRESETS |= {JVP + name: UNET_PRESETS[name] for name in ("tiny", "small", "base", "cifar10")}
 NORM_GROUPS = 8
 HEAD_DIM = 32
 
@@ -25,8 +32,8 @@ def build_unet(
     channels: int,
     num_classes: int | None = None,
     dropout: float = 0.0,
-) -> UNet2DModel:
-    """A `UNet2DModel` after a preset.
+) -> UNet2DModel | JVPUNet2DModel:
+    """A `UNet2DModel` after a preset, or a `JVPUNet2DModel` after one with `jvp_`.
 
     Args:
         preset: a key of `UNET_PRESETS`.
@@ -42,22 +49,27 @@ def build_unet(
         raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(UNET_PRESETS)}.")
     shape = UNET_PRESETS[preset]
     levels = range(len(shape["channels"]))
-    down = ["AttnDownBlock2D" if i in shape["attention"] else "DownBlock2D" for i in levels]
     height, width = sample_size
     check_halvings(sample_size, len(levels), f"preset {preset!r}")
+    config = {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": shape["channels"],
+        "layers_per_block": shape["layers"],
+        "attention_head_dim": HEAD_DIM,
+        "norm_num_groups": NORM_GROUPS,
+        "num_class_embeds": num_classes,
+        "dropout": dropout,
+    }
+    if preset.startswith(JVP):
+        return JVPUNet2DModel(**config, attention_levels=shape["attention"])
+    down = ["AttnDownBlock2D" if i in shape["attention"] else "DownBlock2D" for i in levels]
     return UNet2DModel(
-        sample_size=height if height == width else (height, width),
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=shape["channels"],
-        layers_per_block=shape["layers"],
+        **config,
         down_block_types=tuple(down),
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-        attention_head_dim=HEAD_DIM,
-        norm_num_groups=NORM_GROUPS,
         resnet_time_scale_shift="scale_shift",
-        num_class_embeds=num_classes,
-        dropout=dropout,
     )
 
 
@@ -79,9 +91,12 @@ class _Float32TimestepEmbedding(TimestepEmbedding):
             return super().forward(sample, condition)
 
 
-def keep_time_embedding_in_float32(unet: UNet2DModel) -> None:
+def keep_time_embedding_in_float32(unet: UNet2DModel | JVPUNet2DModel) -> None:
     """Run the time embedding outside autocast: in bfloat16 neighbouring noise levels become one.
 
     The module changes its class and not its `forward`, so that a copy of the network has an embedding of its own.
+    A `JVPUNet2DModel` does without help, and stays as it is.
     """
+    if isinstance(unet, JVPUNet2DModel):
+        return
     unet.time_embedding.__class__ = _Float32TimestepEmbedding

@@ -1,0 +1,384 @@
+"""A U-Net for methods that differentiate their network along a trajectory.
+
+Continuous-time consistency models need dF/dt from one Jacobian-vector product (Lu & Song 2024, arXiv:2410.11081,
+section 4.1), mean flows likewise (Geng et al. 2025, arXiv:2505.13447). What such a network needs, and has here:
+
+- the derivative in t stays bounded: time features of low frequency, pixel-normalised scales and shifts;
+- every operation has a forward-mode derivative: attention is a plain softmax(QK^T)V, as the fused kernels have none;
+- time in float64 stays in float64, time in bfloat16 never happens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+GAMMA = 0x9E3779B97F4A7C15 - 2**64  # of splitmix64, as int64
+FOURIER_SEED = 20241014
+
+
+@dataclass
+class JVPUNet2DOutput(BaseOutput):
+    """What `JVPUNet2DModel` gives.
+
+    Args:
+        sample: the output image (B, C, H, W).
+        log_variance: the adaptive log-variance (B,), None without the head.
+    """
+
+    sample: Tensor
+    log_variance: Tensor | None = None
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea & Flood 2014) on int64, where products wrap around. Changes `z`."""
+    # int64 shifts copy the sign, the masks make them logical
+    z ^= (z >> 30) & (2**34 - 1)
+    z *= 0xBF58476D1CE4E5B9 - 2**64
+    z ^= (z >> 27) & (2**37 - 1)
+    z *= 0x94D049BB133111EB - 2**64
+    z ^= (z >> 31) & (2**33 - 1)
+    return z
+
+
+class KeyedDropout(nn.Dropout):
+    """Dropout that, given keys, masks each sample by (its key, this layer's index, the position) alone.
+
+    Position i of a sample reads number i of the splitmix64 stream that starts at the mixed (key, layer). These are
+    integers, so the mask is the same on every device and in a batch of any size.
+    """
+
+    def __init__(self, p: float, layer: int = 0):
+        super().__init__(p)
+        self.layer = layer
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Drop elements of `x` (B, ...) in training mode; `keys` int64 (B,) on its device."""
+        if keys is None or not self.training or self.p == 0:
+            return super().forward(x)
+        if self.p == 1:
+            return x * 0
+        state = _mix(_mix(keys + GAMMA) + torch.full_like(keys, self.layer + 1) * GAMMA)
+        positions = torch.arange(x[0].numel(), device=x.device) * GAMMA
+        # signed numbers are uniform on [-2^63, 2^63)
+        kept = _mix(state[:, None] + positions) >= math.floor((self.p - 0.5) * 2**64)
+        return x * (kept.view(x.shape).to(x.dtype) / (1 - self.p))
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 or better, under autocast and with weights of lower precision as well.
+
+    In bfloat16 neighbouring times become one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class Float32GroupNorm(nn.GroupNorm):
+    """Group norm that computes and answers in float32 or better.
+
+    Under autocast on a CPU the stock one gives a bfloat16 value with a float32 tangent, which a convolution refuses.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x.to(dtype).contiguous(), self.num_groups, weight, bias, self.eps)
+
+
+def pixel_norm(x: Tensor, eps: float, dim: int = 1) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) along `dim` (Karras et al. 2017, arXiv:1710.10196, section 4.2)."""
+    return x * torch.rsqrt(x.square().mean(dim, keepdim=True) + eps)
+
+
+class TimeFeatures(nn.Module):
+    """cos and sin of a time at bounded frequencies: (B,) -> (B, channels).
+
+    Args:
+        channels: number of features, even.
+        kind: "positional" has geometric frequencies from `scale` down to `scale` / 10, in radians per unit of time;
+            "fourier" draws them from a normal distribution of standard deviation 2 pi `scale`, once for all models.
+        scale: the derivative in time grows with it.
+    """
+
+    def __init__(self, channels: int, kind: str, scale: float):
+        super().__init__()
+        self.channels, self.kind, self.scale = channels, kind, scale
+        if kind == "fourier":
+            normal = torch.randn(channels // 2, generator=torch.Generator().manual_seed(FOURIER_SEED), device="cpu")
+            self.register_buffer("frequencies", 2 * math.pi * scale * normal)
+
+    def forward(self, time: Tensor) -> Tensor:
+        if self.kind == "fourier":
+            frequencies = self.frequencies.to(time.dtype)
+        else:
+            exponents = torch.linspace(0, -1, self.channels // 2, dtype=time.dtype, device=time.device)
+            frequencies = self.scale * 10**exponents
+        angles = time[:, None] * frequencies
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class TimeMLP(nn.Sequential):
+    """Two layers from time features (B, features) to an embedding (B, channels), in float32 or better."""
+
+    def __init__(self, features: int, channels: int):
+        super().__init__(Float32Linear(features, channels), nn.SiLU(), Float32Linear(channels, channels))
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, with normalised queries and keys."""
+
+    def __init__(self, channels: int, head_dim: int, groups: int, eps: float):
+        super().__init__()
+        self.heads = channels // min(head_dim, channels)
+        self.norm = Float32GroupNorm(groups, channels, eps)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x).to(x.dtype)).view(batch, 3, self.heads, channels // self.heads, height * width)
+        q, k, v = qkv.unbind(1)
+        # of unit size, so that no logit exceeds the root of the head's width and the softmax can't saturate
+        q, k = pixel_norm(q, 1e-4, 2), pixel_norm(k, 1e-4, 2)
+        weights = (q.transpose(2, 3) @ k / math.sqrt(q.shape[2])).softmax(3).to(v.dtype)
+        return x + self.proj((v @ weights.transpose(2, 3)).reshape(x.shape))
+
+
+class Block(nn.Module):
+    """A residual block with adaptive double normalisation, and attention where asked for.
+
+    h = norm(h) * pnorm(1 + s) + pnorm(b) for a scale and a shift s, b out of the embedding (arXiv:2410.11081,
+    section 4.1). pnorm adds 0.01 to the mean square of 1 + s, which is about 1. It adds 1 to that of b: the shift
+    starts near 0, where a small number would turn any change of b into a jump, while so pnorm(b) is b itself for small
+    b, still has a size below 1 for large b, and a derivative of at most 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding: int,
+        groups: int,
+        eps: float,
+        dropout: float,
+        head_dim: int | None,
+    ):
+        super().__init__()
+        self.norm1 = Float32GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = Float32GroupNorm(groups, out_channels, eps, affine=False)
+        self.modulation = Float32Linear(embedding, 2 * out_channels)
+        self.drop = KeyedDropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.attention = None if head_dim is None else Attention(out_channels, head_dim, groups, eps)
+
+    def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
+        scale, shift = self.modulation(embedding).chunk(2, 1)
+        scale, shift = pixel_norm(1 + scale, 0.01)[..., None, None], pixel_norm(shift, 1.0)[..., None, None]
+        h = self.norm2(self.conv1(F.silu(self.norm1(x)).to(x.dtype)))
+        h = self.drop(F.silu(torch.addcmul(shift.to(h.dtype), h, scale.to(h.dtype))), keys)
+        h = self.skip(x) + self.conv2(h.to(x.dtype))
+        return h if self.attention is None else self.attention(h)
+
+
+def _zero(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class JVPUNet2DModel(ModelMixin, ConfigMixin):
+    """A U-Net that is called like diffusers' `UNet2DModel` and is ready for `torch.func.jvp`.
+
+    Args:
+        sample_size: height and width of the images, or (height, width); the network takes others as well.
+        in_channels, out_channels: of the images.
+        block_out_channels: channels by level; each level halves the image.
+        layers_per_block: residual blocks per level (one more on the way up).
+        attention_levels: levels with self-attention (0 is the full resolution); the middle always has it.
+        attention_head_dim: channels per head.
+        norm_num_groups, norm_eps: of the group norms.
+        dropout: dropout probability.
+        num_class_embeds: number of class labels, None for an unconditional model.
+        time_embedding_type: "positional" or "fourier", see `TimeFeatures`.
+        time_embedding_scale: its scale, None for 1 ("positional") or 0.02 ("fourier").
+        log_variance: whether there is the adaptive log-variance head.
+
+    Raises:
+        ValueError: channels that do not split into groups and heads, or an unknown type of time embedding.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: Sequence[int] = (128, 256, 256),
+        layers_per_block: int = 2,
+        attention_levels: Sequence[int] = (1,),
+        attention_head_dim: int = 32,
+        norm_num_groups: int = 8,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        num_class_embeds: int | None = None,
+        time_embedding_type: str = "positional",
+        time_embedding_scale: float | None = None,
+        log_variance: bool = False,
+    ):
+        super().__init__()
+        if time_embedding_type not in ("positional", "fourier"):
+            raise ValueError(f"time_embedding_type must be 'positional' or 'fourier', not {time_embedding_type!r}.")
+        for channels in block_out_channels:
+            if channels % norm_num_groups or channels % min(attention_head_dim, channels):
+                raise ValueError(
+                    f"{channels} of block_out_channels must be a multiple of norm_num_groups ({norm_num_groups})"
+                    f" and of attention_head_dim ({attention_head_dim})."
+                )
+        if time_embedding_scale is None:
+            time_embedding_scale = {"positional": 1.0, "fourier": 0.02}[time_embedding_type]
+        features, embedding = 2 * (block_out_channels[0] // 2), 4 * block_out_channels[0]
+        self.time_proj = TimeFeatures(features, time_embedding_type, time_embedding_scale)
+        self.time_embedding = TimeMLP(features, embedding)
+        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, embedding)
+
+        def block(width_in: int, width_out: int, attention: bool) -> Block:
+            head_dim = attention_head_dim if attention else None
+            return Block(width_in, width_out, embedding, norm_num_groups, norm_eps, dropout, head_dim)
+
+        width = block_out_channels[0]
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.down_blocks, self.up_blocks, skips = nn.ModuleList(), nn.ModuleList(), []
+        for level, channels in enumerate(block_out_channels):
+            skips.append(width)
+            self.down_blocks.append(nn.ModuleList())
+            for _ in range(layers_per_block):
+                self.down_blocks[level].append(block(width, channels, level in attention_levels))
+                width = channels
+                skips.append(width)
+        self.mid_blocks = nn.ModuleList([block(width, width, True), block(width, width, False)])
+        for level, channels in reversed(list(enumerate(block_out_channels))):
+            blocks = nn.ModuleList()
+            for _ in range(layers_per_block + 1):
+                blocks.append(block(width + skips.pop(), channels, level in attention_levels))
+                width = channels
+            self.up_blocks.append(blocks)
+        self.conv_norm_out = Float32GroupNorm(norm_num_groups, width, norm_eps)
+        self.conv_out = _zero(nn.Conv2d(width, out_channels, 3, padding=1))
+
+        for layer, module in enumerate(m for m in self.modules() if isinstance(m, KeyedDropout)):
+            module.layer = layer
+        self.log_variance_head = None
+        if log_variance:
+            self.add_log_variance_head()
+        self.gradient_checkpointing = False
+        self._keys: Tensor | None = None
+
+    def add_log_variance_head(self) -> None:
+        """Add w(t) of the adaptive weighting e^-w loss + w: zero at first, linear in the embedding of the time."""
+        reference = self.conv_out.weight
+        head = _zero(Float32Linear(self.time_embedding[-1].out_features, 1))
+        self.log_variance_head = head.to(reference.device, reference.dtype)
+        self.register_to_config(log_variance=True)
+
+    def remove_log_variance_head(self) -> None:
+        """Delete the head, which samplers do not need."""
+        self.log_variance_head = None
+        self.register_to_config(log_variance=False)
+
+    def key_dropout(self, keys: Tensor | None) -> None:
+        """Draw the dropout of the coming batches in training mode by these keys, int64 (B,), one per sample.
+
+        None goes back to ordinary dropout.
+
+        Raises:
+            ValueError: not one int64 per sample.
+        """
+        if keys is not None and (keys.dtype != torch.int64 or keys.ndim != 1):
+            raise ValueError(f"Dropout keys are int64 (B,), not {keys.dtype} {tuple(keys.shape)}.")
+        self._keys = keys
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> JVPUNet2DOutput | tuple[Tensor, ...]:
+        """Apply the network to `sample` (B, C, H, W) at `timestep`, a number, () or (B,): an angle or a flow time.
+
+        Args:
+            class_labels: int64 (B,), for a conditional network.
+            return_dict: False gives the tuple (sample,) or (sample, log_variance).
+
+        Raises:
+            ValueError: class labels are missing or superfluous, or the dropout keys are not those of this batch.
+        """
+        batch = sample.shape[0]
+        if (class_labels is None) != (self.class_embedding is None):
+            raise ValueError("class_labels are " + ("missing." if class_labels is None else "not for this network."))
+        keys = self._keys if self.training else None
+        if keys is not None:
+            if len(keys) != batch:
+                raise ValueError(f"There are dropout keys for {len(keys)} samples, the batch has {batch}.")
+            keys = keys.to(sample.device)
+
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
+        timestep = timestep.to(sample.device, torch.promote_types(timestep.dtype, dtype)).expand(batch)
+        embedding = self.time_embedding(self.time_proj(timestep))
+        log_variance = None if self.log_variance_head is None else self.log_variance_head(embedding).squeeze(1)
+        if self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(class_labels)
+        embedding = F.silu(embedding)
+
+        h = self.conv_in(sample)
+        skips = []
+        for level, blocks in enumerate(self.down_blocks):
+            if level > 0:
+                h = F.avg_pool2d(h, 2)
+            skips.append(h)
+            for block in blocks:
+                h = self._apply_block(block, h, embedding, keys)
+                skips.append(h)
+        for block in self.mid_blocks:
+            h = self._apply_block(block, h, embedding, keys)
+        for level, blocks in enumerate(self.up_blocks):
+            if level > 0:
+                h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+            for block in blocks:
+                h = self._apply_block(block, torch.cat([h, skips.pop()], 1), embedding, keys)
+        sample = self.conv_out(F.silu(self.conv_norm_out(h)).to(h.dtype))
+
+        if not return_dict:
+            return (sample,) if log_variance is None else (sample, log_variance)
+        return JVPUNet2DOutput(sample, log_variance)
+
+    def _apply_block(self, block: Block, h: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled() and not (_is_dual(h) or _is_dual(embedding)):
+            return self._gradient_checkpointing_func(block, h, embedding, keys)
+        return block(h, embedding, keys)
+
+
+def _is_dual(x: Tensor) -> bool:
+    """Whether `x` carries a tangent: recomputing it after the end of the JVP, as checkpointing does, is an error."""
+    return forward_ad.unpack_dual(x).tangent is not None
