@@ -289,6 +289,8 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
         self.log_variance_head = None
         if log_variance:
             self.add_log_variance_head()
+        # those named there would be left out by from_config(config), positional arguments and later changes among them
+        self.register_to_config(_use_default_values=[])
         self.gradient_checkpointing = False
         self._keys: Tensor | None = None
 

@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
 
 from cm_diffusers.models.jvp_unet import JVPUNet2DModel
+from cm_diffusers.models.two_time import TwoTimeModel
 
 
 # channels by level, residual blocks per level, levels with attention (0 is the full resolution)
@@ -91,12 +92,14 @@ class _Float32TimestepEmbedding(TimestepEmbedding):
             return super().forward(sample, condition)
 
 
-def keep_time_embedding_in_float32(unet: UNet2DModel | JVPUNet2DModel) -> None:
+def keep_time_embedding_in_float32(unet: UNet2DModel | JVPUNet2DModel | TwoTimeModel) -> None:
     """Run the time embedding outside autocast: in bfloat16 neighbouring noise levels become one.
 
     The module changes its class and not its `forward`, so that a copy of the network has an embedding of its own.
     A `JVPUNet2DModel` does without help, and stays as it is.
     """
+    if isinstance(unet, TwoTimeModel):
+        unet = unet.network
     if isinstance(unet, JVPUNet2DModel):
         return
     unet.time_embedding.__class__ = _Float32TimestepEmbedding

@@ -219,6 +219,14 @@ def test_a_saved_network_is_the_same_network(tmp_path, kind, head):
         assert torch.equal(first, second)
 
 
+def test_config_makes_the_same_network():
+    network = JVPUNet2DModel((8, 12), 4, 4, (16, 32), 1)
+    network.add_log_variance_head()
+    again = JVPUNet2DModel.from_config(network.config)
+    assert again.config == network.config
+    assert list(again.state_dict()) == list(network.state_dict())
+
+
 def test_log_variance_head_comes_and_goes():
     network = randomised()
     x, t, _, _ = inputs()

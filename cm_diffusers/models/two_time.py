@@ -1,0 +1,188 @@
+"""A second time for a network: from what level, and to what level, as flow maps and trajectory models ask.
+
+The embedding of the second time is added to that of the first (Kim et al. 2023, arXiv:2310.02279, and mean flows, Geng
+et al. 2025, arXiv:2505.13447, do so). Its last layer starts at zero, so training starts from the wrapped network.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+
+MIRRORED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "dropout")
+
+
+@dataclass
+class TwoTimeOutput(BaseOutput):
+    """What `TwoTimeModel` gives.
+
+    Args:
+        sample: the output image (B, C, H, W).
+        log_variance: the adaptive log-variance (B,), None where the network has no such head.
+    """
+
+    sample: Tensor
+    log_variance: Tensor | None = None
+
+
+class TargetTimeEmbedding(nn.Module):
+    """cos and sin of a time at frequencies from `scale` down to `scale` / 10, and two layers, the second zero.
+
+    It computes in float32 or better whatever autocast or its weights say: in bfloat16 neighbouring times become one.
+    """
+
+    def __init__(self, channels: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.linear_1 = nn.Linear(2 * (channels // 8), channels)
+        self.linear_2 = nn.Linear(channels, channels)
+        nn.init.zeros_(self.linear_2.weight)
+        nn.init.zeros_(self.linear_2.bias)
+        self.current: Tensor | None = None
+
+    def forward(self, time: Tensor) -> Tensor:
+        """(B,) -> (B, channels)."""
+        exponents = torch.linspace(0, -1, self.linear_1.in_features // 2, dtype=time.dtype, device=time.device)
+        angles = time[:, None] * (self.scale * 10**exponents)
+        dtype = torch.promote_types(self.linear_1.weight.dtype, torch.float32)
+        h = torch.cat([angles.cos(), angles.sin()], 1).to(dtype)
+        with torch.autocast(time.device.type, enabled=False):
+            h = F.silu(F.linear(h, self.linear_1.weight.to(dtype), self.linear_1.bias.to(dtype)))
+            return F.linear(h, self.linear_2.weight.to(dtype), self.linear_2.bias.to(dtype))
+
+    def add_current(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """A forward hook: add the embedding of the call in progress to `output` (B, channels)."""
+        if self.current is None:
+            return output
+        # a network in bfloat16 goes on in bfloat16, one under autocast, with weights in float32, does not yet
+        return (output + self.current).to(torch.promote_types(output.dtype, self.linear_1.weight.dtype))
+
+
+def _class_named(name: str, near: str) -> type[ModelMixin]:
+    """diffusers' class of models with this name, else the loaded one, the nearest to the module `near` of several.
+
+    Not by an import: in a saved model's folder this file lies beside the network's under another package.
+
+    Raises:
+        ValueError: there is none.
+    """
+    stock = getattr(diffusers, name, None)
+    if isinstance(stock, type) and issubclass(stock, ModelMixin):
+        return stock
+    found = [cls for cls in ModelMixin.__subclasses__() if cls.__name__ == name]
+    if not found:
+        raise ValueError(f"network_class {name!r} is neither a model of diffusers nor loaded; import it first.")
+    return max(found, key=lambda cls: len(os.path.commonprefix([cls.__module__, near])))
+
+
+class TwoTimeModel(ModelMixin, ConfigMixin):
+    """A `JVPUNet2DModel` or a `UNet2DModel` with a second time. Make it by `from_network`.
+
+    Args:
+        network_class: name of the wrapped network's class.
+        network_config: its config.
+        target_time_scale: highest frequency at which the second time is read, in radians per unit of it: 1 for angles
+            and flow times, 1 / 250 for the labels 250 ln(sigma).
+        sample_size, in_channels, out_channels, num_class_embeds, dropout, log_variance: where given they replace those
+            of `network_config`, so that all that reads or sets them on a network finds them here.
+
+    Raises:
+        ValueError: no such class of networks.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        network_class: str = "JVPUNet2DModel",
+        network_config: dict | None = None,
+        target_time_scale: float = 1.0,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+        num_class_embeds: int | None = None,
+        dropout: float | None = None,
+        log_variance: bool | None = None,
+    ):
+        super().__init__()
+        replaced = {name: self.config[name] for name in (*MIRRORED, "log_variance")}
+        replaced = {name: value for name, value in replaced.items() if value is not None}
+        config = {**(network_config or {}), **replaced}
+        self._wrap(_class_named(network_class, type(self).__module__).from_config(config))
+
+    def _wrap(self, network: ModelMixin) -> None:
+        self.network = network
+        last = [module for module in network.time_embedding.modules() if isinstance(module, nn.Linear)][-1]
+        branch = TargetTimeEmbedding(last.out_features, self.config.target_time_scale)
+        self.target_time_embedding = branch.to(last.weight.device, last.weight.dtype)
+        # a bound method, so that a deep copy of this model has a hook of its own
+        network.time_embedding.register_forward_hook(self.target_time_embedding.add_current)
+        config = {name: value for name, value in network.config.items() if not name.startswith("_")}
+        mirrored = {name: config[name] for name in MIRRORED}
+        self.register_to_config(network_config=config, log_variance=config.get("log_variance"), **mirrored)
+        # those named there would be left out by from_config(config)
+        self.register_to_config(_use_default_values=[])
+
+    @classmethod
+    def from_network(cls, network: ModelMixin, target_time_scale: float = 1.0) -> "TwoTimeModel":
+        """Wrap a copy of `network`, with its weights, dtype, device and mode."""
+        config = {name: value for name, value in network.config.items() if not name.startswith("_")}
+        with torch.device("meta"):
+            model = cls(type(network).__name__, config, target_time_scale)
+        model._wrap(copy.deepcopy(network))
+        return model.train(network.training)
+
+    def add_log_variance_head(self) -> None:
+        """See `JVPUNet2DModel.add_log_variance_head`."""
+        self.network.add_log_variance_head()
+        self.register_to_config(log_variance=True)
+
+    def remove_log_variance_head(self) -> None:
+        """See `JVPUNet2DModel.remove_log_variance_head`."""
+        self.network.remove_log_variance_head()
+        self.register_to_config(log_variance=False)
+
+    @property
+    def key_dropout(self):
+        """`key_dropout` of the wrapped network; there is none here where it has none."""
+        return self.network.key_dropout
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        target_timestep: Tensor | float | None = None,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> TwoTimeOutput | tuple[Tensor, ...]:
+        """Apply the network to `sample` (B, C, H, W) at `timestep` for a jump to `target_timestep`.
+
+        Args:
+            timestep: a number, () or (B,), in the unit of the wrapped network.
+            target_timestep: a number, () or (B,). None leaves the wrapped network as it is.
+            class_labels: int64 (B,), for a conditional network.
+            return_dict: False gives the tuple (sample,) or (sample, log_variance).
+        """
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if isinstance(timestep, float):  # which the stock network would round
+            timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
+        if target_timestep is not None:
+            if not torch.is_tensor(target_timestep):
+                target_timestep = torch.tensor(target_timestep, dtype=dtype, device=sample.device)
+            target_timestep = target_timestep.to(sample.device, torch.promote_types(target_timestep.dtype, dtype))
+            self.target_time_embedding.current = self.target_time_embedding(target_timestep.expand(len(sample)))
+        try:
+            output = self.network(sample, timestep, class_labels=class_labels, return_dict=False)
+        finally:
+            self.target_time_embedding.current = None
+        return TwoTimeOutput(*output) if return_dict else output
