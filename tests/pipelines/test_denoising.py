@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -112,6 +113,63 @@ def test_a_schedule_that_ends_above_zero_is_corrected_to_its_end(gaussian_denois
     torch.testing.assert_close(images, in_pixels(exact), rtol=0, atol=2e-3)
 
 
+@pytest.fixture
+def gaussian_flow(gaussian_denoiser):
+    """A maker of flow networks, noise - x0, that are exact for Gaussian data."""
+
+    class GaussianFlow(gaussian_denoiser):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            sigma = timestep.double().reshape(1) / (1 - timestep.double())
+            x = sample.double() * (1 + sigma)
+            denoised = EDMDenoiser(super().forward, self.config.sigma_data)(x, sigma, class_labels)
+            return ((x - denoised) / sigma - denoised,)
+
+    return GaussianFlow
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_flow_models_make_the_images_of_edm_models_that_know_the_same(gaussian_denoiser, gaussian_flow, solver):
+    noise, labels = torch.randn(3, 1, 4, 4), torch.tensor([0, 2, 4])
+    pipes = [
+        DenoisingPipeline(gaussian_denoiser(num_class_embeds=5), EDMEulerScheduler()),
+        DenoisingPipeline(gaussian_flow(num_class_embeds=5), EDMEulerScheduler(), prediction="flow"),
+    ]
+    images = [
+        quiet(pipe)(class_labels=labels, num_inference_steps=7, solver=solver, latents=noise, output_type="pt").images
+        for pipe in pipes
+    ]
+    torch.testing.assert_close(*images, rtol=0, atol=2e-5)
+
+
+def test_flow_networks_are_given_flow_times_and_flow_samples(gaussian_flow):
+    flow, seen = gaussian_flow(), []
+    flow.register_forward_pre_hook(lambda module, args: seen.append(args))
+    noise = torch.randn(2, 1, 4, 4)
+    pipe = quiet(DenoisingPipeline(flow, EDMEulerScheduler(), prediction="flow"))
+    pipe(latents=noise, num_inference_steps=5, solver="euler")
+    sigmas = karras_sigmas(5)
+    assert [float(t) for _, t in seen] == pytest.approx((sigmas / (1 + sigmas)).tolist(), rel=1e-6)
+    torch.testing.assert_close(seen[0][0], noise * 80 / 81)
+
+
+@pytest.mark.parametrize("config", [{}, {"time_label": "log_sigma"}, {"time_label": "angle"}])
+def test_models_saved_before_there_were_flow_models_load(network, config, tmp_path):
+    pipe = DenoisingPipeline(network, EDMEulerScheduler(), **config)
+    pipe.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    saved = json.loads(index.read_text())
+    assert saved.pop("prediction") == "edm"
+    index.write_text(json.dumps(saved))
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert again.config.prediction == "edm" and again.config.time_label == config.get("time_label", "log_sigma")
+
+
+def test_prediction_is_saved(network, tmp_path):
+    DenoisingPipeline(network, EDMEulerScheduler(), prediction="flow").save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert again.config.prediction == "flow" and again.config.time_label == "flow_time"
+
+
 def test_time_label_is_saved(network, tmp_path):
     pipe = DenoisingPipeline(network, EDMEulerScheduler(sigma_data=0.7), time_label="angle")
     pipe.save_pretrained(tmp_path)
@@ -128,6 +186,14 @@ def test_bad_arguments(network, arguments, message):
         DenoisingPipeline(network, EDMEulerScheduler())(**arguments)
 
 
-def test_bad_time_label(network):
-    with pytest.raises(ValueError, match="time_label"):
-        DenoisingPipeline(network, EDMEulerScheduler(), time_label="sigma")
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"time_label": "sigma"}, "log_sigma, angle; got 'sigma'"),
+        ({"time_label": "angle", "prediction": "flow"}, "'flow' must be one of flow_time; got 'angle'"),
+        ({"prediction": "epsilon"}, "edm, flow; got 'epsilon'"),
+    ],
+)
+def test_bad_configurations(network, config, message):
+    with pytest.raises(ValueError, match=message):
+        DenoisingPipeline(network, EDMEulerScheduler(), **config)

@@ -1,35 +1,65 @@
-"""What holds for both pipelines."""
+"""What holds for all pipelines."""
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline, EDMEulerScheduler, ImagePipelineOutput
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+)
+from two_times import TwoTimeUNet
 
-from cm_diffusers import ConsistencyPipeline, DenoisingPipeline, MultistepConsistencyScheduler
+from cm_diffusers import (
+    ConsistencyPipeline,
+    DenoisingPipeline,
+    MeanFlowPipeline,
+    MultistepConsistencyScheduler,
+    TrigFlowPipeline,
+    TrigFlowScheduler,
+)
 
 
-KINDS = ["consistency", "denoising"]
+KINDS = {
+    "consistency": lambda network: ConsistencyPipeline(network, MultistepConsistencyScheduler()),
+    "denoising": lambda network: DenoisingPipeline(network, EDMEulerScheduler()),
+    "flow": lambda network: DenoisingPipeline(network, EDMEulerScheduler(), prediction="flow"),
+    "trigflow": lambda network: TrigFlowPipeline(network, TrigFlowScheduler()),
+    "trigflow heun": lambda network: TrigFlowPipeline(network, TrigFlowScheduler(solver="heun")),
+    "mean flow": lambda network: MeanFlowPipeline(network, FlowMatchEulerDiscreteScheduler()),
+}
+DIFFUSION = ["denoising", "flow", "trigflow heun"]
 CLASSES = 10
 STEPS = 5
 
 
-@pytest.fixture(params=KINDS)
-def make(request, tiny_unet):
-    def build(**unet):
+@pytest.fixture
+def make_kind(tiny_unet):
+    def build(kind, **unet):
         network = tiny_unet(**unet)
+        if kind == "mean flow":
+            network = TwoTimeUNet.from_config(network.config).eval()
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        if request.param == "consistency":
-            pipe = ConsistencyPipeline(network, MultistepConsistencyScheduler())
-        else:
-            pipe = DenoisingPipeline(network, EDMEulerScheduler())
+        pipe = KINDS[kind](network)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     return build
+
+
+@pytest.fixture(params=KINDS)
+def make(request, make_kind):
+    return lambda **unet: make_kind(request.param, **unet)
 
 
 @pytest.fixture
@@ -86,6 +116,39 @@ def test_saved_pipeline_makes_the_same_images(make, tmp_path):
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
 
 
+LOAD = """
+import sys, numpy, torch, cm_diffusers, two_times
+from diffusers import DiffusionPipeline
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 5, "generator": torch.Generator().manual_seed(0), "class_labels": [3, 4]}
+    numpy.save(folder + "/images.npy", pipe(output_type="pt", **arguments).images.numpy())
+"""
+
+
+def test_saved_pipelines_make_the_same_images_in_a_new_process(make_kind, tmp_path):
+    expected, folders = {}, {}
+    for kind in KINDS:
+        folders[kind] = tmp_path / kind
+        pipe = make_kind(kind)
+        pipe.save_pretrained(folders[kind])
+        expected[kind] = images(pipe, class_labels=[3, 4])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}  # for `two_times`
+    subprocess.run([sys.executable, "-c", LOAD, *folders.values()], env=environment, check=True)
+    for kind in KINDS:
+        assert (np.load(folders[kind] / "images.npy") == expected[kind].numpy()).all(), kind
+
+
+def test_usual_numbers_of_steps(make_kind):
+    for kind in KINDS:
+        pipe = make_kind(kind)
+        assert pipe.default_steps == ((18,) if kind in DIFFUSION else (1, 2))
+        usual = images(pipe, class_labels=1, num_inference_steps=pipe.default_steps[0])
+        plain = pipe(class_labels=1, generator=generator(), output_type="pt").images
+        assert torch.equal(plain, usual)
+
+
 def test_repeatable_and_different_for_another_seed(pipe):
     first = images(pipe, batch_size=2)
     assert torch.equal(images(pipe, batch_size=2), first)
@@ -114,8 +177,8 @@ def test_an_image_with_its_own_generator_does_not_depend_on_the_batch(pipe, labe
 def test_batch_of_one_noise_is_consistent(pipe):
     noise = torch.randn(1, 1, 8, 8).expand(3, -1, -1, -1)
     arguments = {"class_labels": 2, "latents": noise}
-    if isinstance(pipe, ConsistencyPipeline):
-        arguments["num_inference_steps"] = 1
+    if 1 in pipe.default_steps:
+        arguments["num_inference_steps"] = 1  # further steps add noise
     batch = images(pipe, **arguments)
     torch.testing.assert_close(batch[1:], batch[:1].expand(2, -1, -1, -1), rtol=0, atol=5e-5)
 
@@ -217,12 +280,14 @@ def test_callback_sees_every_step(pipe):
         seen.append((step, float(timestep), sorted(tensors), tensors["latents"].shape))
         return tensors
 
-    names = ["latents", "pred_original_sample"]
+    names = pipe._callback_tensor_inputs
     watched = images(
         pipe, num_inference_steps=3, class_labels=1,
         callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names,
     )  # fmt: skip
-    assert seen == [(i, float(t), names, (1, 1, 8, 8)) for i, t in enumerate(pipe.scheduler.timesteps)]
+    levels = pipe.scheduler.timesteps[:: pipe.scheduler.order]
+    assert len(levels) == 3
+    assert seen == [(i, float(t), names, (1, 1, 8, 8)) for i, t in enumerate(levels)]
     assert torch.equal(watched, images(pipe, num_inference_steps=3, class_labels=1))
 
 
@@ -297,8 +362,8 @@ def test_every_argument_is_documented(pipe):
     assert {"generator", "latents", "output_type", "return_dict", "callback_on_step_end"} <= parameters
 
 
-def test_components_rebuild_the_pipeline(pipe):
-    again = type(pipe)(**pipe.components)
+def test_a_pipeline_can_be_rebuilt_from_its_parts(pipe):
+    again = type(pipe).from_pipe(pipe, unet=pipe.unet)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(images(again, class_labels=1), images(pipe, class_labels=1))
 
