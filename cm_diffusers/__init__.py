@@ -5,6 +5,7 @@ import sys
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # diffusers looks its bases up in this namespace
 
+from cm_diffusers.models import JVPUNet2DModel, TwoTimeModel
 from cm_diffusers.pipelines import ConsistencyPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline
 from cm_diffusers.schedulers import MultistepConsistencyScheduler, TrigFlowScheduler
 
@@ -13,10 +14,12 @@ __version__ = "0.1.0"
 __all__ = [
     "ConsistencyPipeline",
     "DenoisingPipeline",
+    "JVPUNet2DModel",
     "MeanFlowPipeline",
     "MultistepConsistencyScheduler",
     "TrigFlowPipeline",
     "TrigFlowScheduler",
+    "TwoTimeModel",
 ]
 
 
@@ -34,5 +37,5 @@ def _register(*classes: type) -> None:
 
 
 _register(ConsistencyPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline)
-_register(MultistepConsistencyScheduler, TrigFlowScheduler)
+_register(MultistepConsistencyScheduler, TrigFlowScheduler, JVPUNet2DModel, TwoTimeModel)
 ConsistencyPipeline._scheduler_class = MultistepConsistencyScheduler

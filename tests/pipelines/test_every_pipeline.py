@@ -1,10 +1,8 @@
 """What holds for all pipelines."""
 
 import inspect
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -17,7 +15,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
 )
-from two_times import TwoTimeUNet
 
 from cm_diffusers import (
     ConsistencyPipeline,
@@ -26,6 +23,7 @@ from cm_diffusers import (
     MultistepConsistencyScheduler,
     TrigFlowPipeline,
     TrigFlowScheduler,
+    TwoTimeModel,
 )
 
 
@@ -47,7 +45,7 @@ def make_kind(tiny_unet):
     def build(kind, **unet):
         network = tiny_unet(**unet)
         if kind == "mean flow":
-            network = TwoTimeUNet.from_config(network.config).eval()
+            network = TwoTimeModel.from_network(network)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         pipe = KINDS[kind](network)
@@ -117,7 +115,7 @@ def test_saved_pipeline_makes_the_same_images(make, tmp_path):
 
 
 LOAD = """
-import sys, numpy, torch, cm_diffusers, two_times
+import sys, numpy, torch, cm_diffusers
 from diffusers import DiffusionPipeline
 for folder in sys.argv[1:]:
     pipe = DiffusionPipeline.from_pretrained(folder)
@@ -134,8 +132,7 @@ def test_saved_pipelines_make_the_same_images_in_a_new_process(make_kind, tmp_pa
         pipe = make_kind(kind)
         pipe.save_pretrained(folders[kind])
         expected[kind] = images(pipe, class_labels=[3, 4])
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}  # for `two_times`
-    subprocess.run([sys.executable, "-c", LOAD, *folders.values()], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", LOAD, *folders.values()], check=True)
     for kind in KINDS:
         assert (np.load(folders[kind] / "images.npy") == expected[kind].numpy()).all(), kind
 
