@@ -83,7 +83,8 @@ def inputs(network: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Batch]:
 
 
 def gradient(network: nn.Module, loss: Tensor) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    return torch.cat([g.flatten().double() for g in gradients])
 
 
 # --- openai/consistency_models ---------------------------------------------------------------------------------
@@ -159,6 +160,9 @@ class OpenAI:
         cls: type[Objective] = {"ct": CT, "cd": CD}[name]
         teacher = EDMDenoiser(inputs(network, dtype)[0].requires_grad_(False), SIGMA_DATA) if name == "cd" else None
         ours = cls(network, ModelSpec(SIGMA_DATA), cls.Options(weighting=weights, **distilled), STEPS, teacher=teacher)
+        with torch.no_grad():  # three networks that differ
+            torch._foreach_mul_(list(ours.target.parameters()), 0.9)
+            torch._foreach_mul_(list(teacher.network.parameters()) if teacher else [torch.ones(())], 1.1)
         step = 100  # CT's grid has 16 levels there
         scales = 18 if name == "cd" else ours.scales(step)
         previous = torch.get_default_dtype()
