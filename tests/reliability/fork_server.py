@@ -1,15 +1,56 @@
-"""Trains in children of one process that has imported everything: a new interpreter per kill would take far longer.
+"""Trains in children of one process that has imported everything: a new interpreter per run would take far longer.
 
-Reads command lines (JSON lists) from stdin; for each, prints the child's id and then how it ended. The children sleep
-in each fsync, which makes saves long enough to be hit.
+The server reads lines of JSON from stdin, [number of processes, method, flag, flag, ...]; for each it prints the ids
+of the children and then how they ended. The children sleep in each fsync, which makes saves long enough to be hit.
 """
 
 import json
 import os
+import signal
+import socket
+import subprocess
 import sys
 import time
 
-from cm_diffusers.engine.run import main
+from training_runs import flags
+
+
+class ForkServer:
+    """Starts training runs within milliseconds."""
+
+    def __init__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([sys.executable, __file__], env=environment, text=True, **pipes)
+        self.said: list[str] = []
+
+    def start(self, folder, method="ect", processes=1, **settings):
+        """Begin a run; gives the ids of its processes."""
+        self.said = []
+        self.process.stdin.write(json.dumps([processes, method, *flags(folder, method, **settings)]) + "\n")
+        self.process.stdin.flush()
+        return self._answer("children")
+
+    def wait(self):
+        """The exit codes of the run's processes, negative for a signal."""
+        return self._answer("ended")
+
+    def run(self, folder, method="ect", processes=1, **settings):
+        """A run to its end; gives what it printed."""
+        self.start(folder, method, processes, **settings)
+        assert self.wait() == [0] * processes
+        return "".join(self.said)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self, word):
+        for line in self.process.stdout:
+            if line.startswith(word + " "):
+                return [int(number) for number in line.split()[1:]]
+            self.said.append(line)
+        raise RuntimeError("the server ended")
 
 
 def slow_fsync(descriptor, fsync=os.fsync):
@@ -17,16 +58,48 @@ def slow_fsync(descriptor, fsync=os.fsync):
     time.sleep(0.01)
 
 
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.fsync = slow_fsync
-        code = 1
-        try:
-            main(json.loads(line), ["ect"], "")
-            code = 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    print(f"child {child}", flush=True)
-    print(f"ended {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
+def launcher_environment(processes, rank, port):
+    """What a launcher tells process `rank`."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    return {name: str(value) for name, value in names.items()} if processes > 1 else {}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve():
+    from cm_diffusers.engine.run import main
+
+    for line in sys.stdin:
+        processes, method, *words = json.loads(line)
+        children, port = [], free_port()
+        for rank in range(processes):
+            child = os.fork()
+            if child == 0:
+                os.environ.update(launcher_environment(processes, rank, port))
+                os.fsync = slow_fsync
+                code = 1
+                try:
+                    main(words, [method], "")
+                    code = 0
+                finally:
+                    sys.stdout.flush()
+                    os._exit(code)
+            children.append(child)
+        print("children", *children, flush=True)
+        codes = {}
+        while len(codes) < processes:
+            child, status = os.wait()
+            codes[child] = os.waitstatus_to_exitcode(status)
+            if codes[child]:  # the others would wait for it
+                for other in set(children) - codes.keys():
+                    os.kill(other, signal.SIGKILL)
+        print("ended", *(codes[child] for child in children), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

@@ -21,6 +21,15 @@ SETTINGS = {
 }
 
 
+FAMILY = {
+    "ct": {"s0": 4, "s1": 12},
+    "ict": {"s0": 4, "s1": 16},
+    "cd": {"num_scales": 12},
+    # where r = 0 a student that still is its teacher has residuals of rounding size; c > 0 takes their weight away
+    "ecd": {"stage_steps": 2, "p_mean": 1.0, "p_std": 0.5, "huber_c": 0.01},
+}
+
+
 def on_one(folder, **settings):
     return run(folder, **{**SETTINGS, "train_batch_size": 16, **settings})
 
@@ -47,8 +56,8 @@ def losses(folder):
     return [row["loss"] for row in read_log(folder)]
 
 
-def assert_agree(folder, one):
-    assert len(losses(one)) == 40 and losses(folder) == pytest.approx(losses(one), rel=1e-6)
+def assert_agree(folder, one, steps=40):
+    assert len(losses(one)) == steps and losses(folder) == pytest.approx(losses(one), rel=1e-6)
     by_level = [[row["loss_by_sigma"] for row in read_log(f)] for f in (folder, one)]
     assert all(a == pytest.approx(b, rel=1e-5) for a, b in zip(*by_level))
     ours, theirs = tensors(folder), tensors(one)
@@ -69,6 +78,18 @@ def test_a_checkpoint_of_one_process_is_resumed_by_two(one, tmp_path):
     assert "Resumed from step 20 of 40" in on_two(tmp_path)
     assert losses(tmp_path)[:20] == losses(one)[:20]
     assert_agree(tmp_path, one)
+
+
+@pytest.mark.parametrize("method", FAMILY)
+def test_every_consistency_method_trains_on_two_processes_as_on_one(server, teacher, tmp_path, method):
+    settings = {**FAMILY[method], "max_train_steps": 8, "random_flip": True}
+    if method in ("cd", "ecd"):
+        settings["pretrained_teacher_model"] = teacher
+    one, two = tmp_path / "one", tmp_path / "two"
+    server.run(one, method, train_batch_size=16, **settings)
+    assert "16 on 2 process(es)" in server.run(two, method, processes=2, train_batch_size=8, **settings)
+    assert_agree(two, one, steps=8)
+    assert ("auxiliary.target" in {group for group, _ in tensors(one)}) == (method in ("ct", "cd"))
 
 
 def test_another_order_of_the_data_gives_other_losses(one, tmp_path, monkeypatch):
