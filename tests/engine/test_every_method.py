@@ -8,8 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from training_runs import differences, read_log, run, tensors
+from safetensors.torch import load_file
+from training_runs import differences, flags, read_log, run, tensors
 
+from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import load_pipeline
 from cm_diffusers.objectives import OBJECTIVES
 
@@ -62,6 +65,34 @@ def test_a_stopped_run_is_resumed_bit_for_bit(train, tmp_path, monkeypatch, meth
     assert read_log(tmp_path / "stopped") == read_log(whole)
     groups = {group for group, _ in tensors(whole)}
     assert groups == {"model", "optimizer", "ema_halflife_500kimg"} | STATE.get(method, set())
+
+
+@pytest.mark.parametrize("method", STATE)
+def test_the_target_average_is_saved_and_loaded(train, tmp_path, monkeypatch, method):
+    trainers, resume = [], Trainer.resume
+    monkeypatch.setattr(Trainer, "resume", lambda self: (trainers.append(self), resume(self))[1])
+    for _ in range(2):  # the second time the run is finished: it is only loaded
+        train(tmp_path, method)
+    trained, loaded = (trainer.objective.target.state_dict() for trainer in trainers)
+    saved = {key: value for (group, key), value in tensors(tmp_path).items() if group == "auxiliary.target"}
+    assert saved.keys() == trained.keys() == loaded.keys()
+    assert all(value.equal(trained[key]) and value.equal(loaded[key]) for key, value in saved.items())
+    network = trainers[1].objective.network.state_dict()
+    assert any(not value.equal(network[key]) for key, value in saved.items())
+
+
+@pytest.mark.parametrize("method", ["ct", "cd", "ecd"])
+def test_the_exported_model_is_the_students_average_and_nothing_else(train, tmp_path, method):
+    folder = train(tmp_path, method) / "pipeline"
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", weights]
+    exported, saved = load_file(folder / weights), tensors(tmp_path)
+    average, network = "ema_halflife_500kimg", {key for group, key in saved if group == "model"}
+    assert exported.keys() == network
+    assert all(saved[average, key].equal(exported[key]) for key in network)
+    for group in {"model"} | STATE.get(method, set()):
+        assert any(not saved[group, key].equal(exported[key]) for key in network)
 
 
 @every_method
@@ -125,6 +156,17 @@ def test_a_teacher_of_another_resolution_is_refused(train, tmp_path):
         train(tmp_path, "ecd", resolution=16)
 
 
+def test_a_teacher_of_another_scale_than_the_model_to_start_from_is_refused(train, tmp_path):
+    student = run(tmp_path / "ect", "ect", max_train_steps=1, sigma_data=0.7) / "pipeline"
+    with pytest.raises(ValueError, match=r"sigma_data is 0\.7, that of the teacher 0\.8"):
+        train(tmp_path / "cd", "cd", pretrained_model_name_or_path=student)
+
+
+def test_a_teacher_of_other_classes_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match="the teacher is conditional on 10 classes; set --class_conditional"):
+        train(tmp_path, "cd", class_conditional=None)
+
+
 def test_a_teacher_that_is_a_consistency_model_is_refused(train, tmp_path):
     model = train(tmp_path / "ect", "ect", max_train_steps=1) / "pipeline"
     with pytest.raises(ValueError, match="the teacher must be a diffusion model"):
@@ -136,7 +178,26 @@ def test_a_missing_teacher_is_named(tmp_path):
         run(tmp_path, "cd", pretrained_teacher_model=tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("method", ["ct", "ict", "ect"])
+@pytest.mark.parametrize("method", ["cd", "ecd"])
+def test_distillation_without_a_teacher_is_refused_before_anything_is_written(tmp_path, method):
+    with pytest.raises(ValueError, match=f"^{method} distils a teacher: give --pretrained_teacher_model"):
+        run(tmp_path / "run", method)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["ct", "ict", "ect", "diffusion"])
 def test_a_teacher_that_would_not_be_used_is_refused(tmp_path, method):
     with pytest.raises(ValueError, match=f"option of cd, ecd; {method} ignores it"):
         run(tmp_path, method, pretrained_teacher_model=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["ct", "cd", "ect", "ecd"])
+def test_an_unknown_distance_is_refused_with_the_known_ones(tmp_path, method):
+    words = flags(tmp_path, method, distance="l3", pretrained_teacher_model=tmp_path if "d" in method else None)
+    with pytest.raises(ValueError, match="--distance: invalid choice: 'l3'.*pseudo_huber.*l2"):
+        parse_config(words, [method], "")
+
+
+def test_a_distance_for_a_method_without_a_choice_is_refused_with_those_that_have_one(tmp_path):
+    with pytest.raises(ValueError, match="'distance' is an option of ct, cd, ect, ecd; ict ignores it"):
+        parse_config(flags(tmp_path, "ict", distance="lpips"), ["ict"], "")
