@@ -12,6 +12,7 @@ from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins, uniform_bi
 from cm_diffusers.core.schedules import ct_scales, ct_target_decay, ict_scales, karras_sigmas
 from cm_diffusers.objectives import CD, CT, ECD, ECT, ICT, Batch, ModelSpec
 from cm_diffusers.objectives.consistency import teacher_step
+from cm_diffusers.pipelines import ConsistencyPipeline
 
 
 DATA_STD = 0.3
@@ -182,7 +183,7 @@ def test_ct_loss_of_the_exact_solution_is_not_zero():
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_ecd_loss_of_the_exact_solution_falls_with_its_stages(solver, order):
     network = Linear(consistency(0.0))
-    options = ECD.Options(pretrained_teacher_model="given", stage_steps=1, solver=solver, k=0)
+    options = ECD.Options(pretrained_teacher_model="given", stage_steps=1, solver=solver, k=0, huber_c=0)
     objective = ECD(network, SPEC, options, TOTAL, teacher=TEACHER)
     losses = [objective.loss(Batch(X0), FixedStep(step)).total.item() for step in (4, 5)]
     assert math.log2(losses[0] / losses[1]) == pytest.approx(order, abs=0.2)  # the weight divides by the gap
@@ -217,7 +218,7 @@ def test_ecd_where_r_is_zero_learns_the_teachers_denoised_image():
 
 def test_ecd_is_ect_but_for_the_point_at_r(network):
     teacher = EDMDenoiser(copy.deepcopy(network), 0.5)
-    options = {"pretrain_steps": 0, "stage_steps": 10}
+    options = {"pretrain_steps": 0, "stage_steps": 10, "huber_c": 0.0}
     ecd = ECD(network, SPEC, ECD.Options(pretrained_teacher_model="given", **options), TOTAL, teacher=teacher)
     ect = ECT(network, SPEC, ECT.Options(**options), TOTAL)
     ecd.point_at = ect.point_at
@@ -231,25 +232,59 @@ def test_distillation_without_a_teacher_is_refused(cls):
         cls.Options()
 
 
-@pytest.mark.parametrize("cls", [CT, ECT])
+@pytest.mark.parametrize("cls", [CT, CD, ECT, ECD])
 def test_lpips_is_refused_with_the_reason(cls):
-    with pytest.raises(ValueError, match="torchvision"):
-        cls.Options(distance="lpips")
+    teacher = {"pretrained_teacher_model": "given"} if cls in (CD, ECD) else {}
+    with pytest.raises(ValueError, match="lpips is not offered.*torchvision.*Use pseudo_huber"):
+        cls.Options(distance="lpips", **teacher)
 
 
 @pytest.mark.parametrize(
-    "cls, options, name",
+    "cls, options, allowed",
     [
-        (CT, {"s0": 1}, "s0"),
-        (CT, {"s0": 20, "s1": 10}, "s1"),
-        (CT, {"s1": 1 << 30}, "s1"),
-        (CT, {"mu0": 1.5}, "mu0"),
-        (ICT, {"s0": 20, "s1": 10}, "s1"),
-        (ICT, {"p_std": 0.0}, "p_std"),
-        (CD, {"pretrained_teacher_model": "given", "num_scales": 1}, "num_scales"),
-        (CD, {"pretrained_teacher_model": "given", "mu": -0.1}, "mu"),
+        (CT, {"s0": 1}, r"s0 must lie in \[2, 1.04858e\+06\], got 1"),
+        (CT, {"s0": 20, "s1": 10}, r"s1 must lie in \[20, 1.04858e\+06\], got 10"),
+        (CT, {"s0": -5}, r"s0 must lie in \[2"),
+        (CT, {"s0": 1 << 30}, r"s0 must lie in \[2"),
+        (CT, {"s1": 1 << 30}, r"s1 must lie in \[2"),
+        (CT, {"s1": math.inf}, r"s1 must lie in \[2"),
+        (CT, {"mu0": 1.5}, r"mu0 must lie in \[1e-06, 1\], got 1.5"),
+        (CT, {"mu0": 0.0}, r"mu0 must lie in"),
+        (CT, {"huber_c": -1.0}, r"huber_c must lie in \[0"),
+        (ICT, {"s0": 0}, r"s0 must lie in \[1"),
+        (ICT, {"s0": 20, "s1": 10}, r"s1 must lie in \[20"),
+        (ICT, {"s1": 1 << 30}, r"s1 must lie in \[10"),
+        (ICT, {"p_std": 0.0}, r"p_std must lie in"),
+        (ICT, {"p_mean": math.nan}, r"p_mean must lie in"),
+        (CD, {"num_scales": 1}, r"num_scales must lie in \[2"),
+        (CD, {"num_scales": 1 << 30}, r"num_scales must lie in \[2"),
+        (CD, {"mu": -0.1}, r"mu must lie in \[0, 1\]"),
+        (CD, {"mu": math.nan}, r"mu must lie in \[0, 1\]"),
     ],
 )
-def test_impossible_options_are_named(cls, options, name):
-    with pytest.raises(ValueError, match=name):
-        cls.Options(**options)
+def test_impossible_options_are_named_with_what_is_allowed(cls, options, allowed):
+    teacher = {"pretrained_teacher_model": "given"} if cls is CD else {}
+    with pytest.raises(ValueError, match=f"^{allowed}"):
+        cls.Options(**options, **teacher)
+
+
+@pytest.mark.parametrize(
+    "sigmas, reason",
+    [
+        ([2, 80], "`sigmas` must fall strictly"),
+        ([80, 10, 10], "`sigmas` must fall strictly"),
+        ([80.1, 2], r"`sigmas` must not exceed sigma_max=80.0, got 80.1"),
+        ([80, 0.002], "`sigmas` must stay above sigma_min=0.002, got 0.002"),
+        ([80, 0], "`sigmas` must stay above sigma_min=0.002, got 0"),
+        ([80, math.nan], "`sigmas` must be a non-empty list of finite numbers"),
+        ([], "`sigmas` must be a non-empty list of finite numbers"),
+    ],
+)
+def test_levels_that_can_not_be_sampled_are_refused_before_the_network_is_called(tiny_unet, sigmas, reason):
+    network = tiny_unet(num_classes=None)
+    stock = CT(network, SPEC, CT.Options(), TOTAL).pipeline(network)
+    pipe, calls = ConsistencyPipeline(stock.unet, stock.scheduler), []
+    network.register_forward_hook(lambda *args: calls.append(1))
+    with pytest.raises(ValueError, match=reason):
+        pipe(sigmas=sigmas)
+    assert not calls
