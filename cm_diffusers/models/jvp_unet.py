@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
-GAMMA = 0x9E3779B97F4A7C15 - 2**64  # of splitmix64, as int64
+GAMMA = 0x9E3779B97F4A7C15 - 2**64  # the increment of splitmix64, as int64: so that key 0 does not mix to 0
 FOURIER_SEED = 20241014
 
 
@@ -52,8 +52,8 @@ def _mix(z: Tensor) -> Tensor:
 class KeyedDropout(nn.Dropout):
     """Dropout that, given keys, masks each sample by (its key, this layer's index, the position) alone.
 
-    Position i of a sample reads number i of the splitmix64 stream that starts at the mixed (key, layer). These are
-    integers, so the mask is the same on every device and in a batch of any size.
+    Element i of a sample reads the number mix(mix(mix(key + gamma) ^ layer) ^ i), with the finaliser of splitmix64.
+    These are integers, so the mask is the same on every device and in a batch of any size.
     """
 
     def __init__(self, p: float, layer: int = 0):
@@ -66,10 +66,9 @@ class KeyedDropout(nn.Dropout):
             return super().forward(x)
         if self.p == 1:
             return x * 0
-        state = _mix(_mix(keys + GAMMA) + torch.full_like(keys, self.layer + 1) * GAMMA)
-        positions = torch.arange(x[0].numel(), device=x.device) * GAMMA
+        state = _mix(_mix(keys + GAMMA) ^ self.layer)
         # signed numbers are uniform on [-2^63, 2^63)
-        kept = _mix(state[:, None] + positions) >= math.floor((self.p - 0.5) * 2**64)
+        kept = _mix(state[:, None] ^ torch.arange(x[0].numel(), device=x.device)) >= math.floor((self.p - 0.5) * 2**64)
         return x * (kept.view(x.shape).to(x.dtype) / (1 - self.p))
 
 
@@ -89,13 +88,17 @@ class Float32GroupNorm(nn.GroupNorm):
     """Group norm that computes and answers in float32 or better.
 
     Under autocast on a CPU the stock one gives a bfloat16 value with a float32 tangent, which a convolution refuses.
+    Weight and bias are applied outside, as torch.compile can't trace the JVP of a group norm that has them.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x.to(dtype).contiguous(), self.num_groups, weight, bias, self.eps)
+            h = F.group_norm(x.to(dtype).contiguous(), self.num_groups, eps=self.eps)
+        if not self.affine:
+            return h
+        weight, bias = (p.to(dtype)[:, None, None] for p in (self.weight, self.bias))
+        return torch.addcmul(bias, h, weight)
 
 
 def pixel_norm(x: Tensor, eps: float, dim: int = 1) -> Tensor:
@@ -110,7 +113,10 @@ class TimeFeatures(nn.Module):
         channels: number of features, even.
         kind: "positional" has geometric frequencies from `scale` down to `scale` / 10, in radians per unit of time;
             "fourier" draws them from a normal distribution of standard deviation 2 pi `scale`, once for all models.
-        scale: the derivative in time grows with it.
+        scale: bounds the derivative in time. The paper speaks of a largest frequency of about 1 and of a Fourier scale
+            of 0.02. A largest frequency of 4 gave a diffusion loss on 8x8 digits 1.2 to 1.4 % below that of 1 in each
+            of three runs of 400 steps, with a network derivative of much the same size; a Fourier scale of 0.02 gave
+            one 5 % above it.
     """
 
     def __init__(self, channels: int, kind: str, scale: float):
@@ -215,7 +221,7 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
         dropout: dropout probability.
         num_class_embeds: number of class labels, None for an unconditional model.
         time_embedding_type: "positional" or "fourier", see `TimeFeatures`.
-        time_embedding_scale: its scale, None for 1 ("positional") or 0.02 ("fourier").
+        time_embedding_scale: its scale, None for 4 ("positional") or 0.02 ("fourier").
         log_variance: whether there is the adaptive log-variance head.
 
     Raises:
@@ -254,7 +260,7 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
                     f" and of attention_head_dim ({attention_head_dim})."
                 )
         if time_embedding_scale is None:
-            time_embedding_scale = {"positional": 1.0, "fourier": 0.02}[time_embedding_type]
+            time_embedding_scale = {"positional": 4.0, "fourier": 0.02}[time_embedding_type]
         features, embedding = 2 * (block_out_channels[0] // 2), 4 * block_out_channels[0]
         self.time_proj = TimeFeatures(features, time_embedding_type, time_embedding_scale)
         self.time_embedding = TimeMLP(features, embedding)
@@ -289,8 +295,8 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
         self.log_variance_head = None
         if log_variance:
             self.add_log_variance_head()
-        # those named there would be left out by from_config(config), positional arguments and later changes among them
-        self.register_to_config(_use_default_values=[])
+        # those named as defaults would be left out by from_config, positional arguments and later changes among them
+        self.register_to_config(time_embedding_scale=time_embedding_scale, _use_default_values=[])
         self.gradient_checkpointing = False
         self._keys: Tensor | None = None
 
@@ -326,6 +332,8 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> JVPUNet2DOutput | tuple[Tensor, ...]:
         """Apply the network to `sample` (B, C, H, W) at `timestep`, a number, () or (B,): an angle or a flow time.
+
+        Labels of a wide range, such as 250 ln(sigma), need a smaller `time_embedding_scale`.
 
         Args:
             class_labels: int64 (B,), for a conditional network.

@@ -89,7 +89,7 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
     Args:
         network_class: name of the wrapped network's class.
         network_config: its config.
-        target_time_scale: highest frequency at which the second time is read, in radians per unit of it: 1 for angles
+        target_time_scale: highest frequency at which the second time is read, in radians per unit of it: 4 for angles
             and flow times, 1 / 250 for the labels 250 ln(sigma).
         sample_size, in_channels, out_channels, num_class_embeds, dropout, log_variance: where given they replace those
             of `network_config`, so that all that reads or sets them on a network finds them here.
@@ -106,7 +106,7 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         self,
         network_class: str = "JVPUNet2DModel",
         network_config: dict | None = None,
-        target_time_scale: float = 1.0,
+        target_time_scale: float = 4.0,
         sample_size: int | tuple[int, int] | None = None,
         in_channels: int | None = None,
         out_channels: int | None = None,
@@ -134,8 +134,8 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         self.register_to_config(_use_default_values=[])
 
     @classmethod
-    def from_network(cls, network: ModelMixin, target_time_scale: float = 1.0) -> "TwoTimeModel":
-        """Wrap a copy of `network`, with its weights, dtype, device and mode."""
+    def from_network(cls, network: ModelMixin, target_time_scale: float = 4.0) -> "TwoTimeModel":
+        """Wrap a copy of `network`, with its weights, dtype, device and mode; see the class for the scale."""
         config = {name: value for name, value in network.config.items() if not name.startswith("_")}
         with torch.device("meta"):
             model = cls(type(network).__name__, config, target_time_scale)

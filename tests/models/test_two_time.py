@@ -1,13 +1,23 @@
 import copy
+import importlib
+import inspect
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from torch.func import jvp
 
-from cm_diffusers.models import JVPUNet2DModel, TwoTimeModel, build_unet, keep_time_embedding_in_float32
+from cm_diffusers.models import (
+    JVPUNet2DModel,
+    TwoTimeModel,
+    build_unet,
+    jvp_unet,
+    keep_time_embedding_in_float32,
+    two_time,
+)
 from cm_diffusers.models.two_time import TargetTimeEmbedding, _class_named
 
 
@@ -267,6 +277,21 @@ def test_what_the_network_lacks_is_lacking():
     assert model.config.log_variance is None
     with pytest.raises(AttributeError, match="add_log_variance_head"):
         model.add_log_variance_head()
+
+
+@torch.no_grad()
+def test_the_two_files_in_one_stand_alone(tmp_path, monkeypatch):
+    """As in the folder of a saved model."""
+    sources = [Path(inspect.getfile(module)).read_text() for module in (jvp_unet, two_time)]
+    (tmp_path / "exported_networks.py").write_text("\n".join(sources))
+    monkeypatch.syspath_prepend(tmp_path)
+    exported = importlib.import_module("exported_networks")
+    model, (x, t, s, labels) = trained(), inputs()
+    model.save_pretrained(tmp_path / "model")
+    again = exported.TwoTimeModel.from_pretrained(tmp_path / "model")
+    assert type(again.network) is exported.JVPUNet2DModel is not JVPUNet2DModel
+    assert torch.equal(again(x, t, s, labels).sample, model(x, t, s, labels).sample)
+    assert type(trained().network) is type(TwoTimeModel().network) is JVPUNet2DModel
 
 
 def test_classes_are_found_by_name():
