@@ -1,11 +1,15 @@
-"""From a network's output to a denoiser D(x, sigma), the estimate of the clean data that every method speaks."""
+"""From a network's output to a denoiser D(x, sigma), the estimate of the clean data that every method speaks.
+
+Whatever process a network was trained on, its denoiser takes x = x0 + sigma noise, the scale of VE.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from cm_diffusers.core.interpolants import Interpolant, append_dims
+from cm_diffusers.core.interpolants import Interpolant, LinearFlow, TrigFlow, append_dims
 from cm_diffusers.core.time_labels import TIME_LABELS
 
 
@@ -40,6 +44,7 @@ class EDMDenoiser:
     sigma_data: float
     sigma_min: float = 0.0
     time_label: str = "log_sigma"
+    prediction: ClassVar[str] = "edm"
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Denoise `x` (B, C, H, W), noised to `sigma` (B,); class labels (B,) where the network takes them."""
@@ -47,6 +52,63 @@ class EDMDenoiser:
         label = TIME_LABELS[self.time_label].from_sigma(sigma, self.sigma_data)
         output = self.network(c_in * x, label, class_labels=class_labels).sample
         return c_skip * x + c_out * output.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class TrigFlowDenoiser:
+    """D = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t) at the angle t = atan(sigma / sigma_data).
+
+    F is the velocity over sigma_data of x_t = cos(t) x0 + sin(t) sigma_data noise (Lu & Song 2024, arXiv:2410.11081,
+    section 3). It is EDM's preconditioning with the sign of the network turned; D(x, 0) = x.
+    """
+
+    network: Callable
+    sigma_data: float
+    time_label: ClassVar[str] = "angle"
+    prediction: ClassVar[str] = "trigflow"
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Denoise `x` (B, C, H, W), noised to `sigma` (B,)."""
+        process = TrigFlow(self.sigma_data)
+        t, x_t = process.time(sigma), append_dims(process.alpha(sigma), x) * x
+        output = self.network(x_t / self.sigma_data, t, class_labels=class_labels).sample.to(x.dtype)
+        return to_denoised("trigflow", output, x_t, sigma, process)
+
+
+@dataclass(frozen=True)
+class FlowDenoiser:
+    """D = x_t - t u(x_t, t) at the flow time t = sigma / (1 + sigma), for a network that predicts noise - x0.
+
+    x_t = (1 - t) x0 + t noise: rectified flow, flow matching (Lipman et al. 2022, arXiv:2210.02747); D(x, 0) = x.
+    """
+
+    network: Callable
+    sigma_data: float = 1.0  # of the data; the denoiser itself does not need it
+    time_label: ClassVar[str] = "flow_time"
+    prediction: ClassVar[str] = "flow"
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Denoise `x` (B, C, H, W), noised to `sigma` (B,)."""
+        process = LinearFlow()
+        t, x_t = process.time(sigma), append_dims(process.alpha(sigma), x) * x
+        output = self.network(x_t, t, class_labels=class_labels).sample.to(x.dtype)
+        return to_denoised("flow_prediction", output, x_t, sigma, process)
+
+
+Denoiser = EDMDenoiser | TrigFlowDenoiser | FlowDenoiser
+DENOISERS = {cls.prediction: cls for cls in (EDMDenoiser, TrigFlowDenoiser, FlowDenoiser)}
+
+
+def trigflow_velocity(
+    denoiser: Denoiser, x: Tensor, t: Tensor, sigma_data: float, class_labels: Tensor | None = None
+) -> Tensor:
+    """dx/dt of TrigFlow's probability-flow ODE by any denoiser, at `x` (B, ...) in TrigFlow's scale, t in (0, pi/2).
+
+    From D = cos(t) x - sin(t) dx/dt. This wraps networks of other processes as TrigFlow's: the same point is
+    x / cos(t) in VE, at sigma = sigma_data tan(t).
+    """
+    cos, sin = append_dims(t.cos(), x), append_dims(t.sin(), x)
+    return (cos * x - denoiser(x / cos, sigma_data * t.tan(), class_labels)) / sin
 
 
 def to_denoised(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor, interpolant: Interpolant) -> Tensor:

@@ -52,11 +52,17 @@ class Draws:
         """Uniform numbers in [0, 1), (rows, *shape)."""
         return self._draw(Tensor.uniform_, name, shape)
 
+    def keys(self, name: str) -> Tensor:
+        """An integer for each row, int64 (rows,), for networks that draw by themselves."""
+        seeds = [derive_seed(self.seed, name, self.step, row) >> 1 for row in self.rows]
+        return torch.tensor(seeds, device=self.device)
+
     @contextmanager
     def dropout(self) -> Iterator[None]:
         """Passes of a network inside this block draw the same dropout masks each time it is entered.
 
-        Masks are drawn by the local shape of the batch, so with dropout one process equals two in law only.
+        Stock networks draw masks by the local shape of the batch, so with dropout one process equals two in law only;
+        networks with keyed dropout take `keys`, and the equality is exact.
         """
         devices = [] if self.device.type == "cpu" else [self.device]
         with torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda"):

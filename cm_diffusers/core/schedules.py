@@ -41,5 +41,5 @@ def ct_target_decay(scales: int, s0: int = 2, mu0: float = 0.95) -> float:
 
 def ict_scales(step: int, total_steps: int, s0: int = 10, s1: int = 1280) -> int:
     """N(k) of iCT: s0 + 1, doubled at even intervals up to s1 + 1 (Song & Dhariwal 2023, arXiv:2310.14189, eq. 10)."""
-    interval = max(1, total_steps // (int(math.log2(s1 // s0)) + 1))
+    interval = max(1, int(total_steps / (math.log2(s1 // s0) + 1)))
     return min(s0 * 2 ** (step // interval), s1) + 1

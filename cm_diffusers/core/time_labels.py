@@ -29,4 +29,9 @@ TIME_LABELS: dict[str, TimeLabel] = {
         lambda sigma, sigma_data: (sigma / sigma_data).atan(),
         lambda label, sigma_data: label.clamp(0, math.pi / 2).tan() * sigma_data,
     ),
+    # sigma / (1 + sigma) in [0, 1]: the time of flow matching, bounded, slow (Lipman et al. 2022, arXiv:2210.02747).
+    "flow_time": TimeLabel(
+        lambda sigma, sigma_data: sigma / (1 + sigma),
+        lambda label, sigma_data: label / (1 - label),
+    ),
 }
