@@ -7,6 +7,7 @@ Image i is made from seed + i alone: it does not depend on the batch size or on 
 """
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from tqdm.auto import tqdm
 from cm_diffusers.engine.models import load_pipeline
 from cm_diffusers.engine.pictures import image_grid, to_pil
 from cm_diffusers.engine.preview import sample_images
-from cm_diffusers.pipelines import ConsistencyPipeline
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--revision", help="revision on the Hub")
     add("--num_samples", type=int, default=64, help="number of images (64)")
     add("--num_inference_steps", type=int, help="1 or more for consistency models (1), 2 or more for diffusion (18)")
-    add("--sigmas", type=float, nargs="+", help="noise levels of a consistency model, falling, instead of a number")
+    add("--sigmas", type=float, nargs="+", help="noise levels, falling, instead of a number (inf: pure noise)")
     add("--solver", choices=["heun", "euler"], help="solver of a diffusion model (heun)")
     add("--class_labels", type=int, nargs="+", help="labels to go round (all classes)")
     add("--seed", type=int, default=0, help="seed of the first image (0)")
@@ -46,10 +46,11 @@ def sample(args: argparse.Namespace) -> None:
     if args.num_samples < 1 or args.batch_size < 1:
         raise ValueError("num_samples and batch_size must be at least 1.")
     pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, torch_dtype=DTYPES[args.dtype])
-    wrong = {"solver"} if isinstance(pipeline, ConsistencyPipeline) else {"sigmas"}
+    known = inspect.signature(pipeline.__call__).parameters
     steps = {name: getattr(args, name) for name in ("num_inference_steps", "sigmas", "solver")}
     steps = {name: value for name, value in steps.items() if value is not None}
-    if wrong & steps.keys():
+    wrong = steps.keys() - known.keys()
+    if wrong:
         raise ValueError(f"{wrong.pop()} is not an option of a {type(pipeline).__name__}.")
     pipeline.to(args.device).set_progress_bar_config(disable=True)
 

@@ -10,10 +10,9 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from cm_diffusers.core.time_labels import TIME_LABELS
 from cm_diffusers.models import UNET_PRESETS
 from cm_diffusers.objectives import OBJECTIVES
-from cm_diffusers.objectives.base import check_between, option
+from cm_diffusers.objectives.options import check_between, option
 
 
 LR_SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
@@ -33,9 +32,10 @@ class ModelArguments:
     time_label: str | None = option(
         None,
         "The network's time input: log_sigma (250 ln sigma; loads with stock diffusers; the default) or angle"
-        " (bounded and slow, for methods with tangents).",
-        choices=list(TIME_LABELS),
+        " (bounded and slow). TrigFlow and flow models have their own.",
+        choices=["log_sigma", "angle"],
     )
+    from_scratch: bool = option(False, "With a teacher: start from new weights, not from the teacher's.")
     sigma_data: float | None = option(None, "Root mean square of the data in [-1, 1]. Default: measured.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
 

@@ -26,6 +26,7 @@ from cm_diffusers.engine.checkpoint import (
 )
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data import ImageData, Spot
+from cm_diffusers.engine.diagnostics import save_diagnostics
 from cm_diffusers.engine.meter import LossMeter
 from cm_diffusers.engine.optimization import (
     LearningRate,
@@ -218,6 +219,7 @@ class Trainer:
         losses = []
         for micro in range(passes):
             draws = Draws(self.run.seed, self.step, self.spot.rows(micro), accelerator.device)
+            self.objective.key_dropout(draws)
             last = micro == passes - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 loss = self.objective.loss(self._batch(next(batches), draws), draws)
@@ -306,13 +308,31 @@ class Trainer:
                     self._say(f"Stopped by a signal at step {self.step}; the same command resumes.")
                     raise Stopped(128 + (self._signal or signal.SIGTERM))
                 if main and run.validation_steps and (last or self.step % run.validation_steps == 0):
-                    save_preview(self.exported(), self.folder / "samples" / f"step-{self.step:07d}.png")
-                    if self.log_file.exists():
-                        plot_losses(self.log_file, self.folder / "losses.png")
+                    self._draw()
         finally:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _draw(self) -> None:
+        """Pictures of the model as it would be exported now: samples, what it makes of noise, losses."""
+        pipeline, name = self.exported(), self.folder / "samples" / f"step-{self.step:07d}"
+        save_preview(pipeline, name.with_suffix(".png"))
+        batch = self._batch(next(self.data.batches(Spot(8, 1, 0, 1), self.run.seed)), Draws(0, 0, range(8)))
+        if batch.images.shape[1] in (1, 3):
+            numbers = save_diagnostics(
+                self.objective.denoiser(pipeline.unet),
+                batch.images,
+                batch.class_labels,
+                name.with_name(f"{name.name}-diagnostics.png"),
+                self.objective.teacher,
+                self.objective.spec.sigma_max,
+                pipeline.unet if self.objective.facts.jvp == "yes" else None,
+            )
+            if numbers:
+                self._say(f"Step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
+        if self.log_file.exists():
+            plot_losses(self.log_file, self.folder / "losses.png")
 
     def _remember_signal(self, number: int, frame: object) -> None:
         if self._signal:
@@ -322,6 +342,7 @@ class Trainer:
     def exported(self):
         """The pipeline with the first average of the weights."""
         shadow = next(iter(self.ema.shadows.values()))
-        network = type(self.objective.network).from_config(self.objective.network.config)
+        config = {k: v for k, v in self.objective.network.config.items() if k != "_name_or_path"}  # a path of here
+        network = type(self.objective.network).from_config(config)
         network.load_state_dict(shadow)
         return self.objective.pipeline(network.to(self.accelerator.device).eval())

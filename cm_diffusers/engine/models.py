@@ -2,34 +2,35 @@
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import (
-    CMStochasticIterativeScheduler,
-    ConsistencyModelPipeline,
     DiffusionPipeline,
-    EDMEulerScheduler,
     UNet2DModel,
 )
 from torch import nn
 
-from cm_diffusers.core.denoisers import EDMDenoiser
+from cm_diffusers.core.denoisers import DENOISERS, Denoiser, EDMDenoiser
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.data import ImageData
-from cm_diffusers.models import build_unet, keep_time_embedding_in_float32
+from cm_diffusers.models import JVPUNet2DModel, build_unet, keep_time_embedding_in_float32
 from cm_diffusers.models.unet_presets import check_halvings
-from cm_diffusers.objectives import ModelSpec
-from cm_diffusers.pipelines import ConsistencyPipeline, DenoisingPipeline
-from cm_diffusers.schedulers import MultistepConsistencyScheduler
+from cm_diffusers.objectives import ModelSpec, Objective
+from cm_diffusers.objectives.mean_flow import jump_to_zero
+from cm_diffusers.pipelines import ConsistencyPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline
+from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
-PIPELINES = {cls.__name__: cls for cls in (ConsistencyModelPipeline, ConsistencyPipeline, DenoisingPipeline)}
+PIPELINES = {
+    "ConsistencyModelPipeline": ConsistencyPipeline,
+    **{cls.__name__: cls for cls in (ConsistencyPipeline, DenoisingPipeline, TrigFlowPipeline, MeanFlowPipeline)},
+}
 
 
-def load_pipeline(name_or_path: str, revision: str | None = None, **kwargs) -> ConsistencyPipeline | DenoisingPipeline:
+def load_pipeline(name_or_path: str, revision: str | None = None, **kwargs) -> ImagePipeline:
     """A saved model of the library, from a folder or the Hub; models with stock classes get our pipeline.
 
     Raises:
@@ -44,9 +45,8 @@ def load_pipeline(name_or_path: str, revision: str | None = None, **kwargs) -> C
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in PIPELINES:
         raise ValueError(f"model {name_or_path!r} is a {kind}; this version reads {', '.join(PIPELINES)}.")
-    cls = DenoisingPipeline if kind == "DenoisingPipeline" else ConsistencyPipeline
     try:
-        return cls.from_pretrained(name_or_path, revision=revision, use_safetensors=True, **kwargs)
+        return PIPELINES[kind].from_pretrained(name_or_path, revision=revision, use_safetensors=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"model {name_or_path!r} can't be loaded: {error}") from error
 
@@ -60,13 +60,26 @@ class Start:
     pretrained: bool
 
 
-def _spec_of(pipeline: ConsistencyPipeline | DenoisingPipeline, args: ModelArguments, role: str) -> ModelSpec:
+def _is_diffusion(pipeline: ImagePipeline) -> bool:
+    return isinstance(pipeline, DenoisingPipeline) or (
+        isinstance(pipeline, TrigFlowPipeline) and pipeline.scheduler.config.solver != "consistency"
+    )
+
+
+def _spec_of(pipeline: ImagePipeline, args: ModelArguments, role: str) -> ModelSpec:
     """The parameterisation of a saved model. Raises ValueError where the settings say otherwise."""
-    scheduler = pipeline.scheduler
-    assert isinstance(scheduler, (EDMEulerScheduler, CMStochasticIterativeScheduler, MultistepConsistencyScheduler))
-    holder = pipeline.config if isinstance(pipeline, DenoisingPipeline) else scheduler.config
-    levels = {name: scheduler.config[name] for name in ("sigma_data", "sigma_max")}
-    spec = ModelSpec(time_label=holder.get("time_label", "log_sigma"), **levels)
+    config, label = pipeline.scheduler.config, None
+    if isinstance(pipeline, TrigFlowPipeline):
+        prediction = "trigflow"
+    elif isinstance(pipeline, MeanFlowPipeline):
+        prediction = "flow"
+    else:
+        holder = pipeline.config if isinstance(pipeline, DenoisingPipeline) else config
+        prediction, label = holder.get("prediction", "edm"), holder.get("time_label", "log_sigma")
+    if prediction != "edm":
+        label = DENOISERS[prediction].time_label
+    sigma_data = config.get("sigma_data", 1.0)
+    spec = ModelSpec(sigma_data, label, config.get("sigma_max", 80.0), prediction)
     for name in ("time_label", "sigma_data"):
         asked, found = getattr(args, name), getattr(spec, name)
         if asked is not None and asked != found:
@@ -74,7 +87,7 @@ def _spec_of(pipeline: ConsistencyPipeline | DenoisingPipeline, args: ModelArgum
     return spec
 
 
-def _check_fit(pipeline: ConsistencyPipeline | DenoisingPipeline, data: ImageData, role: str) -> None:
+def _check_fit(pipeline: ImagePipeline, data: ImageData, role: str) -> None:
     """Raise ValueError unless the model makes images like those of the dataset."""
     channels, height, width = pipeline.sample_shape
     if (channels, height, width) != (data.channels, *data.resolution):
@@ -97,25 +110,67 @@ def _set_dropout(network: nn.Module, dropout: float) -> None:
     network.register_to_config(dropout=dropout)
 
 
-def load_teacher(name_or_path: str, args: ModelArguments, data: ImageData) -> EDMDenoiser:
+def denoiser_of(pipeline: ImagePipeline) -> Denoiser:
+    """D(x, sigma) of a saved model: the denoised image of a diffusion model, the consistency function of others."""
+    spec = _spec_of(pipeline, ModelArguments(), "model")
+    if isinstance(pipeline, MeanFlowPipeline):
+        return jump_to_zero(pipeline.unet)
+    if spec.prediction == "edm":
+        floor = 0.0 if _is_diffusion(pipeline) else pipeline.scheduler.config.sigma_min
+        return EDMDenoiser(pipeline.unet, spec.sigma_data, floor, spec.time_label)
+    return DENOISERS[spec.prediction](pipeline.unet, spec.sigma_data)
+
+
+def load_teacher(name_or_path: str, args: ModelArguments, data: ImageData) -> Denoiser:
     """The denoiser of a diffusion model, frozen.
 
     Raises:
         ValueError: no such model, not a diffusion model, or one that does not fit the settings or the data.
     """
     pipeline = load_pipeline(name_or_path)
-    if not isinstance(pipeline, DenoisingPipeline):
+    if not _is_diffusion(pipeline):
         raise ValueError(f"the teacher must be a diffusion model; {name_or_path!r} is a consistency model.")
-    spec = _spec_of(pipeline, args, "teacher")
+    _spec_of(pipeline, replace(args, time_label=None), "teacher")
     _check_fit(pipeline, data, "teacher")
-    network = pipeline.unet.float().eval().requires_grad_(False)
-    return EDMDenoiser(network, spec.sigma_data, time_label=spec.time_label)
+    pipeline.unet.float().eval().requires_grad_(False)
+    return denoiser_of(pipeline)
 
 
-def _from_teacher(teacher: EDMDenoiser, args: ModelArguments) -> Start:
+def converted(start: Start, prediction: str) -> Start:
+    """A saved network as one that predicts something else, where that is the same network but for a sign.
+
+    EDM's F is TrigFlow's with the sign turned (both take x / sqrt(sigma^2 + sigma_data^2)), if its time input is the
+    angle as well.
+
+    Raises:
+        ValueError: there is no such conversion; the message says what can be done.
+    """
+    network, spec = start.network, start.spec
+    if spec.prediction == prediction:
+        return start
+    if {spec.prediction, prediction} == {"edm", "trigflow"} and spec.time_label == "angle":
+        with torch.no_grad():
+            for parameter in network.conv_out.parameters():
+                parameter.neg_()
+        return replace(start, spec=replace(spec, prediction=prediction))
+    if spec.prediction == "edm" and prediction == "trigflow":
+        raise ValueError(
+            "the saved network's time input is 250 ln(sigma), which swings too hard for tangents: its derivative by"
+            " the angle is 250 / (sin t cos t). Start from a network with another time input"
+            " (train_diffusion.py --interpolant trigflow, or --time_label angle) by --pretrained_model_name_or_path;"
+            " the teacher may stay as it is."
+        )
+    raise ValueError(
+        f"a saved network that predicts {spec.prediction!r} can't start one that predicts {prediction!r}; give another"
+        " by --pretrained_model_name_or_path, or start from nothing with --from_scratch."
+    )
+
+
+def _from_teacher(teacher: Denoiser, args: ModelArguments) -> Start:
     network = copy.deepcopy(teacher.network).requires_grad_(True)
     _set_dropout(network, args.dropout)
-    return Start(network, ModelSpec(teacher.sigma_data, teacher.time_label), pretrained=True)
+    spec = ModelSpec(teacher.sigma_data, teacher.time_label, prediction=teacher.prediction)
+    return Start(network, spec, pretrained=True)
 
 
 def _from_pretrained(args: ModelArguments, data: ImageData) -> Start:
@@ -126,14 +181,21 @@ def _from_pretrained(args: ModelArguments, data: ImageData) -> Start:
     return Start(pipeline.unet.float(), spec, pretrained=True)
 
 
-def _from_scratch(args: ModelArguments, data: ImageData, seed: int) -> Start:
-    torch.manual_seed(derive_seed(seed, "initial weights"))
+def _from_scratch(args: ModelArguments, data: ImageData, prediction: str, sigma_data: float | None) -> Start:
     if args.model_config_name_or_path is not None:
         network = _from_config(args, data)
     else:
         network = build_unet(args.model_preset, data.resolution, data.channels, data.num_classes, args.dropout)
-    sigma_data = args.sigma_data or data.measure_sigma_data()
-    return Start(network, ModelSpec(sigma_data, args.time_label or "log_sigma"), pretrained=False)
+    sigma_data = args.sigma_data or sigma_data or data.measure_sigma_data()
+    made_for_tangents = isinstance(network, JVPUNet2DModel)
+    label = args.time_label or ("angle" if made_for_tangents else "log_sigma")
+    if made_for_tangents and label == "log_sigma":
+        raise ValueError("time_label 'log_sigma' is not for the presets jvp_*, which read slow times: use 'angle'.")
+    if prediction != "edm":
+        label = DENOISERS[prediction].time_label
+        if args.time_label not in (None, label):
+            raise ValueError(f"time_label {args.time_label!r}: a model that predicts {prediction!r} takes {label!r}.")
+    return Start(network, ModelSpec(sigma_data, label, prediction=prediction), pretrained=False)
 
 
 def _from_config(args: ModelArguments, data: ImageData) -> UNet2DModel:
@@ -151,20 +213,32 @@ def _from_config(args: ModelArguments, data: ImageData) -> UNet2DModel:
     return UNet2DModel.from_config(config, **shape, dropout=args.dropout)
 
 
-def build_start(args: ModelArguments, data: ImageData, seed: int, teacher: EDMDenoiser | None = None) -> Start:
+def build_start(
+    args: ModelArguments,
+    data: ImageData,
+    seed: int,
+    teacher: Denoiser | None = None,
+    method: type[Objective] = Objective,
+    options: object = None,
+) -> Start:
     """The network to train, with its parameterisation: a saved one, else the teacher's, else a new one.
 
     Raises:
-        ValueError: no such model or config, or one that does not fit the data.
+        ValueError: no such model or config, or one that fits neither the data nor the method.
     """
+    if args.from_scratch and (teacher is None or args.pretrained_model_name_or_path is not None):
+        raise ValueError("from_scratch is for methods with a teacher, without --pretrained_model_name_or_path.")
+    torch.manual_seed(derive_seed(seed, "initial weights"))
+    prediction = method.prediction(options)
     if args.pretrained_model_name_or_path is not None:
-        start = _from_pretrained(args, data)
-    elif teacher is not None:
-        start = _from_teacher(teacher, args)
+        start = converted(_from_pretrained(args, data), prediction)
+    elif teacher is not None and not args.from_scratch:
+        start = converted(_from_teacher(teacher, args), prediction)
     else:
-        start = _from_scratch(args, data, seed)
+        start = _from_scratch(args, data, prediction, teacher and teacher.sigma_data)
     if teacher is not None and teacher.sigma_data != start.spec.sigma_data:
         raise ValueError(f"sigma_data is {start.spec.sigma_data}, that of the teacher {teacher.sigma_data}.")
+    start = replace(start, network=method.adapt(start.network))
     keep_time_embedding_in_float32(start.network)
     if args.gradient_checkpointing:
         start.network.enable_gradient_checkpointing()

@@ -7,10 +7,11 @@ import torch
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 
 from cm_diffusers.engine.pictures import image_grid, titled_row
-from cm_diffusers.pipelines import ConsistencyPipeline, DenoisingPipeline
+from cm_diffusers.pipelines import ConsistencyPipeline
+from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
-def with_our_interface(pipeline: DiffusionPipeline) -> ConsistencyPipeline | DenoisingPipeline:
+def with_our_interface(pipeline: DiffusionPipeline) -> ImagePipeline:
     """The pipeline itself, or ours over the parts of the stock one."""
     if isinstance(pipeline, ConsistencyModelPipeline):
         return ConsistencyPipeline(pipeline.unet, pipeline.scheduler)
@@ -18,7 +19,7 @@ def with_our_interface(pipeline: DiffusionPipeline) -> ConsistencyPipeline | Den
 
 
 def sample_images(
-    pipeline: ConsistencyPipeline | DenoisingPipeline,
+    pipeline: ImagePipeline,
     seeds: range,
     class_labels: list[int] | None = None,
     batch_size: int = 250,
@@ -51,9 +52,8 @@ def save_preview(pipeline: DiffusionPipeline, path: Path, count: int = 40, colum
     """A picture of `count` samples by each of the usual numbers of steps: 1 and 2, or 18 for diffusion models."""
     pipeline = with_our_interface(pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    steps = [18] if isinstance(pipeline, DenoisingPipeline) else [1, 2]
     panels = []
-    for n in steps:
+    for n in pipeline.default_steps:
         images = sample_images(pipeline, range(count), num_inference_steps=n)
         if images.shape[-1] not in (1, 3):
             return  # latents have no picture

@@ -81,8 +81,9 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
         data = ImageData(config.data, config.model.class_conditional, folder / "images_checked", show_progress=main)
     teacher_name = getattr(config.options, "pretrained_teacher_model", None)
     teacher = load_teacher(teacher_name, config.model, data) if teacher_name else None
-    start = build_start(config.model, data, config.run.seed, teacher)
-    objective = OBJECTIVES[config.method](
+    method = OBJECTIVES[config.method]
+    start = build_start(config.model, data, config.run.seed, teacher, method, config.options)
+    objective = method(
         start.network, start.spec, config.options, config.run.max_train_steps, start.pretrained, teacher
     )
     config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data))
@@ -95,7 +96,9 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
         if data.images is None:
             trainer._say("A stream has no fixed order: stopped and resumed, this run is not bit for bit the same.")
         trainer._say(f"sigma_data: {start.spec.sigma_data} (root mean square of the images in [-1, 1])")
-        trainer._say(f"Model: {count / 1e6:.2f} M parameters, time label {start.spec.time_label}")
+        trainer._say(
+            f"Model: {count / 1e6:.2f} M parameters, {start.spec.prediction}, time label {start.spec.time_label}"
+        )
         trainer._say(f"Method: {config.method}, {objective.options}")
         trainer._say(f"Images per step: {trainer.spot.global_batch} on {accelerator.num_processes} process(es)")
     return trainer

@@ -1,8 +1,17 @@
 """Networks. Each file imports only torch, numpy and diffusers."""
 
 from cm_diffusers.models.jvp_unet import JVPUNet2DModel
+from cm_diffusers.models.log_variance import with_log_variance, without_log_variance
 from cm_diffusers.models.two_time import TwoTimeModel
 from cm_diffusers.models.unet_presets import UNET_PRESETS, build_unet, keep_time_embedding_in_float32
 
 
-__all__ = ["JVPUNet2DModel", "TwoTimeModel", "UNET_PRESETS", "build_unet", "keep_time_embedding_in_float32"]
+__all__ = [
+    "JVPUNet2DModel",
+    "TwoTimeModel",
+    "UNET_PRESETS",
+    "build_unet",
+    "keep_time_embedding_in_float32",
+    "with_log_variance",
+    "without_log_variance",
+]

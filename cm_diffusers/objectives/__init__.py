@@ -7,8 +7,11 @@ from cm_diffusers.objectives.diffusion import Diffusion
 from cm_diffusers.objectives.ecd import ECD
 from cm_diffusers.objectives.ect import ECT
 from cm_diffusers.objectives.ict import ICT
+from cm_diffusers.objectives.mean_flow import MeanFlow
+from cm_diffusers.objectives.scm import SCD, SCT
 
 
-OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (Diffusion, CT, ICT, CD, ECT, ECD)}
+METHODS = (Diffusion, CT, ICT, CD, ECT, ECD, SCT, SCD, MeanFlow)
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in METHODS}
 
-__all__ = ["CD", "CT", "ECD", "ECT", "ICT", "OBJECTIVES", "Batch", "Diffusion", "Loss", "ModelSpec", "Objective"]
+__all__ = ["OBJECTIVES", "Batch", "Loss", "ModelSpec", "Objective", *(cls.__name__ for cls in METHODS)]

@@ -2,14 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.core.denoisers import EDMDenoiser
+from cm_diffusers.core.denoisers import DENOISERS, Denoiser, EDMDenoiser
 from cm_diffusers.core.draws import Draws
+from cm_diffusers.objectives.options import check_choices
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is back-propagated; the weighted losses (B,) and noise levels (B,) of the samples are logged."""
+    """`total` is back-propagated; the losses (B,), before learned weights, and noise levels (B,) are logged."""
 
     total: Tensor
     per_sample: Tensor
     sigma: Tensor
 
     @classmethod
-    def mean(cls, per_sample: Tensor, sigma: Tensor) -> "Loss":
-        return cls(per_sample.mean(), per_sample.detach(), sigma)
+    def mean(cls, per_sample: Tensor, sigma: Tensor, log_variance: Tensor | None = None) -> "Loss":
+        """The mean; with a learned `log_variance` (B,), all noise levels weigh alike (arXiv:2312.02696, eq. 21)."""
+        weighted = per_sample if log_variance is None else (-log_variance).exp() * per_sample + log_variance
+        return cls(weighted.mean(), per_sample.detach(), sigma)
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ class ModelSpec:
         sigma_data: root mean square of the data, > 0.
         time_label: the network's time input, a key of `TIME_LABELS`.
         sigma_max: the level of pure noise, where sampling starts.
+        prediction: what the network predicts, a key of `DENOISERS`; all but "edm" have a time label of their own.
     """
 
     sigma_data: float
     time_label: str = "log_sigma"
     sigma_max: float = 80.0
+    prediction: str = "edm"
 
 
 @dataclass(frozen=True)
@@ -89,17 +94,36 @@ class Objective(ABC):
         options: Any,
         total_steps: int,
         pretrained: bool = False,
-        teacher: EDMDenoiser | None = None,
+        teacher: Denoiser | None = None,
     ):
+        check_choices(options)
         self.network, self.spec, self.options, self.total_steps = network, spec, options, total_steps
         self.model: Callable = network  # the engine puts the wrapped (DDP, compiled, autocast) network here
         self.teacher = teacher
         self.auxiliary: Mapping[str, nn.Module] = {}  # other networks that are state: saved in checkpoints
 
-    def denoiser(self, network: Callable | None = None) -> EDMDenoiser:
+    @classmethod
+    def prediction(cls, options: Any) -> str:
+        """What the method's network predicts, a key of `DENOISERS`."""
+        return "edm"
+
+    @classmethod
+    def adapt(cls, network: nn.Module) -> nn.Module:
+        """A new or saved network in the form that the method trains, such as with a second time input."""
+        return network
+
+    def denoiser(self, network: Callable | None = None) -> Denoiser:
         """D of the trained network, or of another one with the same parameterisation; the identity at the floor."""
         network = network or self.model
-        return EDMDenoiser(network, self.spec.sigma_data, self.floor, self.spec.time_label)
+        if self.spec.prediction == "edm":
+            return EDMDenoiser(network, self.spec.sigma_data, self.floor, self.spec.time_label)
+        return DENOISERS[self.spec.prediction](network, self.spec.sigma_data)
+
+    def key_dropout(self, draws: Draws) -> None:
+        """Tie the dropout masks to the rows of the coming batch, in networks that can."""
+        for network in (self.network, *self.auxiliary.values()):
+            if hasattr(network, "key_dropout"):
+                network.key_dropout(draws.keys("dropout"))
 
     @abstractmethod
     def loss(self, batch: Batch, draws: Draws) -> Loss:
@@ -115,14 +139,3 @@ class Objective(ABC):
     def describe(self, step: int) -> dict[str, float]:
         """Values of the curricula at `step`, for the log."""
         return {}
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A documented field of an `Options` dataclass, read by the command line as a flag."""
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-def check_between(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}.")

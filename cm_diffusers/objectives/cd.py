@@ -16,7 +16,7 @@ from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.noise_levels import draw_bins, uniform_bins
 from cm_diffusers.core.schedules import karras_sigmas
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective, check_between, option
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import (
     CM_WEIGHTS,
     DISTANCES,
@@ -29,6 +29,7 @@ from cm_diffusers.objectives.consistency import (
     estimate_and_target,
     teacher_step,
 )
+from cm_diffusers.objectives.options import check_between, option
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,61 @@
 """Denoising diffusion as in EDM (Karras et al. 2022, arXiv:2206.00364), the basis of the consistency methods.
 
-Unlike ECT the target is always the data; the result is sampled by an ODE solver in many steps.
+Unlike ECT the target is always the data; the result is sampled by an ODE solver in many steps. The network predicts
+EDM's F, TrigFlow's velocity (Lu & Song 2024, arXiv:2410.11081, eq. 3: the same loss), or that of linear flow matching
+(Lipman et al. 2022, arXiv:2210.02747).
 """
 
 from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline, EDMEulerScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.core.interpolants import VE
+from cm_diffusers.core.interpolants import VE, LinearFlow
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.weightings import edm_weight
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective, check_between, option
-from cm_diffusers.pipelines import DenoisingPipeline
+from cm_diffusers.models import with_log_variance, without_log_variance
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.pipelines import DenoisingPipeline, TrigFlowPipeline
+from cm_diffusers.schedulers import TrigFlowScheduler
+
+
+# ln(sigma) in training: EDM's; sCM's for CIFAR-10; logit-normal flow times (Esser et al. 2024, arXiv:2403.03206)
+LAWS = {"edm": (-1.2, 1.2), "trigflow": (-1.0, 1.4), "flow": (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    p_mean: float = option(-1.2, "Mean of ln(sigma) in training.")
-    p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.")
+    interpolant: str = option("edm", "Process and prediction of the network.", choices=list(LAWS))
+    p_mean: float | None = option(None, "Mean of ln(sigma) in training. Default: -1.2; -1.0 (trigflow); 0 (flow).")
+    p_std: float | None = option(None, "Standard deviation of ln(sigma). Default: 1.2; 1.4 (trigflow); 1 (flow).")
 
     def __post_init__(self) -> None:
-        check_between("p_mean", self.p_mean, -20, 20)
-        check_between("p_std", self.p_std, 1e-3, 10)
+        check_between("p_mean", self.law[0], -20, 20)
+        check_between("p_std", self.law[1], 1e-3, 10)
+
+    @property
+    def law(self) -> tuple[float, float]:
+        """Mean and standard deviation of ln(sigma)."""
+        given = (self.p_mean, self.p_std)
+        return tuple(default if value is None else value for default, value in zip(LAWS[self.interpolant], given))
 
 
 class Diffusion(Objective):
-    """E[ lambda(sigma) |D(x0 + sigma noise, sigma) - x0|^2 ], ln(sigma) ~ N(p_mean, p_std^2) (eq. 8, table 1)."""
+    """E[ lambda(sigma) |D(x0 + sigma noise, sigma) - x0|^2 ], ln(sigma) ~ N(p_mean, p_std^2) (eq. 8, table 1).
+
+    lambda = 1 / c_out^2 makes it the plain square of the network's own error; with a learned log-variance, where the
+    network has one, it is weighed by noise level.
+    """
 
     name = "diffusion"
     Options = DiffusionOptions
     sigma_min = 0.002
     floor = 0.0
     facts = Facts(
-        what="EDM denoising, sampled in ~35 calls",
+        what="denoising (EDM, TrigFlow or flow), sampled in ~35 calls",
         teacher="no",
         target="the data",
         times="ln sigma ~ N(-1.2, 1.2^2)",
@@ -44,16 +64,41 @@ class Diffusion(Objective):
         paper="[Karras et al. 2022](https://arxiv.org/abs/2206.00364), eq. 8",
     )
 
+    @classmethod
+    def prediction(cls, options: DiffusionOptions) -> str:
+        return options.interpolant
+
+    @classmethod
+    def adapt(cls, network: nn.Module) -> nn.Module:
+        return with_log_variance(network)
+
     def loss(self, batch: Batch, draws: Draws) -> Loss:
         x0, labels = batch.images, batch.class_labels
-        sigma = lognormal(draws.normal("sigma"), self.options.p_mean, self.options.p_std)
+        sigma = lognormal(draws.normal("sigma"), *self.options.law)
         noise = draws.normal("noise", x0.shape[1:])
+        outputs = []
+
+        def network(*args, **kwargs):
+            outputs.append(self.model(*args, **kwargs))
+            return outputs[0]
+
         with draws.dropout():
-            denoised = self.denoiser()(VE().add_noise(x0, noise, sigma), sigma, labels)
-        return Loss.mean(edm_weight(sigma, self.spec.sigma_data) * l2(denoised, x0), sigma)
+            denoised = self.denoiser(network)(VE().add_noise(x0, noise, sigma), sigma, labels)
+        error = self._weight(sigma) * l2(denoised, x0)
+        log_variance = getattr(outputs[0], "log_variance", None)
+        if log_variance is not None:
+            error = error / x0[0].numel()  # about 1 to begin with, as exp(log_variance) is
+        return Loss.mean(error, sigma, log_variance)
+
+    def _weight(self, sigma: Tensor) -> Tensor:
+        if self.spec.prediction == "flow":
+            return LinearFlow().time(sigma) ** -2
+        return edm_weight(sigma, self.spec.sigma_data)  # TrigFlow's c_out is EDM's
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        scheduler = EDMEulerScheduler(
-            sigma_min=self.sigma_min, sigma_max=self.spec.sigma_max, sigma_data=self.spec.sigma_data
-        )
-        return DenoisingPipeline(network, scheduler, time_label=self.spec.time_label)
+        levels = {"sigma_min": self.sigma_min, "sigma_max": self.spec.sigma_max, "sigma_data": self.spec.sigma_data}
+        if self.spec.prediction == "trigflow":
+            return TrigFlowPipeline(without_log_variance(network), TrigFlowScheduler(solver="heun", **levels))
+        scheduler = EDMEulerScheduler(**levels)
+        label = {} if self.spec.prediction == "flow" else {"time_label": self.spec.time_label}
+        return DenoisingPipeline(without_log_variance(network), scheduler, prediction=self.spec.prediction, **label)

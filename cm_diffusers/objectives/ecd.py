@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cm_diffusers.objectives.base import Facts, option
+from cm_diffusers.objectives.base import Facts
 from cm_diffusers.objectives.consistency import SOLVERS, check_teacher, teacher_step
 from cm_diffusers.objectives.ect import ECT, ECTOptions
+from cm_diffusers.objectives.options import option
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ECD(ECT):
         teacher="a diffusion model",
         target="itself at r < t, no gradient",
         times="ln sigma ~ N(-1.1, 2^2)",
-        distance="pseudo-Huber, c = 0",
+        distance="pseudo-Huber, c = 0.03",
         weight="1 / (t - r)",
         paper="[Geng et al. 2024](https://arxiv.org/abs/2406.14548), sec. 3",
     )

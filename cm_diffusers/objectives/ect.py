@@ -19,7 +19,7 @@ from cm_diffusers.core.interpolants import VE, append_dims
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.schedules import ect_gap, ect_stage
 from cm_diffusers.core.weightings import edm_weight, inverse_gap
-from cm_diffusers.objectives.base import Batch, Facts, Loss, ModelSpec, Objective, check_between, option
+from cm_diffusers.objectives.base import Batch, Facts, Loss, ModelSpec, Objective
 from cm_diffusers.objectives.consistency import (
     DISTANCES,
     check_distance,
@@ -27,6 +27,7 @@ from cm_diffusers.objectives.consistency import (
     distance,
     estimate_and_target,
 )
+from cm_diffusers.objectives.options import check_between, option
 
 
 DEFAULT_STAGES = 8  # as in the paper's CIFAR-10 run

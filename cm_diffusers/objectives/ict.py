@@ -16,8 +16,9 @@ from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins
 from cm_diffusers.core.schedules import ict_scales, karras_sigmas
 from cm_diffusers.core.weightings import inverse_gap
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective, check_between, option
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import consistency_pipeline, estimate_and_target
+from cm_diffusers.objectives.options import check_between, option
 
 
 @dataclass(frozen=True)

@@ -237,9 +237,9 @@ def test_unreadable_files_are_refused_by_name(tmp_path, name):
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_parse_with_their_script(path):
     method = yaml.safe_load(path.read_text())["method"]
-    script = "train_diffusion.py" if method == "diffusion" else "train_consistency.py"
-    source = (REPOSITORY / "training" / script).read_text()
-    methods = yaml.safe_load(re.search(r"^METHODS = (\[.*?\])", source, re.M | re.S)[1])
+    scripts = [path.read_text() for path in (REPOSITORY / "training").glob("train_*.py")]
+    lists = [re.search(r"^METHODS = (\[.*?\])", source, re.M | re.S) for source in scripts]
+    (methods,) = [names for found in lists if found and method in (names := yaml.safe_load(found[1]))]
     config = parse_config(["--config", str(path)], methods, "")
     given = yaml.safe_load(path.read_text())
     read = {key: config.to_dict()[key] for key in given}

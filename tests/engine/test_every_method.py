@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from training_runs import differences, flags, read_log, run, tensors
 
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.loop import Trainer
-from cm_diffusers.engine.models import load_pipeline
+from cm_diffusers.engine.models import denoiser_of, load_pipeline
 from cm_diffusers.objectives import OBJECTIVES
 
 
@@ -23,7 +24,11 @@ SETTINGS = {
     "cd": {"num_scales": 12},
     # where r = 0 a student that still is its teacher has residuals of rounding size; c > 0 takes their weight away
     "ecd": {"stage_steps": 2, "p_mean": 1.0, "p_std": 0.5, "huber_c": 0.01},
+    "sct": {"model_preset": "jvp_tiny", "tangent_warmup_steps": 3},
+    "scd": {"from_scratch": True, "tangent_warmup_steps": 3},
+    "mean_flow": {"model_preset": "jvp_tiny"},
 }
+CONTINUOUS = ("sct", "scd", "mean_flow")
 every_method = pytest.mark.parametrize("method", OBJECTIVES)
 STATE = {"ct": {"auxiliary.target"}, "cd": {"auxiliary.target"}}
 
@@ -87,6 +92,7 @@ def test_the_exported_model_is_the_students_average_and_nothing_else(train, tmp_
     weights = "unet/diffusion_pytorch_model.safetensors"
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert files == ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", weights]
+    assert not any(str(tmp_path.parent) in (folder / name).read_text() for name in files[:3])
     exported, saved = load_file(folder / weights), tensors(tmp_path)
     average, network = "ema_halflife_500kimg", {key for group, key in saved if group == "model"}
     assert exported.keys() == network
@@ -121,7 +127,7 @@ assert "cm_diffusers" not in sys.modules
 
 
 def test_every_consistency_model_loads_with_nothing_but_diffusers(train, tmp_path):
-    methods = [method for method in OBJECTIVES if method != "diffusion"]
+    methods = [method for method in OBJECTIVES if method not in ("diffusion", *CONTINUOUS)]
     folders = [train(tmp_path / method, method) / "pipeline" for method in methods]
     subprocess.run([sys.executable, "-I", "-c", STOCK, *map(str, folders)], check=True, capture_output=True)
     for folder in folders:
@@ -187,7 +193,7 @@ def test_distillation_without_a_teacher_is_refused_before_anything_is_written(tm
 
 @pytest.mark.parametrize("method", ["ct", "ict", "ect", "diffusion"])
 def test_a_teacher_that_would_not_be_used_is_refused(tmp_path, method):
-    with pytest.raises(ValueError, match=f"option of cd, ecd; {method} ignores it"):
+    with pytest.raises(ValueError, match=f"option of cd, ecd, scd; {method} ignores it"):
         run(tmp_path, method, pretrained_teacher_model=tmp_path)
 
 
@@ -201,3 +207,115 @@ def test_an_unknown_distance_is_refused_with_the_known_ones(tmp_path, method):
 def test_a_distance_for_a_method_without_a_choice_is_refused_with_those_that_have_one(tmp_path):
     with pytest.raises(ValueError, match="'distance' is an option of ct, cd, ect, ecd; ict ignores it"):
         parse_config(flags(tmp_path, "ict", distance="lpips"), ["ict"], "")
+
+
+# --- methods with tangents -----------------------------------------------------------------------------------
+
+
+SAMPLER = """
+import sys, numpy, torch, cm_diffusers
+from diffusers import DiffusionPipeline
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(class_labels=[1, 2, 3], num_inference_steps=2, generator=generator, output_type="np").images
+    numpy.save(f"{folder}/images.npy", images)
+"""
+
+
+def test_models_with_tangents_sample_alike_in_a_new_process(train, tmp_path):
+    folders = [train(tmp_path / method, method) / "pipeline" for method in CONTINUOUS]
+    folders.append(run(tmp_path / "flow", "diffusion", interpolant="flow") / "pipeline")
+    folders.append(run(tmp_path / "trig", "diffusion", interpolant="trigflow", model_preset="jvp_tiny") / "pipeline")
+    subprocess.run([sys.executable, "-c", SAMPLER, *map(str, folders)], check=True, capture_output=True)
+    for folder in folders:
+        assert not any("log_variance" in key for key in load_file(next(folder.glob("unet/*.safetensors"))))
+        pipe = load_pipeline(str(folder))
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(class_labels=[1, 2, 3], num_inference_steps=2, generator=generator, output_type="np").images
+        assert images.std() > 0
+        # new processes agree to the bit; in this one, earlier work can move sums by a rounding
+        np.testing.assert_allclose(np.load(folder / "images.npy"), images, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def trigflow_teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "trigflow"
+    return run(folder, "diffusion", interpolant="trigflow", model_preset="jvp_tiny", max_train_steps=4) / "pipeline"
+
+
+def function_of(pipeline, x, sigma):
+    with torch.no_grad():
+        return denoiser_of(pipeline)(x, sigma, torch.zeros(len(x), dtype=torch.long))
+
+
+@pytest.mark.parametrize("interpolant, time_label", [("trigflow", None), ("edm", "angle")])
+def test_a_student_starts_as_its_teacher(tmp_path, interpolant, time_label):
+    """TrigFlow's F is EDM's with the sign turned: a run whose learning rate is nothing exports the same function."""
+    teacher = run(tmp_path / "t", "diffusion", interpolant=interpolant, time_label=time_label) / "pipeline"
+    student = run(tmp_path / "s", "scd", pretrained_teacher_model=teacher, max_train_steps=1, learning_rate=1e-12)
+    x, sigma = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 1.0, 5.0, 80.0])
+    teacher, student = load_pipeline(str(teacher)), load_pipeline(str(student / "pipeline"))
+    assert type(student).__name__ == "TrigFlowPipeline" and student.scheduler.config.solver == "consistency"
+    torch.testing.assert_close(function_of(student, x, sigma), function_of(teacher, x, sigma), rtol=1e-4, atol=1e-4)
+
+
+def test_a_time_label_that_swings_is_refused_with_what_to_do(teacher, tmp_path):
+    with pytest.raises(ValueError, match=r"250 ln\(sigma\), which swings too hard.*--interpolant trigflow"):
+        run(tmp_path, "scd", pretrained_teacher_model=teacher)
+
+
+def test_such_a_teacher_teaches_a_student_of_another_kind(teacher, trigflow_teacher, tmp_path):
+    settings = {"pretrained_model_name_or_path": trigflow_teacher, "max_train_steps": 2}
+    folder = run(tmp_path / "scd", "scd", pretrained_teacher_model=teacher, **settings)
+    assert load_pipeline(str(folder / "pipeline")).unet.config["_class_name"] == "JVPUNet2DModel"
+
+
+def test_a_flow_model_teaches_a_student_from_scratch(tmp_path):
+    teacher = run(tmp_path / "flow", "diffusion", interpolant="flow", max_train_steps=2) / "pipeline"
+    with pytest.raises(ValueError, match="predicts 'flow' can't start one that predicts 'trigflow'.*--from_scratch"):
+        run(tmp_path / "a", "scd", pretrained_teacher_model=teacher)
+    run(tmp_path / "b", "scd", pretrained_teacher_model=teacher, from_scratch=True, max_train_steps=2)
+    run(tmp_path / "c", "mean_flow", pretrained_model_name_or_path=teacher, max_train_steps=2)
+
+
+def test_from_scratch_needs_a_teacher(trigflow_teacher, tmp_path):
+    with pytest.raises(ValueError, match="from_scratch is for methods with a teacher"):
+        run(tmp_path / "a", "ect", from_scratch=True)
+    settings = {"pretrained_teacher_model": trigflow_teacher, "pretrained_model_name_or_path": trigflow_teacher}
+    with pytest.raises(ValueError, match="without --pretrained_model_name_or_path"):
+        run(tmp_path / "b", "scd", from_scratch=True, **settings)
+
+
+def test_a_student_of_another_scale_is_refused(trigflow_teacher, tmp_path):
+    with pytest.raises(ValueError, match="sigma_data 0.4 differs from .* of the teacher"):
+        run(tmp_path, "scd", pretrained_teacher_model=trigflow_teacher, sigma_data=0.4)
+
+
+def test_a_time_label_of_another_process_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="time_label 'log_sigma': a model that predicts 'trigflow' takes 'angle'"):
+        run(tmp_path, "sct", time_label="log_sigma")
+
+
+@pytest.mark.parametrize("preset", ["tiny", "jvp_tiny"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, preset):
+    plain = run(tmp_path / "plain", "sct", model_preset=preset, dropout=0.2, max_train_steps=3)
+    saving = run(
+        tmp_path / "saving", "sct", model_preset=preset, dropout=0.2, max_train_steps=3, gradient_checkpointing=True
+    )
+    assert differences(saving, plain) == []
+
+
+def test_networks_made_for_tangents_take_slow_times(tmp_path):
+    with pytest.raises(ValueError, match="time_label 'log_sigma' is not for the presets jvp_"):
+        run(tmp_path / "a", "ect", model_preset="jvp_tiny", time_label="log_sigma")
+    pipe = load_pipeline(str(run(tmp_path / "b", "ect", model_preset="jvp_tiny", max_train_steps=1) / "pipeline"))
+    assert pipe.scheduler.config.time_label == "angle"
+
+
+def test_pictures_and_numbers_of_what_the_model_makes_of_noise(trigflow_teacher, tmp_path, capsys):
+    folder = run(tmp_path, "scd", pretrained_teacher_model=trigflow_teacher, max_train_steps=2, validation_steps=2)
+    picture = folder / "samples" / "step-0000002-diagnostics.png"
+    assert Image.open(picture).width > 500
+    assert "consistency_error" in capsys.readouterr().out

@@ -302,10 +302,10 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path):
 def test_sample_grids_do_not_touch_the_run(tmp_path, whole):
     run(tmp_path, validation_steps=2, **RICH)
     assert differences(tmp_path, whole) == [] and read_log(tmp_path) == read_log(whole)
-    grids = sorted(path.name for path in (tmp_path / "samples").iterdir())
-    assert grids == ["step-0000002.png", "step-0000004.png", "step-0000006.png"]
-    images = [np.asarray(Image.open(tmp_path / "samples" / name)) for name in grids]
-    assert not np.array_equal(images[0], images[2]) and Image.open(tmp_path / "losses.png").size > (100, 100)
+    pictures = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert pictures == {f"step-000000{n}{what}.png" for n in (2, 4, 6) for what in ("", "-diagnostics")}
+    images = [np.asarray(Image.open(tmp_path / "samples" / f"step-000000{n}.png")) for n in (2, 6)]
+    assert not np.array_equal(*images) and Image.open(tmp_path / "losses.png").size > (100, 100)
 
 
 # --- what a run leaves ---------------------------------------------------------------------------------------------

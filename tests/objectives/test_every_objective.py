@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from cm_diffusers.core.denoisers import EDMDenoiser
+from cm_diffusers.core.denoisers import DENOISERS
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
 
@@ -16,9 +16,14 @@ OPTIONS = {
     "ect": [{"pretrain_steps": 0, "stage_steps": 1}, {"pretrain_steps": 100}],
     "cd": [{"pretrained_teacher_model": "given"}, {"pretrained_teacher_model": "given", "solver": "euler"}],
     "ecd": [{"pretrained_teacher_model": "given", "stage_steps": 1}],
+    "diffusion": [{}, {"interpolant": "trigflow"}, {"interpolant": "flow"}],
+    "sct": [
+        {"tangent_warmup_steps": 4},
+        {"tangent_norm": "rms", "prior_weight": "inverse_sigma", "jvp_mode": "finite_difference"},
+    ],
+    "scd": [{"pretrained_teacher_model": "given", "tangent_warmup_steps": 1, "tangent_norm": "clip"}],
+    "mean_flow": [{"equal_times": 0.0}, {"power": 0.0}],
 }
-# what a method asks of a model beside the shape; all others take a tiny U-Net with labels 250 ln(sigma)
-SPECS = {}
 
 CASES = [
     pytest.param(name, options, id=f"{name}-{i}")
@@ -32,16 +37,21 @@ STEP = 3
 @pytest.fixture
 def make(tiny_unet):
     def build(name, options, dtype=torch.float32, **unet):
-        network = tiny_unet(**unet).to(dtype).train()
+        cls, options = OBJECTIVES[name], OBJECTIVES[name].Options(**options)
+        prediction = cls.prediction(options)
+        label = "log_sigma" if prediction == "edm" else DENOISERS[prediction].time_label
+        spec = ModelSpec(sigma_data=0.5, time_label=label, prediction=prediction)
+        network = tiny_unet(**unet).to(dtype)
         torch.manual_seed(1)
         for parameter in network.parameters():  # a fresh U-Net has zeros, which stop gradients
             torch.nn.init.normal_(parameter, std=0.05)
-        spec = ModelSpec(sigma_data=0.5, **SPECS.get(name, {}))
-        cls = OBJECTIVES[name]
         teacher = None
-        if "pretrained_teacher_model" in options:
-            teacher = EDMDenoiser(copy.deepcopy(network).eval().requires_grad_(False), spec.sigma_data)
-        return cls(network, spec, cls.Options(**options), total_steps=1000, teacher=teacher)
+        if "pretrained_teacher_model" in vars(options):
+            teacher = DENOISERS[prediction](copy.deepcopy(network).eval().requires_grad_(False), spec.sigma_data)
+        network = cls.adapt(network).train()
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        return cls(network, spec, options, total_steps=1000, teacher=teacher)
 
     return build
 
@@ -196,7 +206,10 @@ def test_any_shape_trains_samples_and_survives_saving(make, name, options, chann
 def test_pipeline_carries_the_parameterisation(make, name, options):
     objective = make(name, options)
     config = objective.pipeline(objective.network).scheduler.config
-    assert (config.sigma_data, config.sigma_max, config.sigma_min) == (0.5, 80, objective.sigma_min)
+    if name == "mean_flow":  # the process of linear flow matching has none
+        return
+    assert (config.sigma_data, config.sigma_max) == (0.5, 80)
+    assert config.sigma_min == objective.sigma_min or objective.sigma_min == 0 and name in ("sct", "scd")
 
 
 @every_objective

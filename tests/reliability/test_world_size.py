@@ -27,6 +27,9 @@ FAMILY = {
     "cd": {"num_scales": 12},
     # where r = 0 a student that still is its teacher has residuals of rounding size; c > 0 takes their weight away
     "ecd": {"stage_steps": 2, "p_mean": 1.0, "p_std": 0.5, "huber_c": 0.01},
+    "sct": {"model_preset": "jvp_tiny", "tangent_warmup_steps": 3, "dropout": 0.3},
+    "scd": {"from_scratch": True, "tangent_warmup_steps": 3},
+    "mean_flow": {"model_preset": "jvp_tiny", "dropout": 0.3},
 }
 
 
@@ -83,7 +86,7 @@ def test_a_checkpoint_of_one_process_is_resumed_by_two(one, tmp_path):
 @pytest.mark.parametrize("method", FAMILY)
 def test_every_consistency_method_trains_on_two_processes_as_on_one(server, teacher, tmp_path, method):
     settings = {**FAMILY[method], "max_train_steps": 8, "random_flip": True}
-    if method in ("cd", "ecd"):
+    if method in ("cd", "ecd", "scd"):
         settings["pretrained_teacher_model"] = teacher
     one, two = tmp_path / "one", tmp_path / "two"
     server.run(one, method, train_batch_size=16, **settings)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline
 from PIL import Image
-from training_runs import flags, read_log
+from training_runs import flags, read_log, run
 
 from cm_diffusers import ConsistencyPipeline
 from cm_diffusers.engine.models import load_pipeline
@@ -180,3 +180,19 @@ def test_a_missing_model_ends_the_script_with_code_2_and_a_message(tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.search(r"^error: model '.*missing'", result.stderr, re.M)
     assert not (tmp_path / "images").exists()
+
+
+def test_diagnose_leaves_a_picture_and_numbers(tmp_path, capsys):
+    model = run(tmp_path / "ect", max_train_steps=2) / "pipeline"
+    teacher = run(tmp_path / "diffusion", "diffusion", max_train_steps=2) / "pipeline"
+    words = ["--dataset_name", "digits", "--device", "cpu", "--output_dir", str(tmp_path)]
+    script = load_script("diagnose")
+    script.main(["--pretrained_model_name_or_path", str(teacher), *words])
+    assert json.loads((tmp_path / "diagnostics.json").read_text()).keys() == {"tangent_difference"}
+    script.main(["--pretrained_model_name_or_path", str(model), "--pretrained_teacher_model", str(teacher), *words])
+    numbers = json.loads((tmp_path / "diagnostics.json").read_text())
+    assert 0 < numbers["consistency_error"] < 2 and numbers["tangent_difference"] < 0.5
+    assert np.asarray(Image.open(tmp_path / "diagnostics.png")).std() > 10
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--pretrained_model_name_or_path", str(tmp_path / "nothing"), *words])
+    assert "error: " in capsys.readouterr().err

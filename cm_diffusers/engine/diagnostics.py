@@ -1,0 +1,137 @@
+"""What to look at instead of the loss, which for consistency methods says nothing about quality."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cm_diffusers.core.denoisers import Denoiser
+from cm_diffusers.core.interpolants import append_dims
+from cm_diffusers.core.schedules import karras_sigmas
+from cm_diffusers.core.solvers import heun_step, ode_slope
+from cm_diffusers.core.tangents import jvp, jvp_ready
+
+
+LEVELS = 16
+TEACHER_LEVELS = 18
+ANGLES = (0.3, 0.7, 1.1, 1.4)
+
+
+def _at(denoiser: Denoiser, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return denoiser(x, sigma, labels)
+
+    return denoise
+
+
+@torch.no_grad()
+def ode_endpoint(teacher: Denoiser, x: Tensor, sigma_max: float, labels: Tensor | None = None) -> Tensor:
+    """Where the teacher's ODE leads from `x` (B, C, H, W) at `sigma_max` to 0: Heun steps over 18 Karras levels."""
+    sigmas = [*karras_sigmas(TEACHER_LEVELS, 0.002, sigma_max).tolist(), 0.0]
+    for now, then in zip(sigmas, sigmas[1:]):
+        x = heun_step(_at(teacher, labels), x, x.new_full((len(x),), now), x.new_full((len(x),), then))
+    return x
+
+
+def consistency_error(denoiser: Denoiser, endpoint: Tensor, x: Tensor, sigma_max: float, labels=None) -> float:
+    """Root mean square distance of the one-step guess from the teacher's endpoint; images lie in [-1, 1]."""
+    with torch.no_grad():
+        guess = denoiser(x, x.new_full((len(x),), sigma_max), labels)
+    return (guess - endpoint).square().mean().sqrt().item()
+
+
+def tangents(
+    denoiser: Denoiser,
+    network: nn.Module,
+    x0: Tensor,
+    noise: Tensor,
+    angle: float,
+    labels: Tensor | None = None,
+    teacher: Denoiser | None = None,
+) -> tuple[Tensor, Tensor]:
+    """df/dt by the angle t = atan(sigma / sigma_data), along the teacher's ODE or else the straight line from x0:
+    exactly, and as a difference of neighbours; (B, C, H, W) each."""
+    t = x0.new_full((len(x0),), angle)
+    sigma, speed = denoiser.sigma_data * t.tan(), denoiser.sigma_data / t.cos() ** 2
+    x = x0 + append_dims(sigma, x0) * noise
+    with torch.no_grad():
+        slope = noise if teacher is None else ode_slope(_at(teacher, labels), x, sigma)
+    arguments = _at(denoiser, labels), (x, sigma), (append_dims(speed, slope) * slope, speed)
+    with jvp_ready(network):
+        exact = jvp(*arguments, mode="exact")[1]
+    return exact, jvp(*arguments, mode="finite_difference", relative_step=1e-3)[1]
+
+
+def save_diagnostics(
+    denoiser: Denoiser,
+    images: Tensor,
+    labels: Tensor | None,
+    path: Path,
+    teacher: Denoiser | None = None,
+    sigma_max: float = 80.0,
+    network: nn.Module | None = None,
+) -> dict[str, float]:
+    """Draw what a model makes of noise, and give the numbers in the picture.
+
+    Rows: one image with the same noise at 16 levels, and what is made of it; with a teacher, the ends of its ODE and
+    the one-step guesses from the same noise; with the network, tangents and differences of neighbours at four angles,
+    as heat maps.
+
+    Args:
+        denoiser: the model's.
+        images: real ones (B, C, H, W) in [-1, 1]; eight are enough.
+        labels: their classes (B,), or None.
+        path: the picture.
+        teacher: a diffusion model, if there is one.
+        sigma_max: the level of pure noise.
+        network: the model's, for its tangents.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    numbers: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator).to(images)
+    sigmas = karras_sigmas(LEVELS, 0.02, sigma_max).to(images)
+    noisy = images[:1] + append_dims(sigmas, images) * noise[:1]
+    with torch.no_grad():
+        restored = denoiser(noisy, sigmas, None if labels is None else labels[:1].expand(LEVELS))
+    scale = append_dims((sigmas**2 + denoiser.sigma_data**2).sqrt() / denoiser.sigma_data, noisy)
+    rows = [("noisy (scaled)", noisy / scale), ("denoised", restored)]
+    if teacher is not None:
+        start = sigma_max * noise
+        end = ode_endpoint(teacher, start, sigma_max, labels)
+        numbers["consistency_error"] = consistency_error(denoiser, end, start, sigma_max, labels)
+        with torch.no_grad():
+            guess = denoiser(start, start.new_full((len(start),), sigma_max), labels)
+        rows += [("teacher's ODE", end), (f"one step (rms {numbers['consistency_error']:.3f})", guess)]
+    maps = {} if network is None else _tangent_maps(denoiser, network, images, noise, labels, teacher, numbers)
+
+    figure = Figure(figsize=(LEVELS * 0.8, (len(rows) + len(maps)) * 0.95), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows) + len(maps), LEVELS, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for line, (title, pictures) in zip(axes, rows):
+        line[0].set_title(title, loc="left", fontsize=8).set_in_layout(False)  # it may be wider than its picture
+        for axis, picture in zip(line, pictures.cpu().clamp(-1, 1) / 2 + 0.5):
+            axis.imshow(picture.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+    for line, (title, pictures) in zip(axes[len(rows) :], maps.items()):
+        line[0].set_title(title, loc="left", fontsize=8).set_in_layout(False)  # it may be wider than its picture
+        reach = pictures.abs().quantile(0.99).item()
+        for axis, picture in zip(line, pictures.cpu().mean(1)):
+            axis.imshow(picture.numpy(), cmap="RdBu_r", vmin=-reach, vmax=reach)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    return numbers
+
+
+def _tangent_maps(denoiser, network, images, noise, labels, teacher, numbers) -> dict[str, Tensor]:
+    """Tangents and differences of neighbours of the first images at each of the angles, by their titles."""
+    some = slice(0, LEVELS // len(ANGLES))
+    labels = None if labels is None else labels[some]
+    pairs = [tangents(denoiser, network, images[some], noise[some], angle, labels, teacher) for angle in ANGLES]
+    exact, difference = (torch.cat(parts) for parts in zip(*pairs))
+    numbers["tangent_difference"] = ((exact - difference).norm() / exact.norm()).item()
+    return {f"df/dt, four images at t = {', '.join(map(str, ANGLES))}": exact, "difference of neighbours": difference}

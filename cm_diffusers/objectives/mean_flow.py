@@ -1,0 +1,113 @@
+"""MeanFlow (Geng et al. 2025, arXiv:2505.13447, algorithm 1).
+
+The network u(x_t, t, r) has two times: it predicts the average velocity of linear flow matching's ODE between r and t,
+so one call jumps from t to r: x_r = x_t - (t - r) u. Unlike sCM it learns all jumps, not only those to the data, and
+takes the ODE's velocity from the data as sCT does; with r = t it is flow matching. Flow times in [0, 1].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from cm_diffusers.core.denoisers import FlowDenoiser
+from cm_diffusers.core.distances import l2
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.interpolants import append_dims
+from cm_diffusers.core.tangents import jvp, jvp_ready
+from cm_diffusers.models import TwoTimeModel
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
+from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.pipelines import MeanFlowPipeline
+
+
+@dataclass(frozen=True)
+class MeanFlowOptions:
+    p_mean: float = option(-2.0, "Mean of the logit of the two times (-0.4 for ImageNet latents in the paper).")
+    p_std: float = option(2.0, "Standard deviation of the logit of the two times (1 for ImageNet latents).")
+    equal_times: float = option(0.25, "Share of the samples with r = t, which is flow matching (0.75 for ImageNet).")
+    power: float = option(0.75, "p of the weight 1 / (|error|^2 + c)^p (1 for ImageNet).")
+    weight_c: float = option(1e-3, "c of the weight.")
+    jvp_mode: str = option("exact", "How tangents are taken.", choices=JVP_MODES)
+
+    def __post_init__(self) -> None:
+        check_between("p_mean", self.p_mean, -20, 20)
+        check_between("p_std", self.p_std, 1e-3, 10)
+        check_between("equal_times", self.equal_times, 0, 1)
+        check_between("power", self.power, 0, 4)
+        check_between("weight_c", self.weight_c, 1e-12, 1e6)
+
+
+def jump_to_zero(network: Callable) -> FlowDenoiser:
+    """The jump of a network with two times from any time to 0, as a denoiser."""
+
+    def to_zero(x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> SimpleNamespace:
+        return network(x, t, target_timestep=torch.zeros_like(t), class_labels=class_labels)
+
+    return FlowDenoiser(to_zero)
+
+
+class MeanFlow(Objective):
+    """E[ w |u(x_t, t, r) - sg(v - (t - r) du/dt)|^2 ], v = noise - x0, w = sg 1 / (|.|^2 + c)^p (eq. 10, 22)."""
+
+    name = "mean_flow"
+    Options = MeanFlowOptions
+    sigma_min = floor = 0.0
+    facts = Facts(
+        what="average velocities, jumps between any times",
+        teacher="no",
+        target="its velocity less its tangent, no gradient",
+        times="logit of t and r ~ N(-2, 2^2), a quarter equal",
+        distance="L2",
+        weight="1 / (error + c)^p",
+        paper="[Geng et al. 2025](https://arxiv.org/abs/2505.13447), alg. 1",
+        jvp="yes",
+    )
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_tangents(self.network, self.options.jvp_mode, second_time="target_timestep")
+
+    @classmethod
+    def prediction(cls, options: MeanFlowOptions) -> str:
+        return "flow"
+
+    @classmethod
+    def adapt(cls, network: nn.Module) -> nn.Module:
+        return network if isinstance(network, TwoTimeModel) else TwoTimeModel.from_network(network)
+
+    def denoiser(self, network: Callable | None = None) -> FlowDenoiser:
+        return jump_to_zero(network or self.model)
+
+    def times(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """t >= r (B,): two logit-normal draws, sorted, and then equal for a share of the samples."""
+        logits = self.options.p_mean + self.options.p_std * draws.normal("times", (2,))
+        t, r = logits.sigmoid().sort(1, descending=True).values.unbind(1)
+        return t, torch.where(draws.uniform("equal") < self.options.equal_times, t, r)
+
+    def loss(self, batch: Batch, draws: Draws) -> Loss:
+        x0, labels = batch.images, batch.class_labels
+        t, r = self.times(draws)
+        noise = draws.normal("noise", x0.shape[1:])
+        x_t = append_dims(1 - t, x0) * x0 + append_dims(t, x0) * noise
+        v = noise - x0
+
+        def network(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            with draws.dropout():
+                return self.network(x, t, target_timestep=r, class_labels=labels).sample
+
+        with jvp_ready(self.network, self.options.jvp_mode):
+            tangents = (v, torch.ones_like(t), torch.zeros_like(r))
+            _, du_dt = jvp(network, (x_t, t, r), tangents, self.options.jvp_mode)
+        with draws.dropout():
+            u = self.model(x_t, t, target_timestep=r, class_labels=labels).sample.to(x0.dtype)
+        error = l2(u, v - append_dims(t - r, x0) * du_dt)
+        weight = (error.detach() + self.options.weight_c) ** -self.options.power
+        return Loss.mean(weight * error, t / (1 - t))
+
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        return MeanFlowPipeline(network, FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0))

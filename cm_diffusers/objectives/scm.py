@@ -1,0 +1,149 @@
+"""Continuous-time consistency models, sCT and sCD (Lu & Song 2024, arXiv:2410.11081, algorithm 1).
+
+The limit of CT and CD for neighbouring times: instead of a difference of two outputs the network follows the tangent
+df/dt of its consistency function f(x_t, t) = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t) along the
+trajectory. sCT takes the trajectory's velocity from the data, sCD from a teacher. TrigFlow throughout:
+x_t = cos(t) x0 + sin(t) z with z ~ N(0, sigma_data^2), t = atan(sigma / sigma_data) in (0, pi/2).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from cm_diffusers.core.denoisers import trigflow_velocity
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.interpolants import append_dims
+from cm_diffusers.core.noise_levels import lognormal
+from cm_diffusers.core.tangents import NORMS, jvp, jvp_ready, normalised
+from cm_diffusers.models import with_log_variance, without_log_variance
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.consistency import check_teacher
+from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
+from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.pipelines import TrigFlowPipeline
+from cm_diffusers.schedulers import TrigFlowScheduler
+
+
+@dataclass(frozen=True)
+class SCTOptions:
+    p_mean: float = option(-1.0, "Mean of ln(sigma) in training.")
+    p_std: float = option(1.4, "Standard deviation of ln(sigma) in training.")
+    tangent_warmup_steps: int = option(10_000, "Steps in which the unstable part of the tangent grows from 0 to 1.")
+    tangent_norm: str = option(
+        "norm",
+        "g / (|g| + c) with the norm of the sample, or its root mean square (the same for images of any size); g"
+        " clipped to [-1, 1]; or g as it is.",
+        choices=list(NORMS),
+    )
+    tangent_c: float = option(0.1, "c of the normalisation.")
+    prior_weight: str = option(
+        "one",
+        "Weight by noise level. The tangent cos(t) df/dt holds the paper's prior 1 / (sigma_data tan t) already, so"
+        " that one is right, and inverse_sigma, as some public trainers have it, counts it twice.",
+        choices=["one", "inverse_sigma"],
+    )
+    jvp_mode: str = option("exact", "How tangents are taken.", choices=JVP_MODES)
+
+    def __post_init__(self) -> None:
+        check_between("p_mean", self.p_mean, -20, 20)
+        check_between("p_std", self.p_std, 1e-3, 10)
+        check_between("tangent_warmup_steps", self.tangent_warmup_steps, 0, 1 << 40)
+        check_between("tangent_c", self.tangent_c, 1e-12, 1e6)
+
+
+class SCT(Objective):
+    """E[ |F(x_t) - sg(F(x_t) + g)|^2 / D ], g = cos(t) df/dt normalised, weighed by a learned log-variance."""
+
+    name = "sct"
+    Options = SCTOptions
+    sigma_min = floor = 0.0
+    facts = Facts(
+        what="continuous-time consistency training, 1 or 2 calls",
+        teacher="no",
+        target="itself plus its tangent, no gradient",
+        times="ln sigma ~ N(-1, 1.4^2)",
+        distance="L2",
+        weight="learned log-variance",
+        paper="[Lu & Song 2024](https://arxiv.org/abs/2410.11081), alg. 1",
+        jvp="yes",
+    )
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_tangents(self.network, self.options.jvp_mode)
+
+    @classmethod
+    def prediction(cls, options: SCTOptions) -> str:
+        return "trigflow"
+
+    @classmethod
+    def adapt(cls, network: nn.Module) -> nn.Module:
+        return with_log_variance(network)
+
+    def velocity(self, x0: Tensor, z: Tensor, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """dx_t/dt: here of the straight pair (x0, z), whose mean over the pairs through x_t is the ODE's."""
+        return append_dims(t.cos(), z) * z - append_dims(t.sin(), x0) * x0
+
+    def warmup(self, step: int) -> float:
+        """r of algorithm 1, in [0, 1]; at 0 the loss is that of diffusion training."""
+        return min(1.0, step / max(1, self.options.tangent_warmup_steps))
+
+    def loss(self, batch: Batch, draws: Draws) -> Loss:
+        x0, labels, sigma_data = batch.images, batch.class_labels, self.spec.sigma_data
+        sigma = lognormal(draws.normal("sigma"), self.options.p_mean, self.options.p_std)
+        t = (sigma / sigma_data).atan()
+        cos, sin = append_dims(t.cos(), x0), append_dims(t.sin(), x0)
+        z = sigma_data * draws.normal("noise", x0.shape[1:])
+        x_t = cos * x0 + sin * z
+        velocity = self.velocity(x0, z, x_t, t, labels)
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            with draws.dropout():
+                return self.network(x, t, class_labels=labels).sample
+
+        with jvp_ready(self.network, self.options.jvp_mode):  # dF = cos(t) sin(t) sigma_data dF/dt
+            tangents = (cos * sin * velocity / sigma_data, t.cos() * t.sin())
+            _, dF = jvp(network, (x_t / sigma_data, t), tangents, self.options.jvp_mode)
+        with draws.dropout():
+            output = self.model(x_t / sigma_data, t, class_labels=labels)
+        F = output.sample.to(x0.dtype)
+        target = F.detach()
+        g = -(cos**2) * (sigma_data * target - velocity)
+        g = g - self.warmup(draws.step) * (cos * sin * x_t + sigma_data * dF)
+        g = normalised(g, self.options.tangent_norm, self.options.tangent_c)
+        error = (F - target - g).flatten(1).square().mean(1)
+        if self.options.prior_weight == "inverse_sigma":
+            error = error / sigma
+        return Loss.mean(error, sigma, getattr(output, "log_variance", None))
+
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        scheduler = TrigFlowScheduler(sigma_data=self.spec.sigma_data, sigma_max=self.spec.sigma_max)
+        return TrigFlowPipeline(without_log_variance(network), scheduler)
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"warmup": self.warmup(step)}
+
+
+@dataclass(frozen=True)
+class SCDOptions(SCTOptions):
+    pretrained_teacher_model: str | None = option(None, "The diffusion model to distil: a folder or a Hub id.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_teacher("scd", self.pretrained_teacher_model)
+
+
+class SCD(SCT):
+    """sCT with the velocity of a teacher: any denoiser, read as TrigFlow's."""
+
+    name = "scd"
+    Options = SCDOptions
+    facts = replace(
+        SCT.facts, what="continuous-time consistency distillation, 1 or 2 calls", teacher="a diffusion or flow model"
+    )
+
+    @torch.no_grad()
+    def velocity(self, x0: Tensor, z: Tensor, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return trigflow_velocity(self.teacher, x_t, t, self.spec.sigma_data, labels)

@@ -1,0 +1,70 @@
+"""Draw what a saved model makes of noise: one image denoised from 16 levels; with a teacher, one-step guesses beside
+the ends of its ODE; tangents beside differences of neighbours.
+
+    python training/diagnose.py --pretrained_model_name_or_path runs/mnist_scd_small/pipeline \\
+        --pretrained_teacher_model runs/mnist_trigflow_small/pipeline --dataset_name ylecun/mnist
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from cm_diffusers.engine.config import DataArguments, ModelArguments
+from cm_diffusers.engine.data import ImageData, Spot
+from cm_diffusers.engine.diagnostics import save_diagnostics
+from cm_diffusers.engine.models import denoiser_of, load_pipeline, load_teacher
+
+
+def diagnose(args: argparse.Namespace) -> dict[str, float]:
+    """Leaves diagnostics.png and diagnostics.json in the output folder. Raises ValueError for what can't be done."""
+    pipeline = load_pipeline(args.pretrained_model_name_or_path).to(args.device)
+    _, height, width = pipeline.sample_shape
+    settings = DataArguments(dataset_name=args.dataset_name, split=args.split, resolution=[height, width])
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    data = ImageData(settings, pipeline.num_classes is not None)
+    teacher = None
+    if args.pretrained_teacher_model:
+        teacher = load_teacher(args.pretrained_teacher_model, ModelArguments(), data)
+        teacher.network.to(args.device)
+    batch = next(data.batches(Spot(8, 1, 0, 1), args.seed))
+    images = batch["images"].to(args.device).float() / 127.5 - 1
+    labels = None if batch["labels"] is None else batch["labels"].to(args.device)
+    pipeline.unet.eval()
+    numbers = save_diagnostics(
+        denoiser_of(pipeline),
+        images,
+        labels,
+        args.output_dir / "diagnostics.png",
+        teacher,
+        pipeline.scheduler.config.get("sigma_max", 80.0),
+        pipeline.unet,
+    )
+    (args.output_dir / "diagnostics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    return numbers
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a model")
+    add("--pretrained_teacher_model", help="a diffusion model, to compare with")
+    add("--dataset_name", required=True, help="real images, as for training")
+    add("--split", default="train", help="split of the dataset (train)")
+    add("--seed", type=int, default=0, help="which images (0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    add("--output_dir", type=Path, default=Path("runs/diagnostics"), help="leaves the picture and the numbers here")
+    args = parser.parse_args(argv)
+    try:
+        numbers = diagnose(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(json.dumps(numbers))
+    print(f"Saved {args.output_dir / 'diagnostics.png'} and {args.output_dir / 'diagnostics.json'}.")
+
+
+if __name__ == "__main__":
+    main()
