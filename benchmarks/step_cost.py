@@ -2,9 +2,10 @@
 
     python benchmarks/step_cost.py
 
-The floor is one forward with backward pass, the method's further forward passes, and the optimiser's step, each timed
-by itself in the same run. Reading the batch, drawing noise, the distance, and moving averages of the weights are what
-comes on top. Batch 64, images of 28x28, the preset `small`, float32.
+The floor is one forward with backward pass, the method's further forward passes, its tangent, and the optimiser's
+step, each timed by itself in the same run. Reading the batch, drawing noise, the distance, and moving averages of the
+weights are what comes on top. Batch 64, images of 28x28, float32, the preset `small`; `jvp_small` for methods with
+tangents, whose step is also compared with the forward, backward and optimiser step of diffusion (`over_diffusion`).
 """
 
 import argparse
@@ -19,7 +20,8 @@ from accelerate import Accelerator
 from common import paired, show
 from datasets import Dataset, Features, Image, Value
 
-from cm_diffusers.core.denoisers import EDMDenoiser
+from cm_diffusers.core.denoisers import DENOISERS
+from cm_diffusers.core.tangents import jvp, jvp_ready
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.loop import Trainer
@@ -30,13 +32,16 @@ from cm_diffusers.objectives import OBJECTIVES
 
 @dataclass(frozen=True)
 class Method:
-    """The flags of a method, its forward passes without gradient in a step, and whether it has a teacher."""
+    """Forward passes without gradient in a step, flags, whether there are a teacher and a tangent, the real name."""
 
     forwards: int
     flags: tuple[str, ...] = ()
     teacher: bool = False
+    tangent: bool = False
+    method: str | None = None  # by default the name that it goes by here
 
 
+JVP = ("--model_preset", "jvp_small")
 METHODS = {  # solvers are Heun's, which asks the teacher twice
     "diffusion": Method(0),
     "ect": Method(1, ("--pretrain_steps", "0")),
@@ -44,6 +49,10 @@ METHODS = {  # solvers are Heun's, which asks the teacher twice
     "ict": Method(1),
     "cd": Method(3, ("--pretrained_teacher_model", "given"), teacher=True),
     "ecd": Method(3, ("--pretrained_teacher_model", "given", "--pretrain_steps", "0"), teacher=True),
+    "trigflow": Method(0, ("--interpolant", "trigflow", *JVP), method="diffusion"),
+    "sct": Method(0, JVP, tangent=True),
+    "scd": Method(1, ("--pretrained_teacher_model", "given", *JVP), teacher=True, tangent=True),
+    "mean_flow": Method(0, JVP, tangent=True),
 }
 BATCH = 64
 
@@ -51,6 +60,7 @@ BATCH = 64
 def build_trainer(name: str, folder: str, accelerator: Accelerator, batch: int = BATCH) -> Trainer:
     """A trainer of the method `name` on noise images. A teacher is a copy of the network."""
     method = METHODS[name]
+    name = method.method or name
     Path(folder, "data").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (256, 28, 28), dtype=np.uint8)
     features = Features({"image": Image(), "label": Value("int64")})
@@ -60,11 +70,11 @@ def build_trainer(name: str, folder: str, accelerator: Accelerator, batch: int =
     flags += ["--train_batch_size", str(batch), *method.flags]
     config = parse_config(["--method", name, *flags], [name], "")
     data = ImageData(config.data, True, show_progress=False)
-    start = build_start(config.model, data, 0)
+    start = build_start(config.model, data, 0, method=OBJECTIVES[name], options=config.options)
     teacher = None
     if method.teacher:
         network = copy.deepcopy(start.network).eval().requires_grad_(False)
-        teacher = EDMDenoiser(network, start.spec.sigma_data, time_label=start.spec.time_label)
+        teacher = DENOISERS[start.spec.prediction](network, start.spec.sigma_data)
     steps = config.run.max_train_steps
     objective = OBJECTIVES[name](start.network, start.spec, config.options, steps, teacher=teacher)
     return Trainer(config, objective, data, accelerator)
@@ -76,17 +86,23 @@ def measure(name: str, rounds: int) -> dict:
         accelerator = Accelerator()
         trainer = build_trainer(name, folder, accelerator)
         device, network = accelerator.device, trainer.objective.network
-        sample, label = torch.randn(BATCH, 1, 28, 28, device=device), torch.randn(BATCH, device=device)
+        sample, label = torch.randn(BATCH, 1, 28, 28, device=device), torch.rand(BATCH, device=device)
         classes = torch.arange(BATCH, device=device) % 10
         optimizer = build_optimizer(network, trainer.run)
         optimizer.param_groups[0]["lr"] = 0.0
 
-        def forward() -> torch.Tensor:
-            return network(sample, label, class_labels=classes).sample
+        second = {"target_timestep": label / 2} if name == "mean_flow" else {}
+
+        def forward(sample: torch.Tensor = sample, label: torch.Tensor = label) -> torch.Tensor:
+            return network(sample, label, class_labels=classes, **second).sample
 
         def forward_without_gradient() -> None:
             with torch.no_grad():
                 forward()
+
+        def tangent() -> None:
+            with jvp_ready(network):
+                jvp(forward, (sample, label), (sample, label), mode="exact")
 
         def forward_backward() -> None:
             optimizer.zero_grad()
@@ -95,13 +111,19 @@ def measure(name: str, rounds: int) -> dict:
         parts = {"forward_backward": forward_backward, "optimizer": optimizer.step}
         if METHODS[name].forwards:
             parts["forwards"] = lambda: [forward_without_gradient() for _ in range(METHODS[name].forwards)]
+        if METHODS[name].tangent:
+            parts["tangent"] = tangent
         batches = trainer.data.batches(trainer.spot, 0)
 
         def whole() -> None:
             trainer.optimizer.zero_grad()
             trainer._train_step(batches)
 
-        return paired(whole, parts, rounds)
+        report = paired(whole, parts, rounds)
+        if METHODS[name].tangent:
+            diffusion = report["forward_backward_ms"] + report["optimizer_ms"]
+            report["over_diffusion"] = round(report["whole_ms"] / diffusion, 2)
+        return report
 
 
 if __name__ == "__main__":
