@@ -186,7 +186,7 @@ class CTMPipeline(ImagePipeline):
             steps = 1 if solver == "jump" else 18
         levels = self._karras(steps, sigma_max).flip(0)
         labels = self._check_sample("images", images, class_labels)
-        if images.min() < 0 or images.max() > 1:
+        if not (images.min() >= 0 and images.max() <= 1):
             raise ValueError(f"images must lie in [0, 1], got [{images.min():g}, {images.max():g}].")
 
         sample = 2 * images.to(self._execution_device, torch.float32) - 1
@@ -223,7 +223,7 @@ class CTMPipeline(ImagePipeline):
     def _check_level(self, name: str, sigma: float | torch.Tensor, batch_size: int) -> torch.Tensor:
         """A level as a tensor () or (B,), float64."""
         low, high = self.scheduler.config.sigma_min, self.scheduler.config.sigma_max
-        level = torch.as_tensor(sigma).cpu().double()
+        level = sigma.cpu().double() if torch.is_tensor(sigma) else torch.as_tensor(sigma, dtype=torch.float64)
         if level.ndim and tuple(level.shape) != (batch_size,):
             raise ValueError(f"sigma_{name} must be a number or one per sample, got the shape {tuple(level.shape)}.")
         if not ((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))).all():

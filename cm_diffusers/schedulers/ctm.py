@@ -353,4 +353,5 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _float64(values: float | np.ndarray | torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(values).cpu().double()
+    """`values` on the CPU; not through float32, torch's type for a number."""
+    return values.cpu().double() if torch.is_tensor(values) else torch.as_tensor(values, dtype=torch.float64)
