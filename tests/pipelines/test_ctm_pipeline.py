@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import numpy as np
@@ -249,6 +250,23 @@ def test_the_ode_down_to_zero_itself():
         assert error.abs().max() < (0.005 if solver == "heun" else 0.05)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_callbacks_of_the_solvers_see_what_the_denoiser_says(solver):
+    pipe, noise, seen = ctm(GaussianTrajectory()), torch.randn(2, 1, 4, 4), []
+
+    def callback(pipeline, step, timestep, tensors):
+        seen.append((step, float(timestep), tensors))
+
+    in_steps(
+        pipe, noise, num_inference_steps=4, solver=solver,
+        callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "pred_original_sample"],
+    )  # fmt: skip
+    assert [(step, timestep) for step, timestep, _ in seen] == list(enumerate(pipe.scheduler.timesteps.tolist()))
+    starts = [80 * noise] + [tensors["latents"] for _, _, tensors in seen]
+    for x, sigma, (_, _, tensors) in zip(starts, pipe.scheduler.sigmas, seen):
+        torch.testing.assert_close(tensors["pred_original_sample"], pipe.unet.denoised(x, float(sigma)))
+
+
 # --- jumps
 
 
@@ -367,6 +385,15 @@ def test_the_default_solver_of_inversion_suits_the_model(random_network):
         seen.clear()
 
 
+def test_the_network_is_freed_after_jumps_and_inversions(monkeypatch):
+    freed, pipe = [], ctm(GaussianTrajectory())
+    monkeypatch.setattr(CTMPipeline, "maybe_free_model_hooks", lambda self: freed.append(True))
+    pipe.jump(torch.zeros(1, 1, 4, 4), 1.0, 0.5)
+    assert freed == [True]
+    pipe.invert(torch.zeros(1, 1, 4, 4))
+    assert freed == [True, True]
+
+
 # --- saving
 
 
@@ -385,6 +412,13 @@ def test_what_is_saved_is_what_is_loaded(random_network, tmp_path):
             in_steps(again, x, generator=generator(), **arguments),
             in_steps(pipe, x, generator=generator(), **arguments),
         )
+
+
+def test_every_argument_of_jumps_and_inversions_is_documented():
+    for method in (CTMPipeline.jump, CTMPipeline.invert):
+        lines = [line.strip() for line in method.__doc__.splitlines()]
+        names = set(inspect.signature(method).parameters) - {"self"}
+        assert names == {name for name in names if any(line.startswith(f"{name}: ") for line in lines)}
 
 
 # --- errors
