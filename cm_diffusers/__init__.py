@@ -6,12 +6,20 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # diffusers looks its bases up in this namespace
 
 from cm_diffusers.models import JVPUNet2DModel, TwoTimeModel
-from cm_diffusers.pipelines import ConsistencyPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline
-from cm_diffusers.schedulers import MultistepConsistencyScheduler, TrigFlowScheduler
+from cm_diffusers.pipelines import (
+    ConsistencyPipeline,
+    CTMPipeline,
+    DenoisingPipeline,
+    MeanFlowPipeline,
+    TrigFlowPipeline,
+)
+from cm_diffusers.schedulers import CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler
 
 
 __version__ = "0.1.0"
 __all__ = [
+    "CTMPipeline",
+    "CTMScheduler",
     "ConsistencyPipeline",
     "DenoisingPipeline",
     "JVPUNet2DModel",
@@ -36,6 +44,6 @@ def _register(*classes: type) -> None:
     setattr(diffusers.pipelines, __name__, sys.modules[__name__])
 
 
-_register(ConsistencyPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline)
-_register(MultistepConsistencyScheduler, TrigFlowScheduler, JVPUNet2DModel, TwoTimeModel)
+_register(ConsistencyPipeline, CTMPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline)
+_register(CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler, JVPUNet2DModel, TwoTimeModel)
 ConsistencyPipeline._scheduler_class = MultistepConsistencyScheduler

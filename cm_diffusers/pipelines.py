@@ -10,9 +10,10 @@ _here = Path(__file__).resolve().parent
 __path__ = [str(folder) for folder in (_here / "pipelines", _here.parent / "pipelines") if folder.is_dir()][:1]
 
 from cm_diffusers.pipelines.consistency import ConsistencyPipeline  # noqa: E402
+from cm_diffusers.pipelines.ctm import CTMPipeline  # noqa: E402
 from cm_diffusers.pipelines.denoising import DenoisingPipeline  # noqa: E402
 from cm_diffusers.pipelines.mean_flow import MeanFlowPipeline  # noqa: E402
 from cm_diffusers.pipelines.trigflow import TrigFlowPipeline  # noqa: E402
 
 
-__all__ = ["ConsistencyPipeline", "DenoisingPipeline", "MeanFlowPipeline", "TrigFlowPipeline"]
+__all__ = ["CTMPipeline", "ConsistencyPipeline", "DenoisingPipeline", "MeanFlowPipeline", "TrigFlowPipeline"]

@@ -1,5 +1,6 @@
 """Schedulers in the form of diffusers. Each file imports only torch, numpy and diffusers, so that it can travel."""
 
+from cm_diffusers.schedulers.ctm import CTMScheduler, CTMSchedulerOutput
 from cm_diffusers.schedulers.multistep_consistency import (
     MultistepConsistencyScheduler,
     MultistepConsistencySchedulerOutput,
@@ -8,6 +9,8 @@ from cm_diffusers.schedulers.trigflow import TrigFlowScheduler, TrigFlowSchedule
 
 
 __all__ = [
+    "CTMScheduler",
+    "CTMSchedulerOutput",
     "MultistepConsistencyScheduler",
     "MultistepConsistencySchedulerOutput",
     "TrigFlowScheduler",

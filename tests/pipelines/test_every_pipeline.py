@@ -18,6 +18,8 @@ from diffusers import (
 
 from cm_diffusers import (
     ConsistencyPipeline,
+    CTMPipeline,
+    CTMScheduler,
     DenoisingPipeline,
     MeanFlowPipeline,
     MultistepConsistencyScheduler,
@@ -29,6 +31,8 @@ from cm_diffusers import (
 
 KINDS = {
     "consistency": lambda network: ConsistencyPipeline(network, MultistepConsistencyScheduler()),
+    "ctm": lambda network: CTMPipeline(network, CTMScheduler()),
+    "ctm, gamma": lambda network: CTMPipeline(network, CTMScheduler(gamma=0.7)),
     "denoising": lambda network: DenoisingPipeline(network, EDMEulerScheduler()),
     "flow": lambda network: DenoisingPipeline(network, EDMEulerScheduler(), prediction="flow"),
     "trigflow": lambda network: TrigFlowPipeline(network, TrigFlowScheduler()),
@@ -36,6 +40,7 @@ KINDS = {
     "mean flow": lambda network: MeanFlowPipeline(network, FlowMatchEulerDiscreteScheduler()),
 }
 DIFFUSION = ["denoising", "flow", "trigflow heun"]
+TWO_TIMES = ["ctm", "ctm, gamma", "mean flow"]
 CLASSES = 10
 STEPS = 5
 
@@ -44,7 +49,7 @@ STEPS = 5
 def make_kind(tiny_unet):
     def build(kind, **unet):
         network = tiny_unet(**unet)
-        if kind == "mean flow":
+        if kind in TWO_TIMES:
             network = TwoTimeModel.from_network(network)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)

@@ -7,17 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from cm_diffusers import MultistepConsistencyScheduler, TrigFlowScheduler
+from cm_diffusers import CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler
 
 
 KINDS = {
+    "ctm": CTMScheduler,
+    "ctm, gamma": functools.partial(CTMScheduler, gamma=0.5),
+    "ctm, official": functools.partial(CTMScheduler, gamma=0.5, gamma_rule="official"),
+    "ctm, angles": functools.partial(CTMScheduler, gamma=1.0, time_label="angle", sigma_min=0.0),
     "multistep": MultistepConsistencyScheduler,
     "multistep, angles": functools.partial(MultistepConsistencyScheduler, time_label="angle", sigma_min=0.0),
     "trigflow": TrigFlowScheduler,
     "trigflow euler": functools.partial(TrigFlowScheduler, solver="euler"),
     "trigflow heun": functools.partial(TrigFlowScheduler, solver="heun"),
 }
-NOISY = ["multistep", "multistep, angles", "trigflow"]
+NOISY = ["ctm, gamma", "ctm, official", "ctm, angles", "multistep", "multistep, angles", "trigflow"]
 SHAPE = (2, 3, 4, 4)
 
 

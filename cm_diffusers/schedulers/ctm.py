@@ -1,0 +1,357 @@
+"""Sampling of consistency trajectory models (Kim et al. 2023, arXiv:2310.02279): jumps from any level to any other."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+@dataclass
+class CTMSchedulerOutput(BaseOutput):
+    """
+    Args:
+        prev_sample (`torch.Tensor`): the sample at the next level, the input of the next network call.
+        pred_original_sample (`torch.Tensor`): the clean sample if what the network says held down to the floor.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class CTMScheduler(SchedulerMixin, ConfigMixin):
+    """Gamma sampling (algorithm 3): from sigma_i jump below sigma_{i+1}, then add noise up to sigma_{i+1}.
+
+    The samples are x0 + sigma noise. The network F has two times, the level t of its input and the level s to jump to
+    (`.timesteps` and `.target_timesteps`, as labels). Under EDM's preconditioning, without a floor,
+
+        g(x, t, s) = c_skip(t) x + c_out(t) F(c_in(t) x, t, s)
+        G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s)                                            (eq. 9)
+
+    so that G(x, t, t) = x for any network, and g(x, t, t) is a denoiser. With gamma = 0 all is deterministic, a chain
+    of jumps; gamma = 1 is multistep consistency sampling. The last jump goes to the floor and gives the sample.
+
+    Args:
+        num_train_timesteps: length of the Karras grid that `num_inference_steps` picks its levels from.
+        sigma_min: the floor that stands for 0; above 0 for the label "log_sigma", which is a logarithm.
+        sigma_max: the level of pure noise, where sampling starts.
+        sigma_data: root mean square of the training data.
+        rho: exponent of the Karras grid.
+        clip_denoised: clamp what a jump to the floor gives to [-1, 1] (images; not latents). Other jumps stay exact.
+        time_label: the network's time inputs, "log_sigma" (250 ln sigma) or "angle" (atan(sigma / sigma_data)).
+        gamma: share of the noise that is drawn anew, in [0, 1], unless `set_timesteps` is told otherwise.
+        gamma_rule: "paper" jumps to sqrt(1 - gamma^2) sigma, not below the floor; "official" to
+            sqrt(1 - gamma^2) (sigma - sigma_min) + sigma_min as the authors' code does. The noise makes up for either.
+        upward: whether the network has learned to jump to higher levels, too, which the paper's training leaves out.
+
+    Raises:
+        ValueError: an unknown label or rule, or numbers outside their range.
+    """
+
+    order = 1
+    _compatibles = []
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 40,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        rho: float = 7.0,
+        clip_denoised: bool = True,
+        time_label: str = "log_sigma",
+        gamma: float = 0.0,
+        gamma_rule: str = "paper",
+        upward: bool = False,
+    ) -> None:
+        if time_label not in ("log_sigma", "angle"):
+            raise ValueError(f"time_label must be 'log_sigma' or 'angle', got {time_label!r}.")
+        if gamma_rule not in ("paper", "official"):
+            raise ValueError(f"gamma_rule must be 'paper' or 'official', got {gamma_rule!r}.")
+        if not 0 <= sigma_min < sigma_max < math.inf:
+            raise ValueError(f"sigma_min must lie in [0, sigma_max), got {sigma_min} and {sigma_max}.")
+        if sigma_min == 0 and time_label == "log_sigma":
+            raise ValueError("sigma_min must be above 0 for the time_label 'log_sigma', which has no value at 0.")
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}.")
+        if num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}.")
+        self._check_gamma(gamma)
+        self.num_inference_steps = None
+        self._set_sigmas(self.karras_sigmas(num_train_timesteps), gamma, None)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The factor of unit noise at the first step."""
+        return float(self.sigmas[0])
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the current step, or None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index to start from, or None for the first step that is asked for."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start from step `begin_index`."""
+        self._begin_index = begin_index
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def karras_sigmas(self, n: int, sigma_max: float | None = None) -> np.ndarray:
+        """`n` levels (n,) from `sigma_max`, by default the configured one, down to the floor."""
+        return self._karras(np.linspace(0, 1, n), sigma_max or self.config.sigma_max)
+
+    def _karras(self, ramp: np.ndarray, sigma_max: float) -> np.ndarray:
+        high, low = sigma_max ** (1 / self.config.rho), self.config.sigma_min ** (1 / self.config.rho)
+        sigmas = (high + ramp * (low - high)) ** self.config.rho
+        return np.where(ramp == 1, self.config.sigma_min, sigmas)  # the floor itself, not its neighbour
+
+    def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
+        """The network's time input at `sigmas`."""
+        if self.config.time_label == "angle":
+            return np.arctan(sigmas / self.config.sigma_data)
+        return 250.0 * np.log(sigmas)
+
+    def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
+        """The noise levels whose time input `timesteps` is."""
+        if self.config.time_label == "angle":
+            return np.tan(timesteps) * self.config.sigma_data
+        return np.exp(timesteps / 250.0)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        gamma: float | None = None,
+    ) -> None:
+        """Choose the noise levels, by exactly one of the three.
+
+        Args:
+            num_inference_steps: 1 to `num_train_timesteps` levels, evenly spaced on the Karras grid from sigma_max.
+            device: where `timesteps` and `target_timesteps` go.
+            timesteps: time labels as in `.timesteps`, falling. Grid indices are refused.
+            sigmas: noise levels in (sigma_min, sigma_max], falling; sampling starts from noise of the first.
+            gamma: in [0, 1], for these levels instead of the configured one.
+
+        Raises:
+            ValueError: not exactly one was given, or levels that do not fall, or lie at or below the floor or beyond
+                sigma_max, or gamma outside [0, 1].
+        """
+        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
+        gamma = self._check_gamma(self.config.gamma if gamma is None else gamma)
+        if num_inference_steps is not None:
+            levels = self._grid_levels(num_inference_steps)
+        elif sigmas is not None:
+            levels = self._check_levels("sigmas", np.array([float(s) for s in sigmas]))
+        else:
+            self._refuse_indices(timesteps)
+            levels = self.timestep_to_sigma(np.array([float(t) for t in timesteps]))
+            self._check_levels("timesteps", levels)
+        self.num_inference_steps = len(levels)
+        self._set_sigmas(np.append(levels, self.config.sigma_min), gamma, device)
+
+    def _check_gamma(self, gamma: float) -> float:
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must lie in [0, 1], got {gamma}.")
+        return float(gamma)
+
+    def _grid_levels(self, n: int) -> np.ndarray:
+        total = self.config.num_train_timesteps
+        if not 1 <= n <= total:
+            raise ValueError(f"num_inference_steps must lie in [1, num_train_timesteps={total}], got {n}.")
+        return self._karras(np.arange(n) * (total // n) / (total - 1), self.config.sigma_max)
+
+    def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
+        if levels.ndim != 1 or len(levels) == 0 or not np.isfinite(levels).all():
+            raise ValueError(f"`{name}` must be a non-empty list of finite numbers.")
+        if (np.diff(levels) >= 0).any():
+            raise ValueError(f"`{name}` must fall strictly, got the levels {levels.tolist()}.")
+        if levels[0] > self.config.sigma_max * (1 + 1e-6):
+            raise ValueError(f"`{name}` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
+        if levels[-1] <= self.config.sigma_min:
+            raise ValueError(f"`{name}` must stay above sigma_min={self.config.sigma_min}, got {levels[-1]:g}.")
+        return levels
+
+    def _refuse_indices(self, timesteps: Sequence[float]) -> None:
+        values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+        if all(isinstance(t, (int, np.integer)) for t in values):
+            raise ValueError(
+                "`timesteps` are the network's time labels as in `.timesteps` (floats), not grid indices;"
+                f" got {values}. Pass `sigmas`, the noise levels, instead."
+            )
+
+    def _set_sigmas(self, levels: np.ndarray, gamma: float, device: str | torch.device | None) -> None:
+        """Keep levels that end with the floor, and where the calls jump to, in float64 on the CPU.
+
+        The labels go to `device`, where it knows float64.
+        """
+        self.gamma = gamma
+        self.sigmas = torch.from_numpy(levels)
+        self.target_sigmas = torch.from_numpy(self._targets(levels[1:-1], gamma))
+        self._noise_stds = (self.sigmas[1:] ** 2 - self.target_sigmas**2).clamp(min=0).sqrt()
+        self.timesteps = self.labels(self.sigmas[:-1], device)
+        self.target_timesteps = self.labels(self.target_sigmas, device)
+        self._step_index = self._begin_index = None
+
+    def _targets(self, following: np.ndarray, gamma: float) -> np.ndarray:
+        """Where the calls jump to, for the levels `following` the first; the last one to the floor."""
+        floor, kept = self.config.sigma_min, math.sqrt(1 - gamma**2)
+        if gamma == 0:
+            targets = following
+        elif self.config.gamma_rule == "paper":
+            targets = np.maximum(kept * following, floor)
+        else:
+            targets = kept * (following - floor) + floor
+        return np.append(targets, floor)
+
+    def labels(self, sigmas: float | torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor:
+        """The network's time input at `sigmas`, any shape, on `device`: float64 where the device knows it."""
+        labels = torch.as_tensor(self.sigma_to_timestep(_float64(sigmas).numpy()))
+        lacks_float64 = device is not None and torch.device(device).type == "mps"
+        return labels.to(device, torch.float32 if lacks_float64 else torch.float64)
+
+    def _index_of(self, timestep: float | torch.Tensor) -> int:
+        if self.begin_index is not None:
+            return self.begin_index
+        if isinstance(timestep, int) or torch.is_tensor(timestep) and not timestep.is_floating_point():
+            raise ValueError(f"Pass one of `scheduler.timesteps` (floats), not the integer index {timestep}.")
+        gaps = (self.timesteps.double().cpu() - float(timestep)).abs()
+        index = int(gaps.argmin())
+        if gaps[index] > 1e-4 * max(1.0, abs(float(timestep))):
+            raise ValueError(f"{float(timestep):g} is not one of `scheduler.timesteps`: {self.timesteps.tolist()}.")
+        return index
+
+    def _factor(self, values: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """`values` () or (B,) as a factor of `sample` (B, ...), in float32 for half-precision samples."""
+        if values.ndim:
+            values = values.reshape(-1, *[1] * (sample.ndim - 1))
+        return values.to(sample.device, torch.promote_types(sample.dtype, torch.float32))
+
+    def _norm(self, sigma: torch.Tensor) -> torch.Tensor:
+        return (sigma * sigma + self.config.sigma_data**2).sqrt()
+
+    def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """c_in x, the network's input: `sample` (B, ...) over sqrt(sigma^2 + sigma_data^2), at `sigma` () or (B,)."""
+        return sample / self._factor(self._norm(_float64(sigma)), sample)
+
+    def jump(
+        self,
+        model_output: torch.Tensor,
+        sample: torch.Tensor,
+        sigma: float | torch.Tensor,
+        sigma_to: float | torch.Tensor,
+    ) -> torch.Tensor:
+        """G(x, t, s) of eq. 9, from the network's output F.
+
+        (s / t) x + (1 - s / t) (c_skip x + c_out F) is (s t + sigma_data^2) / (t^2 + sigma_data^2) x
+        + (t - s) sigma_data / sqrt(t^2 + sigma_data^2) F, which is computed, as nothing cancels there for any t and s.
+        With F of the diagonal, F(c_in x, t, t), it is the step of Euler.
+
+        Args:
+            model_output: F (B, ...) for `precondition_inputs(sample, sigma)`.
+            sample: x (B, ...) at the level `sigma`.
+            sigma: t, () or (B,), 0 or above.
+            sigma_to: s, () or (B,), 0 or above.
+        """
+        t, s = _float64(sigma), _float64(sigma_to)
+        keep = (s * t + self.config.sigma_data**2) / (t * t + self.config.sigma_data**2)
+        change = (t - s) * self.config.sigma_data / self._norm(t)
+        keep, change = self._factor(keep, sample), self._factor(change, sample)
+        return keep * sample.to(keep.dtype) + change * model_output.to(keep.dtype)
+
+    def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """dx / dsigma = (x - g(x, t, t)) / t of the probability-flow ODE, from F(c_in x, t, t).
+
+        Computed as t / (t^2 + sigma_data^2) x - sigma_data / sqrt(t^2 + sigma_data^2) F, which holds at t = 0, too.
+        """
+        t = _float64(sigma)
+        keep = self._factor(t / (t * t + self.config.sigma_data**2), sample)
+        change = self._factor(self.config.sigma_data / self._norm(t), sample)
+        return keep * sample.to(keep.dtype) - change * model_output.to(keep.dtype)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
+        """`sample` divided by sqrt(sigma^2 + sigma_data^2), the network's input at `timestep`."""
+        if self._step_index is None:
+            self._step_index = self._index_of(timestep)
+        return self.precondition_inputs(sample, self.sigmas[self._step_index])
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> CTMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One step: the sample at the next level, and the clean sample that the network's output means.
+
+        Args:
+            model_output: the network's output (B, ...) for `scale_model_input(sample, timestep)`, `timestep` and the
+                entry of `.target_timesteps` at the same index.
+            timestep: one of `.timesteps`.
+            sample: the current sample (B, ...).
+            generator: source of the noise; a list has one per sample. None is drawn for gamma = 0.
+            return_dict: give an output object rather than a tuple.
+        """
+        if self._step_index is None:
+            self._step_index = self._index_of(timestep)
+        index, floor = self._step_index, self.config.sigma_min
+        sigma, target, noise_std = self.sigmas[index], self.target_sigmas[index], self._noise_stds[index]
+
+        denoised = self.jump(model_output, sample, sigma, floor)
+        if self.config.clip_denoised:
+            denoised = denoised.clamp(-1, 1)
+        prev_sample = denoised if target == floor else self.jump(model_output, sample, sigma, target)
+        if noise_std > 0:
+            noise = randn_tensor(
+                model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+            )
+            prev_sample = prev_sample + self._factor(noise_std, sample) * noise
+        self._step_index += 1
+
+        prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, denoised
+        return CTMSchedulerOutput(prev_sample, denoised)
+
+    def add_noise(
+        self,
+        original_samples: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor | None = None,
+        *,
+        sigmas: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """original_samples + sigma noise, at any level of each sample.
+
+        Args:
+            original_samples: clean samples (B, ...).
+            noise: unit normal noise of the same shape.
+            timesteps: time labels (B,) or one for all; or else
+            sigmas: noise levels (B,) or one for all.
+        """
+        if (timesteps is None) == (sigmas is None):
+            raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
+        if sigmas is None:
+            sigmas = self.timestep_to_sigma(_float64(timesteps).numpy())
+        sigmas = _float64(sigmas).reshape(-1, *[1] * (original_samples.ndim - 1))
+        return original_samples + sigmas.to(original_samples.device, original_samples.dtype) * noise
+
+
+def _float64(values: float | np.ndarray | torch.Tensor) -> torch.Tensor:
+    """`values` on the CPU; not through float32, torch's type for a number."""
+    return values.cpu().double() if torch.is_tensor(values) else torch.as_tensor(values, dtype=torch.float64)

@@ -1,0 +1,275 @@
+"""Sampling of consistency trajectory models (Kim et al. 2023, arXiv:2310.02279), and jumps along trajectories."""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
+
+from .image_pipeline import Generators, ImagePipeline, StepCallback
+
+
+SOLVERS = ("gamma", "euler", "heun")
+INVERSE_SOLVERS = ("jump", "heun")
+
+
+def takes_two_times(unet: ModelMixin) -> bool:
+    """Whether `unet` can be told where to jump to."""
+    parameters = inspect.signature(unet.forward).parameters
+    return "target_timestep" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+class CTMPipeline(ImagePipeline):
+    """Images from a consistency trajectory model, unconditional or class-conditional, in 1, 2, ... steps.
+
+    Args:
+        unet: the network, called as `unet(sample, label, target_timestep=label to jump to, class_labels=...)`, for
+            example a `TwoTimeModel`.
+        scheduler: a `CTMScheduler`.
+
+    Raises:
+        ValueError: a network with one time only, or another scheduler.
+    """
+
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+        super().__init__()
+        if not takes_two_times(unet):
+            raise ValueError(
+                f"CTMPipeline needs a network with two times, and {type(unet).__name__} takes one only: it has no"
+                " argument target_timestep. Models that jump to clean images alone are sampled by ConsistencyPipeline,"
+                " diffusion models by DenoisingPipeline."
+            )
+        if "gamma_rule" not in scheduler.config:
+            raise ValueError(f"CTMPipeline needs a CTMScheduler, not a {type(scheduler).__name__}.")
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def default_steps(self) -> tuple[int, ...]:
+        return (1, 2)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        gamma: float | None = None,
+        solver: str = "gamma",
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        """Make images.
+
+        Args:
+            batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
+            class_labels: one label for all or one per image; drawn from `generator` where the model wants some and
+                none are given.
+            num_inference_steps: 1 (the default) or more steps, on the scheduler's grid for "gamma", at Karras' levels
+                for the ODE solvers; or else
+            sigmas: the noise levels, falling, for example [80, 0.8].
+            gamma: in [0, 1], for the solver "gamma": 0 jumps from level to level, 1 jumps to clean images and adds
+                noise of the next level. By default the scheduler's.
+            solver: "gamma", or "euler" or "heun" for the probability-flow ODE with the denoiser that the network is
+                where both times are one. Heun calls the network twice per step.
+            generator: a generator, or one per image (then an image does not depend on the others of the batch).
+            latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
+            output_type: "pil", "np" (B, H, W, C in [0, 1]) or "pt" (B, C, H, W in [0, 1]).
+            return_dict: give an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
+                replaces the tensors.
+            callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
+
+        Returns:
+            `ImagePipelineOutput` with `.images`.
+        """
+        self._set_levels(num_inference_steps, sigmas, gamma, solver)
+        noise, labels = self.prepare(
+            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
+        )
+        levels, targets = self.scheduler.sigmas, self.scheduler.target_sigmas
+        sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if solver == "gamma":
+                output = self._network(sample, levels[i], targets[i], labels)
+                sample, denoised = self.scheduler.step(output, t, sample, generator, return_dict=False)
+            else:
+                sample, denoised = self._ode_step(sample, levels[i], levels[i + 1], labels, solver)
+            tensors = {"latents": sample, "pred_original_sample": denoised}
+            sample = self.after_step(callback_on_step_end, i, t, tensors, callback_on_step_end_tensor_inputs)[
+                "latents"
+            ]
+        return self.finish(sample, output_type, return_dict)
+
+    @torch.no_grad()
+    def jump(
+        self,
+        sample: torch.Tensor,
+        sigma_from: float | torch.Tensor,
+        sigma_to: float | torch.Tensor,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Where the trajectory through `sample` is at `sigma_to`, by one network call: G(x, t, s) of eq. 9.
+
+        Args:
+            sample: x0 + sigma_from noise with x0 in [-1, 1], (B, C, H, W).
+            sigma_from: a level in [sigma_min, sigma_max], or one per sample (B,).
+            sigma_to: as `sigma_from`, and not above it unless the scheduler says that the model jumps `upward`.
+            class_labels: one label for all or one per sample, for a conditional model.
+
+        Returns:
+            float32 (B, C, H, W).
+
+        Raises:
+            ValueError: levels outside their range, a sample of another shape, labels missing or unknown.
+        """
+        labels = self._check_sample("sample", sample, class_labels)
+        levels = [self._check_level(name, s, len(sample)) for name, s in (("from", sigma_from), ("to", sigma_to))]
+        if (levels[1] > levels[0]).any() and not self.scheduler.config.upward:
+            raise ValueError(
+                f"This model was not trained to jump to higher levels, from {sigma_from} to {sigma_to}. Where it was,"
+                " its scheduler has upward=True; else `invert` with solver='heun' goes up."
+            )
+        moved = self._jump(sample.to(self._execution_device, torch.float32), *levels, labels)
+        self.maybe_free_model_hooks()
+        return moved
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: torch.Tensor,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        sigma_max: float | None = None,
+        num_inference_steps: int | None = None,
+        solver: str | None = None,
+    ) -> torch.Tensor:
+        """The noise that the model makes `images` of, without randomness: data to noise along the trajectories.
+
+        `pipe(latents=pipe.invert(images, labels), class_labels=labels, gamma=0)` gives the images back as far as the
+        model is exact. With another `sigma_max`, pass `sigmas` that begin with it.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], as output_type "pt" gives them.
+            class_labels: one label for all or one per image, for a conditional model.
+            sigma_max: the level to go up to; by default the scheduler's.
+            num_inference_steps: number of steps, at Karras' levels; by default 1 jump, or 18 steps of Heun.
+            solver: "jump", for models that jump to higher levels (`upward` of the scheduler, for which it is the
+                default); "heun" solves the probability-flow ODE in reverse, by two network calls per step.
+
+        Returns:
+            Noise of the unit normal scale, float32 (B, C, H, W), for `latents` of a call.
+
+        Raises:
+            ValueError: images outside [0, 1] or of another shape, labels missing or unknown, a solver that is unknown
+                or does not suit the model, a level or a number of steps outside its range.
+        """
+        config = self.scheduler.config
+        solver = solver or ("jump" if config.upward else "heun")
+        if solver not in INVERSE_SOLVERS:
+            raise ValueError(f"solver must be 'jump' or 'heun', got {solver!r}.")
+        if solver == "jump" and not config.upward:
+            raise ValueError(
+                "solver='jump' needs a model trained to jump to higher levels, whose scheduler has upward=True;"
+                " use solver='heun'."
+            )
+        sigma_max = config.sigma_max if sigma_max is None else float(sigma_max)
+        if not config.sigma_min < sigma_max <= config.sigma_max:
+            raise ValueError(f"sigma_max must lie in ({config.sigma_min}, {config.sigma_max}], got {sigma_max}.")
+        steps = num_inference_steps
+        if steps is None:
+            steps = 1 if solver == "jump" else 18
+        levels = self._karras(steps, sigma_max).flip(0)
+        labels = self._check_sample("images", images, class_labels)
+        if not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError(f"images must lie in [0, 1], got [{images.min():g}, {images.max():g}].")
+
+        sample = 2 * images.to(self._execution_device, torch.float32) - 1
+        for sigma, sigma_next in zip(self.progress_bar(levels[:-1]), levels[1:]):
+            if solver == "jump":
+                sample = self._jump(sample, sigma, sigma_next, labels)
+            else:
+                sample = self._ode_step(sample, sigma, sigma_next, labels, solver)[0]
+        self.maybe_free_model_hooks()
+        return sample / sigma_max
+
+    def _set_levels(
+        self, num_inference_steps: int | None, sigmas: Sequence[float] | None, gamma: float | None, solver: str
+    ) -> None:
+        """Tell the scheduler the levels of a call."""
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+        if solver != "gamma" and gamma is not None:
+            raise ValueError(f"gamma={gamma} means nothing to the solver {solver!r}; it is for 'gamma'.")
+        if num_inference_steps is None and sigmas is None:
+            num_inference_steps = self.default_steps[0]
+        if solver != "gamma" and num_inference_steps is not None and sigmas is None:
+            # the scheduler's own grid ends with a long jump to the floor
+            sigmas = self._karras(num_inference_steps, self.scheduler.config.sigma_max)[:-1].tolist()
+            num_inference_steps = None
+        self.scheduler.set_timesteps(num_inference_steps, self._execution_device, sigmas=sigmas, gamma=gamma)
+
+    def _karras(self, steps: int, sigma_max: float) -> torch.Tensor:
+        """The steps + 1 levels from `sigma_max` to the floor."""
+        if steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {steps}.")
+        return torch.from_numpy(self.scheduler.karras_sigmas(steps + 1, sigma_max))
+
+    def _check_level(self, name: str, sigma: float | torch.Tensor, batch_size: int) -> torch.Tensor:
+        """A level as a tensor () or (B,), float64."""
+        low, high = self.scheduler.config.sigma_min, self.scheduler.config.sigma_max
+        level = sigma.cpu().double() if torch.is_tensor(sigma) else torch.as_tensor(sigma, dtype=torch.float64)
+        if level.ndim and tuple(level.shape) != (batch_size,):
+            raise ValueError(f"sigma_{name} must be a number or one per sample, got the shape {tuple(level.shape)}.")
+        if not ((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))).all():
+            floor = f" ({low} stands for 0)" if low else ""
+            raise ValueError(f"sigma_{name} must lie in [{low}, {high}]{floor}, got {sigma}.")
+        return level
+
+    def _check_sample(self, name: str, sample: torch.Tensor, class_labels: object) -> torch.Tensor | None:
+        """The class labels for `sample`; ValueError for a sample or labels that the network can't take."""
+        if not torch.is_tensor(sample) or tuple(sample.shape[1:]) != self.sample_shape:
+            got = tuple(sample.shape) if torch.is_tensor(sample) else type(sample).__name__
+            raise ValueError(f"{name} must be a tensor (batch_size, {str(self.sample_shape)[1:]}, got {got}.")
+        if self.num_classes is not None and class_labels is None:
+            raise ValueError("This model is conditional; pass the class_labels whose trajectories are meant.")
+        batch_size = self.resolve_batch_size(len(sample), class_labels, None, None)
+        return self.prepare_class_labels(batch_size, class_labels, None, self._execution_device)
+
+    def _network(
+        self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The network's output F for a jump of `sample` from `sigma` to `sigma_to`."""
+        network_input = self.scheduler.precondition_inputs(sample, sigma).to(self.unet.dtype)
+        timestep, target = (self.scheduler.labels(s, sample.device) for s in (sigma, sigma_to))
+        output = self.unet(network_input, timestep, target_timestep=target, class_labels=labels, return_dict=False)[0]
+        return output.float()
+
+    def _jump(
+        self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.scheduler.jump(self._network(sample, sigma, sigma_to, labels), sample, sigma, sigma_to)
+
+    def _ode_step(
+        self,
+        sample: torch.Tensor,
+        sigma: torch.Tensor,
+        sigma_next: torch.Tensor,
+        labels: torch.Tensor | None,
+        solver: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step of Euler or Heun with the denoiser g(x, t, t), down or up, and what it says of the clean sample."""
+        scheduler = self.scheduler
+        output = self._network(sample, sigma, sigma, labels)
+        following = scheduler.jump(output, sample, sigma, sigma_next)
+        if solver == "heun" and sigma_next > 0:
+            slope = scheduler.velocity(output, sample, sigma)
+            output_next = self._network(following, sigma_next, sigma_next, labels)
+            slope_next = scheduler.velocity(output_next, following, sigma_next)
+            following = sample + float(sigma_next - sigma) * (slope + slope_next) / 2
+        return following, scheduler.jump(output, sample, sigma, 0.0)
