@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from training_runs import flags, read_log, run, tensors
 
+from cm_diffusers.objectives import OBJECTIVES
+
 
 SCRIPT = str(Path(__file__).parents[2] / "training" / "train_consistency.py")
 SETTINGS = {
@@ -21,7 +23,7 @@ SETTINGS = {
 }
 
 
-FAMILY = {
+OPTIONS = {
     "ct": {"s0": 4, "s1": 12},
     "ict": {"s0": 4, "s1": 16},
     "cd": {"num_scales": 12},
@@ -83,9 +85,9 @@ def test_a_checkpoint_of_one_process_is_resumed_by_two(one, tmp_path):
     assert_agree(tmp_path, one)
 
 
-@pytest.mark.parametrize("method", FAMILY)
-def test_every_consistency_method_trains_on_two_processes_as_on_one(server, teacher, tmp_path, method):
-    settings = {**FAMILY[method], "max_train_steps": 8, "random_flip": True}
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_every_method_trains_on_two_processes_as_on_one(server, teacher, tmp_path, method):
+    settings = {**OPTIONS.get(method, {}), "max_train_steps": 8, "random_flip": True}
     if method in ("cd", "ecd", "scd"):
         settings["pretrained_teacher_model"] = teacher
     one, two = tmp_path / "one", tmp_path / "two"
