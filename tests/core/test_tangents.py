@@ -210,13 +210,16 @@ def test_custom_functions_say_what_to_do(function):
 
 def test_batch_norm_in_evaluation_mode_is_fine():
     network = with_batch_norm().eval()
+    x, v = torch.rand(2, 2, 1, 4, 4)
     with jvp_ready(network):
-        jvp(network, (torch.rand(2, 1, 4, 4),), (torch.rand(2, 1, 4, 4),), mode="exact")
+        tangent = jvp(network, (x,), (v,), mode="exact")[1]
+    assert relative(tangent, network(x + v) - network(x)) < 1e-5  # it is linear
 
 
 def test_finite_differences_need_nothing():
-    with jvp_ready(with_batch_norm(), mode="finite_difference"):
-        pass
+    network = with_batch_norm()
+    with jvp_ready(network, mode="finite_difference") as same:
+        assert same is network
 
 
 def test_works_with_gradient_checkpointing(case):
