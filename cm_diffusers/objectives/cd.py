@@ -5,10 +5,8 @@ teacher, leads from x at sigma_{n+1} in one solver step; the grid has a fixed nu
 decay. The student starts from the teacher's weights.
 """
 
-import copy
 from dataclasses import dataclass
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -27,6 +25,8 @@ from cm_diffusers.objectives.consistency import (
     consistency_pipeline,
     distance,
     estimate_and_target,
+    follow,
+    moving_target,
     teacher_step,
 )
 from cm_diffusers.objectives.options import check_between, option
@@ -68,7 +68,7 @@ class CD(Objective):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.target = copy.deepcopy(self.network).requires_grad_(False)
+        self.target = moving_target(self.network)
         self.auxiliary = {"target": self.target}
         self.sigmas = karras_sigmas(self.options.num_scales, self.sigma_min, self.spec.sigma_max).flip(0)
 
@@ -84,9 +84,8 @@ class CD(Objective):
         weight = cm_weight(self.options.weighting, u, self.spec.sigma_data)
         return Loss.mean(weight * distance(self.options.distance, estimate, target, self.options.huber_c), t)
 
-    @torch.no_grad()
     def after_step(self, step: int) -> None:
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.network.parameters()), 1 - self.options.mu)
+        follow(self.target, self.network, self.options.mu)
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         return consistency_pipeline(network, self.spec, self.sigma_min, self.options.num_scales)

@@ -1,5 +1,7 @@
 """What the consistency methods share: two points of a trajectory compared, and the pipeline of the result."""
 
+import copy
+
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DiffusionPipeline
 from torch import Tensor, nn
@@ -44,6 +46,17 @@ def cm_weight(name: str, sigma: Tensor, sigma_data: float) -> Tensor:
     if name == "uniform":
         return torch.ones_like(sigma)
     return snr_weight(sigma) if name == "snr" else karras_weight(sigma, sigma_data)
+
+
+def moving_target(network: nn.Module) -> nn.Module:
+    """A copy of `network` that has no gradient and follows it by `follow`."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, network: nn.Module, decay: float) -> None:
+    """target <- decay target + (1 - decay) network."""
+    torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), 1 - decay)
 
 
 def estimate_and_target(

@@ -5,10 +5,8 @@ number of levels N(k) grows in training; both points lie on the straight line x0
 average as target, and draws the levels evenly; unlike CD it has no teacher.
 """
 
-import copy
 from dataclasses import dataclass
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -25,6 +23,8 @@ from cm_diffusers.objectives.consistency import (
     consistency_pipeline,
     distance,
     estimate_and_target,
+    follow,
+    moving_target,
 )
 from cm_diffusers.objectives.options import check_between, option
 
@@ -64,7 +64,7 @@ class CT(Objective):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.target = copy.deepcopy(self.network).requires_grad_(False)
+        self.target = moving_target(self.network)
         self.auxiliary = {"target": self.target}
 
     def scales(self, step: int) -> int:
@@ -83,10 +83,9 @@ class CT(Objective):
         weight = cm_weight(self.options.weighting, u, self.spec.sigma_data)
         return Loss.mean(weight * distance(self.options.distance, estimate, target, self.options.huber_c), t)
 
-    @torch.no_grad()
     def after_step(self, step: int) -> None:
         mu = ct_target_decay(self.scales(step), self.options.s0, self.options.mu0)
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.network.parameters()), 1 - mu)
+        follow(self.target, self.network, mu)
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         return consistency_pipeline(network, self.spec, self.sigma_min, self.options.s1 + 1)
