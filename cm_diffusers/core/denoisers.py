@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from cm_diffusers.core.interpolants import Interpolant, LinearFlow, TrigFlow, append_dims
@@ -55,6 +56,58 @@ class EDMDenoiser:
 
 
 @dataclass(frozen=True)
+class TrajectoryDenoiser:
+    """D(x, sigma) = G(x, sigma, sigma_min): the jumps of a consistency trajectory model as a denoiser.
+
+    The network F has two times, t of its input and s to jump to. Under EDM's scalings, without a floor (Kim et al.
+    2023, arXiv:2310.02279),
+
+        g(x, t, s) = c_skip(t) x + c_out(t) F(c_in(t) x, label(t), label(s))
+        G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s)                                            (eq. 9)
+
+    so that G(x, t, t) = x for any network; g(x, t, t) is the denoiser of the probability-flow ODE.
+
+    Args:
+        network: called as `network(sample, label, target_timestep=label to jump to, class_labels=...)`, answering with
+            a tensor in `.sample`.
+        sigma_data: root mean square of the data.
+        sigma_min: the level that stands for clean data; above 0 for the label "log_sigma".
+        time_label: a key of `TIME_LABELS`.
+    """
+
+    network: Callable
+    sigma_data: float
+    sigma_min: float = 0.002
+    time_label: str = "log_sigma"
+    prediction: ClassVar[str] = "edm"
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """The jump of `x` (B, C, H, W) from `sigma` (B,) to sigma_min."""
+        return self.jump(x, sigma, torch.full_like(sigma, self.sigma_min), class_labels)
+
+    def jump(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """G(x, sigma, sigma_to) of `x` (B, C, H, W), both levels (B,), in the form where nothing cancels.
+
+        It is (s t + sigma_data^2) / (t^2 + sigma_data^2) x + (t - s) sigma_data / sqrt(t^2 + sigma_data^2) F.
+        """
+        t, s, variance = sigma, sigma_to, self.sigma_data**2
+        keep = (s * t + variance) / (t * t + variance)
+        change = (t - s) * self.sigma_data / (t * t + variance).sqrt()
+        return append_dims(keep, x) * x + append_dims(change, x) * self._output(x, t, s, class_labels)
+
+    def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """g(x, sigma, sigma) of `x` (B, C, H, W) at `sigma` (B,), the estimate of the clean data."""
+        c_skip, c_out, _ = (append_dims(c, x) for c in edm_scalings(sigma, self.sigma_data))
+        return c_skip * x + c_out * self._output(x, sigma, sigma, class_labels)
+
+    def _output(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, class_labels: Tensor | None) -> Tensor:
+        """F(c_in(sigma) x, label(sigma), label(sigma_to)) in the dtype of `x`."""
+        c_in = append_dims(edm_scalings(sigma, self.sigma_data)[2], x)
+        label, target = (TIME_LABELS[self.time_label].from_sigma(s, self.sigma_data) for s in (sigma, sigma_to))
+        return self.network(c_in * x, label, target_timestep=target, class_labels=class_labels).sample.to(x.dtype)
+
+
+@dataclass(frozen=True)
 class TrigFlowDenoiser:
     """D = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t) at the angle t = atan(sigma / sigma_data).
 
@@ -95,7 +148,7 @@ class FlowDenoiser:
         return to_denoised("flow_prediction", output, x_t, sigma, process)
 
 
-Denoiser = EDMDenoiser | TrigFlowDenoiser | FlowDenoiser
+Denoiser = EDMDenoiser | TrajectoryDenoiser | TrigFlowDenoiser | FlowDenoiser
 DENOISERS = {cls.prediction: cls for cls in (EDMDenoiser, TrigFlowDenoiser, FlowDenoiser)}
 
 

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cm_diffusers.core.denoisers import EDMDenoiser, edm_scalings
+from cm_diffusers import CTMScheduler
+from cm_diffusers.core.denoisers import EDMDenoiser, TrajectoryDenoiser, edm_scalings
 from cm_diffusers.core.time_labels import TIME_LABELS
 from cm_diffusers.core.weightings import edm_weight, inverse_gap
 
@@ -54,6 +55,87 @@ def test_denoiser_feeds_scaled_input_label_and_class():
     assert seen["label"].tolist() == pytest.approx([250 * math.log(0.5), 250 * math.log(80)])
     assert seen["class_labels"] is classes
     torch.testing.assert_close(denoised[0], 0.5 * x[0] + 0.125**0.5)
+
+
+# --- trajectory models
+
+
+def two_time_network(sample, label, target_timestep, class_labels=None):
+    """A smooth function of all that it is told."""
+    times = (label / 300).sin() + (target_timestep / 200).cos() + class_labels
+    return SimpleNamespace(sample=(sample + times.reshape(-1, 1, 1, 1)).sin())
+
+
+def gaussian_trajectories(sigma_data, std):
+    """The network of 250 ln(sigma) labels whose jumps and denoiser are exact for data N(0, std^2)."""
+
+    def network(sample, label, target_timestep, class_labels=None):
+        t, s = ((value / 250).exp().reshape(-1, 1, 1, 1) for value in (label, target_timestep))
+        c_skip, c_out, c_in = edm_scalings(t, sigma_data)
+        x = sample / c_in
+        if torch.equal(t, s):
+            g = std**2 / (t**2 + std**2) * x
+        else:
+            g = (x * ((s**2 + std**2) / (t**2 + std**2)).sqrt() - s / t * x) / (1 - s / t)
+        return SimpleNamespace(sample=(g - c_skip * x) / c_out)
+
+    return network
+
+
+LEVELS = torch.tensor([0.002, 0.01, 1 / 3, 0.8, 7.0, 80.0], dtype=torch.float64)
+CLASSES = torch.arange(6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("time_label", ["log_sigma", "angle"])
+def test_a_jump_to_where_one_is_changes_nothing_whatever_the_network_says(time_label, dtype):
+    x, sigma = 3 * torch.randn(6, 1, 8, 8, dtype=dtype), LEVELS.to(dtype)
+    model = TrajectoryDenoiser(lambda x, t, target_timestep, class_labels: random_network(x, t), 0.5, 0.01, time_label)
+    assert torch.equal(model.jump(x, sigma, sigma), x)
+    changed = [not torch.equal(after, before) for after, before in zip(model(x, sigma), x)]
+    assert changed == [True, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("time_label", ["log_sigma", "angle"])
+def test_jumps_are_those_of_the_scheduler(time_label):
+    x, target = LEVELS.reshape(-1, 1, 1, 1) * torch.randn(6, 1, 4, 4).double(), LEVELS.flip(0)
+    scheduler = CTMScheduler(sigma_data=0.7, time_label=time_label)
+    model = TrajectoryDenoiser(two_time_network, 0.7, scheduler.config.sigma_min, time_label)
+
+    def output(target):
+        network_input = scheduler.precondition_inputs(x, LEVELS)
+        return two_time_network(network_input, scheduler.labels(LEVELS), scheduler.labels(target), CLASSES).sample
+
+    floor = torch.full((6,), 0.002, dtype=torch.float64)
+    for moved, s in ((model.jump(x, LEVELS, target, CLASSES), target), (model(x, LEVELS, CLASSES), floor)):
+        torch.testing.assert_close(moved, scheduler.jump(output(s), x, LEVELS, s), rtol=1e-12, atol=1e-12)
+    by_velocity = x - LEVELS.reshape(-1, 1, 1, 1) * scheduler.velocity(output(LEVELS), x, LEVELS)
+    torch.testing.assert_close(model.denoise(x, LEVELS, CLASSES), by_velocity, rtol=1e-12, atol=1e-11)
+
+
+def test_a_jump_is_equation_9():
+    x, t, s = torch.randn(6, 1, 4, 4).double(), LEVELS, LEVELS.flip(0) / 2
+    c_skip, c_out, c_in = (c.reshape(-1, 1, 1, 1) for c in edm_scalings(t, 0.5))
+    g = c_skip * x + c_out * two_time_network(c_in * x, 250 * t.log(), 250 * s.log(), CLASSES).sample
+    share = (s / t).reshape(-1, 1, 1, 1)
+    moved = TrajectoryDenoiser(two_time_network, 0.5).jump(x, t, s, CLASSES)
+    torch.testing.assert_close(moved, share * x + (1 - share) * g, rtol=1e-10, atol=1e-10)
+
+
+def test_jumps_and_denoiser_of_a_gaussian():
+    model, t = TrajectoryDenoiser(gaussian_trajectories(0.5, 0.3), 0.5), LEVELS[1:]
+    x, s = t.reshape(-1, 1, 1, 1) * torch.randn(5, 1, 4, 4).double(), LEVELS[:-1]
+
+    def exact(s):
+        return x * ((s**2 + 0.09) / (t**2 + 0.09)).sqrt().reshape(-1, 1, 1, 1)
+
+    torch.testing.assert_close(model.jump(x, t, s), exact(s), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model(x, t), exact(torch.full_like(t, 0.002)), rtol=1e-9, atol=1e-9)
+    denoised = 0.09 / (t**2 + 0.09).reshape(-1, 1, 1, 1) * x
+    torch.testing.assert_close(model.denoise(x, t), denoised, rtol=1e-9, atol=1e-9)
+
+
+# --- time labels and weights
 
 
 def test_angle_labels_are_those_of_trigflow():
