@@ -114,9 +114,9 @@ class TimeFeatures(nn.Module):
         kind: "positional" has geometric frequencies from `scale` down to `scale` / 10, in radians per unit of time;
             "fourier" draws them from a normal distribution of standard deviation 2 pi `scale`, once for all models.
         scale: bounds the derivative in time. The paper speaks of a largest frequency of about 1 and of a Fourier scale
-            of 0.02. A largest frequency of 4 gave a diffusion loss on 8x8 digits 1.2 to 1.4 % below that of 1 in each
-            of three runs of 400 steps, with a network derivative of much the same size; a Fourier scale of 0.02 gave
-            one 5 % above it.
+            of 0.02. A largest frequency of 4 gives a slightly lower diffusion loss (1.2 to 1.4 % on 8x8 digits), and
+            a worse student: sCD on MNIST at the same learning rate was 0.206 from its teacher's ODE after 1,000
+            steps, against 0.162 with 1.
     """
 
     def __init__(self, channels: int, kind: str, scale: float):
@@ -221,7 +221,7 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
         dropout: dropout probability.
         num_class_embeds: number of class labels, None for an unconditional model.
         time_embedding_type: "positional" or "fourier", see `TimeFeatures`.
-        time_embedding_scale: its scale, None for 4 ("positional") or 0.02 ("fourier").
+        time_embedding_scale: its scale, None for 1 ("positional") or 0.02 ("fourier").
         log_variance: whether there is the adaptive log-variance head.
 
     Raises:
@@ -260,7 +260,7 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
                     f" and of attention_head_dim ({attention_head_dim})."
                 )
         if time_embedding_scale is None:
-            time_embedding_scale = {"positional": 4.0, "fourier": 0.02}[time_embedding_type]
+            time_embedding_scale = {"positional": 1.0, "fourier": 0.02}[time_embedding_type]
         features, embedding = 2 * (block_out_channels[0] // 2), 4 * block_out_channels[0]
         self.time_proj = TimeFeatures(features, time_embedding_type, time_embedding_scale)
         self.time_embedding = TimeMLP(features, embedding)
