@@ -1,5 +1,6 @@
 """Networks. Each file imports only torch, numpy and diffusers."""
 
+from cm_diffusers.models.discriminator import PatchDiscriminator, ProjectedDiscriminator
 from cm_diffusers.models.jvp_unet import JVPUNet2DModel
 from cm_diffusers.models.log_variance import with_log_variance, without_log_variance
 from cm_diffusers.models.two_time import TwoTimeModel
@@ -8,6 +9,8 @@ from cm_diffusers.models.unet_presets import UNET_PRESETS, build_unet, keep_time
 
 __all__ = [
     "JVPUNet2DModel",
+    "PatchDiscriminator",
+    "ProjectedDiscriminator",
     "TwoTimeModel",
     "UNET_PRESETS",
     "build_unet",
