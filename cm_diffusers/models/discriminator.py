@@ -27,8 +27,8 @@ def _check_width(width: int, step: int) -> None:
 class ProjectionHead(nn.Module):
     """One logit for each position of a feature map: w·h + b, and for classes + e(y)·h / sqrt(channels).
 
-    The inner product with an embedding of the class is that of Miyato & Koyama (2018, arXiv:1802.05637, section 3), here
-    at each position.
+    The inner product with an embedding of the class is that of Miyato & Koyama (2018, arXiv:1802.05637, section 3),
+    here at each position.
 
     Args:
         channels: of the feature map.
