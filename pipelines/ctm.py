@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
 from .image_pipeline import Generators, ImagePipeline, StepCallback
@@ -11,12 +12,31 @@ from .image_pipeline import Generators, ImagePipeline, StepCallback
 
 SOLVERS = ("gamma", "euler", "heun")
 INVERSE_SOLVERS = ("jump", "heun")
+KINDS = {  # of models, by their schedulers: what they are, and which pipeline samples them
+    "CMStochasticIterativeScheduler": ("a consistency model", "ConsistencyPipeline"),
+    "MultistepConsistencyScheduler": ("a consistency model", "ConsistencyPipeline"),
+    "TrigFlowScheduler": ("a TrigFlow model", "TrigFlowPipeline"),
+}
 
 
 def takes_two_times(unet: ModelMixin) -> bool:
     """Whether `unet` can be told where to jump to."""
     parameters = inspect.signature(unet.forward).parameters
     return "target_timestep" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """From `a` (...) to `b` (...) along the sphere, at each of `weights` (N,) in [0, 1]: (N, ...).
+
+    Raises:
+        ValueError: `b` points against `a`, so that no arc is the shortest.
+    """
+    cosine = F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0)
+    if cosine < -1 + 1e-6:
+        raise ValueError("The two noises point in opposite directions; no arc between them is the shortest.")
+    angle = cosine.clamp(max=1).arccos().clamp(min=1e-6)  # so small, it gives the straight line
+    weights = weights.to(angle).reshape(-1, *[1] * a.ndim)
+    return (((1 - weights) * angle).sin() / angle.sin() * a + (weights * angle).sin() / angle.sin() * b).to(a.dtype)
 
 
 class CTMPipeline(ImagePipeline):
@@ -35,14 +55,22 @@ class CTMPipeline(ImagePipeline):
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
+        given = type(scheduler).__name__
         if not takes_two_times(unet):
+            kind, pipeline = KINDS.get(given, (None, None))
             raise ValueError(
                 f"CTMPipeline needs a network with two times, and {type(unet).__name__} takes one only: it has no"
-                " argument target_timestep. Models that jump to clean images alone are sampled by ConsistencyPipeline,"
-                " diffusion models by DenoisingPipeline."
+                " argument target_timestep. "
+                + (
+                    f"By its {given} this is {kind}, which {pipeline} samples."
+                    if kind
+                    else "Models that jump to clean images alone are sampled by ConsistencyPipeline, diffusion models"
+                    " by DenoisingPipeline."
+                )
             )
         if "gamma_rule" not in scheduler.config:
-            raise ValueError(f"CTMPipeline needs a CTMScheduler, not a {type(scheduler).__name__}.")
+            hint = " Mean flows have two times as well; MeanFlowPipeline samples them." if "FlowMatch" in given else ""
+            raise ValueError(f"CTMPipeline needs a CTMScheduler, not a {given}.{hint}")
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @property
@@ -197,6 +225,61 @@ class CTMPipeline(ImagePipeline):
                 sample = self._ode_step(sample, sigma, sigma_next, labels, solver)[0]
         self.maybe_free_model_hooks()
         return sample / sigma_max
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        images: torch.Tensor,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        num_images: int = 8,
+        num_inference_steps: int | None = None,
+        num_inverse_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """The way from one image to another through the latent space.
+
+        Both are inverted to noise, and what lies between these on the sphere is sampled without randomness. (The
+        straight line would pass through noise of too small a norm, which the model has not seen.) The first and the
+        last image are the model's reconstructions of the two.
+
+        Args:
+            images: the two (2, C, H, W) in [0, 1], as output_type "pt" gives them.
+            class_labels: the label of both, for a conditional model: one, or two that are the same. There is no way
+                from class to class.
+            num_images: how many to make, 2 or more, with both ends; they are one batch.
+            num_inference_steps: steps of the sampling, 1 by default.
+            num_inverse_steps: steps of `invert`, its default by default.
+            output_type: "pil", "np" (N, H, W, C in [0, 1]) or "pt" (N, C, H, W in [0, 1]).
+            return_dict: give an `ImagePipelineOutput` rather than a tuple.
+
+        Returns:
+            `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            ValueError: not two images, images that `invert` refuses, two classes, fewer than 2 images or 1 step asked
+                for, or two images whose noises are opposite, so that there is no one way between them.
+        """
+        labels = self._check_sample("images", images, class_labels)
+        if len(images) != 2:
+            raise ValueError(f"images must be the two to interpolate between, (2, C, H, W), got {len(images)}.")
+        if num_images < 2:
+            raise ValueError(f"num_images must be at least 2, as both ends are made, got {num_images}.")
+        if labels is not None and labels[0] != labels[1]:
+            raise ValueError(
+                f"Both images must be of one class, as nothing lies between two; got class_labels {labels.tolist()}."
+            )
+        self.check_inputs(output_type, [])
+        self._set_levels(num_inference_steps, None, 0.0, "gamma")  # which checks them, too
+        first, last = self.invert(images, labels, num_inference_steps=num_inverse_steps)
+        return self(
+            class_labels=None if labels is None else labels[:1].expand(num_images),
+            num_inference_steps=num_inference_steps,
+            gamma=0.0,
+            latents=slerp(first, last, torch.linspace(0, 1, num_images, dtype=torch.float64)),
+            output_type=output_type,
+            return_dict=return_dict,
+        )
 
     def _set_levels(
         self, num_inference_steps: int | None, sigmas: Sequence[float] | None, gamma: float | None, solver: str

@@ -4,7 +4,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, EDMEulerScheduler, ModelMixin
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConfigMixin,
+    ConsistencyModelPipeline,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
@@ -394,6 +402,93 @@ def test_the_network_is_freed_after_jumps_and_inversions(monkeypatch):
     assert freed == [True, True]
 
 
+# --- interpolation
+
+
+@pytest.fixture
+def gaussian():
+    """An exact model of three classes that jumps upward, with 16 x 16 pixels."""
+    return ctm(GaussianTrajectory(sample_size=16, num_class_embeds=3), upward=True)
+
+
+@pytest.mark.parametrize("label", [0, [2, 2]])
+@pytest.mark.parametrize("steps", [None, 3])
+def test_the_ends_of_an_interpolation_are_the_images(gaussian, label, steps):
+    images = images_of(gaussian, torch.as_tensor(label).reshape(-1).expand(2), n=2)
+    made = gaussian.interpolate(images, label, num_images=5, num_inference_steps=steps, output_type="pt").images
+    assert made.shape == (5, 1, 16, 16)
+    torch.testing.assert_close(made[[0, 4]], images, rtol=0, atol=1e-5)
+
+
+def test_the_middle_of_an_interpolation_is_that_of_the_arc(gaussian):
+    network, images = gaussian.unet, 0.5 + 0.2 * (torch.rand(2, 1, 16, 16) - 0.5)
+    made = gaussian.interpolate(images, 0, num_images=3, output_type="pt").images
+    # a Gaussian of mean 0 multiplies by a number on its trajectories, so noises are images but for a factor
+    a, b = (2 * images - 1).double()
+    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    torch.testing.assert_close(made[1].double(), in_pixels((a + b) / (2 * (angle / 2).cos())), rtol=0, atol=1e-5)
+    assert network.mean(torch.zeros(1)).item() == 0
+
+
+def test_interpolation_keeps_the_norm_of_the_noise(gaussian, monkeypatch):
+    seen = []
+    sample = CTMPipeline.__call__
+    monkeypatch.setattr(CTMPipeline, "__call__", lambda self, **kw: (seen.append(kw), sample(self, **kw))[1])
+    images = images_of(gaussian, torch.tensor([1, 1]), n=2)
+    gaussian.interpolate(images, 1, num_images=9)
+    noise = gaussian.invert(images, 1)
+    norms = seen[0]["latents"].flatten(1).norm(dim=1)
+    low, high = sorted(noise.flatten(1).norm(dim=1).tolist())
+    assert low * 0.999 <= norms.min() and norms.max() <= high * 1.001 and seen[0]["gamma"] == 0
+    assert noise.mean(0).norm() < 0.8 * low  # the straight line does not
+    assert torch.equal(seen[0]["latents"][[0, -1]], noise)
+
+
+def test_an_interpolation_by_the_ode_has_reconstructions_for_ends(random_network):
+    pipe, images = ctm(random_network(num_classes=None), gamma=0.7), torch.rand(2, 1, 8, 8)
+    made = pipe.interpolate(images, num_images=2, num_inference_steps=2, num_inverse_steps=3, output_type="pt").images
+    noise = pipe.invert(images, num_inference_steps=3)
+    assert torch.equal(made, in_steps(pipe, noise, num_inference_steps=2, gamma=0)) and made.std() > 0.01
+    (pictures,) = pipe.interpolate(images, num_images=4, num_inverse_steps=1, return_dict=False)
+    assert [picture.size for picture in pictures] == [(8, 8)] * 4
+
+
+def test_between_equal_images_nothing_changes(gaussian):
+    images = images_of(gaussian, torch.tensor([1]), n=1).expand(2, -1, -1, -1)
+    made = gaussian.interpolate(images, 1, num_images=4, output_type="pt").images
+    torch.testing.assert_close(made, images[:1].expand(4, -1, -1, -1), rtol=0, atol=1e-5)
+
+
+PAIR = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"images": PAIR[:1]}, r"the two to interpolate between, \(2, C, H, W\), got 1"),
+        ({"images": torch.cat([PAIR, PAIR])}, "the two to interpolate between, .* got 4"),
+        ({"images": PAIR[0]}, r"images must be a tensor \(batch_size, 1, 16, 16\)"),
+        ({"images": PAIR + 1}, r"images must lie in \[0, 1\]"),
+        ({"num_images": 1}, "num_images must be at least 2, .* got 1"),
+        ({"class_labels": [0, 1]}, r"of one class, .* got class_labels \[0, 1\]"),
+        ({"class_labels": None}, "conditional; pass the class_labels"),
+        ({"class_labels": 3}, r"integers in \[0, 2\]"),
+        ({"output_type": "jpg"}, "output_type must be"),
+        ({"num_inference_steps": 0}, "num_inference_steps must lie in"),
+        ({"num_inverse_steps": 0}, "at least 1, got 0"),
+    ],
+)
+def test_errors_of_an_interpolation_come_before_any_work(gaussian, arguments, message):
+    gaussian.unet.register_forward_hook(lambda *args: pytest.fail("the network was called"))
+    with pytest.raises(ValueError, match=message):
+        gaussian.interpolate(**{"images": PAIR, "class_labels": 0, **arguments})
+
+
+def test_there_is_no_one_way_between_opposite_noises(gaussian):
+    with pytest.raises(ValueError, match="opposite directions"):
+        gaussian.interpolate(torch.cat([PAIR[:1], 1 - PAIR[:1]]), 0)
+
+
 # --- saving
 
 
@@ -402,6 +497,8 @@ def test_what_is_saved_is_what_is_loaded(random_network, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
+    for parameter in again.unet.parameters():  # loaded weights lie unaligned, where kernels round otherwise
+        parameter.data = parameter.data.clone()
     assert type(again) is CTMPipeline and again.scheduler.config.upward and again.scheduler.config.gamma == 0.4
     x, images = torch.randn(1, 1, 8, 8), torch.rand(1, 1, 8, 8)
     assert torch.equal(again.jump(x, 0.5, 2.0), pipe.jump(x, 0.5, 2.0))
@@ -414,8 +511,8 @@ def test_what_is_saved_is_what_is_loaded(random_network, tmp_path):
         )
 
 
-def test_every_argument_of_jumps_and_inversions_is_documented():
-    for method in (CTMPipeline.jump, CTMPipeline.invert):
+def test_every_argument_of_the_other_methods_is_documented():
+    for method in (CTMPipeline.jump, CTMPipeline.invert, CTMPipeline.interpolate):
         lines = [line.strip() for line in method.__doc__.splitlines()]
         names = set(inspect.signature(method).parameters) - {"self"}
         assert names == {name for name in names if any(line.startswith(f"{name}: ") for line in lines)}
@@ -427,14 +524,23 @@ def test_every_argument_of_jumps_and_inversions_is_documented():
 def test_networks_with_one_time_are_named_as_such(tiny_unet, tmp_path):
     with pytest.raises(ValueError, match="UNet2DModel takes one only.*ConsistencyPipeline"):
         CTMPipeline(tiny_unet(), CTMScheduler())
-    ConsistencyPipeline(tiny_unet(), MultistepConsistencyScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="UNet2DModel takes one only"):
-        CTMPipeline.from_pretrained(tmp_path)
+    for stock in (False, True):
+        pipeline, scheduler = (
+            (ConsistencyModelPipeline, CMStochasticIterativeScheduler())
+            if stock
+            else (ConsistencyPipeline, MultistepConsistencyScheduler())
+        )
+        pipeline(tiny_unet(), scheduler).save_pretrained(tmp_path)
+        message = f"By its {type(scheduler).__name__} this is a consistency model, which ConsistencyPipeline samples"
+        with pytest.raises(ValueError, match=message):
+            CTMPipeline.from_pretrained(tmp_path)
 
 
 def test_another_scheduler_is_refused(random_network):
-    with pytest.raises(ValueError, match="needs a CTMScheduler, not a MultistepConsistencyScheduler"):
+    with pytest.raises(ValueError, match="needs a CTMScheduler, not a MultistepConsistencyScheduler.$"):
         CTMPipeline(random_network(), MultistepConsistencyScheduler())
+    with pytest.raises(ValueError, match="not a FlowMatchEulerDiscreteScheduler.*MeanFlowPipeline samples them"):
+        CTMPipeline(random_network(), FlowMatchEulerDiscreteScheduler())
 
 
 @pytest.mark.parametrize(
