@@ -31,7 +31,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num_samples", type=int, default=64, help="number of images (64)")
     add("--num_inference_steps", type=int, help="1 or more for consistency models (1), 2 or more for diffusion (18)")
     add("--sigmas", type=float, nargs="+", help="noise levels, falling, instead of a number (inf: pure noise)")
-    add("--solver", choices=["heun", "euler"], help="solver of a diffusion model (heun)")
+    add("--solver", choices=["gamma", "heun", "euler"], help="of diffusion (heun) and of trajectory models (gamma)")
+    add("--gamma", type=float, help="share of new noise between a trajectory model's jumps, in [0, 1] (its own)")
     add("--class_labels", type=int, nargs="+", help="labels to go round (all classes)")
     add("--seed", type=int, default=0, help="seed of the first image (0)")
     add("--batch_size", type=int, default=250, help="images made at once (250)")
@@ -47,7 +48,7 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError("num_samples and batch_size must be at least 1.")
     pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, torch_dtype=DTYPES[args.dtype])
     known = inspect.signature(pipeline.__call__).parameters
-    steps = {name: getattr(args, name) for name in ("num_inference_steps", "sigmas", "solver")}
+    steps = {name: getattr(args, name) for name in ("num_inference_steps", "sigmas", "solver", "gamma")}
     steps = {name: value for name, value in steps.items() if value is not None}
     wrong = steps.keys() - known.keys()
     if wrong:

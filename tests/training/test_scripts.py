@@ -15,7 +15,7 @@ from diffusers import ConsistencyModelPipeline
 from PIL import Image
 from training_runs import flags, read_log, run
 
-from cm_diffusers import ConsistencyPipeline
+from cm_diffusers import ConsistencyPipeline, CTMPipeline, CTMScheduler, TwoTimeModel
 from cm_diffusers.engine.models import load_pipeline
 
 
@@ -149,6 +149,39 @@ def test_sample_reads_diffusion_models_too(diffusion_model, tmp_path):
     assert len(heun) == 2 and any(not np.array_equal(heun[name], euler[name]) for name in heun)
 
 
+@pytest.fixture
+def trajectory_model(tiny_unet, tmp_path):
+    """A saved trajectory model with random weights."""
+    network = TwoTimeModel.from_network(tiny_unet(), target_time_scale=1 / 250)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    CTMPipeline(network, CTMScheduler()).save_pretrained(tmp_path / "ctm")
+    return tmp_path / "ctm"
+
+
+def test_sample_knows_the_ways_of_a_trajectory_model(trajectory_model, tmp_path):
+    pipeline, made = load_pipeline(str(trajectory_model)), []
+    for i, way in enumerate(({}, {"gamma": 0.7}, {"solver": "gamma"}, {"solver": "euler"}, {"solver": "heun"})):
+        words = [word for name, value in way.items() for word in (f"--{name}", value)]
+        images = sample(trajectory_model, tmp_path / str(i), "--num_samples", 2, "--num_inference_steps", 3, *words)
+        expected = pipeline(
+            class_labels=[0, 1], num_inference_steps=3, output_type="np",
+            generator=[torch.Generator().manual_seed(seed) for seed in range(2)], **way,
+        ).images  # fmt: skip
+        made.append(np.stack([*images.values()]))
+        assert np.abs(made[-1] - expected[..., 0] * 255).max() <= 0.51
+    assert np.array_equal(made[0], made[2]) and not any(np.array_equal(made[0], made[i]) for i in (1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [(["--gamma", 2], r"gamma must lie in \[0, 1\]"), (["--gamma", 0.5, "--solver", "heun"], "means nothing")],
+)
+def test_sample_refuses_ways_that_a_trajectory_model_lacks(trajectory_model, tmp_path, words, reason):
+    with pytest.raises(ValueError, match=reason):
+        sample(trajectory_model, tmp_path, *words)
+
+
 @pytest.mark.parametrize(
     "words, reason",
     [
@@ -160,6 +193,7 @@ def test_sample_reads_diffusion_models_too(diffusion_model, tmp_path):
         (["--sigmas", 0.8, 80], "sigmas"),
         (["--sigmas", 80, 0.8, "--num_inference_steps", 2], "sigmas"),
         (["--solver", "heun"], "solver is not an option of a ConsistencyPipeline"),
+        (["--gamma", 0.5], "gamma is not an option of a ConsistencyPipeline"),
     ],
 )
 def test_sample_refuses_what_can_not_be_done(consistency_model, tmp_path, words, reason):
@@ -170,6 +204,8 @@ def test_sample_refuses_what_can_not_be_done(consistency_model, tmp_path, words,
 def test_noise_levels_are_no_option_of_a_diffusion_model(diffusion_model, tmp_path):
     with pytest.raises(ValueError, match="sigmas is not an option of a DenoisingPipeline"):
         sample(diffusion_model / "pipeline", tmp_path, "--sigmas", 80, 1)
+    with pytest.raises(ValueError, match="solver must be 'heun' or 'euler', got 'gamma'"):
+        sample(diffusion_model / "pipeline", tmp_path, "--solver", "gamma")
 
 
 def test_a_missing_model_ends_the_script_with_code_2_and_a_message(tmp_path):
