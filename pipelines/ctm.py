@@ -159,7 +159,7 @@ class CTMPipeline(ImagePipeline):
         """
         labels = self._check_sample("sample", sample, class_labels)
         levels = [self._check_level(name, s, len(sample)) for name, s in (("from", sigma_from), ("to", sigma_to))]
-        if (levels[1] > levels[0]).any() and not self.scheduler.config.upward:
+        if (levels[1] > levels[0] * (1 + 1e-6)).any() and not self.scheduler.config.upward:
             raise ValueError(
                 f"This model was not trained to jump to higher levels, from {sigma_from} to {sigma_to}. Where it was,"
                 " its scheduler has upward=True; else `invert` with solver='heun' goes up."

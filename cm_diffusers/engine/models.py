@@ -12,7 +12,7 @@ from diffusers import (
 )
 from torch import nn
 
-from cm_diffusers.core.denoisers import DENOISERS, Denoiser, EDMDenoiser
+from cm_diffusers.core.denoisers import DENOISERS, Denoiser, EDMDenoiser, TrajectoryDenoiser
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.data import ImageData
@@ -20,13 +20,20 @@ from cm_diffusers.models import JVPUNet2DModel, build_unet, keep_time_embedding_
 from cm_diffusers.models.unet_presets import check_halvings
 from cm_diffusers.objectives import ModelSpec, Objective
 from cm_diffusers.objectives.mean_flow import jump_to_zero
-from cm_diffusers.pipelines import ConsistencyPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline
+from cm_diffusers.pipelines import (
+    ConsistencyPipeline,
+    CTMPipeline,
+    DenoisingPipeline,
+    MeanFlowPipeline,
+    TrigFlowPipeline,
+)
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
+TWO_TIMES = (MeanFlowPipeline, CTMPipeline)
 PIPELINES = {
     "ConsistencyModelPipeline": ConsistencyPipeline,
-    **{cls.__name__: cls for cls in (ConsistencyPipeline, DenoisingPipeline, TrigFlowPipeline, MeanFlowPipeline)},
+    **{cls.__name__: cls for cls in (ConsistencyPipeline, DenoisingPipeline, TrigFlowPipeline, *TWO_TIMES)},
 }
 
 
@@ -111,10 +118,12 @@ def _set_dropout(network: nn.Module, dropout: float) -> None:
 
 
 def denoiser_of(pipeline: ImagePipeline) -> Denoiser:
-    """D(x, sigma) of a saved model: the denoised image of a diffusion model, the consistency function of others."""
+    """D(x, sigma) of a saved model: the denoised image of a diffusion model, the jump to clean data of others."""
     spec = _spec_of(pipeline, ModelArguments(), "model")
     if isinstance(pipeline, MeanFlowPipeline):
         return jump_to_zero(pipeline.unet)
+    if isinstance(pipeline, CTMPipeline):
+        return TrajectoryDenoiser(pipeline.unet, spec.sigma_data, pipeline.scheduler.config.sigma_min, spec.time_label)
     if spec.prediction == "edm":
         floor = 0.0 if _is_diffusion(pipeline) else pipeline.scheduler.config.sigma_min
         return EDMDenoiser(pipeline.unet, spec.sigma_data, floor, spec.time_label)
@@ -173,8 +182,13 @@ def _from_teacher(teacher: Denoiser, args: ModelArguments) -> Start:
     return Start(network, spec, pretrained=True)
 
 
-def _from_pretrained(args: ModelArguments, data: ImageData) -> Start:
+def _from_pretrained(args: ModelArguments, data: ImageData, method: type[Objective]) -> Start:
     pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision)
+    if isinstance(pipeline, TWO_TIMES) and not method.two_times:
+        raise ValueError(
+            f"pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is a model of two times, for"
+            f" {type(pipeline).__name__}; this method has one. Give a diffusion or a consistency model."
+        )
     spec = _spec_of(pipeline, args, "pretrained model")
     _check_fit(pipeline, data, "pretrained model")
     _set_dropout(pipeline.unet, args.dropout)
@@ -231,14 +245,15 @@ def build_start(
     torch.manual_seed(derive_seed(seed, "initial weights"))
     prediction = method.prediction(options)
     if args.pretrained_model_name_or_path is not None:
-        start = converted(_from_pretrained(args, data), prediction)
+        start = converted(_from_pretrained(args, data, method), prediction)
     elif teacher is not None and not args.from_scratch:
         start = converted(_from_teacher(teacher, args), prediction)
     else:
         start = _from_scratch(args, data, prediction, teacher and teacher.sigma_data)
     if teacher is not None and teacher.sigma_data != start.spec.sigma_data:
         raise ValueError(f"sigma_data is {start.spec.sigma_data}, that of the teacher {teacher.sigma_data}.")
-    start = replace(start, network=method.adapt(start.network))
+    unit = (start.spec.time_label,) if method.two_times else ()  # other methods need none
+    start = replace(start, network=method.adapt(start.network, *unit))
     keep_time_embedding_in_float32(start.network)
     if args.gradient_checkpointing:
         start.network.enable_gradient_checkpointing()

@@ -85,6 +85,7 @@ class Objective(ABC):
     Options: ClassVar[type]
     sigma_min: ClassVar[float]
     floor: ClassVar[float]
+    two_times: ClassVar[bool] = False  # whether its network is told where to jump to
     facts: ClassVar[Facts]
 
     def __init__(
@@ -108,8 +109,8 @@ class Objective(ABC):
         return "edm"
 
     @classmethod
-    def adapt(cls, network: nn.Module) -> nn.Module:
-        """A new or saved network in the form that the method trains, such as with a second time input."""
+    def adapt(cls, network: nn.Module, time_label: str = "angle") -> nn.Module:
+        """A network in the form that the method trains, such as with a second time in the unit `time_label`, too."""
         return network
 
     def denoiser(self, network: Callable | None = None) -> Denoiser:

@@ -57,6 +57,7 @@ class MeanFlow(Objective):
     name = "mean_flow"
     Options = MeanFlowOptions
     sigma_min = floor = 0.0
+    two_times = True
     facts = Facts(
         what="average velocities, jumps between any times",
         teacher="no",
@@ -77,7 +78,7 @@ class MeanFlow(Objective):
         return "flow"
 
     @classmethod
-    def adapt(cls, network: nn.Module) -> nn.Module:
+    def adapt(cls, network: nn.Module, time_label: str = "angle") -> nn.Module:
         return network if isinstance(network, TwoTimeModel) else TwoTimeModel.from_network(network)
 
     def denoiser(self, network: Callable | None = None) -> FlowDenoiser:
