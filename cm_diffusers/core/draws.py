@@ -52,6 +52,10 @@ class Draws:
         """Uniform numbers in [0, 1), (rows, *shape)."""
         return self._draw(Tensor.uniform_, name, shape)
 
+    def shared(self, name: str) -> Tensor:
+        """One uniform number in [0, 1) for the whole step, the same for all rows: () on the CPU."""
+        return torch.rand((), generator=self._generator.manual_seed(derive_seed(self.seed, name, self.step)))
+
     def keys(self, name: str) -> Tensor:
         """An integer for each row, int64 (rows,), for networks that draw by themselves."""
         seeds = [derive_seed(self.seed, name, self.step, row) >> 1 for row in self.rows]

@@ -26,6 +26,12 @@ def uniform_bins(sigmas: Tensor) -> Tensor:
     return torch.full((len(sigmas) - 1,), 1 / (len(sigmas) - 1), dtype=torch.float64)
 
 
+def linear_law(n: int) -> Tensor:
+    """p(i) proportional to i + 1 for i in 0 ... n - 1, float64 (n,): CTM's law of the number of solver steps."""
+    weights = torch.arange(1, n + 1, dtype=torch.float64)
+    return weights / weights.sum()
+
+
 def draw_bins(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Indices (B,) with the given law, from `uniform` draws (B,) in [0, 1)."""
     cumulative = probabilities.cumsum(0).to(uniform.device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -77,12 +78,19 @@ class Trainer:
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(network, run))
         objective.model = accelerator.prepare_model(torch.compile(network) if run.compile else network)
         objective.model.train()
+        if accelerator.num_processes > 1:
+            objective.average = lambda value: accelerator.reduce(value, "mean")
+        self.adversary = objective.adversary
+        if self.adversary is not None:
+            discriminator = self.adversary.network.to(accelerator.device)
+            self.adversary_optimizer = accelerator.prepare_optimizer(self.adversary.optimizer())
+            self.adversary.model = accelerator.prepare_model(discriminator)
         self.learning_rate = LearningRate(run)
         profiles = [HalfLife(kimg, run.ema_rampup) for kimg in run.ema_half_life or []]
         profiles += [ConstantDecay(decay) for decay in run.ema_decay or []]
         self.ema = EMA(network, profiles or [HalfLife(DEFAULT_HALF_LIFE, run.ema_rampup)])
         self.step = self.skipped = self.skipped_in_a_row = 0
-        self.meter = LossMeter()
+        self.meter = LossMeter(self.objective.terms)
         self._signal = 0
 
     # --- state -------------------------------------------------------------------------------------------------
@@ -93,6 +101,9 @@ class Trainer:
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         auxiliary = {f"auxiliary.{name}": module.state_dict() for name, module in self.objective.auxiliary.items()}
+        if self.adversary is not None:
+            auxiliary["discriminator"] = self.adversary.network.state_dict()
+            auxiliary["discriminator_optimizer"] = optimizer_tensors(self.adversary_optimizer.optimizer)
         return {
             "model": self.objective.network.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer.optimizer),
@@ -124,7 +135,7 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             self.meter.values = self.accelerator.reduce(self.meter.values.to(self.accelerator.device)).cpu()
             if not self.accelerator.is_main_process:
-                self.meter = LossMeter()
+                self.meter = LossMeter(self.objective.terms)
 
     def resume(self) -> bool:
         """Go to the newest checkpoint that verifies; say so. False where the run is new."""
@@ -183,9 +194,12 @@ class Trainer:
                 value.copy_(tensors[name][key])
         for name, module in self.objective.auxiliary.items():
             module.load_state_dict(tensors[f"auxiliary.{name}"])
+        if self.adversary is not None:
+            self.adversary.network.load_state_dict(tensors["discriminator"])
+            load_optimizer_tensors(self.adversary_optimizer.optimizer, tensors["discriminator_optimizer"])
         self.step, self.skipped = checkpoint.step, state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.meter = LossMeter(state["meter"] if self.accelerator.is_main_process else None)
+        self.meter = LossMeter(self.objective.terms, state["meter"] if self.accelerator.is_main_process else None)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -214,36 +228,39 @@ class Trainer:
         return Batch(images, None if labels is None else labels.to(self.accelerator.device))
 
     def _train_step(self, batches) -> tuple[float, bool]:
-        """Forward and backward passes and the optimiser's step; gives the gradient norm, and whether to stop."""
-        model, accelerator, passes = self.objective.model, self.accelerator, self.spot.accumulation
+        """Forward and backward passes and an optimiser's step; gives the gradient norm, and whether to stop."""
+        accelerator, passes = self.accelerator, self.spot.accumulation
+        player, optimizer = self.objective, self.optimizer
+        if self.adversary is not None and self.adversary.has_turn(self.step):
+            player, optimizer = self.adversary, self.adversary_optimizer
         losses = []
         for micro in range(passes):
             draws = Draws(self.run.seed, self.step, self.spot.rows(micro), accelerator.device)
             self.objective.key_dropout(draws)
             last = micro == passes - 1
-            with nullcontext() if last else accelerator.no_sync(model):
-                loss = self.objective.loss(self._batch(next(batches), draws), draws)
+            with nullcontext() if last else accelerator.no_sync(player.model):
+                loss = player.loss(self._batch(next(batches), draws), draws)
                 accelerator.backward(loss.total / passes)
             losses.append(loss)
-        accelerator.unscale_gradients(self.optimizer)
-        gradients = [p.grad for p in self.objective.network.parameters() if p.grad is not None]
+        accelerator.unscale_gradients(optimizer)
+        gradients = [p.grad for p in player.network.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = math.isfinite(sum(loss.total.item() for loss in losses)) and math.isfinite(norm.item())
         trouble, stop = self._agree(not finite, self._signal != 0)
         if trouble:
-            self._skip()
+            self._skip(optimizer)
         else:
             if self.run.max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(self.objective.network.parameters(), self.run.max_grad_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(player.network.parameters(), self.run.max_grad_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
-            self.optimizer.step()
+            optimizer.step()
             self.skipped_in_a_row = 0
             for loss in losses:
-                self.meter.add(loss.per_sample, loss.sigma)
-        self.optimizer.zero_grad()
+                self.meter.add(loss.per_sample, loss.sigma, loss.terms)
+        optimizer.zero_grad()
         self.step += 1
-        if not trouble:
+        if not trouble and player is self.objective:
             images_seen = self.step * self.spot.global_batch
             self.objective.after_step(self.step - 1)
             self.ema.update(images_seen, self.spot.global_batch)
@@ -255,9 +272,9 @@ class Trainer:
             return list(flags)
         return (self.accelerator.reduce(torch.tensor(flags, device=self.accelerator.device).float()) > 0).tolist()
 
-    def _skip(self) -> None:
+    def _skip(self, optimizer: AcceleratedOptimizer) -> None:
         if self.accelerator.scaler is not None:
-            self.optimizer.step()  # lets the scaler lower its scale; it does not step the weights
+            optimizer.step()  # lets the scaler lower its scale; it does not step the weights
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.run.max_skipped_steps:
@@ -275,7 +292,7 @@ class Trainer:
         row = {"step": self.step, **self.meter.read(), "grad_norm": norm, "lr": self.learning_rate(self.step - 1)}
         row |= {"skipped": self.skipped, **self.objective.describe(self.step - 1)}
         row["time"] = {"images_per_second": round(self.spot.global_batch / seconds_per_step, 1)}
-        self.meter = LossMeter()
+        self.meter = LossMeter(self.objective.terms)
         if self.accelerator.is_main_process:
             with open(self.log_file, "a") as file:
                 file.write(json.dumps(row) + "\n")

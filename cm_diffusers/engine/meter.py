@@ -1,5 +1,7 @@
 """The loss by noise level: consistency losses are flat as a whole, so that only their parts tell something."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,23 +11,34 @@ NAMES = [f"{low:g}-{high:g}" for low, high in zip((0, *EDGES), (*EDGES, float("i
 
 
 class LossMeter:
-    """Sums and counts of per-sample losses by noise level, float64 (bins, 2) on the CPU."""
+    """Sums and counts, float64 (bins + terms, 2) on the CPU, of per-sample losses by noise level and of other terms.
 
-    def __init__(self, values: list | None = None):
+    Args:
+        terms: names of what is averaged beside the loss.
+        values: sums and counts to go on from.
+    """
+
+    def __init__(self, terms: Sequence[str] = (), values: list | None = None):
+        self.terms = terms
         self.values = (
-            torch.zeros(len(NAMES), 2, dtype=torch.float64)
+            torch.zeros(len(NAMES) + len(terms), 2, dtype=torch.float64)
             if values is None
             else torch.tensor(values, dtype=torch.float64)
         )
 
-    def add(self, per_sample: Tensor, sigma: Tensor) -> None:
-        """Count in losses (B,) at noise levels (B,)."""
+    def add(self, per_sample: Tensor, sigma: Tensor, terms: Mapping[str, Tensor] = {}) -> None:
+        """Count in losses (B,) at noise levels (B,), and all values of some of the terms."""
         bins = torch.bucketize(sigma.detach().cpu(), torch.tensor(EDGES))
         self.values[:, 0].index_add_(0, bins, per_sample.cpu().double())
         self.values[:, 1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
+        for name, values in terms.items():
+            row = self.values[len(NAMES) + self.terms.index(name)]
+            row[0] += values.cpu().double().sum()
+            row[1] += values.numel()
 
     def read(self) -> dict:
-        """The mean loss, over all and by noise level (levels that were not drawn are left out)."""
-        total, count = self.values.sum(0).tolist()
-        bins = {name: (s / n) for name, (s, n) in zip(NAMES, self.values.tolist()) if n}
-        return {"loss": total / count if count else None, "loss_by_sigma": bins}
+        """The mean loss, over all and by noise level, and of the terms; what was not drawn is left out."""
+        total, count = self.values[: len(NAMES)].sum(0).tolist()
+        means = {name: s / n for name, (s, n) in zip((*NAMES, *self.terms), self.values.tolist()) if n}
+        terms = {name: means.pop(name) for name in self.terms if name in means}
+        return {"loss": total / count if count else None, "loss_by_sigma": means, **terms}

@@ -252,8 +252,7 @@ def build_start(
         start = _from_scratch(args, data, prediction, teacher and teacher.sigma_data)
     if teacher is not None and teacher.sigma_data != start.spec.sigma_data:
         raise ValueError(f"sigma_data is {start.spec.sigma_data}, that of the teacher {teacher.sigma_data}.")
-    unit = (start.spec.time_label,) if method.two_times else ()  # other methods need none
-    start = replace(start, network=method.adapt(start.network, *unit))
+    start = replace(start, network=method.adapt(start.network, start.spec.time_label))
     keep_time_embedding_in_float32(start.network)
     if args.gradient_checkpointing:
         start.network.enable_gradient_checkpointing()

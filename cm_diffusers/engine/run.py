@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from cm_diffusers.engine.checkpoint import fsync_folder
 from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.discriminators import build_discriminator
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, load_teacher
 from cm_diffusers.objectives import OBJECTIVES
@@ -83,8 +84,11 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
     teacher = load_teacher(teacher_name, config.model, data) if teacher_name else None
     method = OBJECTIVES[config.method]
     start = build_start(config.model, data, config.run.seed, teacher, method, config.options)
+    backbone, extra = getattr(config.options, "discriminator_backbone", None), {}
+    if backbone is not None:
+        extra["discriminator"] = build_discriminator(data.channels, data.num_classes, backbone, image_size=224)
     objective = method(
-        start.network, start.spec, config.options, config.run.max_train_steps, start.pretrained, teacher
+        start.network, start.spec, config.options, config.run.max_train_steps, start.pretrained, teacher, **extra
     )
     config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data))
     trainer = Trainer(config, objective, data, accelerator)

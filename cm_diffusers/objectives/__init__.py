@@ -3,6 +3,7 @@
 from cm_diffusers.objectives.base import Batch, Loss, ModelSpec, Objective
 from cm_diffusers.objectives.cd import CD
 from cm_diffusers.objectives.ct import CT
+from cm_diffusers.objectives.ctm import CTM
 from cm_diffusers.objectives.diffusion import Diffusion
 from cm_diffusers.objectives.ecd import ECD
 from cm_diffusers.objectives.ect import ECT
@@ -11,7 +12,7 @@ from cm_diffusers.objectives.mean_flow import MeanFlow
 from cm_diffusers.objectives.scm import SCD, SCT
 
 
-METHODS = (Diffusion, CT, ICT, CD, ECT, ECD, SCT, SCD, MeanFlow)
+METHODS = (Diffusion, CT, ICT, CD, ECT, ECD, SCT, SCD, MeanFlow, CTM)
 OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in METHODS}
 
 __all__ = ["OBJECTIVES", "Batch", "Loss", "ModelSpec", "Objective", *(cls.__name__ for cls in METHODS)]

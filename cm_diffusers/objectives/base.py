@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
@@ -23,11 +23,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is back-propagated; the losses (B,), before learned weights, and noise levels (B,) are logged."""
+    """`total` is back-propagated; the losses (B,), before learned weights, and noise levels (B,) are logged.
+
+    So are the means of `terms`, the parts of the loss and their weights by name, of any shape.
+    """
 
     total: Tensor
     per_sample: Tensor
     sigma: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def mean(cls, per_sample: Tensor, sigma: Tensor, log_variance: Tensor | None = None) -> "Loss":
@@ -86,6 +90,7 @@ class Objective(ABC):
     sigma_min: ClassVar[float]
     floor: ClassVar[float]
     two_times: ClassVar[bool] = False  # whether its network is told where to jump to
+    terms: ClassVar[tuple[str, ...]] = ()  # names of the terms of its losses
     facts: ClassVar[Facts]
 
     def __init__(
@@ -102,6 +107,8 @@ class Objective(ABC):
         self.model: Callable = network  # the engine puts the wrapped (DDP, compiled, autocast) network here
         self.teacher = teacher
         self.auxiliary: Mapping[str, nn.Module] = {}  # other networks that are state: saved in checkpoints
+        self.adversary = None  # an `Adversary`: a second player, with turns of its own
+        self.average: Callable[[Tensor], Tensor] = lambda value: value  # over processes; the engine puts its own here
 
     @classmethod
     def prediction(cls, options: Any) -> str:
@@ -109,8 +116,8 @@ class Objective(ABC):
         return "edm"
 
     @classmethod
-    def adapt(cls, network: nn.Module, time_label: str = "angle") -> nn.Module:
-        """A network in the form that the method trains, such as with a second time in the unit `time_label`, too."""
+    def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
+        """A network with times in the unit `time_label` as the method trains it, for example with a second time."""
         return network
 
     def denoiser(self, network: Callable | None = None) -> Denoiser:

@@ -16,7 +16,7 @@ from cm_diffusers.pipelines import ConsistencyPipeline
 from cm_diffusers.schedulers import MultistepConsistencyScheduler
 
 
-SOLVERS = {"heun": heun_step, "euler": euler_step}
+SOLVERS = {"heun": heun_step, "euler": euler_step, "ddim": euler_step}  # in sigma, DDIM's step is Euler's
 DISTANCES = ["pseudo_huber", "l2", "lpips"]
 CM_WEIGHTS = ["uniform", "snr", "karras"]
 

@@ -69,7 +69,7 @@ class Diffusion(Objective):
         return options.interpolant
 
     @classmethod
-    def adapt(cls, network: nn.Module) -> nn.Module:
+    def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
         return with_log_variance(network)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:

@@ -78,7 +78,7 @@ class MeanFlow(Objective):
         return "flow"
 
     @classmethod
-    def adapt(cls, network: nn.Module, time_label: str = "angle") -> nn.Module:
+    def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
         return network if isinstance(network, TwoTimeModel) else TwoTimeModel.from_network(network)
 
     def denoiser(self, network: Callable | None = None) -> FlowDenoiser:

@@ -79,7 +79,7 @@ class SCT(Objective):
         return "trigflow"
 
     @classmethod
-    def adapt(cls, network: nn.Module) -> nn.Module:
+    def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
         return with_log_variance(network)
 
     def velocity(self, x0: Tensor, z: Tensor, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:

@@ -267,8 +267,12 @@ def test_what_the_network_has_is_passed_on(tmp_path):
         model.save_pretrained(tmp_path / name)
         again = TwoTimeModel.from_pretrained(tmp_path / name)
         output = again(x, t, s, labels)
-        assert torch.equal(output.sample, expected.sample) and again.config.log_variance is has
-        assert torch.equal(output.log_variance, expected.log_variance) if has else output.log_variance is None
+        assert again.config.log_variance is has
+        torch.testing.assert_close(output.sample, expected.sample)  # where weights lie in memory can move a sum
+        if has:
+            torch.testing.assert_close(output.log_variance, expected.log_variance)
+        else:
+            assert output.log_variance is None
 
 
 def test_what_the_network_lacks_is_lacking():

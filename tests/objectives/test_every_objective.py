@@ -23,6 +23,11 @@ OPTIONS = {
     ],
     "scd": [{"pretrained_teacher_model": "given", "tangent_warmup_steps": 1, "tangent_norm": "clip"}],
     "mean_flow": [{"equal_times": 0.0}, {"power": 0.0}],
+    "ctm": [
+        {"pretrained_teacher_model": "given", "solver_steps": 2, "balance": "fixed"},
+        {"solver_steps": 2, "gan_weight": 0.5, "balance": "fixed", "discriminator_start_step": 2},
+        {"trajectory": "data", "solver_steps": 1, "balance": "fixed"},
+    ],
 }
 
 CASES = [
@@ -48,10 +53,13 @@ def make(tiny_unet):
         teacher = None
         if "pretrained_teacher_model" in vars(options):
             teacher = DENOISERS[prediction](copy.deepcopy(network).eval().requires_grad_(False), spec.sigma_data)
-        network = cls.adapt(network).train()
+        network = cls.adapt(network, label).train()
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
-        return cls(network, spec, options, total_steps=1000, teacher=teacher)
+        objective = cls(network, spec, options, total_steps=1000, teacher=teacher)
+        if objective.adversary is not None:
+            objective.adversary.network.to(dtype)
+        return objective
 
     return build
 
@@ -99,7 +107,11 @@ def test_total_is_the_mean_over_the_samples(make, name, options):
     assert loss.per_sample.shape == loss.sigma.shape == (8,)
     assert not loss.per_sample.requires_grad and loss.total.requires_grad
     assert (loss.sigma > 0).all()
-    torch.testing.assert_close(loss.total.detach(), loss.per_sample.mean())
+    parts = [part for part in loss.terms if f"{part}_weight" in loss.terms]
+    expected = loss.per_sample.mean() + sum(loss.terms[f"{part}_weight"] * loss.terms[part].mean() for part in parts)
+    torch.testing.assert_close(loss.total.detach(), expected)
+    assert not any(value.requires_grad for value in loss.terms.values())
+    assert set(loss.terms) <= set(OBJECTIVES[name].terms)
 
 
 @every_objective
@@ -144,7 +156,7 @@ def test_denoiser_is_the_identity_at_its_floor(make, name, options):
 
 
 @every_objective
-def test_gradient_flows_through_one_pass_of_the_network_and_no_target(make, name, options):
+def test_gradient_flows_through_a_pass_of_the_network_and_no_target(make, name, options):
     objective = make(name, options)
     with_gradient = []
 
@@ -154,7 +166,7 @@ def test_gradient_flows_through_one_pass_of_the_network_and_no_target(make, name
 
     objective.model = watched
     objective.loss(batch_of(), Draws(0, STEP, range(8))).total.backward()
-    assert with_gradient.count(True) == 1
+    assert with_gradient.count(True) == (2 if name == "ctm" else 1)  # CTM's jump and its denoiser
     others = [*objective.auxiliary.values(), *([objective.teacher.network] if objective.teacher else [])]
     for network in others:
         assert network is not objective.network
@@ -164,7 +176,7 @@ def test_gradient_flows_through_one_pass_of_the_network_and_no_target(make, name
 @every_objective
 def test_state_is_what_the_method_says(make, name, options):
     objective = make(name, options)
-    assert set(objective.auxiliary) == ({"target"} if name in ("ct", "cd") else set())
+    assert set(objective.auxiliary) == ({"target"} if name in ("ct", "cd", "ctm") else set())
     weights = {p.data_ptr() for p in objective.network.parameters()}
     for network in objective.auxiliary.values():
         assert weights.isdisjoint(p.data_ptr() for p in network.parameters())
@@ -182,6 +194,8 @@ def test_loss_uses_the_wrapped_network(make, name, options):
 @every_objective
 @pytest.mark.parametrize("channels, size, classes", [(1, (8, 16), 10), (4, (12, 4), None), (3, (8, 8), None)])
 def test_any_shape_trains_samples_and_survives_saving(make, name, options, channels, size, classes, tmp_path):
+    if options.get("gan_weight") and min(size) < 8:
+        pytest.skip("too small for the discriminator, which says so")
     objective = make(name, options, channels=channels, size=size, num_classes=classes)
     batch = batch_of(4, channels, size, classes)
     _, gradients = gradient(objective, batch, range(4))

@@ -1,0 +1,81 @@
+"""The second player of a method: a discriminator that learns to tell its images from real ones.
+
+Hinge loss on augmented images, as in the code of CTM (Kim et al. 2023, arXiv:2310.02279). Model and discriminator take
+turns: in a step of training one of them learns, and the other stands still.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cm_diffusers.core.augmentation import differentiable_augmentation
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.objectives.base import Batch, Loss
+from cm_diffusers.objectives.options import check_between, option
+
+
+@dataclass(frozen=True)
+class AdversaryOptions:
+    gan_weight: float = option(0.0, "Weight of the adversarial loss; 0 for no discriminator.")
+    discriminator_start_step: int = option(0, "First step of the adversarial loss.")
+    discriminator_period: int = option(2, "From then on, every so many steps train the discriminator, not the model.")
+    discriminator_learning_rate: float = option(2e-3, "Learning rate of the discriminator (RAdam, betas 0.5, 0.9).")
+    discriminator_backbone: str | None = option(
+        None,
+        "Let the discriminator see the features of this vision model of transformers, a folder or a Hub id such as"
+        " facebook/dinov2-small. Default: pixels, by a small convolutional network; needs no download.",
+    )
+
+    def __post_init__(self) -> None:
+        check_between("gan_weight", self.gan_weight, 0, 1e6)
+        check_between("discriminator_start_step", self.discriminator_start_step, 0, 1 << 40)
+        check_between("discriminator_period", self.discriminator_period, 2, 1 << 20)
+        check_between("discriminator_learning_rate", self.discriminator_learning_rate, 1e-12, 1e3)
+
+
+class Adversary:
+    """A discriminator as the engine trains it: a network with an optimiser of its own, and the steps that are its.
+
+    Args:
+        network: gives logits (B, n) of images (B, C, H, W) and class labels (B,) or None.
+        options: learning rate and turns.
+        fakes: the images (B, C, H, W) of a batch that the model makes.
+    """
+
+    def __init__(self, network: nn.Module, options: AdversaryOptions, fakes: Callable[[Batch, Draws], Tensor]):
+        self.network, self.options, self.fakes = network, options, fakes
+        self.model: Callable = network  # the engine puts the wrapped (DDP) network here
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """As in StyleGAN-XL (Sauer et al. 2022, arXiv:2202.00273), but rectified as in the authors' code of CTM."""
+        return torch.optim.RAdam(self.network.parameters(), self.options.discriminator_learning_rate, (0.5, 0.9))
+
+    def is_on(self, step: int) -> bool:
+        """Whether there is an adversarial loss at `step`."""
+        return step >= self.options.discriminator_start_step
+
+    def has_turn(self, step: int) -> bool:
+        """Whether `step` trains the discriminator."""
+        since = step - self.options.discriminator_start_step
+        return since >= 0 and since % self.options.discriminator_period == 0
+
+    def loss(self, batch: Batch, draws: Draws) -> Loss:
+        """The hinge loss of the discriminator: max(0, 1 - D(real)) + max(0, 1 + D(fake))."""
+        with torch.no_grad():
+            fake = self.fakes(batch, draws)
+        real = differentiable_augmentation(batch.images, draws, "real")
+        fake = differentiable_augmentation(fake, draws, "fake")
+        labels = None if batch.class_labels is None else batch.class_labels.repeat(2)
+        real, fake = self.model(torch.cat([real, fake]), labels).float().chunk(2)
+        per_sample = ((1 - real).relu() + (1 + fake).relu()).mean(1)
+        nothing = per_sample.new_zeros(0)  # the loss of the model, by noise level
+        return Loss(per_sample.mean(), nothing, nothing, {"discriminator": per_sample.detach()})
+
+    def generator_loss(self, fake: Tensor, labels: Tensor | None, draws: Draws) -> Tensor:
+        """-D(fake) of each sample (B,), with gradient to `fake` and none to the discriminator."""
+        frozen = {name: value.detach() for name, value in self.network.state_dict(keep_vars=True).items()}
+        pictures = differentiable_augmentation(fake, draws, "fake")
+        return -functional_call(self.network, frozen, (pictures, labels)).float().mean(1)

@@ -1,0 +1,146 @@
+"""Consistency trajectory models, CTM (Kim et al. 2023, arXiv:2310.02279, algorithm 1).
+
+The network has two times: one call jumps along a trajectory of the ODE from t to any s <= t, and for s = t it is a
+denoiser. Unlike CD, which compares two jumps to the data, CTM compares two jumps to any s, carried on from there to
+the data by an average of the network, and adds the losses of a diffusion model and of a discriminator. The point at u
+comes from a teacher's ODE, from the ODE of the model's own denoiser, or from the data.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from cm_diffusers.core.denoisers import TrajectoryDenoiser
+from cm_diffusers.core.distances import l2
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.interpolants import VE
+from cm_diffusers.core.noise_levels import draw_bins, linear_law, lognormal
+from cm_diffusers.core.schedules import karras_sigma, karras_sigmas
+from cm_diffusers.core.weightings import edm_weight
+from cm_diffusers.models import TwoTimeModel
+from cm_diffusers.models.discriminator import PatchDiscriminator
+from cm_diffusers.objectives.adversarial import Adversary
+from cm_diffusers.objectives.balance import Part, balanced, last_layer
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.consistency import distance, follow, moving_target, teacher_step
+from cm_diffusers.objectives.ctm_options import CTMOptions
+from cm_diffusers.pipelines import CTMPipeline
+from cm_diffusers.schedulers import CTMScheduler
+
+
+class CTM(Objective):
+    """E[ d(G-(G(x_t, t, s), s, 0), G-(sg G(x_u, u, s), s, 0)) ] + L_DSM + L_GAN, sigma_min standing for 0.
+
+    G- is the average of the network; the gradient of the estimate flows through its frozen jump. As in the authors'
+    code the target's first jump is the network's own; in the paper it is the average's.
+    """
+
+    name = "ctm"
+    Options = CTMOptions
+    two_times = True
+    sigma_min = floor = 0.002
+    terms = ("ctm", "dsm", "dsm_weight", "gan", "gan_weight", "discriminator")
+    facts = Facts(
+        what="jumps between any two levels",
+        teacher="a diffusion model, or none",
+        target="itself at u < t, no gradient; both go on by an average",
+        times="t, u, s on a Karras grid, u after k steps",
+        distance="pseudo-Huber (LPIPS)",
+        weight="1",
+        paper="[Kim et al. 2023](https://arxiv.org/abs/2310.02279), alg. 1",
+    )
+
+    def __init__(self, *args, discriminator: nn.Module | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.target = moving_target(self.network)
+        self.auxiliary = {"target": self.target}
+        self.sigmas = karras_sigmas(self.options.num_scales, self.sigma_min, self.spec.sigma_max)
+        if self.options.gan_weight:
+            config = self.network.config
+            discriminator = discriminator or PatchDiscriminator(config.in_channels, config.num_class_embeds)
+            self.adversary = Adversary(discriminator, self.options, self.fakes)
+
+    @classmethod
+    def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
+        if isinstance(network, TwoTimeModel):
+            return network
+        return TwoTimeModel.from_network(network, 4.0 if time_label == "angle" else 1 / 250)
+
+    def denoiser(self, network: Callable | None = None) -> TrajectoryDenoiser:
+        spec = self.spec
+        return TrajectoryDenoiser(network or self.model, spec.sigma_data, self.floor, spec.time_label)
+
+    def times(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Levels from t down to u, (k + 1, B), and s <= u (B,): all triples of the grid occur."""
+        n = len(self.sigmas)
+        k = 1 + int(draw_bins(linear_law(self.options.solver_steps), draws.shared("k")))
+        first = (draws.uniform("t").double() * (n - k)).long()
+        last = first + k + (draws.uniform("s").double() * (n - first - k)).long()
+        sigmas = self.sigmas.to(draws.device)
+        return sigmas[first + torch.arange(k + 1, device=draws.device)[:, None]], sigmas[last]
+
+    def point_at_u(self, x0: Tensor, noise: Tensor, x: Tensor, levels: Tensor, labels: Tensor | None) -> Tensor:
+        """Where the trajectory of x (B, ...) at levels[0] is at levels[-1], as far as it is known."""
+        if self.options.trajectory == "data":
+            return VE().add_noise(x0, noise, levels[-1])
+        denoise = self.teacher or self.denoiser(self.target).denoise
+        for t, u in zip(levels, levels[1:]):
+            x = teacher_step(self.options.solver, denoise, x, t, u, labels)
+        return x
+
+    def estimate(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, draws: Draws) -> Tensor:
+        """G-(G(x_t, t, s), s, 0): the model's jump, carried on by the average of the model."""
+        with draws.dropout():
+            x_s = self.denoiser().jump(x_t, t, s, labels)
+        with draws.dropout():
+            return self.denoiser(self.target)(x_s, s, labels)
+
+    def diffusion_loss(self, x0: Tensor, labels: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor]:
+        """EDM's loss of the denoiser g(x, t, t), and its levels: log-normal, and for half the samples high ones."""
+        high = karras_sigma(0.7 * draws.uniform("dsm_ramp"), self.sigma_min, self.spec.sigma_max)
+        low = lognormal(draws.normal("dsm_sigma"), self.options.p_mean, self.options.p_std)
+        sigma = torch.where(draws.uniform("dsm_half") < 0.5, low, high).to(x0)
+        x = VE().add_noise(x0, draws.normal("dsm_noise", x0.shape[1:]), sigma)
+        with draws.dropout():
+            denoised = self.denoiser().denoise(x, sigma, labels)
+        return edm_weight(sigma, self.spec.sigma_data) * l2(denoised, x0), sigma
+
+    def fakes(self, batch: Batch, draws: Draws) -> Tensor:
+        """The estimates alone, for the discriminator's turn."""
+        levels, s = (value.to(batch.images) for value in self.times(draws))
+        x_t = VE().add_noise(batch.images, draws.normal("noise", batch.images.shape[1:]), levels[0])
+        return self.estimate(x_t, levels[0], s, batch.class_labels, draws)
+
+    def loss(self, batch: Batch, draws: Draws) -> Loss:
+        x0, labels, options = batch.images, batch.class_labels, self.options
+        if draws.step < options.pretrain_steps:
+            return Loss.mean(*self.diffusion_loss(x0, labels, draws))
+        levels, s = (value.to(x0) for value in self.times(draws))
+        t, u = levels[0], levels[-1]
+        noise = draws.normal("noise", x0.shape[1:])
+        x_t = VE().add_noise(x0, noise, t)
+        with torch.no_grad():
+            x_u = self.point_at_u(x0, noise, x_t, levels, labels)
+            target = self.estimate(x_u, u, s, labels, draws)
+        estimate = self.estimate(x_t, t, s, labels, draws)
+        ctm = distance(options.distance, estimate, target, options.huber_c)
+        others = []
+        if options.dsm_weight:
+            dsm = self.diffusion_loss(x0, labels, draws)[0]
+            others.append(Part("dsm", dsm, options.dsm_weight, (0.0, 1e4)))
+        if self.adversary and self.adversary.is_on(draws.step):
+            gan = self.adversary.generator_loss(estimate, labels, draws)
+            others.append(Part("gan", gan, options.gan_weight, (0.01, 10.0)))
+        layer = last_layer(self.network) if options.balance == "adaptive" else None
+        total, terms = balanced(Part("ctm", ctm), others, layer, self.average)
+        return Loss(total, ctm.detach(), t, terms)
+
+    def after_step(self, step: int) -> None:
+        follow(self.target, self.network, self.options.mu)
+
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        spec = self.spec
+        config = {"sigma_min": self.sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
+        return CTMPipeline(network, CTMScheduler(self.options.num_scales, time_label=spec.time_label, **config))

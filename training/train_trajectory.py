@@ -1,0 +1,15 @@
+"""Train a consistency trajectory model (CTM), which jumps between any two noise levels, with a teacher or without.
+
+    accelerate launch training/train_diffusion.py --config training/configs/mnist_diffusion_small.yaml
+    accelerate launch training/train_trajectory.py --config training/configs/mnist_ctm_small.yaml
+
+The same command resumes a run that was stopped.
+"""
+
+from cm_diffusers.engine.run import main
+
+
+METHODS = ["ctm"]
+
+if __name__ == "__main__":
+    main(None, METHODS, __doc__)
