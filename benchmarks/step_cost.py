@@ -3,9 +3,10 @@
     python benchmarks/step_cost.py
 
 The floor is one forward with backward pass, the method's further forward passes, its tangent, and the optimiser's
-step, each timed by itself in the same run. Reading the batch, drawing noise, the distance, and moving averages of the
-weights are what comes on top. Batch 64, images of 28x28, float32, the preset `small`; `jvp_small` for methods with
-tangents, whose step is also compared with the forward, backward and optimiser step of diffusion (`over_diffusion`).
+step, each timed by itself in the same run (CTM's teacher takes one step of Heun here). Reading the batch, drawing
+noise, the distance, and moving averages of the weights are what comes on top. Batch 64, images of 28x28, float32, the
+preset `small`; `jvp_small` for methods with tangents, whose step is also compared with the forward, backward and
+optimiser step of diffusion (`over_diffusion`).
 """
 
 import argparse
@@ -32,13 +33,18 @@ from cm_diffusers.objectives import OBJECTIVES
 
 @dataclass(frozen=True)
 class Method:
-    """Forward passes without gradient in a step, flags, whether there are a teacher and a tangent, the real name."""
+    """Forward passes without gradient in a step, flags, whether there are a teacher and a tangent, the real name.
+
+    Then how many forward passes there are with a backward pass, and such through frozen weights.
+    """
 
     forwards: int
     flags: tuple[str, ...] = ()
     teacher: bool = False
     tangent: bool = False
-    method: str | None = None  # by default the name that it goes by here
+    method: str | None = None
+    trained: int = 1
+    frozen: int = 0
 
 
 JVP = ("--model_preset", "jvp_small")
@@ -53,6 +59,10 @@ METHODS = {  # solvers are Heun's, which asks the teacher twice
     "sct": Method(0, JVP, tangent=True),
     "scd": Method(1, ("--pretrained_teacher_model", "given", *JVP), teacher=True, tangent=True),
     "mean_flow": Method(0, JVP, tangent=True),
+    # two of the teacher, two of the target; the jump and the denoiser are trained; the jump on to the data is frozen
+    "ctm": Method(
+        4, ("--pretrained_teacher_model", "given", "--solver_steps", "1"), teacher=True, trained=2, frozen=1
+    ),
 }
 BATCH = 64
 
@@ -91,7 +101,7 @@ def measure(name: str, rounds: int) -> dict:
         optimizer = build_optimizer(network, trainer.run)
         optimizer.param_groups[0]["lr"] = 0.0
 
-        second = {"target_timestep": label / 2} if name == "mean_flow" else {}
+        second = {"target_timestep": label / 2} if OBJECTIVES[METHODS[name].method or name].two_times else {}
 
         def forward(sample: torch.Tensor = sample, label: torch.Tensor = label) -> torch.Tensor:
             return network(sample, label, class_labels=classes, **second).sample
@@ -106,13 +116,23 @@ def measure(name: str, rounds: int) -> dict:
 
         def forward_backward() -> None:
             optimizer.zero_grad()
-            forward().square().mean().backward()
+            for _ in range(METHODS[name].trained):
+                forward().square().mean().backward()
+
+        def frozen() -> None:
+            for parameter in network.parameters():
+                parameter.requires_grad_(False)
+            forward(sample.clone().requires_grad_()).square().mean().backward()
+            for parameter in network.parameters():
+                parameter.requires_grad_(True)
 
         parts = {"forward_backward": forward_backward, "optimizer": optimizer.step}
         if METHODS[name].forwards:
             parts["forwards"] = lambda: [forward_without_gradient() for _ in range(METHODS[name].forwards)]
         if METHODS[name].tangent:
             parts["tangent"] = tangent
+        if METHODS[name].frozen:
+            parts["frozen"] = frozen
         batches = trainer.data.batches(trainer.spot, 0)
 
         def whole() -> None:

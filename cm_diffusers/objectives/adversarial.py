@@ -69,7 +69,7 @@ class Adversary:
         real = differentiable_augmentation(batch.images, draws, "real")
         fake = differentiable_augmentation(fake, draws, "fake")
         labels = None if batch.class_labels is None else batch.class_labels.repeat(2)
-        real, fake = self.model(torch.cat([real, fake]), labels).float().chunk(2)
+        real, fake = self.model(torch.cat([real, fake]), labels).to(fake.dtype).chunk(2)
         per_sample = ((1 - real).relu() + (1 + fake).relu()).mean(1)
         nothing = per_sample.new_zeros(0)  # the loss of the model, by noise level
         return Loss(per_sample.mean(), nothing, nothing, {"discriminator": per_sample.detach()})
@@ -78,4 +78,4 @@ class Adversary:
         """-D(fake) of each sample (B,), with gradient to `fake` and none to the discriminator."""
         frozen = {name: value.detach() for name, value in self.network.state_dict(keep_vars=True).items()}
         pictures = differentiable_augmentation(fake, draws, "fake")
-        return -functional_call(self.network, frozen, (pictures, labels)).float().mean(1)
+        return -functional_call(self.network, frozen, (pictures, labels)).to(fake.dtype).mean(1)

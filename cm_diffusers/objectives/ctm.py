@@ -19,10 +19,9 @@ from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.noise_levels import draw_bins, linear_law, lognormal
 from cm_diffusers.core.schedules import karras_sigma, karras_sigmas
 from cm_diffusers.core.weightings import edm_weight
-from cm_diffusers.models import TwoTimeModel
-from cm_diffusers.models.discriminator import PatchDiscriminator
+from cm_diffusers.models import PatchDiscriminator, TwoTimeModel
 from cm_diffusers.objectives.adversarial import Adversary
-from cm_diffusers.objectives.balance import Part, balanced, last_layer
+from cm_diffusers.objectives.balance import Cut, Part, balanced, last_layer
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import distance, follow, moving_target, teacher_step
 from cm_diffusers.objectives.ctm_options import CTMOptions
@@ -90,10 +89,13 @@ class CTM(Objective):
             x = teacher_step(self.options.solver, denoise, x, t, u, labels)
         return x
 
-    def estimate(self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, draws: Draws) -> Tensor:
-        """G-(G(x_t, t, s), s, 0): the model's jump, carried on by the average of the model."""
+    def jump(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, draws: Draws) -> Tensor:
+        """G(x, t, s), the model's jump."""
         with draws.dropout():
-            x_s = self.denoiser().jump(x_t, t, s, labels)
+            return self.denoiser().jump(x, t, s, labels)
+
+    def jump_on(self, x_s: Tensor, s: Tensor, labels: Tensor | None, draws: Draws) -> Tensor:
+        """G-(x_s, s, 0): from s on to the data by the average of the model."""
         with draws.dropout():
             return self.denoiser(self.target)(x_s, s, labels)
 
@@ -111,7 +113,8 @@ class CTM(Objective):
         """The estimates alone, for the discriminator's turn."""
         levels, s = (value.to(batch.images) for value in self.times(draws))
         x_t = VE().add_noise(batch.images, draws.normal("noise", batch.images.shape[1:]), levels[0])
-        return self.estimate(x_t, levels[0], s, batch.class_labels, draws)
+        x_s = self.jump(x_t, levels[0], s, batch.class_labels, draws)
+        return self.jump_on(x_s, s, batch.class_labels, draws)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
         x0, labels, options = batch.images, batch.class_labels, self.options
@@ -123,8 +126,9 @@ class CTM(Objective):
         x_t = VE().add_noise(x0, noise, t)
         with torch.no_grad():
             x_u = self.point_at_u(x0, noise, x_t, levels, labels)
-            target = self.estimate(x_u, u, s, labels, draws)
-        estimate = self.estimate(x_t, t, s, labels, draws)
+            target = self.jump_on(self.jump(x_u, u, s, labels, draws), s, labels, draws)
+        cut = Cut.at(self.jump(x_t, t, s, labels, draws))
+        estimate = self.jump_on(cut.leaf, s, labels, draws)
         ctm = distance(options.distance, estimate, target, options.huber_c)
         others = []
         if options.dsm_weight:
@@ -132,9 +136,9 @@ class CTM(Objective):
             others.append(Part("dsm", dsm, options.dsm_weight, (0.0, 1e4)))
         if self.adversary and self.adversary.is_on(draws.step):
             gan = self.adversary.generator_loss(estimate, labels, draws)
-            others.append(Part("gan", gan, options.gan_weight, (0.01, 10.0)))
+            others.append(Part("gan", gan, options.gan_weight, (0.01, 10.0), cut))
         layer = last_layer(self.network) if options.balance == "adaptive" else None
-        total, terms = balanced(Part("ctm", ctm), others, layer, self.average)
+        total, terms = balanced(Part("ctm", ctm, cut=cut), others, layer, self.average)
         return Loss(total, ctm.detach(), t, terms)
 
     def after_step(self, step: int) -> None:
