@@ -41,6 +41,7 @@ setup(
     extras_require={
         "training": TRAINING,
         "quickstart": TRAINING + QUICKSTART,
+        "lpips": ["lpips>=0.1.4"],  # and by it torchvision
         "test": TRAINING + QUICKSTART + TEST,
         "dev": TRAINING + QUICKSTART + TEST + QUALITY,
     },

@@ -21,7 +21,7 @@ PARTS = {
     "models": ((), {"torch", "numpy", "diffusers"}),
     "schedulers": ((), {"torch", "numpy", "diffusers"}),
     "pipelines": ((), {"torch", "numpy", "diffusers"}),
-    "objectives": (("core", "models", "schedulers", "pipelines"), {"torch", "diffusers"}),
+    "objectives": (("core", "models", "schedulers", "pipelines"), {"torch", "diffusers", "lpips"}),  # an extra
 }
 
 

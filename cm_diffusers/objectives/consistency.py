@@ -1,8 +1,11 @@
 """What the consistency methods share: two points of a trajectory compared, and the pipeline of the result."""
 
 import copy
+from functools import cache
+from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
@@ -22,11 +25,12 @@ CM_WEIGHTS = ["uniform", "snr", "karras"]
 
 
 def check_distance(name: str) -> None:
-    """Raise ValueError for LPIPS, with the reason."""
-    if name == "lpips":
+    """Raise ValueError for LPIPS where its package is missing."""
+    if name == "lpips" and find_spec("lpips") is None:
         raise ValueError(
-            "distance lpips is not offered: its packages need torchvision and the weights of a classifier of ImageNet,"
-            " whose features flatter FID (Song & Dhariwal 2023, section 3.3). Use pseudo_huber, which replaced it."
+            "distance lpips needs a package: pip install 'cm_diffusers[lpips]' (with torchvision; it downloads the"
+            " weights of a classifier of ImageNet, whose features flatter FID: Song & Dhariwal 2023, section 3.3)."
+            " Or use pseudo_huber, which replaced it."
         )
 
 
@@ -36,8 +40,25 @@ def check_teacher(method: str, teacher: str | None) -> None:
         raise ValueError(f"{method} distils a teacher: give --pretrained_teacher_model, a diffusion model's folder.")
 
 
+@cache
+def _lpips_network(device: torch.device) -> nn.Module:
+    from lpips import LPIPS
+
+    return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
+
+
+def lpips(a: Tensor, b: Tensor) -> Tensor:
+    """LPIPS (Zhang et al. 2018, arXiv:1801.03924) with VGG, of images in [-1, 1], small ones enlarged to 224, (B,)."""
+    if a.shape[-2] < 224:
+        a, b = (F.interpolate(x, 224, mode="bilinear") for x in (a, b))
+    a, b = (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x for x in (a, b))
+    return _lpips_network(a.device)(a, b).flatten()
+
+
 def distance(name: str, a: Tensor, b: Tensor, huber_c: float) -> Tensor:
     """The distance called `name` of each sample, (B,)."""
+    if name == "lpips":
+        return lpips(a, b)
     return l2(a, b) if name == "l2" else pseudo_huber(a, b, huber_c)
 
 

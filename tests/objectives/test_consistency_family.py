@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins, uniform_bins
 from cm_diffusers.core.schedules import ct_scales, ct_target_decay, ict_scales, karras_sigmas
 from cm_diffusers.objectives import CD, CT, ECD, ECT, ICT, Batch, ModelSpec
+from cm_diffusers.objectives import consistency as family
 from cm_diffusers.objectives.consistency import teacher_step
 from cm_diffusers.pipelines import ConsistencyPipeline
 
@@ -233,10 +236,33 @@ def test_distillation_without_a_teacher_is_refused(cls):
 
 
 @pytest.mark.parametrize("cls", [CT, CD, ECT, ECD])
-def test_lpips_is_refused_with_the_reason(cls):
-    teacher = {"pretrained_teacher_model": "given"} if cls in (CD, ECD) else {}
-    with pytest.raises(ValueError, match="lpips is not offered.*torchvision.*Use pseudo_huber"):
+def test_lpips_without_its_package_says_what_to_install(monkeypatch, cls):
+    monkeypatch.setattr(family, "find_spec", lambda name: None)
+    teacher = {"pretrained_teacher_model": "x"} if cls in (CD, ECD) else {}
+    with pytest.raises(ValueError, match=r"pip install 'cm_diffusers\[lpips\]'.*Or use pseudo_huber"):
         cls.Options(distance="lpips", **teacher)
+
+
+def test_lpips_sees_large_pictures_in_colour(monkeypatch):
+    """The package needs torchvision; a stand-in tells what it is given."""
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "vgg"
+
+        def forward(self, a, b):
+            assert a.shape == b.shape == (4, 3, 224, 224)
+            return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=LPIPS))
+    family._lpips_network.cache_clear()
+    a, b = torch.full((4, 1, 8, 8), 0.5, requires_grad=True), torch.tensor([0.0, 0.5, 1.0, -1.0]).reshape(4, 1, 1, 1)
+    value = family.distance("lpips", a, b.expand(4, 1, 8, 8), 0.0)
+    torch.testing.assert_close(value, torch.tensor([0.5, 0.0, 0.5, 1.5]))
+    value.sum().backward()
+    assert a.grad.abs().sum() > 0
+    family._lpips_network.cache_clear()
 
 
 @pytest.mark.parametrize(
