@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: venv quickstart test test-slow quality style clean
 
@@ -17,11 +18,11 @@ $(STAMP): setup.py constraints.txt
 quickstart: venv  ## train a consistency model on handwritten digits, sample it, judge it (some minutes on a CPU)
 	$(RUN) training/quickstart.py
 
-test: venv quality  ## the tests, about ten minutes on two cores
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q
+test: venv quality  ## the tests, some minutes on two cores
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL)
 
 test-slow: venv  ## the longer runs as well
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL) -m "slow or not slow"
 
 quality: venv  ## what the linter says
 	$(RUN) -m ruff check .

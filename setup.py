@@ -12,7 +12,7 @@ TRAINING = [
     "transformers>=5.0",
 ]
 QUICKSTART = ["scikit-learn>=1.4"]
-TEST = ["pytest>=8", "pytest-timeout>=2", "setuptools>=77", "tensorboard>=2.15"]
+TEST = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15"]
 QUALITY = ["ruff==0.17.5"]
 
 setup(

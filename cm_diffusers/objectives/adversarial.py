@@ -34,6 +34,8 @@ class AdversaryOptions:
         check_between("discriminator_start_step", self.discriminator_start_step, 0, 1 << 40)
         check_between("discriminator_period", self.discriminator_period, 2, 1 << 20)
         check_between("discriminator_learning_rate", self.discriminator_learning_rate, 1e-12, 1e3)
+        if self.discriminator_backbone is not None and not self.gan_weight:
+            raise ValueError("discriminator_backbone is for a discriminator, which gan_weight 0 leaves out.")
 
 
 class Adversary:

@@ -49,5 +49,10 @@ class CTMOptions(AdversaryOptions):
         check_between("huber_c", self.huber_c, 0, 1e6)
         check_between("dsm_weight", self.dsm_weight, 0, 1e6)
         check_between("pretrain_steps", self.pretrain_steps, 0, 1 << 40)
+        if self.gan_weight and self.discriminator_start_step < self.pretrain_steps:
+            raise ValueError(
+                f"discriminator_start_step must be at least pretrain_steps, {self.pretrain_steps}: before, there is"
+                " nothing to judge."
+            )
         check_between("p_mean", self.p_mean, -20, 20)
         check_between("p_std", self.p_std, 1e-3, 10)

@@ -308,6 +308,8 @@ def test_training_starts_as_the_teacher(tiny_unet, time_label):
         ({"solver_steps": 18}, r"solver_steps must lie in \[1, 17\]"),
         ({"discriminator_period": 1}, "discriminator_period"),
         ({"gan_weight": -1.0}, "gan_weight"),
+        ({"gan_weight": 1.0, "pretrain_steps": 5}, "discriminator_start_step must be at least pretrain_steps, 5"),
+        ({"discriminator_backbone": "facebook/dinov2-small"}, "gan_weight 0 leaves out"),
         ({"mu": 1.5}, "mu"),
         ({"balance": "none"}, "balance must be one of adaptive, fixed"),
     ],
