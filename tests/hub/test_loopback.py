@@ -1,7 +1,8 @@
 """The loopback Hub serves real clients, and what huggingface_hub 2.4 retries by itself.
 
-How many failures in a row each call survives (measured by `test_what_the_client_retries`; 500, 502, 504 and 408 are
-as 503; the waits are 1, 2, 4, 8 and 8 s, or one second more than Retry-After says, for every status that is retried):
+How many failures in a row each call survives, as `test_what_the_client_retries` measures it. 500 and 504 go as 503;
+so, by its source, do 502 and 408, except that the GET of a file retries 408. The waits are 1, 2, 4, 8 and 8 s, or one
+second more than Retry-After says, with any of these statuses. A HEAD that fails is first tried again at once.
 
     call                                     503   429   reset   closed   then it raises
     create_repo                                0     0       0        0
