@@ -27,8 +27,8 @@ def is_passing(error: BaseException) -> bool:
     """Whether trying again can help: the Hub is busy, failing, or out of reach.
 
     The client itself tries uploads for 23 seconds; making a repository, a commit or a tag it tries once. Where an
-    upload fails it raises a RuntimeError with the answer as its cause, and a JSONDecodeError where a gateway answers in
-    place of the Hub.
+    upload fails it raises a RuntimeError with the answer as its cause, and a JSONDecodeError where a gateway answers
+    for the Hub.
     """
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 503
