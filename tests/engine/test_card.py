@@ -1,0 +1,105 @@
+"""Model cards: every number from the run, nothing of this machine, a snippet that is Python."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from training_runs import flags, run
+
+from cm_diffusers.engine.card import Surroundings, hub_id, model_card
+from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.models import load_pipeline
+from cm_diffusers.objectives import OBJECTIVES, ModelSpec
+
+
+AROUND = Surroundings(steps=6, images_per_step=8, processes=2, shape="1 x 8 x 8, 10 classes")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("runs") / "ect", "ect", max_train_steps=1)
+
+
+def card_of(folder, method="ect", metrics="absent.json", repo="user/digits", **settings):
+    config = parse_config(flags(folder, method, **settings), [method], "")
+    pipeline = load_pipeline(str(folder / "pipeline"))
+    cls = OBJECTIVES[method]
+    objective = cls(cls.adapt(pipeline.unet, "log_sigma"), ModelSpec(0.85), config.options, 6)
+    made = objective.pipeline(objective.network)
+    grids = {"1 step": "samples/1_step.png", "2 steps": "samples/2_steps.png"}
+    return model_card(config, objective, made, AROUND, repo, grids, Path(folder) / metrics)
+
+
+def code_of(card):
+    return [part.split("```")[0] for part in card.text.split("```python\n")[1:]]
+
+
+def test_the_front_matter_is_what_the_hub_reads(model):
+    card = card_of(model)
+    front = yaml.safe_load(str(card).split("---")[1])
+    assert front == {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["cm_diffusers", "consistency-models", "ect"],
+    }
+    assert ModelCard(str(card)).data.to_dict() == front
+
+
+def test_a_stock_model_needs_only_diffusers_and_others_say_both_ways(model):
+    (snippet,) = code_of(card_of(model))
+    assert "cm_diffusers" not in snippet and "trust" not in snippet
+    ast.parse(snippet)
+    first, second = code_of(card_of(model, "ctm"))
+    assert first.startswith("import cm_diffusers") and "trust_remote_code" not in first
+    assert 'custom_pipeline="pipeline", trust_remote_code=True' in second
+    for snippet in (first, second):
+        ast.parse(snippet)
+        assert 'from_pretrained("user/digits"' in snippet
+
+
+def test_nothing_of_this_machine_is_on_it(model, tmp_path):
+    card = str(card_of(model, "ctm", train_data_dir=str(tmp_path), dataset_name=None))
+    assert str(tmp_path) not in card and str(model) not in card and str(Path.home()) not in card
+    assert "a local dataset" in card
+
+
+def test_the_data_on_the_hub_is_linked(model):
+    card = card_of(model, dataset_name="ylecun/mnist")
+    assert card.data.datasets == "ylecun/mnist" and "(https://huggingface.co/ylecun/mnist)" in card.text
+    assert hub_id("ylecun/mnist") and not hub_id("digits") and not hub_id(str(model)) and not hub_id(None)
+
+
+def test_numbers_are_those_of_the_runs_report(model):
+    report = {
+        "dataset": "digits",
+        "features": "a small classifier (not FID)",
+        "frechet_distance": {"1_step": 1.523, "2_steps": 1.326},
+        "steps": {"training": 6},
+        "time": {"training_seconds": 3.1},
+    }
+    (model / "report.json").write_text(json.dumps(report))
+    card = card_of(model, metrics="report.json")
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {"frechet distance, 1 step": 1.523, "frechet distance, 2 steps": 1.326}
+    assert "| frechet distance, 1 step | 1.523 |" in card.text and "not FID" in card.text and "3.1" not in card.text
+    (model / "report.json").unlink()
+    assert "## Measured" not in card_of(model).text
+
+
+@pytest.mark.parametrize("licence, warns", [("cc-by-nc-sa-4.0", True), ("apache-2.0", False), (None, False)])
+def test_the_teachers_licence_is_on_it(model, tmp_path, licence, warns):
+    (tmp_path / "teacher").mkdir()
+    if licence:
+        (tmp_path / "teacher" / "README.md").write_text(f"---\nlicense: {licence}\n---\n# Teacher\n")
+    card = card_of(model, "cd", pretrained_teacher_model=tmp_path / "teacher", num_scales=12)
+    assert card.data.license == licence
+    assert ("does not allow commercial use" in card.text) == warns
+    assert str(tmp_path) not in str(card)
+
+
+def test_the_recipe_is_yaml_that_a_run_takes(model):
+    recipe = yaml.safe_load(card_of(model).text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["method"] == "ect" and recipe["max_train_steps"] == 6 and "output_dir" not in recipe
