@@ -14,6 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import cm_diffusers
 from cm_diffusers.engine.config import Config
+from cm_diffusers.engine.pictures import image_grid
+from cm_diffusers.engine.preview import sample_images, with_our_interface
 from cm_diffusers.objectives import Objective
 
 
@@ -190,6 +192,21 @@ def model_card(
     if yaml.safe_load(str(card).split("---")[1]) != card.data.to_dict():
         raise ValueError("the model card's front matter can't be read back; this is a fault of the library.")
     return card
+
+
+def draw_grids(pipeline: DiffusionPipeline, folder: Path) -> dict[str, str]:
+    """Pictures of samples by each of the usual numbers of steps, in `folder`/samples; their files by title."""
+    ours = with_our_interface(pipeline)
+    ours.set_progress_bar_config(disable=True)
+    steps = (*ours.default_steps, 4) if 1 in ours.default_steps else ours.default_steps
+    (folder / "samples").mkdir()
+    files = {}
+    for n in steps:
+        images, name = sample_images(ours, range(40), num_inference_steps=n), f"{n} step{'s' if n > 1 else ''}"
+        if images.shape[-1] in (1, 3):  # latents have no picture
+            files[name] = f"samples/{name.replace(' ', '_')}.png"
+            image_grid(images, 10).save(folder / files[name])
+    return files
 
 
 def _sampling(pipeline: DiffusionPipeline) -> str:

@@ -111,6 +111,13 @@ class RunArguments:
     checkpoints_total_limit: int = option(2, "How many checkpoints are kept.")
     validation_steps: int = option(1000, "Steps between sample grids; 0 for none.")
     logging_steps: int = option(50, "Steps between lines of the log.")
+    push_to_hub: bool = option(False, "Publish the model on the Hub, with a card.")
+    hub_model_id: str | None = option(None, "Where: user/name, or a name. Default: the name of output_dir.")
+    hub_private_repo: bool = option(False, "If the repository has to be made, make it private.")
+    hub_strategy: str = option(
+        "end", "When: at the end, or at each checkpoint, too.", choices=["end", "every_save"]
+    )
+    hub_timeout: float = option(120.0, "Seconds to keep trying after training while the Hub is out of reach.")
     report_to: str | None = option(None, "A tracker that Accelerate knows: tensorboard, wandb, trackio, ...")
     dry_run: bool = option(False, "Print the resolved settings and stop.")
 
@@ -129,6 +136,10 @@ class RunArguments:
         check_between("adam_weight_decay", self.adam_weight_decay, 0, 1e3)
         check_between("max_grad_norm", self.max_grad_norm, 0, float("inf"))
         check_between("ema_rampup", self.ema_rampup, 0, 1)
+        check_between("hub_timeout", self.hub_timeout, 0, 1e9)
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"{name} is for --push_to_hub, which is not given.")
         for decay in self.ema_decay or []:
             check_between("ema_decay", decay, 0, 1 - 1e-9)
         for half_life in self.ema_half_life or []:
