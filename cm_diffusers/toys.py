@@ -1,14 +1,18 @@
-"""Small problems with exact answers: mixtures of Gaussians on the line.
+"""Small problems: mixtures of Gaussians on the line, with exact answers, and shapes in the plane, without.
 
-Their posterior mean has a closed form, and on a line the probability-flow ODE keeps the order of points, so it maps
-quantiles to quantiles: the exact consistency function, and every jump between noise levels, is the inverse of one
-distribution function after another. Samples have the shape (B, 1, 1, 1), that of a grey image with one pixel.
+The posterior mean of a mixture has a closed form, and on a line the probability-flow ODE keeps the order of points, so
+it maps quantiles to quantiles: the exact consistency function, and every jump between noise levels, is the inverse of
+one distribution function after another. Samples are images of one pixel with one or two channels.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from cm_diffusers.core.draws import Draws, derive_seed
@@ -16,11 +20,12 @@ from cm_diffusers.core.draws import Draws, derive_seed
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of Gaussians on the line, with `sigma_data` 0.5 (its root mean square) where its terms say so."""
+    """A mixture of Gaussians on the line; `sigma_data` is its root mean square."""
 
     means: tuple[float, ...]
     stds: tuple[float, ...]
     weights: tuple[float, ...]
+    dimensions = 1
 
     @property
     def sigma_data(self) -> float:
@@ -33,8 +38,14 @@ class Mixture:
         sigma = sigma.reshape(-1, *[1] * x.ndim).to(x)
         return x[..., None] - means, stds**2 + sigma**2, weights.log()
 
-    def sample(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """Data (B, 1, 1, 1) from a uniform and a normal draw (B,) for each."""
+    def scaled(self, sigma_data: float = 0.5) -> "Mixture":
+        """The same shape with another root mean square."""
+        factor = sigma_data / self.sigma_data
+        return Mixture(tuple(factor * m for m in self.means), tuple(factor * s for s in self.stds), self.weights)
+
+    def sample(self, draws: Draws) -> Tensor:
+        """Data (B, 1, 1, 1)."""
+        uniform, normal = draws.uniform("term"), draws.normal("data")
         edges = uniform.new_tensor(self.weights).cumsum(0)
         term = torch.searchsorted(edges, uniform, right=True).clamp(max=len(edges) - 1)
         values = uniform.new_tensor(self.means)[term] + uniform.new_tensor(self.stds)[term] * normal
@@ -48,6 +59,11 @@ class Mixture:
         return (posterior * (x[..., None] - distance * (1 - stds**2 / variance))).sum(-1)
 
     __call__ = denoised
+
+    def density(self, x: Tensor) -> Tensor:
+        """The density of x0 at x (B, ...)."""
+        distance, variance, log_weights = self._terms(x, x.new_zeros(()))
+        return (log_weights - distance**2 / (2 * variance) - (2 * math.pi * variance).log() / 2).exp().sum(-1)
 
     def cumulative(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The distribution function of x0 + sigma noise."""
@@ -73,28 +89,121 @@ class Mixture:
         return (low + high) / 2
 
 
-TASKS = {
+@dataclass(frozen=True)
+class Shape:
+    """Noisy points of a shape in the plane, scaled to `sigma_data`, their root mean square per coordinate.
+
+    Args:
+        points: the shape, from two uniform draws (B,) each: x and y (B,).
+        square: mean square of both coordinates, without noise.
+        noise: standard deviation of the noise, in the scale of `points`.
+    """
+
+    points: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    square: float
+    noise: float = 0.0
+    sigma_data: float = 0.5
+    dimensions = 2
+
+    def sample(self, draws: Draws) -> Tensor:
+        """Data (B, 2, 1, 1)."""
+        points = torch.stack(self.points(*draws.uniform("place", (2,)).unbind(1)), 1)
+        points = points + self.noise * draws.normal("data", (2,))
+        return (self.sigma_data / (self.square + self.noise**2) ** 0.5 * points).reshape(-1, 2, 1, 1)
+
+
+def _moons(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Two half circles of radius 1, an upper and a lower one, that reach into each other."""
+    side, angle = torch.where(v < 0.5, 1.0, -1.0), math.pi * u
+    return side * (angle.cos() - 0.5), side * (angle.sin() - 0.25)
+
+
+def _checkerboard(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The eight fields of one colour of a board of four by four on [-1, 1]^2."""
+    column, pair = (4 * u).floor(), 2 * v
+    return 2 * u - 1, (2 * pair.floor() + column % 2 + pair % 1) / 2 - 1
+
+
+def _spiral(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """One and a half turns, about as dense everywhere."""
+    radius = u.sqrt()
+    angle = 3 * math.pi * radius
+    return radius * angle.cos(), radius * angle.sin()
+
+
+TASKS: dict[str, Mixture | Shape] = {
     "gaussian": Mixture((0.0,), (0.5,), (1.0,)),
     "bimodal": Mixture((-(0.2**0.5), 0.2**0.5), (0.05**0.5,) * 2, (0.5, 0.5)),
+    # the four of mbreuss/consistency_trajectory_models_toy_task, scaled
+    "single_gaussian": Mixture((1.0,), (0.2,), (1.0,)).scaled(),
+    "two_gmm": Mixture((-1.5, 1.5), (0.3, 0.3), (0.5, 0.5)).scaled(),
+    "uneven_two_gmm": Mixture((-1.5, 1.5), (0.3, 0.2), (0.7, 0.3)).scaled(),
+    "three_gmm": Mixture((-1.5, 0.0, 1.5), (0.2, 0.2, 0.2), (1 / 3, 1 / 3, 1 / 3)).scaled(),
+    "moons": Shape(_moons, 0.65625 - 0.5 / math.pi, noise=0.05),
+    "checkerboard": Shape(_checkerboard, 1 / 3),
+    "spiral": Shape(_spiral, 1 / 4, noise=0.02),
 }
 
 
-class ToyNetwork(nn.Module):
-    """A multilayer perceptron with the call of a U-Net, for samples (B, 1, 1, 1) and bounded times (B,)."""
+@dataclass
+class ToyOutput(BaseOutput):
+    """What `ToyNetwork` gives: `sample`, the output (B, C, 1, 1)."""
 
-    def __init__(self, width: int = 128, layers: int = 3):
+    sample: Tensor
+
+
+class ToyNetwork(ModelMixin, ConfigMixin):
+    """A multilayer perceptron with the call of a U-Net, for samples (B, C, 1, 1) and bounded times, () or (B,).
+
+    Args:
+        in_channels: C.
+        two_times: take a second time, by weights that start at zero.
+        width: of a hidden layer.
+        depth: how many of those.
+        sample_size, num_class_embeds: as pipelines ask them of a U-Net.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        two_times: bool = False,
+        width: int = 128,
+        depth: int = 3,
+        sample_size: int = 1,
+        num_class_embeds: int | None = None,
+    ):
         super().__init__()
-        self.config = SimpleNamespace(in_channels=1, sample_size=1, num_class_embeds=None)
         self.register_buffer("frequencies", torch.tensor([1.0, 2.0, 4.0]), persistent=False)
-        widths = [1 + 2 * len(self.frequencies), *[width] * layers]
+        features = 2 * len(self.frequencies)
+        widths = [in_channels + features, *[width] * depth]
         hidden = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.SiLU())]
-        self.layers = nn.Sequential(*hidden, nn.Linear(width, 1))
-        nn.init.zeros_(self.layers[-1].weight)
+        self.layers = nn.Sequential(*hidden)
+        self.conv_out = nn.Linear(width, in_channels)  # a U-Net's name for it, by which CTM finds the last layer
+        nn.init.zeros_(self.conv_out.weight)
+        if two_times:
+            self.target = nn.Linear(features, width, bias=False)
+            nn.init.zeros_(self.target.weight)
 
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> SimpleNamespace:
-        phases = timestep[:, None] * self.frequencies
-        features = torch.cat([sample.flatten(1), phases.sin(), phases.cos()], 1)
-        return SimpleNamespace(sample=self.layers(features).reshape(sample.shape))
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        target_timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> ToyOutput | tuple[Tensor]:
+        """Apply the network to `sample` at `timestep`, where it has two times for a jump to `target_timestep`."""
+        h = self.layers[0](torch.cat([sample.flatten(1), self._features(timestep, sample)], 1))
+        if target_timestep is not None:
+            h = h + self.target(self._features(target_timestep, sample))
+        output = self.conv_out(self.layers[1:](h)).reshape(sample.shape)
+        return ToyOutput(sample=output) if return_dict else (output,)
+
+    def _features(self, time: Tensor, sample: Tensor) -> Tensor:
+        """sin and cos of a time, (B, features)."""
+        phases = time.to(sample).expand(len(sample))[:, None] * self.frequencies
+        return torch.cat([phases.sin(), phases.cos()], 1)
 
 
 class ToyDraws(Draws):

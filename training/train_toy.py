@@ -1,60 +1,75 @@
-"""Train a method on a problem of one dimension whose exact answer is known, and draw both.
+"""Train a method on a small problem, whose exact answer is known on the line, and draw what it learns.
 
     python training/train_toy.py --task bimodal --method scd --output_dir runs/toy
+    python training/train_toy.py --task three_gmm --method ctm --output_dir runs/toy_ctm
 
-Leaves report.json, with `rms_error` (root mean square distance of the learned function from the exact one over the
-noise marginal), and toy.png. Takes about a minute on one core.
+Leaves toy.png and report.json: on the line `rms_error` (root mean square distance of the learned function from the
+exact one over the noise marginal) and, for ctm, `wasserstein` by sampler (see toy_ctm.py). Takes about a minute on one
+core.
 """
 
 import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import toy_ctm
 from torch import Tensor
 from tqdm.auto import trange
 
 from cm_diffusers.core.ema import EMA, HalfLife
 from cm_diffusers.core.tangents import jvp
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec, Objective
-from cm_diffusers.toys import TASKS, Mixture, ToyDraws, ToyNetwork
+from cm_diffusers.toys import TASKS, Mixture, Shape, ToyDraws, ToyNetwork
 
 
 # settings of each method here; tangents are not normalised: on a line that would make a median of the mean (sCT)
 OPTIONS = {
     "diffusion": {"interpolant": "trigflow", "p_mean": -0.4, "p_std": 1.6},
     "sct": {"p_std": 1.6, "tangent_warmup_steps": 1000, "tangent_norm": "none"},
-    "scd": {"p_std": 1.6, "tangent_warmup_steps": 1000, "tangent_norm": "none", "pretrained_teacher_model": "given"},
+    "scd": {"p_std": 1.6, "tangent_warmup_steps": 1000, "tangent_norm": "none"},
+    "ctm": {"num_scales": 40, "solver_steps": 3},
 }
 SIGMA_MAX = 80.0
 
 
-def train(method: str, task: Mixture, steps: int, args: argparse.Namespace, network: ToyNetwork, teacher=None):
+def train(
+    method: str,
+    task: Mixture | Shape,
+    steps: int,
+    args: argparse.Namespace,
+    network: ToyNetwork,
+    teacher: Callable | None = None,
+    **options,
+) -> Objective:
     """Train `network` in place; gives the objective, driving an average of the weights."""
     cls = OBJECTIVES[method]
-    options = cls.Options(**OPTIONS[method])
-    spec = ModelSpec(task.sigma_data, "angle", SIGMA_MAX, prediction="trigflow")
+    options = cls.Options(**OPTIONS[method] | options)
+    spec = ModelSpec(task.sigma_data, "angle", SIGMA_MAX, prediction=cls.prediction(options))
     objective = cls(network, spec, options, steps, pretrained=teacher is not None, teacher=teacher)
     optimizer = torch.optim.RAdam(network.parameters(), args.learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     ema = EMA(network, [HalfLife(500)])
     for step in trange(steps, desc=method):
         draws = ToyDraws(args.seed, step, range(args.batch_size))
-        x0 = task.sample(draws.uniform("term"), draws.normal("data"))
         optimizer.zero_grad()
-        objective.loss(Batch(x0), draws).total.backward()
+        objective.loss(Batch(task.sample(draws)), draws).total.backward()
         optimizer.step()
         schedule.step()
+        objective.after_step(step)
         ema.update((step + 1) * args.batch_size, args.batch_size)
     network.load_state_dict(next(iter(ema.shadows.values())))
     return objective
 
 
-def exact(method: str, task: Mixture, x: Tensor, sigma: Tensor) -> Tensor:
-    """What the method should learn: the posterior mean, or the consistency function."""
-    return task.denoised(x, sigma) if method == "diffusion" else task.jump(x, sigma, torch.zeros_like(sigma)).to(x)
+def exact(method: str, task: Mixture, x: Tensor, sigma: Tensor, floor: float = 0.0) -> Tensor:
+    """What the method should learn: the posterior mean, or the consistency function, to the level `floor`."""
+    if method == "diffusion":
+        return task.denoised(x, sigma)
+    return task.jump(x, sigma, torch.full_like(sigma, floor)).to(x)
 
 
 def total_derivative(objective: Objective, task: Mixture, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,16 +87,18 @@ def total_derivative(objective: Objective, task: Mixture, x: Tensor, t: Tensor) 
     return tangent, (ends[0] - ends[1]) / (2 * step)
 
 
-def report(method: str, task: Mixture, objective: Objective) -> dict[str, float]:
-    """Distances from the exact function, over the noise marginal and for one step from pure noise."""
+def report(method: str, task: Mixture | Shape, objective: Objective) -> dict[str, float]:
+    """Distances from the exact function, if any, over the noise marginal and for one step from pure noise."""
+    if isinstance(task, Shape):
+        return {}
     n, denoiser, draws = 20_000, objective.denoiser(), ToyDraws(1, 0, range(20_000))
-    x0 = task.sample(draws.uniform("term"), draws.normal("data"))
+    x0 = task.sample(draws)
     noise = draws.normal("noise", (1, 1, 1))
     errors = {}
     for name, sigma in (("", (-1 + 1.6 * draws.normal("sigma")).exp()), ("one_step_", torch.full((n,), SIGMA_MAX))):
         x = x0 + sigma.reshape(-1, 1, 1, 1) * noise
         with torch.no_grad():
-            difference = denoiser(x, sigma) - exact(method, task, x, sigma)
+            difference = denoiser(x, sigma) - exact(method, task, x, sigma, objective.floor)
         errors[f"{name}rms_error"] = round(difference.square().mean().sqrt().item(), 5)
     return errors
 
@@ -134,31 +151,61 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--task", choices=list(TASKS), default="bimodal", help="the data")
     add("--method", choices=list(OPTIONS), default="scd", help="what is trained")
-    add("--teacher", choices=["trained", "exact"], default="trained", help="scd's: a diffusion model, or the answer")
-    add("--max_train_steps", type=int, default=3000, help="steps of the method, and as many of its teacher (3000)")
+    add(
+        "--teacher",
+        choices=["trained", "exact", "none"],
+        default="trained",
+        help="scd's and ctm's: a diffusion model, from which the student starts, the exact answer, or (ctm) none",
+    )
+    add(
+        "--max_train_steps",
+        type=int,
+        default=3000,
+        help="steps of the method, and before them as many of its teacher; ctm takes both itself without one (3000)",
+    )
     add("--batch_size", type=int, default=512, help="points per step (512)")
     add("--learning_rate", type=float, default=2e-3, help="peak learning rate (2e-3)")
     add("--seed", type=int, default=0, help="every random number follows from it (0)")
     add("--output_dir", type=Path, default=Path("runs/toy"), help="leaves report.json and toy.png here")
     args = parser.parse_args(argv)
+    task, taught = TASKS[args.task], args.method in ("scd", "ctm")
+    if isinstance(task, Shape) and (args.method != "ctm" or args.teacher == "exact"):
+        parser.error(f"{args.task} has no exact answer; it is for --method ctm with --teacher trained or none.")
+    if args.method == "scd" and args.teacher == "none":
+        parser.error("scd distils a teacher; --teacher none is for ctm.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    start, task = time.perf_counter(), TASKS[args.task]
+    start, steps = time.perf_counter(), args.max_train_steps
     torch.manual_seed(args.seed)
-    network, teacher, result = ToyNetwork(), None, {"task": args.task, "method": args.method, "seed": args.seed}
-    if args.method == "scd":
+    two_times = OBJECTIVES[args.method].two_times
+    network = ToyNetwork(task.dimensions, two_times, depth=5 if two_times else 3)  # jumps are harder to learn
+    result, teacher, options = {"task": args.task, "method": args.method, "seed": args.seed}, None, {}
+    if taught:
+        result["teacher"] = args.teacher
+        options["pretrained_teacher_model"] = None if args.teacher == "none" else args.teacher
+    if taught and args.teacher == "trained":
+        interpolant = "edm" if args.method == "ctm" else "trigflow"
+        trained = train("diffusion", task, steps, args, network, interpolant=interpolant)
+        result["teacher_errors"] = report("diffusion", task, trained)
+        teacher = trained.denoiser(copy.deepcopy(network).requires_grad_(False))
+    elif taught and args.teacher == "exact":
         teacher = task
-        if args.teacher == "trained":
-            trained = train("diffusion", task, args.max_train_steps, args, network)
-            result["teacher"] = report("diffusion", task, trained)
-            teacher = trained.denoiser(copy.deepcopy(network).requires_grad_(False))
-    objective = train(args.method, task, args.max_train_steps, args, network, teacher)
+    elif taught:  # a quarter of the run gives the model a denoiser, whose trajectories it then learns
+        steps, options["pretrain_steps"] = 2 * steps, steps // 2
+    objective = train(args.method, task, steps, args, network, teacher, **options)
     result |= report(args.method, task, objective)
+    picture = args.output_dir / "toy.png"
+    if args.method == "ctm":
+        pipe = toy_ctm.pipeline(objective)
+        samples = toy_ctm.draw_samples(pipe, task, toy_ctm.SAMPLES)
+        result["wasserstein"] = toy_ctm.distances(samples)
+        toy_ctm.picture(pipe, task, samples, picture)
+    else:
+        draw(args.method, task, objective, picture)
     result["seconds"] = round(time.perf_counter() - start, 1)
-    draw(args.method, task, objective, args.output_dir / "toy.png")
     (args.output_dir / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    print(f"Saved {args.output_dir / 'report.json'} and {args.output_dir / 'toy.png'}.")
+    print(f"Saved {args.output_dir / 'report.json'} and {picture}.")
 
 
 if __name__ == "__main__":

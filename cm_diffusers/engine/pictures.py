@@ -42,17 +42,22 @@ def titled_row(panels: Sequence[tuple[str, Image.Image]], gap: int = 12, title_h
     return sheet
 
 
+COMMON = {"step", "loss", "loss_by_sigma", "grad_norm", "lr", "skipped", "time"}  # columns of every method's log
+
+
 def plot_losses(log: Path, picture: Path) -> None:
-    """Draw the loss of a run's log, as a whole and by noise level."""
+    """Draw the loss of a run's log, as a whole and by noise level, and below what else the method logs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for line in log.read_text().splitlines() if (row := json.loads(line))["loss"] is not None]
+    everything = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row for row in everything if row["loss"] is not None]
     if not rows:
         return
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    others = sorted({name for row in everything for name in row.keys() - COMMON})
+    figure = Figure(figsize=(8, 8 if others else 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes, *below = figure.subplots(2 if others else 1, squeeze=False)[:, 0]
     steps = [row["step"] for row in rows]
     axes.plot(steps, [row["loss"] for row in rows], "k", linewidth=2, label="all")
     for name in sorted({name for row in rows for name in row["loss_by_sigma"]}, key=lambda n: float(n.split("-")[0])):
@@ -61,4 +66,10 @@ def plot_losses(log: Path, picture: Path) -> None:
         xlabel="step", ylabel="loss", yscale="log", title="Loss by noise level (flat curves are normal: see README)"
     )
     axes.legend(fontsize="small", ncols=2)
+    for axis in below:
+        for name in others:
+            places = [(row["step"], row[name]) for row in everything if name in row]
+            axis.plot(*zip(*places), label=name)
+        axis.set(xlabel="step", yscale="symlog")
+        axis.legend(fontsize="small", ncols=2)
     figure.savefig(picture, dpi=110)

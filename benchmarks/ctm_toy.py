@@ -1,0 +1,90 @@
+"""Trajectory models of the toys, from a teacher and from scratch, with the same number of steps in all.
+
+    python benchmarks/ctm_toy.py --output_dir runs/ctm_toy
+
+Prints a table of Wasserstein-1 distances to the data by sampler, mean and standard deviation over seeds, and leaves
+ctm_toy.json and ctm_toy.png. A run, of 40 with the defaults, takes about a minute and a half on one core.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+import train_toy  # noqa: E402
+from toy_ctm import SAMPLERS  # noqa: E402
+
+
+TASKS = ("single_gaussian", "two_gmm", "uneven_two_gmm", "three_gmm")
+TEACHERS = {"trained": "from a teacher", "none": "from scratch"}
+TITLES = {name: title for name, (_, title) in SAMPLERS.items()} | {"data": "the data itself"}
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Distances of the runs by task, teacher and sampler, a number for each seed; runs that are there count."""
+    found = {task: {teacher: {name: [] for name in TITLES} for teacher in TEACHERS} for task in args.tasks}
+    for task in args.tasks:
+        for teacher in TEACHERS:
+            for seed in range(args.seeds):
+                folder = args.output_dir / f"{task}_{teacher}_{seed}_{args.max_train_steps}"
+                if not (folder / "report.json").exists():
+                    words = ["--method", "ctm", "--task", task, "--teacher", teacher, "--seed", str(seed)]
+                    words += ["--max_train_steps", str(args.max_train_steps), "--output_dir", str(folder)]
+                    train_toy.main(words)
+                report = json.loads((folder / "report.json").read_text())
+                for name, values in found[task][teacher].items():
+                    values.append(report["wasserstein"][name])
+    return found
+
+
+def table(found: dict) -> str:
+    """Markdown: a row for each task and teacher, a column for each sampler."""
+    rows = [["task", "", *TITLES.values()], ["---"] * (2 + len(TITLES))]
+    for task, by_teacher in found.items():
+        for teacher, by_sampler in by_teacher.items():
+            numbers = [f"{statistics.mean(v):.4f} ± {statistics.pstdev(v):.4f}" for v in by_sampler.values()]
+            rows.append([task, TEACHERS[teacher], *numbers])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def draw(found: dict, file: Path) -> None:
+    """A panel for each task: each run a point over its sampler, both kinds side by side, and the data as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(found), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axis, (task, by_teacher) in zip(axes, found.items()):
+        for shift, colour, (teacher, by_sampler) in zip((-0.15, 0.15), ("C0", "C1"), by_teacher.items()):
+            for place, name in enumerate(SAMPLERS):
+                values, label = by_sampler[name], TEACHERS[teacher] if place == 0 else None
+                axis.scatter([place + shift] * len(values), values, s=16, color=colour, alpha=0.6, label=label)
+        floor = statistics.mean(by_teacher["trained"]["data"])
+        axis.axhline(floor, color="k", linewidth=0.8, linestyle=":", label="the data itself")
+        axis.set(title=task, yscale="log", xlim=(-0.5, len(SAMPLERS) - 0.5))
+        axis.set_xticks(range(len(SAMPLERS)), [TITLES[name].replace(", ", ",\n") for name in SAMPLERS], rotation=40)
+    axes[0].set_ylabel("Wasserstein-1 distance to the data")
+    axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=list(train_toy.TASKS), default=list(TASKS), help="the four of the line")
+    add("--seeds", type=int, default=5, help="runs of each kind (5)")
+    add("--max_train_steps", type=int, default=3000, help="half of the steps of a run (3000)")
+    add("--output_dir", type=Path, default=Path("runs/ctm_toy"), help="runs that are there already are not repeated")
+    args = parser.parse_args()
+    found = measure(args)
+    print(table(found))
+    draw(found, args.output_dir / "ctm_toy.png")
+    (args.output_dir / "ctm_toy.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Pushing a model: what arrives, through which outages, and what is found before training."""
+
+import math
+import threading
+import time
+
+import pytest
+from loopback import TOKEN
+
+from cm_diffusers.engine import hub as engine_hub
+from cm_diffusers.engine.hub import Publisher, is_passing
+
+
+FILES = {
+    "README.md": b"---\nlibrary_name: diffusers\n---\n# A model\n",
+    "model_index.json": b"{}",
+    "unet/config.json": b"{}",
+    "unet/diffusion_pytorch_model.safetensors": bytes(1000),
+    "scheduler/scheduler_config.json": b"{}",
+    "samples/1_step.png": b"png",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, content in {**FILES, "secrets.yaml": b"x", ".env": b"secret", "unet/notes.txt": b"x"}.items():
+        (tmp_path / "pipeline" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pipeline" / name).write_bytes(content)
+    return tmp_path / "pipeline"
+
+
+@pytest.fixture
+def publisher(hub, api, monkeypatch):
+    """A maker of publishers whose pauses are a hundredth of a second for each second."""
+    sleep, wait = time.sleep, threading.Event.wait
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 100))
+    monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: wait(self, timeout and timeout / 100))
+    said = []
+
+    def make(repo="tester/model", **settings):
+        made = Publisher(repo, say=said.append, api=api, **settings)
+        made.said = said
+        return made
+
+    return make
+
+
+def pushed(hub, repo="tester/model"):
+    return {name: content for name, content in hub.repository(repo).files.items() if name != ".gitattributes"}
+
+
+def test_what_a_model_consists_of_arrives_and_nothing_else(hub, publisher, folder):
+    one = publisher(private=True)
+    one.check()
+    one.push(folder, "End of training", tag="step-10")
+    assert one.finish(30) and one.failures == []
+    assert pushed(hub) == FILES
+    repo = hub.repository("tester/model")
+    assert repo.messages == ["End of training"] and list(repo.tags) == ["step-10"]
+    assert hub.unhandled == []
+
+
+def test_a_push_of_the_same_again_makes_no_commit(hub, publisher, folder):
+    for _ in range(2):
+        one = publisher()
+        one.check()
+        one.push(folder, "End of training")
+        assert one.finish(30)
+    assert hub.repository("tester/model").messages == ["End of training"]
+
+
+def test_a_name_without_a_user_is_the_tokens_own(hub, publisher, folder):
+    one = publisher("model")
+    one.check()
+    assert one.repo_id == "tester/model"
+
+
+# every call of a push, and what can befall it; five failures in a row each
+CALLS = ["POST /api/repos/create", "POST .*/preupload/", "POST .*/commit/", "POST .*/tag/", "POST .*/batch", "PUT "]
+OUTAGES = {
+    "503": {"status": 503},
+    "429": {"status": 429, "headers": {"Retry-After": "2"}},
+    "reset": {"reset": True},
+    "lost answer": {"reset": True, "processed": True},
+}
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+@pytest.mark.parametrize("call", CALLS)
+def test_an_outage_is_survived_without_a_second_commit(hub, publisher, folder, call, outage):
+    one = publisher()
+    one.check()
+    failure = hub.fail(call, times=5 if outage != "lost answer" else 1, **OUTAGES[outage])
+    one.push(folder, "End of training", tag="final")
+    assert one.finish(600), one.said
+    assert failure.hits >= 1
+    assert pushed(hub) == FILES and hub.repository("tester/model").messages == ["End of training"]
+    assert list(hub.repository("tester/model").tags) == ["final"]
+
+
+def test_a_blackout_is_waited_out_and_training_goes_on_meanwhile(hub, publisher, folder):
+    one = publisher()
+    one.check()
+    hub.down()
+    start = time.perf_counter()
+    one.push(folder, "step 10")
+    assert time.perf_counter() - start < 0.5  # the queue took it
+    threading.Timer(0.5, hub.up).start()
+    assert one.finish(600), one.said
+    assert pushed(hub) == FILES
+
+
+def test_when_time_is_over_the_push_has_failed_and_says_so(hub, publisher, folder):
+    one = publisher()
+    one.check()
+    hub.fail("POST .*/commit/", times=math.inf, status=503)
+    one.push(folder, "End of training")
+    assert not one.finish(20)
+    assert one.failures
+
+
+def test_each_push_is_done_with_whether_it_arrived_or_not(hub, publisher, folder):
+    one, done = publisher(), []
+    one.check()
+    hub.fail("POST .*/commit/", times=1, status=403)
+    one.push(folder, "first", done=lambda: done.append(1))
+    one.push(folder, "second", done=lambda: done.append(2))
+    assert not one.finish(30) and done == [1, 2]
+    assert "'first' was not pushed to tester/model" in one.said[0]
+    assert hub.repository("tester/model").messages == ["second"]
+
+
+# --- before training
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "tester/-model", "tester/mo del", "tester/" + 100 * "x"])
+def test_a_bad_name_is_found_at_once(publisher, name):
+    with pytest.raises(ValueError, match="hub_model_id"):
+        publisher(name).check()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_hub_that_refuses_is_an_error_at_once(hub, publisher, status):
+    hub.fail("POST /api/repos/create", times=1, status=status)
+    with pytest.raises(ValueError, match=r"'tester/model' can't be written to: .*hf auth login, or HF_TOKEN"):
+        publisher().check()
+
+
+def test_another_users_repository_is_refused_at_once(publisher):
+    with pytest.raises(ValueError, match="can't be written to"):
+        publisher("somebody/model").check()
+
+
+def test_an_unreachable_hub_is_a_warning(hub, publisher, folder):
+    one = publisher()
+    hub.down()
+    one.check()
+    assert "can't be reached now" in one.said[0] and "training goes on" in one.said[0]
+    hub.up()
+    one.push(folder, "End of training")
+    assert one.finish(60) and pushed(hub) == FILES
+
+
+def test_no_token_is_an_error_that_says_what_to_do(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
+    api = engine_hub.HfApi(endpoint=hub.url)
+    with pytest.raises(ValueError, match="hf auth login"):
+        Publisher("tester/model", api=api).check()
+
+
+def test_errors_that_stay_are_not_retried():
+    assert not is_passing(ValueError("x")) and not is_passing(RuntimeError("x"))
+
+
+def test_the_token_is_in_the_authorization_header_alone(hub, publisher, folder):
+    one = publisher()
+    one.check()
+    hub.fail("POST .*/commit/", times=1, status=500)
+    one.push(folder, "End of training")
+    assert one.finish(60)
+    for request in hub.log:
+        others = {name: value for name, value in request.headers.items() if name.lower() != "authorization"}
+        assert TOKEN not in str(others) and TOKEN.encode() not in request.body and TOKEN not in request.path
+    assert not any(TOKEN in line for line in one.said)

@@ -1,0 +1,46 @@
+"""Publish a saved model on the Hub: the folder `pipeline` of a run, with its card.
+
+    python training/push.py --model_dir runs/mine/pipeline --hub_model_id user/my-model
+
+The token comes from `hf auth login` or the environment's HF_TOKEN. Only what a model consists of is sent: no logs, no
+checkpoints. The same command again sends what is missing.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cm_diffusers.engine.hub import Publisher
+
+
+def push(args: argparse.Namespace) -> bool:
+    """Whether all has arrived. Raises ValueError for what can't be pushed, or not there."""
+    if not (args.model_dir / "model_index.json").is_file():
+        raise ValueError(f"model_dir {str(args.model_dir)!r} is not a model: it holds no model_index.json.")
+    publisher = Publisher(args.hub_model_id or args.model_dir.resolve().parent.name, args.hub_private_repo)
+    publisher.check()
+    publisher.push(args.model_dir, "Upload model", args.tag)
+    if not publisher.finish(args.hub_timeout):
+        return False
+    print(f"Pushed to {publisher.repo_id}.")
+    return True
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_dir", type=Path, required=True, help="folder with model_index.json")
+    add("--hub_model_id", help="user/name, or name (the name of the run's folder)")
+    add("--hub_private_repo", action="store_true", help="if the repository has to be made, make it private")
+    add("--hub_timeout", type=float, default=120, help="seconds to keep trying while the Hub is out of reach (120)")
+    add("--tag", help="tag the revision, for example step-10000")
+    try:
+        done = push(parser.parse_args(argv))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(0 if done else 1)
+
+
+if __name__ == "__main__":
+    main()
