@@ -1,5 +1,6 @@
 """What the pipelines of this folder share: shapes, latents, labels and images."""
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+
+from .travel import save_with_code
 
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -33,6 +36,15 @@ class ImagePipeline(DiffusionPipeline):
     def default_steps(self) -> tuple[int, ...]:
         """The numbers of steps that show what the model can do, the usual one first."""
         raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Save as diffusers does, and with the code of the library's classes.
+
+        Once cm_diffusers is imported, `DiffusionPipeline.from_pretrained(folder)` loads it and runs no code of the
+        folder; with `custom_pipeline="pipeline", trust_remote_code=True` nothing but diffusers has to be installed.
+        The arguments are those of `DiffusionPipeline.save_pretrained`.
+        """
+        save_with_code(self, save_directory, *args, **kwargs)
 
     def check_inputs(self, output_type: str, tensor_inputs: list[str]) -> None:
         """Raise ValueError for what can't be done, before any work."""

@@ -107,6 +107,11 @@ class RunArguments:
         0.05, "No half-life is longer than this share of the images seen so far; 0 for no ramp."
     )
     ema_decay: list[float] | None = option(None, "Decays of averages of the weights, constant.")
+    export_weights: str = option(
+        "ema",
+        "Which weights the pipeline gets: their first average, or those that are trained.",
+        choices=["ema", "online"],
+    )
     checkpointing_steps: int = option(1000, "Steps between checkpoints.")
     checkpoints_total_limit: int = option(2, "How many checkpoints are kept.")
     validation_steps: int = option(1000, "Steps between sample grids; 0 for none.")

@@ -46,6 +46,7 @@ FREE_TO_CHANGE = {
     "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     "report_to", "dry_run", "dataloader_num_workers", "max_skipped_steps", "train_batch_size",
     "gradient_accumulation_steps", "compile", "gradient_checkpointing", "train_data_dir", "dataset_name",
+    "export_weights",
 }  # fmt: skip
 
 
@@ -357,9 +358,10 @@ class Trainer:
         self._signal = number
 
     def exported(self):
-        """The pipeline with the first average of the weights."""
-        shadow = next(iter(self.ema.shadows.values()))
+        """The pipeline with the first average of the weights, or the weights themselves where asked for."""
+        online = self.run.export_weights == "online"
+        weights = self.objective.network.state_dict() if online else next(iter(self.ema.shadows.values()))
         config = {k: v for k, v in self.objective.network.config.items() if k != "_name_or_path"}  # a path of here
         network = type(self.objective.network).from_config(config)
-        network.load_state_dict(shadow)
+        network.load_state_dict(weights)
         return self.objective.pipeline(network.to(self.accelerator.device).eval())

@@ -1,7 +1,7 @@
 """From settings to a saved pipeline: what the training scripts call."""
 
+import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -10,14 +10,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 from filelock import FileLock, Timeout
 
-from cm_diffusers.engine.checkpoint import fsync_folder
 from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.discriminators import build_discriminator
+from cm_diffusers.engine.export import save_pipeline
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, load_teacher
 from cm_diffusers.objectives import OBJECTIVES
@@ -54,7 +53,8 @@ def train(config: Config) -> Path:
         resumed = trainer.resume()
         if accelerator.is_main_process:
             (folder / "config.yaml").write_text(trainer.config.to_yaml())
-        if resumed and trainer.step >= run.max_train_steps and (folder / "pipeline" / "model_index.json").exists():
+        goal = json.dumps({"step": run.max_train_steps, "weights": run.export_weights})
+        if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
             trainer._say(f"This run is finished: {folder / 'pipeline'} holds its model.")
         else:
             if run.report_to:
@@ -64,7 +64,8 @@ def train(config: Config) -> Path:
                 accelerator.init_trackers("cm_diffusers", config=scalars)
             trainer.fit()
             if accelerator.is_main_process:
-                export(trainer.exported(), folder / "pipeline")
+                save_pipeline(trainer.exported(), folder / "pipeline", verify=True)
+                (folder / "exported.json").write_text(goal)
                 _say_what_next(folder)
         accelerator.wait_for_everyone()
         trainer = None  # the distributed wrapper goes before its process group: the other way round gloo can deadlock
@@ -121,21 +122,10 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
-def export(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Save a pipeline so that `folder` is at any moment either the old one or the new one, whole."""
-    written, old = folder.with_name(".tmp-pipeline"), folder.with_name(".old-pipeline")
-    for leftover in (written, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    pipeline.to("cpu").save_pretrained(written)
-    for path in written.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(written, folder)
-    fsync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _holds(folder: Path, export: str) -> bool:
+    """Whether the last export of the run was this one, and is still there."""
+    note = folder / "exported.json"
+    return (folder / "pipeline" / "model_index.json").exists() and note.exists() and note.read_text() == export
 
 
 def _say_what_next(folder: Path) -> None:

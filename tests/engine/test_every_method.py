@@ -131,7 +131,7 @@ assert "cm_diffusers" not in sys.modules
 
 
 def test_every_consistency_model_loads_with_nothing_but_diffusers(train, tmp_path):
-    methods = [method for method in OBJECTIVES if method not in ("diffusion", *CONTINUOUS)]
+    methods = [method for method in OBJECTIVES if method not in ("diffusion", "ctm", *CONTINUOUS)]
     folders = [train(tmp_path / method, method) / "pipeline" for method in methods]
     subprocess.run([sys.executable, "-I", "-c", STOCK, *map(str, folders)], check=True, capture_output=True)
     for folder in folders:
@@ -217,21 +217,24 @@ def test_a_distance_for_a_method_without_a_choice_is_refused_with_those_that_hav
 
 
 SAMPLER = """
-import sys, numpy, torch, cm_diffusers
+import sys, numpy, torch
 from diffusers import DiffusionPipeline
 for folder in sys.argv[1:]:
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
     generator = torch.Generator().manual_seed(0)
     images = pipe(class_labels=[1, 2, 3], num_inference_steps=2, generator=generator, output_type="np").images
     numpy.save(f"{folder}/images.npy", images)
+assert "cm_diffusers" not in sys.modules
 """
 
 
-def test_models_with_tangents_sample_alike_in_a_new_process(train, tmp_path):
-    folders = [train(tmp_path / method, method) / "pipeline" for method in CONTINUOUS]
+def test_other_models_load_with_nothing_but_diffusers_and_their_own_code(train, tmp_path):
+    folders = [train(tmp_path / method, method) / "pipeline" for method in ("ctm", *CONTINUOUS)]
     folders.append(run(tmp_path / "flow", "diffusion", interpolant="flow") / "pipeline")
     folders.append(run(tmp_path / "trig", "diffusion", interpolant="trigflow", model_preset="jvp_tiny") / "pipeline")
-    subprocess.run([sys.executable, "-c", SAMPLER, *map(str, folders)], check=True, capture_output=True)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code")}
+    command = [sys.executable, "-I", "-c", SAMPLER, *map(str, folders)]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     for folder in folders:
         assert not any("log_variance" in key for key in load_file(next(folder.glob("unet/*.safetensors"))))
         pipe = load_pipeline(str(folder))

@@ -116,7 +116,7 @@ def test_saved_pipeline_makes_the_same_images(make, tmp_path):
         assert type(again) is type(pipe) and type(again.scheduler) is type(pipe.scheduler)
         again.set_progress_bar_config(disable=True)
         assert torch.equal(images(again, class_labels=[3, 4]), images(pipe, class_labels=[3, 4]))
-    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".py", ".safetensors"}
 
 
 LOAD = """

@@ -1,0 +1,207 @@
+"""The code that a saved pipeline takes along, so that it loads where nothing but diffusers is installed.
+
+`pipeline.py` holds the class of the pipeline, and a `cm_diffusers.py` beside each component of the library the classes
+of all of them, as diffusers copies these files to one place. The index of the folder names the library and not a file:
+once cm_diffusers is imported, diffusers takes its classes and runs no code of the folder.
+"""
+
+import ast
+import copy
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import FrozenDict
+
+
+LIBRARY = "cm_diffusers"
+MAY_IMPORT = {"torch", "numpy", "diffusers", *sys.stdlib_module_names}
+DOCSTRING = """{title}, in one file that needs torch, numpy and diffusers only.
+
+Of the library cm_diffusers {version} (Apache-2.0), written by its save_pretrained. The folder loads with
+
+    DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
+
+or, once the library is imported, by DiffusionPipeline.from_pretrained(folder), which does not run this file.
+"""
+KEEP_APART = """
+import hashlib
+import sys
+from pathlib import Path
+
+# diffusers copies the files of all folders to one place and runs them under one name, each in the namespace of the
+# last. This one keeps its text, with which it is saved again, and takes a name and so a namespace of its own.
+TRAVELLING_SOURCE = Path(__file__).read_text(encoding="utf-8")
+if __name__.startswith("diffusers_modules."):
+    _this_module = sys.modules.pop(__name__)
+    __name__ += "_" + hashlib.sha256(TRAVELLING_SOURCE.encode()).hexdigest()[:16]
+    sys.modules[__name__] = _this_module
+"""
+
+
+def save_with_code(pipeline: DiffusionPipeline, folder: Any, *args, **kwargs) -> None:
+    """diffusers' `save_pretrained`, and the code of the library's classes; stock classes need none.
+
+    The arguments are those of `DiffusionPipeline.save_pretrained`. No file names a folder of this machine.
+    """
+    for name, text in travelling_files(pipeline).items():  # first, as with push_to_hub what lies there is uploaded
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    with _portable_configs(pipeline):
+        DiffusionPipeline.save_pretrained(pipeline, folder, *args, **kwargs)
+
+
+def travelling_files(pipeline: DiffusionPipeline) -> dict[str, str]:
+    """The code to save with `pipeline`, by path in its folder; nothing where all classes are stock."""
+    files, kind = {}, type(pipeline)
+    if is_ours(kind):
+        bases = [base.__name__ for base in kind.__mro__[1:] if is_ours(base)]
+        files["pipeline.py"] = _source_kept(kind) or bundle(_sources([kind]), kind.__name__, _version(), hidden=bases)
+    parts = _parts(pipeline)
+    if parts:
+        used = {cls for part in parts.values() for cls in _network_classes(part) if not _source_kept(cls)}
+        classes = sorted(used, key=lambda cls: cls.__name__)
+        title = ", ".join(cls.__name__ for cls in classes)
+        for name, part in parts.items():
+            source = _source_kept(type(part)) or bundle(_sources(classes), title, _version())
+            files[f"{name}/{LIBRARY}.py"] = source
+    return files
+
+
+def is_ours(cls: type) -> bool:
+    """Whether `cls` is a class of the library, installed or out of a saved folder."""
+    return cls.__module__.split(".")[0] == LIBRARY or _source_kept(cls) is not None
+
+
+def bundle(sources: dict[str, str], title: str, version: str, hidden: Sequence[str] = ()) -> str:
+    """One self-contained module out of several.
+
+    Args:
+        sources: the modules' texts by their full names, each after those neighbours that it imports by a relative
+            import.
+        title: what the module holds, for its docstring.
+        version: of the library.
+        hidden: names to delete at the end, as diffusers looks for one pipeline in a module.
+
+    Raises:
+        ValueError: a name has two meanings, or a module imports what it may not.
+    """
+    meanings, imports, bodies = {}, set(), []
+    for module, source in {"the start": KEEP_APART, **sources}.items():
+        tree, lines = ast.parse(source), source.splitlines()
+        about = ast.get_docstring(tree)
+        for position, node in enumerate(tree.body):
+            is_import = isinstance(node, (ast.Import, ast.ImportFrom))
+            found = _imports(node, module, sources) if is_import else {n: f"{n} of {module}" for n in _defined(node)}
+            for name, meaning in found.items():
+                if meanings.setdefault(name, meaning) != meaning:
+                    raise ValueError(f"In one module {name!r} can't be both {meanings[name]!r} and {meaning!r}.")
+            if is_import:
+                imports |= set(found.values())
+            if is_import or position == 0 and about:
+                lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+        heading = [f"# {line}".rstrip() for line in (f"--- {module}", *(about or "").splitlines())]
+        body = "\n".join(line for line in lines if line is not None).strip("\n")
+        bodies.append("\n".join(heading) + f"\n\n{body}\n" if module in sources else f"{body}\n")
+    if hidden:
+        bodies.append(f"del {', '.join(hidden)}  # diffusers looks for one pipeline in this file\n")
+    docstring = DOCSTRING.format(title=title, version=version)
+    return "\n\n".join([f'"""{docstring}"""\n\n# SPDX-License-Identifier: Apache-2.0\n\n{_merged(imports)}', *bodies])
+
+
+def _imports(node: ast.Import | ast.ImportFrom, module: str, sources: dict[str, str]) -> dict[str, str]:
+    """By the names that it binds, the statement `node` as one per name; nothing for names out of `sources`."""
+    relative = isinstance(node, ast.ImportFrom) and node.level > 0
+    plain = not any(alias.asname for alias in node.names)
+    if relative and plain and node.level == 1 and f"{module.rpartition('.')[0]}.{node.module}" in sources:
+        return {}
+    found = {}
+    for alias in node.names:
+        statement = copy.copy(node)
+        statement.names = [alias]
+        root = (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
+        if relative or root not in MAY_IMPORT:
+            raise ValueError(f"{module} can't travel with a saved pipeline, because of: {ast.unparse(statement)}")
+        found[alias.asname or alias.name.split(".")[0]] = ast.unparse(statement)
+    return found
+
+
+def _merged(imports: set[str]) -> str:
+    """Statements that import one name each, as one per module."""
+    names = {}
+    for statement in sorted(imports, key=lambda text: (text.startswith("from"), text)):
+        start, _, name = statement.partition(" import ")
+        names.setdefault(start, []).append(name)
+    return "\n".join(f"{start} import {', '.join(some)}" if some[0] else start for start, some in names.items()) + "\n"
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    """The names that a statement of a module defines."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+
+def _version() -> str:
+    return sys.modules[LIBRARY].__version__
+
+
+def _sources(classes: list[type]) -> dict[str, str]:
+    """The texts of the modules that define `classes`, and of the neighbours that these import, those first."""
+
+    def texts(module: ModuleType) -> dict[str, str]:
+        source, found = inspect.getsource(module), {}
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                found |= texts(sys.modules[f"{module.__package__}.{node.module}"])
+        return found | {module.__name__: source}
+
+    found = {}
+    for cls in classes:  # whose __module__ is the library as a whole, that of its functions is not
+        found |= texts(sys.modules[cls.__init__.__module__])
+    return found
+
+
+def _source_kept(cls: type) -> str | None:
+    """The text of the saved file that `cls` came with; None for other classes."""
+    return getattr(sys.modules.get(cls.__module__), "TRAVELLING_SOURCE", None)
+
+
+def _components(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """The components, compiled ones unwrapped."""
+    return {name: getattr(part, "_orig_mod", part) for name, part in pipeline.components.items()}
+
+
+def _parts(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """The components of the library's classes."""
+    return {name: part for name, part in _components(pipeline).items() if is_ours(type(part))}
+
+
+def _network_classes(part: Any) -> set[type]:
+    """The classes of `part` and, for a network, of the networks in it that are the library's."""
+    modules = part.modules() if isinstance(part, ModelMixin) else ()
+    return {type(part), *(type(m) for m in modules if isinstance(m, ModelMixin) and is_ours(type(m)))}
+
+
+@contextmanager
+def _portable_configs(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Let the configs for a while name the library for its classes, and no folder that something was loaded from."""
+    components = {name: getattr(part, "_orig_mod", part) for name, part in pipeline.components.items()}
+    kept = [
+        (part, part._internal_dict) for part in (pipeline, *components.values()) if hasattr(part, "_internal_dict")
+    ]
+    try:
+        for part, config in kept:
+            part._internal_dict = FrozenDict({key: value for key, value in config.items() if key != "_name_or_path"})
+        index = {name: (LIBRARY, type(part).__name__) for name, part in _parts(pipeline).items()}
+        pipeline._internal_dict = FrozenDict({**pipeline._internal_dict, **index})
+        yield
+    finally:
+        for part, config in kept:
+            part._internal_dict = config
