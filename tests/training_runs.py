@@ -36,9 +36,10 @@ def flags(folder, method="ect", **settings):
 
 
 def run(folder, method="ect", **settings):
-    """Train in this process; gives the folder of the run. What is exported is not verified, which takes seconds."""
+    """Train in this process; gives the folder of the run. Its export is not verified or drawn, which takes seconds."""
     with mock.patch("cm_diffusers.engine.export.verify_export"):
-        train(parse_config(flags(folder, method, **settings), [method], ""))
+        with mock.patch("cm_diffusers.engine.run.draw_grids", return_value={}):
+            train(parse_config(flags(folder, method, **settings), [method], ""))
     return Path(folder)
 
 

@@ -119,9 +119,7 @@ class RunArguments:
     push_to_hub: bool = option(False, "Publish the model on the Hub, with a card.")
     hub_model_id: str | None = option(None, "Where: user/name, or a name. Default: the name of output_dir.")
     hub_private_repo: bool = option(False, "If the repository has to be made, make it private.")
-    hub_strategy: str = option(
-        "end", "When: at the end, or at each checkpoint, too.", choices=["end", "every_save"]
-    )
+    hub_strategy: str = option("end", "When: at the end, or at each checkpoint, too.", choices=["end", "every_save"])
     hub_timeout: float = option(120.0, "Seconds to keep trying after training while the Hub is out of reach.")
     report_to: str | None = option(None, "A tracker that Accelerate knows: tensorboard, wandb, trackio, ...")
     dry_run: bool = option(False, "Print the resolved settings and stop.")

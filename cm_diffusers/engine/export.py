@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ def save_pipeline(
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
     verify: bool = False,
+    complete: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     """Save a pipeline with the code that it needs; `folder` is at any moment the old one or the new one, whole.
 
@@ -40,6 +42,7 @@ def save_pipeline(
             `from_pretrained(folder, variant="fp16", dtype=torch.float16)` loads.
         max_shard_size: weights above it are split into several files; bytes, or "10GB".
         verify: call `verify_export` before the new one takes the place of the old one.
+        complete: called with the folder before that; it may add a card and pictures.
 
     Raises:
         ValueError: another variant.
@@ -56,6 +59,7 @@ def save_pipeline(
         _save_variant(pipeline, written, variant, max_shard_size)
     if verify:
         verify_export(pipeline, written)
+    complete(written)
     for path in written.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:

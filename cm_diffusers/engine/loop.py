@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.ema import EMA, ConstantDecay, HalfLife
+from cm_diffusers.engine.card import Surroundings
 from cm_diffusers.engine.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -46,7 +48,7 @@ FREE_TO_CHANGE = {
     "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     "report_to", "dry_run", "dataloader_num_workers", "max_skipped_steps", "train_batch_size",
     "gradient_accumulation_steps", "compile", "gradient_checkpointing", "train_data_dir", "dataset_name",
-    "export_weights",
+    "export_weights", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_timeout",
 }  # fmt: skip
 
 
@@ -93,6 +95,13 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.meter = LossMeter(self.objective.terms)
         self._signal = 0
+        self.on_save: Callable[[], None] = lambda: None  # called on the main process after each checkpoint
+
+    def surroundings(self) -> Surroundings:
+        """What a model card says of the run beside its settings."""
+        channels, (height, width), classes = self.data.channels, self.data.resolution, self.data.num_classes
+        shape = f"{channels} x {height} x {width}" + (f", {classes} classes" if classes else "")
+        return Surroundings(self.step, self.spot.global_batch, self.accelerator.num_processes, shape)
 
     # --- state -------------------------------------------------------------------------------------------------
 
@@ -322,6 +331,8 @@ class Trainer:
                     bar.set_postfix(loss=row["loss"], skipped=self.skipped, **self.objective.describe(self.step - 1))
                 if stop or last or self.step % run.checkpointing_steps == 0:
                     self.save()
+                    if main and not last:  # the last step is exported anyway
+                        self.on_save()
                 if stop and not last:
                     self._say(f"Stopped by a signal at step {self.step}; the same command resumes.")
                     raise Stopped(128 + (self._signal or signal.SIGTERM))

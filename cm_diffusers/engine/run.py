@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.utils.logging import disable_progress_bar
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
-from cm_diffusers.engine.config import Config, parse_config
+from cm_diffusers.engine.card import draw_grids, model_card
+from cm_diffusers.engine.config import Config, RunArguments, parse_config
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.discriminators import build_discriminator
 from cm_diffusers.engine.export import save_pipeline
+from cm_diffusers.engine.hub import Publisher
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, load_teacher
 from cm_diffusers.objectives import OBJECTIVES
@@ -49,6 +53,7 @@ def train(config: Config) -> Path:
     )
     lock = _lock(folder) if accelerator.is_main_process else None
     try:
+        publisher = _publisher(run, folder) if accelerator.is_main_process and run.push_to_hub else None
         trainer = _prepare(config, accelerator)
         resumed = trainer.resume()
         if accelerator.is_main_process:
@@ -62,11 +67,15 @@ def train(config: Config) -> Path:
                     k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.to_dict().items()
                 }
                 accelerator.init_trackers("cm_diffusers", config=scalars)
+            if publisher is not None and run.hub_strategy == "every_save":
+                trainer.on_save = lambda: _publish_checkpoint(trainer, publisher, folder)
             trainer.fit()
             if accelerator.is_main_process:
-                save_pipeline(trainer.exported(), folder / "pipeline", verify=True)
+                _export(trainer, folder / "pipeline", publisher, verify=True)
                 (folder / "exported.json").write_text(goal)
                 _say_what_next(folder)
+                if publisher is not None:
+                    _publish(publisher, folder, run.hub_timeout)
         accelerator.wait_for_everyone()
         trainer = None  # the distributed wrapper goes before its process group: the other way round gloo can deadlock
         accelerator.free_memory()
@@ -75,6 +84,45 @@ def train(config: Config) -> Path:
         if lock is not None:
             lock.release()
     return folder / "pipeline"
+
+
+def _publisher(run: RunArguments, folder: Path) -> Publisher:
+    """Who pushes this run; that it may has been tried."""
+    publisher = Publisher(run.hub_model_id or folder.resolve().name, run.hub_private_repo, tqdm.write)
+    publisher.check()
+    return publisher
+
+
+def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, verify: bool = False) -> None:
+    """Save the model as it is now in `folder`, with its card and pictures."""
+    pipeline = trainer.exported()
+    name = publisher.repo_id if publisher is not None else trainer.folder.resolve().name
+    metrics = trainer.folder / "report.json"
+
+    def complete(written: Path) -> None:
+        grids = draw_grids(pipeline, written)
+        card = model_card(trainer.config, trainer.objective, pipeline, trainer.surroundings(), name, grids, metrics)
+        card.save(written / "README.md")
+
+    save_pipeline(pipeline, folder, verify=verify, complete=complete)
+
+
+def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) -> None:
+    """Push the model as it is now, in the background, from a copy of its own."""
+    copy = folder / ".hub" / f"step-{trainer.step}"
+    _export(trainer, copy, publisher)
+    publisher.push(copy, f"Step {trainer.step}", f"step-{trainer.step}", done=lambda: shutil.rmtree(copy))
+
+
+def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
+    publisher.push(folder / "pipeline", "End of training")
+    if publisher.finish(timeout):
+        print(f"Pushed to {publisher.repo_id}.")
+    else:
+        print(
+            f"The model is complete in {folder / 'pipeline'}, but not all of it is on the Hub. Finish the push with:"
+            f"\n  python training/push.py --model_dir {folder / 'pipeline'} --hub_model_id {publisher.repo_id}"
+        )
 
 
 def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
@@ -95,9 +143,8 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
     trainer = Trainer(config, objective, data, accelerator)
     if main:
         count = sum(p.numel() for p in start.network.parameters())
-        classes = f", {data.num_classes} classes" if data.num_classes else ""
-        size = f"{data.channels} x {data.resolution[0]} x {data.resolution[1]}"
-        trainer._say(f"Data: {'a stream' if data.images is None else len(data.images)} of images, {size}{classes}")
+        number = "a stream" if data.images is None else len(data.images)
+        trainer._say(f"Data: {number} of images, {trainer.surroundings().shape}")
         if data.images is None:
             trainer._say("A stream has no fixed order: stopped and resumed, this run is not bit for bit the same.")
         trainer._say(f"sigma_data: {start.spec.sigma_data} (root mean square of the images in [-1, 1])")
@@ -106,6 +153,9 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
         )
         trainer._say(f"Method: {config.method}, {objective.options}")
         trainer._say(f"Images per step: {trainer.spot.global_batch} on {accelerator.num_processes} process(es)")
+        # what could be wrong with the card is found now, and not when the model is there
+        pipeline = objective.pipeline(start.network)
+        model_card(trainer.config, objective, pipeline, trainer.surroundings(), "model", {}, folder / "report.json")
     return trainer
 
 

@@ -30,11 +30,16 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def publisher(hub, api, monkeypatch):
-    """A maker of publishers whose pauses are a hundredth of a second for each second."""
+def quick(monkeypatch):
+    """Pauses take a hundredth of their time."""
     sleep, wait = time.sleep, threading.Event.wait
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 100))
     monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: wait(self, timeout and timeout / 100))
+
+
+@pytest.fixture
+def publisher(hub, api, quick):
+    """A maker of publishers."""
     said = []
 
     def make(repo="tester/model", **settings):
