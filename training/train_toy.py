@@ -4,8 +4,8 @@
     python training/train_toy.py --task three_gmm --method ctm --output_dir runs/toy_ctm
 
 Leaves toy.png and report.json: on the line `rms_error` (root mean square distance of the learned function from the
-exact one over the noise marginal) and, for ctm, `wasserstein` by sampler (see toy_ctm.py). Takes a minute or two on one
-core.
+exact one over the noise marginal) and, for ctm, `wasserstein` by sampler (see toy_ctm.py). Takes a minute or two on
+one core.
 """
 
 import argparse
