@@ -154,8 +154,8 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
         trainer._say(f"Method: {config.method}, {objective.options}")
         trainer._say(f"Images per step: {trainer.spot.global_batch} on {accelerator.num_processes} process(es)")
         # what could be wrong with the card is found now, and not when the model is there
-        pipeline = objective.pipeline(start.network)
-        model_card(trainer.config, objective, pipeline, trainer.surroundings(), "model", {}, folder / "report.json")
+        around, metrics = trainer.surroundings(), folder / "report.json"
+        model_card(trainer.config, objective, trainer.exported(), around, "model", {}, metrics)
     return trainer
 
 
