@@ -1,4 +1,4 @@
-"""Consistency trajectory models, CTM (Kim et al. 2023, arXiv:2310.02279, algorithm 1).
+"""Consistency trajectory models, CTM (Kim et al. 2023, arXiv:2310.02279).
 
 The network has two times: one call jumps along a trajectory of the ODE from t to any s <= t, and for s = t it is a
 denoiser. Unlike CD, which compares two jumps to the data, CTM compares two jumps to any s, carried on from there to
@@ -48,7 +48,7 @@ class CTM(Objective):
         times="t, u, s on a Karras grid, u after k steps",
         distance="pseudo-Huber (LPIPS)",
         weight="1",
-        paper="[Kim et al. 2023](https://arxiv.org/abs/2310.02279), alg. 1",
+        paper="[Kim et al. 2023](https://arxiv.org/abs/2310.02279)",
     )
 
     def __init__(self, *args, discriminator: nn.Module | None = None, **kwargs):

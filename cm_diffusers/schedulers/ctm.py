@@ -25,7 +25,7 @@ class CTMSchedulerOutput(BaseOutput):
 
 
 class CTMScheduler(SchedulerMixin, ConfigMixin):
-    """Gamma sampling (algorithm 3): from sigma_i jump below sigma_{i+1}, then add noise up to sigma_{i+1}.
+    """Gamma sampling: from sigma_i jump below sigma_{i+1}, then add noise up to sigma_{i+1}.
 
     The samples are x0 + sigma noise. The network F has two times, the level t of its input and the level s to jump to
     (`.timesteps` and `.target_timesteps`, as labels). Under EDM's preconditioning, without a floor,
