@@ -314,7 +314,7 @@ def test_sample_grids_do_not_touch_the_run(tmp_path, whole):
 def test_a_run_folder_holds_tensors_text_and_pictures_only(tmp_path):
     run(tmp_path, validation_steps=6, max_train_steps=6)
     files = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl", ".yaml", ".png", ""}
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl", ".yaml", ".png", ".md", ""}
     assert {path.name for path in files if not path.suffix} == {".lock", ".owner"}
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
         "checkpoint-3",
