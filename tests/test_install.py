@@ -38,6 +38,17 @@ def test_a_wheel_holds_the_package_and_its_pipelines(wheel_folder, tmp_path):
     assert pipeline == wheel_folder / "cm_diffusers" / "pipelines" / "consistency.py"
 
 
+def test_a_wheel_trains(wheel_folder, tmp_path):
+    """The engine finds what it reads at import, such as the template of model cards."""
+    show = "import cm_diffusers.engine.run, cm_diffusers.engine.card as c; print(c.TEMPLATE.read_text())"
+    environment = {**os.environ, "PYTHONPATH": str(wheel_folder)}
+    result = subprocess.run(
+        [sys.executable, "-c", show], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == (ROOT / "hub_cards" / "model_card.md").read_text().strip()
+
+
 def test_the_tree_works_as_it_is(tmp_path):
     package, pipeline = imported_from(ROOT, tmp_path)
     assert package == ROOT / "cm_diffusers" / "__init__.py"

@@ -5,6 +5,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -63,6 +64,7 @@ def commit() -> str:
     )
 
 
+@cache  # a teacher on the Hub is asked once, and not at each save
 def licence_of(teacher: str | None) -> str | None:
     """The licence that a teacher's own card states; None where there is no card or it says nothing."""
     if teacher is None:
