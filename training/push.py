@@ -10,7 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from cm_diffusers.engine.hub import Publisher
+from cm_diffusers.engine.card import renew_card
+from cm_diffusers.engine.hub import Publisher, Push
 
 
 def push(args: argparse.Namespace) -> bool:
@@ -19,7 +20,8 @@ def push(args: argparse.Namespace) -> bool:
         raise ValueError(f"model_dir {str(args.model_dir)!r} is not a model: it holds no model_index.json.")
     publisher = Publisher(args.hub_model_id or args.model_dir.resolve().parent.name, args.hub_private_repo)
     publisher.check()
-    publisher.push(args.model_dir, "Upload model", args.tag)
+    renew_card(args.model_dir, publisher.repo_id)
+    publisher.push(Push(args.model_dir, "Upload model", args.tag))
     if not publisher.finish(args.hub_timeout):
         return False
     print(f"Pushed to {publisher.repo_id}.")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import yaml
 
+from cm_diffusers.engine.card import METRICS, renew_card
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.pictures import image_grid, titled_row
@@ -112,7 +113,8 @@ def main() -> None:
         "seed": 0,
         "time": {name: round(b - a, 1) for name, a, b in zip(names, clock, clock[1:])},
     }
-    (FOLDER / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (FOLDER / METRICS).write_text(json.dumps(report, indent=2) + "\n")
+    renew_card(FOLDER / "pipeline", FOLDER.name)
 
     print("\nFréchet distance to real digits, in the features of a small classifier (less is better):")
     for name, distance in distances.items():

@@ -1,30 +1,36 @@
 """The model card: what a saved model is, how it was made, how to use it. All of it comes from the run itself."""
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from diffusers import DiffusionPipeline
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 import cm_diffusers
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.pictures import image_grid
 from cm_diffusers.engine.preview import sample_images, with_our_interface
 from cm_diffusers.objectives import Objective
+from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
 _here = Path(cm_diffusers.__file__).parent
 TEMPLATE = next(f for f in (_here / "hub_cards", _here.parent / "hub_cards") if f.is_dir()) / "model_card.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PLACES = {"output_dir", "train_data_dir", "config", "revision"}
+HERE = "local"  # what a card says of a name that means something on this machine only
+PLACES = ("output_dir", "train_data_dir", "config")
 NAMES = ("dataset_name", "pretrained_teacher_model", "pretrained_model_name_or_path", "model_config_name_or_path")
+FACTS = "card.json"  # beside a saved model: all that its card says, but for what was measured of it
+METRICS = "report.json"  # beside it, where something was measured
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,11 @@ def hub_id(name: str | None) -> str | None:
     return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
-def shown(name: str | None, otherwise: str) -> str:
+def shown(name: str | None, revision: str | None, otherwise: str) -> str:
     """A link to the Hub, or words in place of a local path."""
     known = hub_id(name)
-    return f"[{known}](https://huggingface.co/{known})" if known else otherwise
+    at = f", revision {revision}" if revision else ""
+    return f"[{known}](https://huggingface.co/{known}){at}" if known else otherwise
 
 
 def commit() -> str:
@@ -65,12 +72,14 @@ def commit() -> str:
 
 
 @cache  # a teacher on the Hub is asked once, and not at each save
-def licence_of(teacher: str | None) -> str | None:
+def licence_of(teacher: str | None, revision: str | None = None) -> str | None:
     """The licence that a teacher's own card states; None where there is no card or it says nothing."""
     if teacher is None:
         return None
     try:
-        return ModelCard.load(Path(teacher) / "README.md" if Path(teacher).exists() else teacher).data.license
+        if Path(teacher).exists():
+            return ModelCard.load(Path(teacher) / "README.md").data.license
+        return ModelCard(Path(hf_hub_download(teacher, "README.md", revision=revision)).read_text()).data.license
     except Exception:  # no card, no network, a card that can't be read: nothing is known
         return None
 
@@ -91,130 +100,169 @@ def read_metrics(file: Path) -> tuple[dict[str, float], dict[str, str]]:
     return numbers, notes
 
 
-def snippet(pipeline: DiffusionPipeline, repo: str, trusting: bool = False) -> str:
+def snippet(facts: Mapping[str, Any], repo: str, trusting: bool = False) -> str:
     """Python that loads the model and makes images."""
-    stock = type(pipeline).__module__.startswith("diffusers.")
-    lines = [] if stock or trusting else ["import cm_diffusers  # so that diffusers knows its classes"]
+    lines = [] if facts["stock"] or trusting else ["import cm_diffusers  # so that diffusers knows its classes"]
     extra = ', custom_pipeline="pipeline", trust_remote_code=True' if trusting else ""
     lines += [
         "from diffusers import DiffusionPipeline",
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{repo}"{extra})',
     ]
-    classes = pipeline.unet.config.num_class_embeds
+    classes = facts["classes"]
     labels = f"class_labels={[i % classes for i in range(4)]}, " if classes else ""
-    steps = 18 if "Denoising" in type(pipeline).__name__ or pipeline.scheduler.config.get("solver") == "heun" else 2
-    lines.append(f"images = pipe(batch_size=4, {labels}num_inference_steps={steps}).images")
+    lines.append(f"images = pipe(batch_size=4, {labels}num_inference_steps={facts['usual_steps']}).images")
     return "\n".join(lines)
 
 
-def recipe(config: Config) -> str:
-    """The settings as YAML, without places and names of this machine."""
-    kept = {key: value for key, value in config.to_dict().items() if key not in PLACES and value is not None}
-    for name in NAMES:
-        if name in kept and hub_id(kept[name]) is None:
-            kept.pop(name)
-    return yaml.safe_dump(kept, sort_keys=False).strip()
+def portable_settings(config: Config) -> dict[str, Any]:
+    """The settings, with `HERE` in place of the names of folders of this machine."""
+    settings = config.to_dict()
+    local = [key for key in PLACES if settings.get(key) is not None]
+    local += [key for key in NAMES if settings.get(key) not in (None, "digits") and hub_id(settings[key]) is None]
+    return settings | dict.fromkeys(local, HERE)
 
 
-def model_card(
+def card_facts(
     config: Config,
     objective: Objective,
     pipeline: DiffusionPipeline,
     around: Surroundings,
-    repo: str,
-    grids: Mapping[str, str],
-    metrics: Path,
-) -> ModelCard:
-    """The card of `pipeline`, to be saved as its README.md.
+    grids: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
+    """What the card of `pipeline` says, as JSON: all but its name and what was measured of it.
 
     Args:
         config: the run's settings.
         objective: its method.
         pipeline: what was trained.
         around: what else the run knows.
+        grids: by title the pictures in the model's folder ("file") and the noise levels that they took ("sigmas").
+    """
+    data, settings = config.data, portable_settings(config)
+    teacher, revision = getattr(config.options, "pretrained_teacher_model", None), config.model.teacher_revision
+    licence = licence_of(teacher, revision)
+    count, device = around.processes, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    local_data = "the handwritten digits of scikit-learn" if data.dataset_name == "digits" else "a local dataset"
+    start = config.model.pretrained_model_name_or_path
+    return {
+        "method": config.method,
+        "what": objective.facts.what,
+        "paper": objective.facts.paper,
+        "shape": around.shape,
+        "stock": type(pipeline).__module__.startswith("diffusers."),
+        "classes": pipeline.unet.config.num_class_embeds,
+        "usual_steps": max(with_our_interface(pipeline).default_steps),
+        "sigma_max": pipeline.scheduler.config.get("sigma_max", 80.0),
+        "gamma": pipeline.scheduler.config.get("gamma_rule") is not None,
+        "grids": grids,
+        "dataset": shown(data.dataset_name, data.dataset_revision, local_data),
+        "datasets": hub_id(data.dataset_name),
+        "sigma_data": objective.spec.sigma_data,
+        "network": type(pipeline.unet).__name__,
+        "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+        "weights": "an average of the weights" if config.run.export_weights == "ema" else "the weights themselves",
+        "teacher": shown(teacher, revision, "a local model" if teacher else "none"),
+        "base_model": hub_id(teacher or start),
+        "licence": licence,
+        "warning": _warning(licence),
+        "steps": around.steps,
+        "images_per_step": around.images_per_step,
+        "seed": config.run.seed,
+        "hardware": f"{count} process{'es' if count > 1 else ''}, {device}",
+        "library": commit(),
+        "recipe": {key: value for key, value in settings.items() if value not in (None, HERE)},
+    }
+
+
+def _warning(licence: str | None) -> str | None:
+    if licence and re.search(r"(^|-)nc(-|$)|non-?commercial", licence.lower()):
+        return f"Its teacher's licence, {licence}, does not allow commercial use, and this model comes from it."
+    return None
+
+
+def model_card(facts: Mapping[str, Any], repo: str, metrics: Path) -> ModelCard:
+    """The card of a model, to be saved as its README.md.
+
+    Args:
+        facts: from `card_facts`.
         repo: how the card calls the model: its Hub id, or a folder's name.
-        grids: titles and files of pictures in the model's folder.
         metrics: a JSON file of measured numbers, which may be absent.
 
     Raises:
         ValueError: the card's front matter is not what the Hub reads.
     """
-    stock = type(pipeline).__module__.startswith("diffusers.")
-    teacher = getattr(config.options, "pretrained_teacher_model", None)
-    licence = licence_of(teacher)
     numbers, notes = read_metrics(metrics)
-    data = config.data
     results = [
-        EvalResult("unconditional-image-generation", "image", notes.get("dataset", "the training data"), name, value)
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type="image",
+            dataset_name=notes.get("dataset", "the training data"),
+            metric_type=name.split(",")[0].replace(" ", "_"),
+            metric_name=name,
+            metric_value=value,
+        )
         for name, value in numbers.items()
     ]
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=["cm_diffusers", "consistency-models", config.method],
-        datasets=hub_id(data.dataset_name),
-        base_model=hub_id(teacher or config.model.pretrained_model_name_or_path),
-        license=licence,
+        tags=["cm_diffusers", "consistency-models", facts["method"]],
+        datasets=facts["datasets"],
+        base_model=facts["base_model"],
+        license=facts["licence"],
         model_name=repo.split("/")[-1] if results else None,
         eval_results=results or None,
     )
-    count, device = around.processes, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    warning = None
-    if licence and re.search(r"(^|-)nc(-|$)|non-?commercial", licence.lower()):
-        warning = f"Its teacher's licence, {licence}, does not allow commercial use, and this model comes from it."
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         title=repo.split("/")[-1],
-        what=f"A generator of images ({around.shape}).",
-        method=config.method,
-        facts=objective.facts,
-        grids=grids,
-        stock=stock,
-        snippet=snippet(pipeline, repo),
-        trusting_snippet=snippet(pipeline, repo, trusting=True),
-        sampling=_sampling(pipeline),
-        dataset=shown(data.dataset_name, data.dataset_name if data.dataset_name == "digits" else "a local dataset"),
-        shape=around.shape,
-        sigma_data=objective.spec.sigma_data,
-        network=type(pipeline.unet).__name__,
-        parameters=sum(p.numel() for p in pipeline.unet.parameters()),
-        teacher=shown(teacher, "a local model" if teacher else "none") + (f", licence {licence}" if licence else ""),
-        steps=around.steps,
-        images_per_step=around.images_per_step,
-        seed=config.run.seed,
-        hardware=f"{count} process{'es' if count > 1 else ''}, {device}",
-        library=commit(),
-        recipe=recipe(config),
+        snippet=snippet(facts, repo),
+        trusting_snippet=snippet(facts, repo, trusting=True),
         metrics=numbers,
         notes=notes,
-        warning=warning,
+        **{**facts, "recipe": yaml.safe_dump(facts["recipe"], sort_keys=False).strip()},
     )
     if yaml.safe_load(str(card).split("---")[1]) != card.data.to_dict():
         raise ValueError("the model card's front matter can't be read back; this is a fault of the library.")
     return card
 
 
-def draw_grids(pipeline: DiffusionPipeline, folder: Path) -> dict[str, str]:
-    """Pictures of samples by each of the usual numbers of steps, in `folder`/samples; their files by title."""
+def renew_card(model: Path, repo: str) -> None:
+    """Write the card of a run's saved `model` again, under the name `repo` and with what was measured since.
+
+    The run's facts and its report lie beside the model's folder; a model without facts keeps the card that it has.
+    """
+    if (model.parent / FACTS).is_file():
+        facts = json.loads((model.parent / FACTS).read_text())
+        card = model_card(facts, repo, model.parent / METRICS)
+        card.save(model / ".README.md")
+        os.replace(model / ".README.md", model / "README.md")
+
+
+def draw_grids(pipeline: DiffusionPipeline, folder: Path) -> dict[str, dict[str, str]]:
+    """Pictures of samples by each of the usual numbers of steps, in `folder`/samples.
+
+    Gives by title their files and the noise levels that they started from, see `card_facts`.
+    """
     ours = with_our_interface(pipeline)
     ours.set_progress_bar_config(disable=True)
     steps = (*ours.default_steps, 4) if 1 in ours.default_steps else ours.default_steps
     (folder / "samples").mkdir()
-    files = {}
+    grids = {}
     for n in steps:
         images, name = sample_images(ours, range(40), num_inference_steps=n), f"{n} step{'s' if n > 1 else ''}"
         if images.shape[-1] in (1, 3):  # latents have no picture
-            files[name] = f"samples/{name.replace(' ', '_')}.png"
-            image_grid(images, 10).save(folder / files[name])
-    return files
+            file = f"samples/{name.replace(' ', '_')}.png"
+            image_grid(images, 10).save(folder / file)
+            grids[name] = {"file": file, "sigmas": ", ".join(f"{s:.4g}" for s in _levels(ours))}
+    return grids
 
 
-def _sampling(pipeline: DiffusionPipeline) -> str:
-    """How to ask for more or fewer network calls."""
-    config = pipeline.scheduler.config
-    top = f"{config.get('sigma_max', 80):g}"
-    if config.get("gamma_rule"):
-        return f"`num_inference_steps=n, gamma=g`: n jumps from sigma {top}; gamma is the share of noise drawn anew."
-    return f"`num_inference_steps=n`: n network calls or more, from noise of sigma {top}."
+def _levels(pipeline: ImagePipeline) -> list[float]:
+    """The noise levels that the pipeline's last call started its steps from."""
+    levels = pipeline.scheduler.sigmas[:-1]
+    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):  # those are flow times
+        levels = levels / (1 - levels)
+    return levels.tolist()

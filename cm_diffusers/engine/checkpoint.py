@@ -84,9 +84,7 @@ def save_checkpoint(
             plain = {key: value.detach().cpu().contiguous() for key, value in values.items()}
             _add(folder, manifest, f"{group}.safetensors", save_tensors(plain))
         _add(folder, manifest, "state.json", json.dumps(dict(state), indent=1).encode())
-        manifest["digest"] = _digest(manifest)
-        write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-        fsync_folder(folder)
+        _seal(folder, manifest)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -103,6 +101,27 @@ def save_checkpoint(
 def _add(folder: Path, manifest: dict[str, Any], name: str, data: bytes) -> None:
     manifest["files"][name] = {"size": len(data), "sha256": _digest(data)}
     write_file(folder / name, data)
+
+
+def _seal(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["digest"] = _digest(manifest)
+    write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    fsync_folder(folder)
+
+
+def copy_checkpoint(source: Path, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Copy a checkpoint to `folder`, with `settings` in place of the run's own; tensors are linked if they can be."""
+    manifest = json.loads((source / "manifest.json").read_bytes())
+    state = json.loads((source / "state.json").read_bytes())
+    del manifest["digest"]
+    folder.mkdir(parents=True)
+    for name in manifest["files"].keys() - {"state.json"}:
+        try:
+            os.link(source / name, folder / name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source / name, folder / name)
+    _add(folder, manifest, "state.json", json.dumps({**state, "config": dict(settings)}, indent=1).encode())
+    _seal(folder, manifest)
 
 
 def _listed(root: Path) -> list[tuple[int, Path]]:
@@ -124,7 +143,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise DamagedCheckpoint("manifest.json is missing or damaged")
     if manifest.get("format") != FORMAT:
         raise DamagedCheckpoint(f"format {manifest.get('format')} is not the format {FORMAT} of this version")
-    if path.name != f"checkpoint-{manifest.get('step')}":
+    named = _NAME.fullmatch(path.name)
+    if not isinstance(manifest.get("step"), int) or named and int(named[1]) != manifest["step"]:
         raise DamagedCheckpoint(f"the manifest is that of step {manifest.get('step')}")
     try:
         contents = {name: _read(path, name, **expected) for name, expected in files.items()}

@@ -29,6 +29,7 @@ class ModelArguments:
     model_config_name_or_path: str | None = option(None, "Config of a UNet2DModel to use instead of a preset.")
     dropout: float = option(0.0, "Dropout probability of the U-Net.")
     class_conditional: bool = option(False, "Condition the model on the labels of the dataset.")
+    teacher_revision: str | None = option(None, "Revision of the teacher on the Hub.")
     time_label: str | None = option(
         None,
         "The network's time input: log_sigma (250 ln sigma; loads with stock diffusers; the default) or angle"
@@ -43,6 +44,8 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_between("dropout", self.dropout, 0, 0.99)
+        if self.revision is not None and self.pretrained_model_name_or_path is None:
+            raise ValueError("revision is that of --pretrained_model_name_or_path, which is not given.")
         if self.sigma_data is not None:
             check_between("sigma_data", self.sigma_data, 1e-3, 1e3)
 
@@ -54,6 +57,7 @@ class DataArguments:
         "A dataset on the Hub, a parquet file, a folder of parquet files or images, or 'digits' (scikit-learn's).",
     )
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
+    dataset_revision: str | None = option(None, "Revision of the dataset on the Hub.")
     train_data_dir: str | None = option(None, "A folder of images (a folder per class), instead of dataset_name.")
     split: str = option("train", "Split of the dataset.")
     image_column: str | None = option(None, "Column of the images. Default: detected.")
@@ -72,6 +76,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError("Give exactly one of dataset_name and train_data_dir.")
+        if self.dataset_revision is not None and (self.dataset_name is None or Path(self.dataset_name).exists()):
+            raise ValueError("dataset_revision is for a dataset_name on the Hub.")
         if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
             raise ValueError(f"resolution takes one or two positive numbers, got {self.resolution}.")
         if self.max_train_samples is not None:
@@ -112,6 +118,9 @@ class RunArguments:
         "Which weights the pipeline gets: their first average, or those that are trained.",
         choices=["ema", "online"],
     )
+    export_variant: str | None = option(
+        None, "Save the model in this precision, too, for from_pretrained(variant=...).", choices=["fp16", "bf16"]
+    )
     checkpointing_steps: int = option(1000, "Steps between checkpoints.")
     checkpoints_total_limit: int = option(2, "How many checkpoints are kept.")
     validation_steps: int = option(1000, "Steps between sample grids; 0 for none.")
@@ -119,8 +128,17 @@ class RunArguments:
     push_to_hub: bool = option(False, "Publish the model on the Hub, with a card.")
     hub_model_id: str | None = option(None, "Where: user/name, or a name. Default: the name of output_dir.")
     hub_private_repo: bool = option(False, "If the repository has to be made, make it private.")
-    hub_strategy: str = option("end", "When: at the end, or at each checkpoint, too.", choices=["end", "every_save"])
+    hub_strategy: str = option(
+        "end",
+        "When: at the end, or at each checkpoint, too, with what is needed to resume.",
+        choices=["end", "every_save"],
+    )
     hub_timeout: float = option(120.0, "Seconds to keep trying after training while the Hub is out of reach.")
+    resume_from_hub: str | None = option(
+        None,
+        "Where output_dir holds no checkpoint, resume from the newest that a run with --hub_strategy every_save left"
+        " in this model repository.",
+    )
     report_to: str | None = option(None, "A tracker that Accelerate knows: tensorboard, wandb, trackio, ...")
     dry_run: bool = option(False, "Print the resolved settings and stop.")
 
@@ -254,4 +272,6 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
         raise ValueError(f"config {chosen.config}: {error}") from None
     namespace = _parse(parser, _as_flags(from_file) + rest, methods, method)
     options, data, model, run = (cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in groups)
+    if model.teacher_revision is not None and getattr(options, "pretrained_teacher_model", None) is None:
+        raise ValueError("teacher_revision is that of --pretrained_teacher_model, which is not given.")
     return Config(method, options, model, data, run)

@@ -38,7 +38,12 @@ def load_source(args: DataArguments) -> datasets.Dataset | datasets.IterableData
             name, options = "parquet", {"data_files": {args.split: args.dataset_name}}
         try:
             source = datasets.load_dataset(
-                name, args.dataset_config_name, split=args.split, streaming=args.streaming, **options
+                name,
+                args.dataset_config_name,
+                split=args.split,
+                streaming=args.streaming,
+                revision=args.dataset_revision,
+                **options,
             )
         except Exception as error:  # the library raises many kinds; all mean that there is no dataset
             what = args.dataset_name or args.train_data_dir

@@ -1,25 +1,38 @@
 """Publishing a model on the Hub: in the background, through outages, and never in the way of training.
 
-The token comes from the environment or from `hf auth login`, by the Hub's client; nothing here sees it.
+Models go to the main branch. What a run resumes from goes to the branch `checkpoint`, of which only the newest state
+is kept. The token comes from the environment or from `hf auth login`, by the Hub's client; nothing here sees it.
 """
 
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint
 
 
 PUBLISHED = (
     "README.md", "model_index.json", "pipeline.py", "*/config.json", "*/scheduler_config.json", "*/cm_diffusers.py",
     "*/*.safetensors", "*/*.safetensors.index.json", "samples/*.png",
 )  # fmt: skip
+CHECKPOINT_BRANCH = "checkpoint"
+CHECKPOINT_FILES = ("manifest.json", "state.json", "*.safetensors")
 LONGEST_PAUSE = 60.0
 
 
@@ -48,6 +61,18 @@ def pause_asked_for(error: BaseException) -> float | None:
 def short(error: BaseException) -> str:
     """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@dataclass(frozen=True)
+class Push:
+    """The files of `folder` that match `files`, as one commit of `branch` with a `tag`; then `done` is called."""
+
+    folder: Path
+    message: str
+    tag: str | None = None
+    branch: str | None = None  # the main one
+    files: tuple[str, ...] = PUBLISHED
+    done: Callable[[], Any] = lambda: None
 
 
 class Publisher:
@@ -79,6 +104,7 @@ class Publisher:
         """
         try:
             self._create()
+            self.api.auth_check(self.repo_id, write=True)  # a repository that exists is no sign that it may be changed
         except LocalTokenNotFoundError:
             raise ValueError("push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN.") from None
         except HFValidationError as error:
@@ -96,16 +122,35 @@ class Publisher:
             else:
                 raise
 
+    def check_card(self, card: ModelCard) -> None:
+        """Ask the Hub whether it would take `card`; where it can't be reached now, nobody knows.
+
+        Raises:
+            ValueError: it would not.
+        """
+        try:
+            self.api._validate_yaml(str(card))
+        except ValueError as error:
+            raise ValueError(f"the Hub refuses the model card: {error}") from None
+        except Exception as error:
+            if not is_passing(error):
+                raise
+
     def _create(self) -> None:
         self.repo_id = self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True).repo_id
 
     # --- while it runs -----------------------------------------------------------------------------------------
 
-    def push(self, folder: Path, message: str, tag: str | None = None, done: Callable[[], Any] = lambda: None) -> None:
-        """Queue the publishable files of `folder` as one commit, with a `tag`; `done` is called in the end."""
+    @property
+    def waiting(self) -> int:
+        """How many pushes have not been done, as the Hub is slow or away."""
+        return self._jobs.unfinished_tasks
+
+    def push(self, job: Push) -> None:
+        """Queue a push."""
         if not self._thread.is_alive():
             self._thread.start()
-        self._jobs.put((folder, message, tag, done))
+        self._jobs.put(job)
 
     def finish(self, timeout: float) -> bool:
         """Wait for what is queued, at most `timeout` seconds; whether all of it has arrived."""
@@ -119,24 +164,28 @@ class Publisher:
 
     def _work(self) -> None:
         while True:
-            folder, message, tag, done = self._jobs.get()
+            job = self._jobs.get()
             try:
                 self._persist(self._create)
-                self._persist(self._commit, folder, message)
-                if tag is not None:
-                    self._persist(self.api.create_tag, self.repo_id, tag=tag, exist_ok=True)
+                if job.branch is not None:
+                    self._persist(self.api.create_branch, self.repo_id, branch=job.branch, exist_ok=True)
+                self._persist(self._commit, job)
+                if job.tag is not None:
+                    self._persist(self.api.create_tag, self.repo_id, tag=job.tag, exist_ok=True)
+                if job.branch is not None:  # large files of older commits would be kept for ever
+                    self._persist(self.api.super_squash_history, self.repo_id, branch=job.branch)
             except Exception as error:  # whatever it is, training is worth more
                 self.failures.append(short(error))
-                self.say(f"WARNING: {message!r} was not pushed to {self.repo_id}: {short(error)}")
+                self.say(f"WARNING: {job.message!r} was not pushed to {self.repo_id}: {short(error)}")
             finally:
-                done()
+                job.done()
                 self._jobs.task_done()
 
-    def _commit(self, folder: Path, message: str) -> None:
+    def _commit(self, job: Push) -> None:
         """One commit of the files; none where the repository holds them already, as after a lost answer."""
-        files = sorted(file for pattern in PUBLISHED for file in folder.glob(pattern))
-        adds = [CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in files]
-        self.api.create_commit(self.repo_id, adds, commit_message=message)
+        files = sorted(file for pattern in job.files for file in job.folder.glob(pattern))
+        adds = [CommitOperationAdd(file.relative_to(job.folder).as_posix(), str(file)) for file in files]
+        self.api.create_commit(self.repo_id, adds, commit_message=job.message, revision=job.branch)
 
     def _persist(self, action: Callable, *args: Any, **kwargs: Any) -> None:
         """Call `action`, again and again while that can help and there is time."""
@@ -151,3 +200,37 @@ class Publisher:
                     raise
             self._hurry.wait(wait) if not self._hurry.is_set() else time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def fetch_checkpoint(repo_id: str, root: Path, api: HfApi | None = None) -> int:
+    """Bring the newest checkpoint that a run left on the Hub to `root`/checkpoint-<step>, verified; gives the step.
+
+    Raises:
+        ValueError: the Hub is out of reach, or there is no checkpoint, or a damaged one. Nothing is left then.
+    """
+    arriving = root / ".tmp-hub"
+    shutil.rmtree(arriving, ignore_errors=True)
+    try:
+        (api or HfApi()).snapshot_download(
+            repo_id, revision=CHECKPOINT_BRANCH, allow_patterns=list(CHECKPOINT_FILES), local_dir=arriving / "new"
+        )
+        checkpoint = load_checkpoint(arriving / "new")
+        shutil.rmtree(arriving / "new" / ".cache", ignore_errors=True)
+        (arriving / "new").rename(root / f"checkpoint-{checkpoint.step}")
+        return checkpoint.step
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise ValueError(
+            f"resume_from_hub {repo_id!r} holds no checkpoint, or is not yours to read. Runs with --push_to_hub"
+            " --hub_strategy every_save leave one. To start a new run, leave the flag out."
+        ) from None
+    except HFValidationError as error:
+        raise ValueError(f"resume_from_hub {repo_id!r}: {short(error)}") from None
+    except DamagedCheckpoint as error:
+        raise ValueError(f"resume_from_hub {repo_id!r}: its checkpoint can't be used: {error}.") from None
+    except Exception as error:  # the client raises many kinds; all mean that it is not to be had now
+        raise ValueError(
+            f"resume_from_hub {repo_id!r}: its checkpoint can't be fetched now: {short(error)} Try again; nothing was"
+            " changed here."
+        ) from error
+    finally:
+        shutil.rmtree(arriving, ignore_errors=True)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.ema import EMA, ConstantDecay, HalfLife
-from cm_diffusers.engine.card import Surroundings
+from cm_diffusers.engine.card import HERE, Surroundings
 from cm_diffusers.engine.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -49,6 +49,7 @@ FREE_TO_CHANGE = {
     "report_to", "dry_run", "dataloader_num_workers", "max_skipped_steps", "train_batch_size",
     "gradient_accumulation_steps", "compile", "gradient_checkpointing", "train_data_dir", "dataset_name",
     "export_weights", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_timeout",
+    "export_variant", "resume_from_hub",
 }  # fmt: skip
 
 
@@ -177,7 +178,7 @@ class Trainer:
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
         before, now = state["config"], self.config.to_dict()
-        changed = [key for key in now if key not in FREE_TO_CHANGE and before.get(key) != now[key]]
+        changed = [key for key in now if key not in FREE_TO_CHANGE and before.get(key) not in (now[key], HERE)]
         if changed:
             differences = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
             raise ValueError(

@@ -136,7 +136,7 @@ def load_teacher(name_or_path: str, args: ModelArguments, data: ImageData) -> De
     Raises:
         ValueError: no such model, not a diffusion model, or one that does not fit the settings or the data.
     """
-    pipeline = load_pipeline(name_or_path)
+    pipeline = load_pipeline(name_or_path, args.teacher_revision)
     if not _is_diffusion(pipeline):
         raise ValueError(f"the teacher must be a diffusion model; {name_or_path!r} is a consistency model.")
     _spec_of(pipeline, replace(args, time_label=None), "teacher")

@@ -15,12 +15,13 @@ from diffusers.utils.logging import disable_progress_bar
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.card import draw_grids, model_card
-from cm_diffusers.engine.config import Config, RunArguments, parse_config
+from cm_diffusers.engine.card import FACTS, METRICS, card_facts, draw_grids, model_card, portable_settings
+from cm_diffusers.engine.checkpoint import copy_checkpoint
+from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.discriminators import build_discriminator
 from cm_diffusers.engine.export import save_pipeline
-from cm_diffusers.engine.hub import Publisher
+from cm_diffusers.engine.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, load_teacher
 from cm_diffusers.objectives import OBJECTIVES
@@ -53,8 +54,17 @@ def train(config: Config) -> Path:
     )
     lock = _lock(folder) if accelerator.is_main_process else None
     try:
-        publisher = _publisher(run, folder) if accelerator.is_main_process and run.push_to_hub else None
+        publisher = None
+        if accelerator.is_main_process and run.push_to_hub:
+            publisher = Publisher(run.hub_model_id or folder.resolve().name, run.hub_private_repo, tqdm.write)
+            publisher.check()
+            shutil.rmtree(folder / ".hub", ignore_errors=True)  # copies for pushes of a run that was killed
         trainer = _prepare(config, accelerator)
+        if accelerator.is_main_process:
+            _check_card(trainer, publisher)
+            if run.resume_from_hub and not any(folder.glob("checkpoint-*")):
+                step = fetch_checkpoint(run.resume_from_hub, folder)
+                trainer._say(f"Fetched the checkpoint of step {step} from {run.resume_from_hub}.")
         resumed = trainer.resume()
         if accelerator.is_main_process:
             (folder / "config.yaml").write_text(trainer.config.to_yaml())
@@ -86,36 +96,54 @@ def train(config: Config) -> Path:
     return folder / "pipeline"
 
 
-def _publisher(run: RunArguments, folder: Path) -> Publisher:
-    """Who pushes this run; that it may has been tried."""
-    publisher = Publisher(run.hub_model_id or folder.resolve().name, run.hub_private_repo, tqdm.write)
-    publisher.check()
-    return publisher
+def _check_card(trainer: Trainer, publisher: Publisher | None) -> None:
+    """Find what could be wrong with the card before there is a model to go on it; warn of the teacher's licence."""
+    facts = card_facts(trainer.config, trainer.objective, trainer.exported(), trainer.surroundings(), {})
+    card = model_card(facts, "model", trainer.folder / METRICS)
+    if publisher is not None:
+        publisher.check_card(card)
+    if facts["warning"]:
+        trainer._say(f"WARNING: {facts['warning']}")
 
 
 def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, verify: bool = False) -> None:
-    """Save the model as it is now in `folder`, with its card and pictures."""
+    """Save the model as it is now in `folder`, with its card and pictures; what the card says lies beside it."""
     pipeline = trainer.exported()
     name = publisher.repo_id if publisher is not None else trainer.folder.resolve().name
-    metrics = trainer.folder / "report.json"
 
     def complete(written: Path) -> None:
         grids = draw_grids(pipeline, written)
-        card = model_card(trainer.config, trainer.objective, pipeline, trainer.surroundings(), name, grids, metrics)
-        card.save(written / "README.md")
+        facts = card_facts(trainer.config, trainer.objective, pipeline, trainer.surroundings(), grids)
+        model_card(facts, name, trainer.folder / METRICS).save(written / "README.md")
+        (folder.parent / FACTS).write_text(json.dumps(facts, indent=1))
 
-    save_pipeline(pipeline, folder, verify=verify, complete=complete)
+    save_pipeline(pipeline, folder, variant=trainer.run.export_variant, verify=verify, complete=complete)
 
 
 def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) -> None:
-    """Push the model as it is now, in the background, from a copy of its own."""
-    copy = folder / ".hub" / f"step-{trainer.step}"
-    _export(trainer, copy, publisher)
-    publisher.push(copy, f"Step {trainer.step}", f"step-{trainer.step}", done=lambda: shutil.rmtree(copy))
+    """Push the model as it is now, and what the run resumes from, in the background, from copies of their own."""
+    step = f"step-{trainer.step}"
+    if publisher.waiting > 2:
+        trainer._say(f"WARNING: {step} is not published, as earlier pushes still wait for the Hub.")
+        return
+    copies = folder / ".hub" / step
+    _export(trainer, copies / "pipeline", publisher)
+    source, state = folder / f"checkpoint-{trainer.step}", copies / "checkpoint"
+    copy_checkpoint(source, state, portable_settings(trainer.config))
+    publisher.push(Push(copies / "pipeline", f"Step {trainer.step}", tag=step))
+    publisher.push(
+        Push(
+            state,
+            f"State of step {trainer.step}",
+            branch=CHECKPOINT_BRANCH,
+            files=CHECKPOINT_FILES,
+            done=lambda: shutil.rmtree(copies),
+        )
+    )
 
 
 def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
-    publisher.push(folder / "pipeline", "End of training")
+    publisher.push(Push(folder / "pipeline", "End of training"))
     if publisher.finish(timeout):
         print(f"Pushed to {publisher.repo_id}.")
     else:
@@ -153,9 +181,6 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
         )
         trainer._say(f"Method: {config.method}, {objective.options}")
         trainer._say(f"Images per step: {trainer.spot.global_batch} on {accelerator.num_processes} process(es)")
-        # what could be wrong with the card is found now, and not when the model is there
-        around, metrics = trainer.surroundings(), folder / "report.json"
-        model_card(trainer.config, objective, trainer.exported(), around, "model", {}, metrics)
     return trainer
 
 

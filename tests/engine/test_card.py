@@ -9,13 +9,17 @@ import yaml
 from huggingface_hub import ModelCard
 from training_runs import flags, run
 
-from cm_diffusers.engine.card import Surroundings, hub_id, model_card
+from cm_diffusers.engine.card import Surroundings, card_facts, hub_id, model_card
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.models import load_pipeline
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
 
 
 AROUND = Surroundings(steps=6, images_per_step=8, processes=2, shape="1 x 8 x 8, 10 classes")
+GRIDS = {
+    "1 step": {"file": "samples/1_step.png", "sigmas": "80"},
+    "2 steps": {"file": "samples/2_steps.png", "sigmas": "80, 1.36"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +33,7 @@ def card_of(folder, method="ect", metrics="absent.json", repo="user/digits", **s
     cls = OBJECTIVES[method]
     objective = cls(cls.adapt(pipeline.unet, "log_sigma"), ModelSpec(0.85), config.options, 6)
     made = objective.pipeline(objective.network)
-    grids = {"1 step": "samples/1_step.png", "2 steps": "samples/2_steps.png"}
-    return model_card(config, objective, made, AROUND, repo, grids, Path(folder) / metrics)
+    return model_card(card_facts(config, objective, made, AROUND, GRIDS), repo, Path(folder) / metrics)
 
 
 def code_of(card):
@@ -82,7 +85,8 @@ def test_numbers_are_those_of_the_runs_report(model):
     }
     (model / "report.json").write_text(json.dumps(report))
     card = card_of(model, metrics="report.json")
-    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert {result.metric_type for result in card.data.eval_results} == {"frechet_distance"}
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert results == {"frechet distance, 1 step": 1.523, "frechet distance, 2 steps": 1.326}
     assert "| frechet distance, 1 step | 1.523 |" in card.text and "not FID" in card.text and "3.1" not in card.text
     (model / "report.json").unlink()

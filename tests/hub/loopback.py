@@ -15,6 +15,7 @@ of `127.0.0.1`) that must not see the token, and a commit that changes nothing i
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -35,6 +36,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".parquet", ".arrow", ".
 PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 INVALID_TOKEN = "Invalid credentials in Authorization header"
 DATE = "2026-01-01T00:00:00.000Z"
+LICENCES = ["apache-2.0", "mit", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "other"]  # some of those that the Hub knows
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Commit:
     message: str
     description: str
     tree: dict[str, File]
+    branch: str
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -136,13 +139,14 @@ class Repository:
     def __init__(self, kind: str, id: str, private: bool):
         self.kind, self.id, self.private = kind, id, private
         self.commits: list[Commit] = []
+        self._made = itertools.count()
         self.branches: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.commit("main", "initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n")})
 
     def commit(self, branch: str, message: str, tree: dict[str, File], description: str = "") -> Commit:
-        oid = hashlib.sha1(f"{self.kind} {self.id} {len(self.commits)} {message}".encode()).hexdigest()
-        self.commits.append(Commit(oid, message, description, tree))
+        oid = hashlib.sha1(f"{self.kind} {self.id} {next(self._made)} {message}".encode()).hexdigest()
+        self.commits.append(Commit(oid, message, description, tree, branch))
         self.branches[branch] = oid
         return self.commits[-1]
 
@@ -162,8 +166,8 @@ class Repository:
 
     @property
     def messages(self) -> list[str]:
-        """Of the commits after the one that made the repository."""
-        return [commit.message for commit in self.commits[1:]]
+        """Of the commits on main after the one that made the repository."""
+        return [commit.message for commit in self.commits[1:] if commit.branch == "main"]
 
 
 class LoopbackHub:
@@ -399,6 +403,9 @@ def validate_yaml(hub, request, user):
         metadata = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError as error:
         return Answer({"errors": [{"message": str(error)}], "warnings": [], "error": str(error)}, 400)
+    licence = (metadata or {}).get("license", "mit")
+    if licence not in LICENCES:
+        return Answer({"errors": [{"message": f'"license" must be one of {LICENCES}'}], "warnings": []}, 400)
     empty = {"message": "empty or missing yaml metadata in repo card"}
     return {"errors": [], "warnings": [] if metadata else [empty]}
 
@@ -492,6 +499,15 @@ def make_ref(hub, request, repo, what, name):
     if name in refs:
         raise Refusal(409, f"The {what} {name} exists already")
     refs[name] = target.oid
+    return b""
+
+
+@route("POST", f"{API}/super-squash{REVISION}", write=True)
+def squash(hub, request, repo, revision):
+    """One commit of what the branch holds; those before it are forgotten."""
+    tree = repo.at(revision).tree
+    repo.commits = [commit for commit in repo.commits if commit.branch != revision]
+    repo.commit(revision, request.json()["message"], tree)
     return b""
 
 

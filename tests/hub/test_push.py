@@ -8,7 +8,7 @@ import pytest
 from loopback import TOKEN
 
 from cm_diffusers.engine import hub as engine_hub
-from cm_diffusers.engine.hub import Publisher, is_passing
+from cm_diffusers.engine.hub import Publisher, Push, is_passing
 
 
 FILES = {
@@ -57,7 +57,7 @@ def pushed(hub, repo="tester/model"):
 def test_what_a_model_consists_of_arrives_and_nothing_else(hub, publisher, folder):
     one = publisher(private=True)
     one.check()
-    one.push(folder, "End of training", tag="step-10")
+    one.push(Push(folder, "End of training", tag="step-10"))
     assert one.finish(30) and one.failures == []
     assert pushed(hub) == FILES
     repo = hub.repository("tester/model")
@@ -69,7 +69,7 @@ def test_a_push_of_the_same_again_makes_no_commit(hub, publisher, folder):
     for _ in range(2):
         one = publisher()
         one.check()
-        one.push(folder, "End of training")
+        one.push(Push(folder, "End of training"))
         assert one.finish(30)
     assert hub.repository("tester/model").messages == ["End of training"]
 
@@ -96,7 +96,7 @@ def test_an_outage_is_survived_without_a_second_commit(hub, publisher, folder, c
     one = publisher()
     one.check()
     failure = hub.fail(call, times=5 if outage != "lost answer" else 1, **OUTAGES[outage])
-    one.push(folder, "End of training", tag="final")
+    one.push(Push(folder, "End of training", tag="final"))
     assert one.finish(600), one.said
     assert failure.hits >= 1
     assert pushed(hub) == FILES and hub.repository("tester/model").messages == ["End of training"]
@@ -108,7 +108,7 @@ def test_a_blackout_is_waited_out_and_training_goes_on_meanwhile(hub, publisher,
     one.check()
     hub.down()
     start = time.perf_counter()
-    one.push(folder, "step 10")
+    one.push(Push(folder, "step 10"))
     assert time.perf_counter() - start < 0.5  # the queue took it
     threading.Timer(0.5, hub.up).start()
     assert one.finish(600), one.said
@@ -119,7 +119,7 @@ def test_when_time_is_over_the_push_has_failed_and_says_so(hub, publisher, folde
     one = publisher()
     one.check()
     hub.fail("POST .*/commit/", times=math.inf, status=503)
-    one.push(folder, "End of training")
+    one.push(Push(folder, "End of training"))
     assert not one.finish(20)
     assert one.failures
 
@@ -128,8 +128,8 @@ def test_each_push_is_done_with_whether_it_arrived_or_not(hub, publisher, folder
     one, done = publisher(), []
     one.check()
     hub.fail("POST .*/commit/", times=1, status=403)
-    one.push(folder, "first", done=lambda: done.append(1))
-    one.push(folder, "second", done=lambda: done.append(2))
+    one.push(Push(folder, "first", done=lambda: done.append(1)))
+    one.push(Push(folder, "second", done=lambda: done.append(2)))
     assert not one.finish(30) and done == [1, 2]
     assert "'first' was not pushed to tester/model" in one.said[0]
     assert hub.repository("tester/model").messages == ["second"]
@@ -162,7 +162,7 @@ def test_an_unreachable_hub_is_a_warning(hub, publisher, folder):
     one.check()
     assert "can't be reached now" in one.said[0] and "training goes on" in one.said[0]
     hub.up()
-    one.push(folder, "End of training")
+    one.push(Push(folder, "End of training"))
     assert one.finish(60) and pushed(hub) == FILES
 
 
@@ -181,7 +181,7 @@ def test_the_token_is_in_the_authorization_header_alone(hub, publisher, folder):
     one = publisher()
     one.check()
     hub.fail("POST .*/commit/", times=1, status=500)
-    one.push(folder, "End of training")
+    one.push(Push(folder, "End of training"))
     assert one.finish(60)
     for request in hub.log:
         others = {name: value for name, value in request.headers.items() if name.lower() != "authorization"}
