@@ -5,7 +5,8 @@ import threading
 import time
 
 import pytest
-from loopback import TOKEN
+from huggingface_hub import constants
+from loopback import TOKEN, User
 
 from cm_diffusers.engine import hub as engine_hub
 from cm_diffusers.engine.hub import Publisher, Push, is_passing
@@ -154,6 +155,15 @@ def test_a_hub_that_refuses_is_an_error_at_once(hub, publisher, status):
 def test_another_users_repository_is_refused_at_once(publisher):
     with pytest.raises(ValueError, match="can't be written to"):
         publisher("somebody/model").check()
+
+
+def test_a_token_that_may_only_read_is_found_at_once(hub, publisher, api, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # with which the client reads the address of a repository
+    hub.users["hf_reader"] = User("tester", write=False)
+    publisher().check()
+    api.token = "hf_reader"
+    with pytest.raises(ValueError, match="can't be written to"):
+        publisher().check()  # though the repository exists
 
 
 def test_an_unreachable_hub_is_a_warning(hub, publisher, folder):

@@ -1,76 +1,136 @@
-"""Models with classes of the library, from the Hub: where only diffusers is, and where the library is."""
+"""Models of every method, pushed by the run that trained them: loaded with diffusers alone, and with the library."""
 
+import json
+import re
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
-import torch
-from diffusers import EDMEulerScheduler
+import yaml
+from loopback import File
+from training_runs import flags
 
-from cm_diffusers import CTMPipeline, CTMScheduler, DenoisingPipeline, TwoTimeModel
 from cm_diffusers.engine import clean_process
-from cm_diffusers.engine.clean_process import two_images
-from cm_diffusers.engine.export import save_pipeline
-from cm_diffusers.models import build_unet
+from cm_diffusers.engine import hub as engine_hub
+from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.run import save_pipeline, train
+from cm_diffusers.objectives import OBJECTIVES
 
 
+JVP = {"model_preset": "jvp_tiny"}
+RUNS = {
+    **{method: (method, {}) for method in OBJECTIVES},
+    "sct": ("sct", JVP),
+    "mean_flow": ("mean_flow", JVP),
+    "scd": ("scd", {"from_scratch": True}),
+    "trigflow": ("diffusion", {"interpolant": "trigflow", **JVP}),
+    "flow": ("diffusion", {"interpolant": "flow", **JVP}),
+    "cd": ("cd", {"num_scales": 12}),
+    "ctm": ("ctm", {"solver_steps": 2}),
+}
+# "alone" hides the library. Each model is loaded and sampled by the snippet on its card, then saved and loaded again.
+# The library also loads what was saved without it, and its own classes load by themselves.
 CLIENT = """
-import importlib.util, json, sys
+import importlib.util, sys
+from pathlib import Path
 import numpy
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+
 how, path, *names = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("clean_process", path)
 clean_process = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(clean_process)
-settings = {}
 if how == "alone":
     sys.meta_path.insert(0, clean_process._Hidden())
-    settings = {"custom_pipeline": "pipeline", "trust_remote_code": True}
-else:
-    import cm_diffusers
 for name in names:
-    classes = [DiffusionPipeline]
-    if how != "alone":
-        classes.append(getattr(cm_diffusers, name.split("-")[1]))
-    for cls in classes:
-        pipeline = cls.from_pretrained(name.split("-")[0], **settings)
-        numpy.save(f"{how} {name.split('-')[1]} {cls.__name__}.npy", clean_process.two_images(pipeline))
+    card = Path(hf_hub_download(f"tester/{name}", "README.md")).read_text()
+    snippets = [part.split("```")[0] for part in card.split("```python\\n")[1:]]
+    done = {}
+    exec(snippets[-1 if how == "alone" else 0], done)
+    assert len(done["images"]) == 4
+    pipe = done["pipe"]
+    numpy.save(f"{how} {name} hub.npy", clean_process.two_images(pipe))
+    pipe.save_pretrained(f"saved {how}/{name}")
+    trusting = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+    settings = trusting if how == "alone" and len(snippets) > 1 else {}
+    folders = [f"saved {how}/{name}"] + [f"saved alone/{name}"] * (how == "library")
+    for number, folder in enumerate(folders):
+        again = DiffusionPipeline.from_pretrained(folder, **settings)
+        numpy.save(f"{how} {name} folder {number}.npy", clean_process.two_images(again))
+    if how == "library" and len(snippets) > 1:
+        own = type(pipe).from_pretrained(f"tester/{name}")
+        numpy.save(f"{how} {name} own class.npy", clean_process.two_images(own))
 assert (how == "alone") == ("cm_diffusers" not in sys.modules)
+assert (how == "alone") == any("cm_diffusers" in module for module in sys.modules if module.startswith("diffusers_m"))
 """
 
 
-@pytest.fixture
-def models(hub, api, tmp_path):
-    """Images by the pipeline's class name; each is on the Hub twice, once with code that must not run."""
-    pipelines = [
-        CTMPipeline(TwoTimeModel.from_network(build_unet("jvp_tiny", (8, 8), 1, 3)), CTMScheduler(time_label="angle")),
-        DenoisingPipeline(build_unet("tiny", (8, 8), 1, 3), EDMEulerScheduler()),
-    ]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def train_and_push(api, runs):
+    """Train a tiny model by every method and push it; gives the images of each as the training process made them."""
     images = {}
-    for pipeline in pipelines:
-        for parameter in pipeline.unet.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        name = type(pipeline).__name__
-        images[name] = two_images(pipeline)
-        save_pipeline(pipeline, tmp_path / name)
-        for kind in ("sound", "poisoned"):
-            if kind == "poisoned":
-                for path in (tmp_path / name).rglob("*.py"):
-                    path.write_text("raise SystemExit('poison')\n")
-            api.create_repo(f"tester/{kind}{name}")
-            api.upload_folder(repo_id=f"tester/{kind}{name}", folder_path=tmp_path / name)
+
+    def save(pipeline, folder, **settings):
+        images[folder.parent.name] = clean_process.two_images(pipeline)
+        save_pipeline(pipeline, folder, **{**settings, "verify": False})
+
+    with (
+        mock.patch.object(engine_hub, "HfApi", lambda: api),
+        mock.patch("cm_diffusers.engine.run.save_pipeline", save),
+    ):
+        for name, (method, settings) in RUNS.items():
+            if "pretrained_teacher_model" in OBJECTIVES[method].Options.__dataclass_fields__:
+                settings = {**settings, "pretrained_teacher_model": runs / "diffusion" / "pipeline"}
+            settings = {**settings, "max_train_steps": 2, "push_to_hub": True}
+            train(parse_config(flags(runs / name, method, **settings), [method], ""))
     return images
 
 
-@pytest.mark.parametrize("how, kind", [("alone", "sound"), ("library", "poisoned")])
-def test_models_load_from_the_hub(hub, models, tmp_path, how, kind):
-    environment = hub.environment(tmp_path / "home", OMP_NUM_THREADS="1")
-    names = [f"tester/{kind}{name}-{name}" for name in models]
-    command = [sys.executable, "-c", CLIENT, how, clean_process.__file__, *names]
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+def load_all(hub, runs, how):
+    environment = hub.environment(runs / "home", OMP_NUM_THREADS="1")
+    command = [sys.executable, "-c", CLIENT, how, clean_process.__file__, *RUNS]
+    result = subprocess.run(command, env=environment, cwd=runs, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    made = sorted(tmp_path.glob(f"{how} *.npy"))
-    assert len(made) == len(models) * (1 if how == "alone" else 2)
-    for path in made:
-        assert np.array_equal(np.load(path), models[path.stem.split()[1]])
+    return {path.stem: np.load(path) for path in sorted(runs.glob(f"{how} *.npy"))}
+
+
+def poison(hub, runs):
+    """Put code that ends the process in place of the code of all models, on the Hub and in folders."""
+    code = b"raise SystemExit('poison')\n"
+    for name in RUNS:
+        tree = hub.repository(f"tester/{name}").at("main").tree
+        poisoned = {path: File(code) if path.endswith(".py") else file for path, file in tree.items()}
+        hub.repository(f"tester/{name}").commit("main", "poison", poisoned)
+    paths = list((runs / "saved alone").rglob("*.py"))
+    assert paths
+    for path in paths:
+        path.write_bytes(code)
+
+
+def numbers_of(text):
+    return set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", text))
+
+
+def test_models_of_every_method_load_for_anyone(hub, api, runs):
+    images = train_and_push(api, runs)
+    for how in ("alone", "library"):
+        if how == "library":
+            poison(hub, runs)
+        loaded = load_all(hub, runs, how)
+        assert len(loaded) >= 2 * len(RUNS)
+        for name, made in loaded.items():
+            assert np.array_equal(made, images[name.split()[1]]), name
+    for name in RUNS:
+        card = hub.repository(f"tester/{name}").files["README.md"].decode()
+        facts = (runs / name / "card.json").read_text()
+        said = re.sub(r"(?s)```.*?```|seeds 0, 1, 2", "", card.split("---\n", 2)[2])
+        assert len(numbers_of(said)) > 10 and numbers_of(said) <= numbers_of(facts)
+        recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+        assert recipe == json.loads(facts)["recipe"]
