@@ -1,6 +1,7 @@
 """Pushing a model: what arrives, through which outages, and what is found before training."""
 
 import math
+import re
 import threading
 import time
 
@@ -82,13 +83,42 @@ def test_a_name_without_a_user_is_the_tokens_own(hub, publisher, folder):
 
 
 # every call of a push, and what can befall it; five failures in a row each
-CALLS = ["POST /api/repos/create", "POST .*/preupload/", "POST .*/commit/", "POST .*/tag/", "POST .*/batch", "PUT "]
+CALLS = {
+    "create": "POST /api/repos/create",
+    "card": "POST /api/validate-yaml",
+    "preupload": "POST .*/preupload/",
+    "lfs batch": "POST .*/objects/batch",
+    "lfs upload": "PUT ",
+    "lfs verify": "POST .*/objects/verify",
+    "commit": "POST .*/commit/",
+    "tag": "POST .*/tag/",
+    "branch": "POST .*/branch/",
+    "squash": "POST .*/super-squash/",
+}
 OUTAGES = {
     "503": {"status": 503},
     "429": {"status": 429, "headers": {"Retry-After": "2"}},
     "reset": {"reset": True},
     "lost answer": {"reset": True, "processed": True},
+    "blackout": None,
 }
+
+
+def strike(hub, call, outage):
+    """Let `outage` befall `call`; gives how often it has."""
+    hits = []
+
+    def black_out(request):
+        if re.search(call, request.line) and not hits:
+            hits.append(1)
+            hub.down()
+            threading.Timer(0.3, hub.up).start()  # 30 s, as pauses take a hundredth of their time
+
+    if outage == "blackout":
+        hub.on_request(black_out)
+        return lambda: len(hits)
+    failure = hub.fail(call, times=5 if outage != "lost answer" else 1, **OUTAGES[outage])
+    return lambda: failure.hits
 
 
 @pytest.mark.parametrize("outage", OUTAGES)
@@ -96,24 +126,16 @@ OUTAGES = {
 def test_an_outage_is_survived_without_a_second_commit(hub, publisher, folder, call, outage):
     one = publisher()
     one.check()
-    failure = hub.fail(call, times=5 if outage != "lost answer" else 1, **OUTAGES[outage])
-    one.push(Push(folder, "End of training", tag="final"))
-    assert one.finish(600), one.said
-    assert failure.hits >= 1
-    assert pushed(hub) == FILES and hub.repository("tester/model").messages == ["End of training"]
-    assert list(hub.repository("tester/model").tags) == ["final"]
-
-
-def test_a_blackout_is_waited_out_and_training_goes_on_meanwhile(hub, publisher, folder):
-    one = publisher()
-    one.check()
-    hub.down()
+    hits = strike(hub, CALLS[call], outage)
     start = time.perf_counter()
-    one.push(Push(folder, "step 10"))
-    assert time.perf_counter() - start < 0.5  # the queue took it
-    threading.Timer(0.5, hub.up).start()
+    one.push(Push(folder, "End of training", tag="final"))
+    one.push(Push(folder, "State", branch="state", files=("*.json",)))
+    assert time.perf_counter() - start < 0.5  # the queue took it, training goes on
     assert one.finish(600), one.said
-    assert pushed(hub) == FILES
+    assert hits() >= 1
+    repo = hub.repository("tester/model")
+    assert pushed(hub) == FILES and repo.messages == ["End of training"]
+    assert list(repo.tags) == ["final"] and len([c for c in repo.commits if c.branch == "state"]) == 1
 
 
 def test_when_time_is_over_the_push_has_failed_and_says_so(hub, publisher, folder):
