@@ -45,17 +45,30 @@ def load_pipeline(name_or_path: str, revision: str | None = None, **kwargs) -> I
     """
     if Path(name_or_path).exists() and not (Path(name_or_path) / "model_index.json").is_file():
         raise ValueError(f"{name_or_path!r} is not a model: it holds no model_index.json.")
+    _check_links(Path(name_or_path))
     try:
         config = DiffusionPipeline.load_config(name_or_path, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"model {name_or_path!r} is neither a folder nor to be had from the Hub: {error}") from None
-    kind = config.get("_class_name")
+    kind = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in PIPELINES:
         raise ValueError(f"model {name_or_path!r} is a {kind}; this version reads {', '.join(PIPELINES)}.")
     try:
         return PIPELINES[kind].from_pretrained(name_or_path, revision=revision, use_safetensors=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"model {name_or_path!r} can't be loaded: {error}") from error
+
+
+def _check_links(folder: Path) -> None:
+    """Raise ValueError for a link that leads out of `folder`, other than to the Hub's cache that it is part of."""
+    home = folder.resolve()
+    allowed = (home, home.parent.parent / "blobs")
+    for path in folder.rglob("*"):
+        target = path.resolve()
+        if path.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
+            raise ValueError(
+                f"model {str(folder)!r}: {path} is a link out of the folder, to {target}; put a copy there."
+            )
 
 
 @dataclass(frozen=True)
