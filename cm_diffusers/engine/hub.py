@@ -29,7 +29,7 @@ from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint
 
 PUBLISHED = (
     "README.md", "model_index.json", "pipeline.py", "*/config.json", "*/scheduler_config.json", "*/cm_diffusers.py",
-    "*/*.safetensors", "*/*.safetensors.index.json", "samples/*.png",
+    "*/*.safetensors", "*/*.safetensors.index*.json", "samples/*.png",
 )  # fmt: skip
 CHECKPOINT_BRANCH = "checkpoint"
 CHECKPOINT_FILES = ("manifest.json", "state.json", "*.safetensors")
