@@ -1,0 +1,94 @@
+"""Why the loss says nothing: ECT of the quickstart's digits, its loss beside the distance of its samples to the data.
+
+    python benchmarks/flat_loss.py --output_dir runs/flat_loss
+
+Trains as `make quickstart` does, with more checkpoints (about five minutes on two cores), samples each of them, and
+leaves flat_loss.json and flat_loss.png. A run that is there already is not repeated.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from quickstart import CONFIG, judge  # noqa: E402
+
+from cm_diffusers.engine.checkpoint import load_checkpoint  # noqa: E402
+from cm_diffusers.engine.config import DataArguments, parse_config  # noqa: E402
+from cm_diffusers.engine.data import ImageData  # noqa: E402
+from cm_diffusers.engine.models import load_pipeline  # noqa: E402
+from cm_diffusers.engine.preview import sample_images  # noqa: E402
+from cm_diffusers.engine.run import train  # noqa: E402
+
+
+STEPS = (1, 2)
+
+
+def measure(folder: Path) -> dict[str, dict[str, float]]:
+    """Distances by number of network calls, of each checkpoint, by its step."""
+    data = ImageData(DataArguments(dataset_name="digits"), class_conditional=True, show_progress=False)
+    pipeline = load_pipeline(str(folder / "pipeline"))
+    pipeline.set_progress_bar_config(disable=True)
+    found = {}
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
+        checkpoint = load_checkpoint(path)
+        average = next(values for name, values in checkpoint.tensors.items() if name.startswith("ema"))
+        pipeline.unet.load_state_dict(average)
+        samples = {n: sample_images(pipeline, range(len(data.images) // 2), num_inference_steps=n) for n in STEPS}
+        found[checkpoint.step] = judge(samples, data)
+        print(checkpoint.step, found[checkpoint.step])
+    return found
+
+
+def draw(log: list[dict], found: dict, pretraining: int, stage: int, file: Path) -> None:
+    """The loss above, the distances below, over the same steps; grey is pretraining, lines are stages."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, sharex=True)
+    above.plot([row["step"] for row in log], [row["loss"] for row in log], "k")
+    above.set(ylabel="loss", ylim=(0, None), title="Within a stage the loss is flat, and the samples get better")
+    for n in STEPS:
+        name = f"{n}_step{'s' if n > 1 else ''}"
+        below.plot(list(found), [row[name] for row in found.values()], "o-", label=name.replace("_", " "))
+    below.axhline(
+        next(iter(found.values()))["real_half_against_real_half"], color="grey", ls=":", label="other real digits"
+    )
+    below.set(xlabel="step", yscale="log", ylabel="Fréchet distance to real digits")
+    below.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"], minor=False)
+    below.yaxis.set_minor_formatter("")
+    below.legend()
+    for axis in (above, below):
+        axis.axvspan(0, pretraining, color="0.92")
+        for step in range(pretraining + stage, max(found), stage):
+            axis.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+    above.text(pretraining / 2, 0, "pretraining", ha="center", va="bottom", color="0.4")
+    above.text(pretraining + stage / 2, 0, "stage 0", ha="center", va="bottom", color="0.4")
+    figure.savefig(file, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/flat_loss"), help="the run's folder")
+    folder = parser.parse_args().output_dir
+    words = ["--config", str(CONFIG), "--output_dir", str(folder), "--validation_steps", "0"]
+    words += ["--checkpointing_steps", "200", "--checkpoints_total_limit", "1000"]
+    config = parse_config(words, ["ect"], "")
+    train(config)
+    torch.manual_seed(0)
+    found = measure(folder)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    draw(log, found, config.options.pretrain_steps, config.options.stage_steps, folder / "flat_loss.png")
+    losses = {row["step"]: row["loss"] for row in log if row["step"] in found}
+    rows = {step: {"loss": losses[step], **row} for step, row in found.items()}
+    (folder / "flat_loss.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
