@@ -15,13 +15,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import cm_diffusers
 from cm_diffusers.engine.config import Config
-from cm_diffusers.engine.pictures import image_grid
-from cm_diffusers.engine.preview import sample_images, with_our_interface
 from cm_diffusers.objectives import Objective
+from cm_diffusers.sampling import image_grid, sample_images, with_our_interface
 
 
 _here = Path(cm_diffusers.__file__).parent
-TEMPLATE = next(f for f in (_here / "hub_cards", _here.parent / "hub_cards") if f.is_dir()) / "model_card.md"
+HUB_CARDS = next(f for f in (_here / "hub_cards", _here.parent / "hub_cards") if f.is_dir())
+TEMPLATE = HUB_CARDS / "model_card.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PLACES = {"output_dir", "train_data_dir", "config", "revision"}
 NAMES = ("dataset_name", "pretrained_teacher_model", "pretrained_model_name_or_path", "model_config_name_or_path")

@@ -1,4 +1,4 @@
-"""Publishing a model on the Hub: in the background, through outages, and never in the way of training.
+"""Publishing a model or its Space on the Hub: in the background, through outages, and never in the way of training.
 
 The token comes from the environment or from `hf auth login`, by the Hub's client; nothing here sees it.
 """
@@ -6,7 +6,7 @@ The token comes from the environment or from `hf auth login`, by the Hub's clien
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,19 @@ class Publisher:
         private: for a repository that has to be made.
         say: prints a line.
         api: the Hub's client.
+        space: the repository is a Space, by gradio.
     """
 
     def __init__(
-        self, repo_id: str, private: bool = False, say: Callable[[str], None] = print, api: HfApi | None = None
+        self,
+        repo_id: str,
+        private: bool = False,
+        say: Callable[[str], None] = print,
+        api: HfApi | None = None,
+        space: bool = False,
     ):
         self.repo_id, self.private, self.say, self.api = repo_id, private, say, api or HfApi()
+        self.kind = "space" if space else "model"
         self.failures: list[str] = []
         self._jobs: queue.Queue = queue.Queue()
         self._deadline, self._hurry = float("inf"), threading.Event()
@@ -97,15 +104,25 @@ class Publisher:
                 raise
 
     def _create(self) -> None:
-        self.repo_id = self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True).repo_id
+        sdk = "gradio" if self.kind == "space" else None
+        self.repo_id = self.api.create_repo(
+            self.repo_id, private=self.private or None, repo_type=self.kind, exist_ok=True, space_sdk=sdk
+        ).repo_id
 
     # --- while it runs -----------------------------------------------------------------------------------------
 
-    def push(self, folder: Path, message: str, tag: str | None = None, done: Callable[[], Any] = lambda: None) -> None:
-        """Queue the publishable files of `folder` as one commit, with a `tag`; `done` is called in the end."""
+    def push(
+        self,
+        folder: Path,
+        message: str,
+        tag: str | None = None,
+        done: Callable[[], Any] = lambda: None,
+        files: Sequence[str] = PUBLISHED,
+    ) -> None:
+        """Queue those of `files` in `folder` as one commit, with a `tag`; `done` is called in the end."""
         if not self._thread.is_alive():
             self._thread.start()
-        self._jobs.put((folder, message, tag, done))
+        self._jobs.put((folder, message, tag, done, files))
 
     def finish(self, timeout: float) -> bool:
         """Wait for what is queued, at most `timeout` seconds; whether all of it has arrived."""
@@ -119,12 +136,12 @@ class Publisher:
 
     def _work(self) -> None:
         while True:
-            folder, message, tag, done = self._jobs.get()
+            folder, message, tag, done, files = self._jobs.get()
             try:
                 self._persist(self._create)
-                self._persist(self._commit, folder, message)
+                self._persist(self._commit, folder, message, files)
                 if tag is not None:
-                    self._persist(self.api.create_tag, self.repo_id, tag=tag, exist_ok=True)
+                    self._persist(self.api.create_tag, self.repo_id, tag=tag, repo_type=self.kind, exist_ok=True)
             except Exception as error:  # whatever it is, training is worth more
                 self.failures.append(short(error))
                 self.say(f"WARNING: {message!r} was not pushed to {self.repo_id}: {short(error)}")
@@ -132,11 +149,11 @@ class Publisher:
                 done()
                 self._jobs.task_done()
 
-    def _commit(self, folder: Path, message: str) -> None:
+    def _commit(self, folder: Path, message: str, files: Sequence[str]) -> None:
         """One commit of the files; none where the repository holds them already, as after a lost answer."""
-        files = sorted(file for pattern in PUBLISHED for file in folder.glob(pattern))
-        adds = [CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in files]
-        self.api.create_commit(self.repo_id, adds, commit_message=message)
+        found = sorted(file for pattern in files for file in folder.glob(pattern))
+        adds = [CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in found]
+        self.api.create_commit(self.repo_id, adds, commit_message=message, repo_type=self.kind)
 
     def _persist(self, action: Callable, *args: Any, **kwargs: Any) -> None:
         """Call `action`, again and again while that can help and there is time."""
