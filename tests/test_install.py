@@ -64,12 +64,14 @@ def test_pipelines_have_one_home_in_the_tree():
 
 
 def test_a_wheel_holds_what_a_space_consists_of(wheel_folder, tmp_path):
-    code = "import sys, pathlib, cm_diffusers.engine.space as s; s.write_space(pathlib.Path(sys.argv[1]), 'a/b', '')"
+    code = (
+        "import pathlib, cm_diffusers.engine.space as s; s.write_space(pathlib.Path('wheel'), 'a/b', pathlib.Path())"
+    )
     for name in ("tree", "wheel"):
         (tmp_path / name).mkdir()
-    write_space(tmp_path / "tree", "a/b", Path())
+    write_space(tmp_path / "tree", "a/b", tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(wheel_folder)}
-    command = [sys.executable, "-c", code, tmp_path / "wheel"]
+    command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     tree, wheel = (
