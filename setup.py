@@ -12,6 +12,7 @@ TRAINING = [
     "transformers>=5.0",
 ]
 QUICKSTART = ["scikit-learn>=1.4"]
+DEMO = ["gradio>=6"]
 TEST = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15"]
 QUALITY = ["ruff==0.17.5"]
 
@@ -37,14 +38,15 @@ setup(
         "cm_diffusers.schedulers",
     ],
     package_dir={"cm_diffusers.pipelines": "pipelines", "cm_diffusers.hub_cards": "hub_cards"},
-    package_data={"cm_diffusers": ["py.typed"], "cm_diffusers.hub_cards": ["model_card.md"]},
+    package_data={"cm_diffusers": ["py.typed"], "cm_diffusers.hub_cards": ["model_card.md", "space/*"]},
     install_requires=["torch>=2.6", "numpy>=1.26", "diffusers>=0.42", "huggingface-hub>=1.32", "safetensors>=0.5"],
     extras_require={
         "training": TRAINING,
         "quickstart": TRAINING + QUICKSTART,
+        "demo": DEMO,
         "lpips": ["lpips>=0.1.4"],  # and by it torchvision
-        "test": TRAINING + QUICKSTART + TEST,
-        "dev": TRAINING + QUICKSTART + TEST + QUALITY,
+        "test": TRAINING + QUICKSTART + DEMO + TEST,
+        "dev": TRAINING + QUICKSTART + DEMO + TEST + QUALITY,
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

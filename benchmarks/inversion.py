@@ -16,8 +16,8 @@ from PIL import Image
 
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData, Spot
-from cm_diffusers.engine.models import load_pipeline
-from cm_diffusers.engine.pictures import image_grid, titled_row
+from cm_diffusers.engine.pictures import titled_row
+from cm_diffusers.sampling import image_grid, load_pipeline
 
 
 def measure(args: argparse.Namespace) -> tuple[dict, Image.Image]:

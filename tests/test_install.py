@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cm_diffusers.engine.space import write_space
+
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOW = (
@@ -59,3 +61,20 @@ def test_pipelines_have_one_home_in_the_tree():
     import cm_diffusers.pipelines
 
     assert [Path(p) for p in cm_diffusers.pipelines.__path__] == [ROOT / "pipelines"]
+
+
+def test_a_wheel_holds_what_a_space_consists_of(wheel_folder, tmp_path):
+    code = (
+        "import pathlib, cm_diffusers.engine.space as s; s.write_space(pathlib.Path('wheel'), 'a/b', pathlib.Path())"
+    )
+    for name in ("tree", "wheel"):
+        (tmp_path / name).mkdir()
+    write_space(tmp_path / "tree", "a/b", tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(wheel_folder)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    tree, wheel = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*.*")} for f in (tmp_path / "tree", tmp_path / "wheel")
+    )
+    assert tree == wheel and Path("pipelines/ctm.py") in wheel

@@ -21,12 +21,14 @@ PARTS = {
     "models": ((), {"torch", "numpy", "diffusers"}),
     "schedulers": ((), {"torch", "numpy", "diffusers"}),
     "pipelines": ((), {"torch", "numpy", "diffusers"}),
+    "sampling": (("pipelines",), {"torch", "numpy", "diffusers", "PIL"}),
+    "demo": (("pipelines", "sampling"), {"torch", "numpy", "diffusers", "PIL", "gradio"}),
     "objectives": (("core", "models", "schedulers", "pipelines"), {"torch", "diffusers", "lpips"}),  # an extra
 }
 
 
 def sources(folder):
-    files = sorted(folder.rglob("*.py"))
+    files = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
     assert files
     return files
 

@@ -1,17 +1,21 @@
 """Publish a saved model on the Hub: the folder `pipeline` of a run, with its card.
 
     python training/push.py --model_dir runs/mine/pipeline --hub_model_id user/my-model
+    python training/push.py --model_dir runs/mine/pipeline --hub_model_id user/my-model --space
 
-The token comes from `hf auth login` or the environment's HF_TOKEN. Only what a model consists of is sent: no logs, no
-checkpoints. The same command again sends what is missing.
+With --space its demo (`python -m cm_diffusers.demo`) is published as well, as the Space of the same name. The token
+comes from `hf auth login` or the environment's HF_TOKEN. Only what a model and its demo consist of is sent: no logs,
+no checkpoints. The same command again sends what is missing.
 """
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from cm_diffusers.engine.card import renew_card
 from cm_diffusers.engine.hub import Publisher, Push
+from cm_diffusers.engine.space import SPACE, write_space
 
 
 def push(args: argparse.Namespace) -> bool:
@@ -25,6 +29,21 @@ def push(args: argparse.Namespace) -> bool:
     if not publisher.finish(args.hub_timeout):
         return False
     print(f"Pushed to {publisher.repo_id}.")
+    return not args.space or push_space(args, publisher.repo_id)
+
+
+def push_space(args: argparse.Namespace, model: str) -> bool:
+    """The same for the Space of `model`, which is on the Hub."""
+    publisher = Publisher(model, args.hub_private_repo, space=True)
+    publisher.check()
+    with tempfile.TemporaryDirectory() as folder:
+        write_space(Path(folder), model, args.model_dir)
+        publisher.push(Push(Path(folder), "Upload demo", files=SPACE))
+        if not publisher.finish(args.hub_timeout):
+            return False
+    print(f"Pushed its demo to the Space {model}.")
+    if args.hub_private_repo:
+        print("It reads the private model once it has a secret HF_TOKEN (in the Space's settings).")
     return True
 
 
@@ -33,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--model_dir", type=Path, required=True, help="folder with model_index.json")
     add("--hub_model_id", help="user/name, or name (the name of the run's folder)")
-    add("--hub_private_repo", action="store_true", help="if the repository has to be made, make it private")
+    add("--space", action="store_true", help="publish its demo, too, as a Space of the same name")
+    add("--hub_private_repo", action="store_true", help="repositories that have to be made are private")
     add("--hub_timeout", type=float, default=120, help="seconds to keep trying while the Hub is out of reach (120)")
     add("--tag", help="tag the revision, for example step-10000")
     try:

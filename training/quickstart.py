@@ -19,8 +19,9 @@ import yaml
 from cm_diffusers.engine.card import METRICS, renew_card
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.pictures import image_grid, titled_row
+from cm_diffusers.engine.pictures import titled_row
 from cm_diffusers.evaluation import frechet_distance, train_classifier
+from cm_diffusers.sampling import image_grid
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,9 +15,7 @@ import torch
 from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.models import load_pipeline
-from cm_diffusers.engine.pictures import image_grid, to_pil
-from cm_diffusers.engine.preview import sample_images
+from cm_diffusers.sampling import image_grid, load_pipeline, sample_images, to_pil
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

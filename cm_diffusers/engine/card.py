@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 import cm_diffusers
 from cm_diffusers.engine.config import Config
-from cm_diffusers.engine.pictures import image_grid
-from cm_diffusers.engine.preview import sample_images, with_our_interface
 from cm_diffusers.objectives import Objective
-from cm_diffusers.pipelines.image_pipeline import ImagePipeline
+from cm_diffusers.sampling import image_grid, levels_used, sample_images, with_our_interface
 
 
 _here = Path(cm_diffusers.__file__).parent
-TEMPLATE = next(f for f in (_here / "hub_cards", _here.parent / "hub_cards") if f.is_dir()) / "model_card.md"
+HUB_CARDS = next(f for f in (_here / "hub_cards", _here.parent / "hub_cards") if f.is_dir())
+TEMPLATE = HUB_CARDS / "model_card.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HERE = "local"  # what a card says of a name that means something on this machine only
 PLACES = ("output_dir", "train_data_dir", "config")
@@ -256,13 +255,5 @@ def draw_grids(pipeline: DiffusionPipeline, folder: Path) -> dict[str, dict[str,
         if images.shape[-1] in (1, 3):  # latents have no picture
             file = f"samples/{name.replace(' ', '_')}.png"
             image_grid(images, 10).save(folder / file)
-            grids[name] = {"file": file, "sigmas": ", ".join(f"{s:.4g}" for s in _levels(ours))}
+            grids[name] = {"file": file, "sigmas": ", ".join(f"{s:.4g}" for s in levels_used(ours))}
     return grids
-
-
-def _levels(pipeline: ImagePipeline) -> list[float]:
-    """The noise levels that the pipeline's last call started its steps from."""
-    levels = pipeline.scheduler.sigmas[:-1]
-    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):  # those are flow times
-        levels = levels / (1 - levels)
-    return levels.tolist()

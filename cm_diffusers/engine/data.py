@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.config import DataArguments
+from cm_diffusers.sampling import to_uint8
 
 
 CACHE_BYTES = 4 << 30  # decoded datasets up to this size are kept in memory
@@ -102,17 +103,6 @@ def open_image(record: dict) -> Image.Image:
     image = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"])
     image.load()
     return ImageOps.exif_transpose(image)
-
-
-def to_uint8(image: Image.Image, channels: int) -> Image.Image:
-    """Grey or RGB of 8 bits: 16-bit grey is scaled rather than clipped, transparency is laid over white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
 
 
 def resize_and_crop(image: Image.Image, resolution: Sequence[int]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Publishing a model on the Hub: in the background, through outages, and never in the way of training.
+"""Publishing a model or its Space on the Hub: in the background, through outages, and never in the way of training.
 
 Models go to the main branch. What a run resumes from goes to the branch `checkpoint`, of which only the newest state
 is kept. The token comes from the environment or from `hf auth login`, by the Hub's client; nothing here sees it.
@@ -83,12 +83,19 @@ class Publisher:
         private: for a repository that has to be made.
         say: prints a line.
         api: the Hub's client.
+        space: the repository is a Space, by gradio.
     """
 
     def __init__(
-        self, repo_id: str, private: bool = False, say: Callable[[str], None] = print, api: HfApi | None = None
+        self,
+        repo_id: str,
+        private: bool = False,
+        say: Callable[[str], None] = print,
+        api: HfApi | None = None,
+        space: bool = False,
     ):
         self.repo_id, self.private, self.say, self.api = repo_id, private, say, api or HfApi()
+        self.kind = "space" if space else "model"
         self.failures: list[str] = []
         self._jobs: queue.Queue = queue.Queue()
         self._deadline, self._hurry = float("inf"), threading.Event()
@@ -104,7 +111,7 @@ class Publisher:
         """
         try:
             self._create()
-            self.api.auth_check(self.repo_id, write=True)  # a repository that exists is no sign that it may be changed
+            self.api.auth_check(self.repo_id, repo_type=self.kind, write=True)  # that it exists is no sign of it
         except LocalTokenNotFoundError:
             raise ValueError("push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN.") from None
         except HFValidationError as error:
@@ -137,7 +144,10 @@ class Publisher:
                 raise
 
     def _create(self) -> None:
-        self.repo_id = self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True).repo_id
+        sdk = "gradio" if self.kind == "space" else None
+        self.repo_id = self.api.create_repo(
+            self.repo_id, private=self.private or None, repo_type=self.kind, exist_ok=True, space_sdk=sdk
+        ).repo_id
 
     # --- while it runs -----------------------------------------------------------------------------------------
 
@@ -171,7 +181,7 @@ class Publisher:
                     self._persist(self.api.create_branch, self.repo_id, branch=job.branch, exist_ok=True)
                 self._persist(self._commit, job)
                 if job.tag is not None:
-                    self._persist(self.api.create_tag, self.repo_id, tag=job.tag, exist_ok=True)
+                    self._persist(self.api.create_tag, self.repo_id, tag=job.tag, repo_type=self.kind, exist_ok=True)
                 if job.branch is not None:  # large files of older commits would be kept for ever
                     self._persist(self.api.super_squash_history, self.repo_id, branch=job.branch)
             except Exception as error:  # whatever it is, training is worth more
@@ -185,7 +195,9 @@ class Publisher:
         """One commit of the files; none where the repository holds them already, as after a lost answer."""
         files = sorted(file for pattern in job.files for file in job.folder.glob(pattern))
         adds = [CommitOperationAdd(file.relative_to(job.folder).as_posix(), str(file)) for file in files]
-        self.api.create_commit(self.repo_id, adds, commit_message=job.message, revision=job.branch)
+        self.api.create_commit(
+            self.repo_id, adds, commit_message=job.message, repo_type=self.kind, revision=job.branch
+        )
 
     def _persist(self, action: Callable, *args: Any, **kwargs: Any) -> None:
         """Call `action`, again and again while that can help and there is time."""

@@ -6,10 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    UNet2DModel,
-)
+from diffusers import UNet2DModel
 from torch import nn
 
 from cm_diffusers.core.denoisers import DENOISERS, Denoiser, EDMDenoiser, TrajectoryDenoiser
@@ -20,55 +17,12 @@ from cm_diffusers.models import JVPUNet2DModel, build_unet, keep_time_embedding_
 from cm_diffusers.models.unet_presets import check_halvings
 from cm_diffusers.objectives import ModelSpec, Objective
 from cm_diffusers.objectives.mean_flow import jump_to_zero
-from cm_diffusers.pipelines import (
-    ConsistencyPipeline,
-    CTMPipeline,
-    DenoisingPipeline,
-    MeanFlowPipeline,
-    TrigFlowPipeline,
-)
+from cm_diffusers.pipelines import CTMPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
+from cm_diffusers.sampling import load_pipeline
 
 
 TWO_TIMES = (MeanFlowPipeline, CTMPipeline)
-PIPELINES = {
-    "ConsistencyModelPipeline": ConsistencyPipeline,
-    **{cls.__name__: cls for cls in (ConsistencyPipeline, DenoisingPipeline, TrigFlowPipeline, *TWO_TIMES)},
-}
-
-
-def load_pipeline(name_or_path: str, revision: str | None = None, **kwargs) -> ImagePipeline:
-    """A saved model of the library, from a folder or the Hub; models with stock classes get our pipeline.
-
-    Raises:
-        ValueError: there is no such model, or it is of a kind that the library can't read.
-    """
-    if Path(name_or_path).exists() and not (Path(name_or_path) / "model_index.json").is_file():
-        raise ValueError(f"{name_or_path!r} is not a model: it holds no model_index.json.")
-    _check_links(Path(name_or_path))
-    try:
-        config = DiffusionPipeline.load_config(name_or_path, revision=revision)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"model {name_or_path!r} is neither a folder nor to be had from the Hub: {error}") from None
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if not isinstance(kind, str) or kind not in PIPELINES:
-        raise ValueError(f"model {name_or_path!r} is a {kind}; this version reads {', '.join(PIPELINES)}.")
-    try:
-        return PIPELINES[kind].from_pretrained(name_or_path, revision=revision, use_safetensors=True, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"model {name_or_path!r} can't be loaded: {error}") from error
-
-
-def _check_links(folder: Path) -> None:
-    """Raise ValueError for a link that leads out of `folder`, other than to the Hub's cache that it is part of."""
-    home = folder.resolve()
-    allowed = (home, home.parent.parent / "blobs")
-    for path in folder.rglob("*"):
-        target = path.resolve()
-        if path.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
-            raise ValueError(
-                f"model {str(folder)!r}: {path} is a link out of the folder, to {target}; put a copy there."
-            )
 
 
 @dataclass(frozen=True)

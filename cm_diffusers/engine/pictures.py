@@ -1,32 +1,10 @@
-"""Pictures for people: grids of images, curves of the loss."""
+"""Pictures for people: rows of pictures, curves of the loss."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
-
-
-def to_pil(image: np.ndarray) -> Image.Image:
-    """A picture from an image (H, W, C) in [0, 1], C 1 or 3. Raises ValueError for other numbers of channels."""
-    if image.shape[-1] not in (1, 3):
-        raise ValueError(f"An image of {image.shape[-1]} channels can't be shown.")
-    pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def image_grid(images: Sequence[np.ndarray], columns: int, min_side: int = 32) -> Image.Image:
-    """Images (N, H, W, C) in [0, 1], C 1 or 3, as one picture; small images are enlarged without smoothing."""
-    pictures = [to_pil(image).convert("RGB") for image in images]
-    scale = max(1, -(-min_side // min(pictures[0].size)))
-    width, height = (side * scale for side in pictures[0].size)
-    sheet = Image.new("RGB", (columns * (width + 2), -(-len(pictures) // columns) * (height + 2)), "white")
-    for i, picture in enumerate(pictures):
-        row, column = divmod(i, columns)
-        enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (column * (width + 2), row * (height + 2)))
-    return sheet
 
 
 def titled_row(panels: Sequence[tuple[str, Image.Image]], gap: int = 12, title_height: int = 18) -> Image.Image:

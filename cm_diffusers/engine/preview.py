@@ -2,50 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
-import torch
-from diffusers import ConsistencyModelPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
-from cm_diffusers.engine.pictures import image_grid, titled_row
-from cm_diffusers.pipelines import ConsistencyPipeline
-from cm_diffusers.pipelines.image_pipeline import ImagePipeline
-
-
-def with_our_interface(pipeline: DiffusionPipeline) -> ImagePipeline:
-    """The pipeline itself, or ours over the parts of the stock one."""
-    if isinstance(pipeline, ConsistencyModelPipeline):
-        return ConsistencyPipeline(pipeline.unet, pipeline.scheduler)
-    return pipeline
-
-
-def sample_images(
-    pipeline: ImagePipeline,
-    seeds: range,
-    class_labels: list[int] | None = None,
-    batch_size: int = 250,
-    **kwargs,
-) -> np.ndarray:
-    """Images (N, H, W, C) in [0, 1], one per seed: an image depends on its own seed only, not on the batch.
-
-    Args:
-        pipeline: the model.
-        seeds: one seed per image.
-        class_labels: one label per image; by default they go round the classes.
-        batch_size: how many are made at once.
-        kwargs: steps of the sampler, `num_inference_steps`, `sigmas`, `solver`.
-    """
-    images = []
-    for start in range(0, len(seeds), batch_size):
-        part = seeds[start : start + batch_size]
-        labels = None
-        if pipeline.num_classes is not None:
-            labels = [
-                (class_labels[start + i] if class_labels else s % pipeline.num_classes) for i, s in enumerate(part)
-            ]
-        generators = [torch.Generator().manual_seed(seed) for seed in part]
-        output = pipeline(class_labels=labels, generator=generators, batch_size=len(part), output_type="np", **kwargs)
-        images.append(output.images)
-    return np.concatenate(images)
+from cm_diffusers.engine.pictures import titled_row
+from cm_diffusers.sampling import image_grid, sample_images, with_our_interface
 
 
 def save_preview(pipeline: DiffusionPipeline, path: Path, count: int = 40, columns: int = 10) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from cm_diffusers import CTMPipeline, CTMScheduler, TwoTimeModel
 from cm_diffusers.engine.export import save_pipeline
-from cm_diffusers.engine.models import load_pipeline
 from cm_diffusers.models import build_unet
+from cm_diffusers.sampling import load_pipeline
 
 
 INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
@@ -32,7 +32,7 @@ import json, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 import cm_diffusers
-from cm_diffusers.engine.models import load_pipeline
+from cm_diffusers.sampling import load_pipeline
 root, sound, *folders = sys.argv[1:]
 touched, watching = [], False
 

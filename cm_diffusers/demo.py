@@ -1,0 +1,278 @@
+"""A saved model in the browser: its steps, noise levels, seeds and classes; jumps and inversion of trajectory models.
+
+    python -m cm_diffusers.demo runs/mine/pipeline
+    python -m cm_diffusers.demo user/my-model
+
+`training/push.py --space` publishes the same page.
+"""
+
+import argparse
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers.utils.logging import disable_progress_bar
+from PIL import Image, ImageOps
+
+from cm_diffusers.pipelines import CTMPipeline
+from cm_diffusers.pipelines.image_pipeline import ImagePipeline
+from cm_diffusers.sampling import image_grid, levels_used, load_pipeline, sample_images, to_uint8
+
+
+try:
+    import gradio as gr
+except ModuleNotFoundError:
+    print('error: the demo needs gradio: pip install "cm-diffusers[demo]"', file=sys.stderr)
+    raise SystemExit(2) from None
+
+SIDE = 480  # of the grid, in pixels, about; pictures in a row have half of it
+LAST_SEED = 2**31
+
+
+class Demo:
+    """What the page does with a model. Its methods take what the controls hold; their ValueErrors are shown there.
+
+    Args:
+        pipeline: the model.
+        name: how the page calls it.
+
+    Raises:
+        ValueError: the model makes no pictures.
+    """
+
+    def __init__(self, pipeline: ImagePipeline, name: str):
+        channels = pipeline.sample_shape[0]
+        if channels not in (1, 3):
+            raise ValueError(f"model {name!r} makes {channels} channels; the demo shows 1 (grey) or 3 (RGB).")
+        pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+        self.pipeline, self.name = pipeline, name
+        self.options = inspect.signature(pipeline.__call__).parameters
+
+    def sample(self, steps: int, sigmas: str, gamma: float, label: int, seed: int, count: int) -> tuple:
+        """A grid of `count` images, and the noise levels from which their steps started.
+
+        Args:
+            steps: number of steps, unless there are
+            sigmas: levels, for example "80, 0.8".
+            gamma: for trajectory models.
+            label: 0 for all classes in turn, else the class + 1.
+            seed: of the first image, the next has the next; the image of a seed does not depend on the others.
+        """
+        arguments = {"sigmas": _numbers(sigmas)} if sigmas.strip() else {"num_inference_steps": steps}
+        if "gamma" in self.options:
+            arguments["gamma"] = gamma
+        _check_filled(seed=seed)
+        labels = [label - 1] * count if label else None
+        images = sample_images(self.pipeline, range(seed, seed + count), labels, batch_size=16, **arguments)
+        columns = math.ceil(math.sqrt(count))
+        levels = ", ".join(f"{level:.4g}" for level in levels_used(self.pipeline))
+        return image_grid(images, columns, SIDE // columns), levels
+
+    def jump(self, picture: Image.Image | None, label: int, seed: int, start: float, end: float) -> tuple:
+        """A picture (else the sample of `seed`), with noise of level `start`, and after a jump from there to `end`."""
+        _check_filled(seed=seed, from_noise_level=start, to_noise_level=end)
+        images, labels = self._images(picture, label, seed)
+        generator = torch.Generator().manual_seed(seed)
+        _, noise = torch.randn((2, *images.shape), generator=generator)  # the first is that of the sample
+        noisy = 2 * images - 1 + start * noise
+        moved = self.pipeline.jump(noisy, start, end, labels)
+        return _shown(2 * images - 1), _shown(noisy, start), _shown(moved, end)
+
+    def invert(self, picture: Image.Image | None, label: int, seed: int, steps: int) -> tuple:
+        """A picture (else the sample of `seed`), its noise, the image of that noise, and by how much this differs."""
+        _check_filled(seed=seed)
+        images, labels = self._images(picture, label, seed)
+        noise = self.pipeline.invert(images, labels)
+        again = self.pipeline(
+            latents=noise, class_labels=labels, num_inference_steps=steps, gamma=0.0, output_type="pt"
+        ).images.cpu()
+        lost = (2 * (again - images)).square().mean().sqrt()
+        return _shown(2 * images - 1), _shown(noise / 2), _shown(2 * again - 1), f"{lost:.3f}"
+
+    def _images(self, picture: Image.Image | None, label: int, seed: int) -> tuple[torch.Tensor, list[int] | None]:
+        """The picture, or else the sample of `seed`, as images (1, C, H, W) in [0, 1], and its class labels."""
+        channels, height, width = self.pipeline.sample_shape
+        labels = None if self.pipeline.num_classes is None else [label]
+        if picture is None:
+            images = sample_images(self.pipeline, range(seed, seed + 1), labels, num_inference_steps=2)
+        else:
+            picture = ImageOps.fit(to_uint8(picture, channels), (width, height))
+            images = np.asarray(picture, dtype=np.float32).reshape(1, height, width, channels) / 255
+        return torch.from_numpy(images).permute(0, 3, 1, 2), labels
+
+    # --- the page ----------------------------------------------------------------------------------------------
+
+    def page(self) -> gr.Blocks:
+        """The page, to be launched."""
+        channels, height, width = self.pipeline.sample_shape
+        classes = f", {self.pipeline.num_classes} classes" if self.pipeline.num_classes is not None else ""
+        about = f"Images of {width} x {height} pixels, {'grey' if channels == 1 else 'RGB'}{classes}."
+        with gr.Blocks(title=self.name, analytics_enabled=False) as page:
+            gr.Markdown(f"# {self.name}\n{about}")
+            if isinstance(self.pipeline, CTMPipeline):
+                with gr.Tab("Sample"):
+                    self._sample_tab()
+                with gr.Tab("Jump"):
+                    self._jump_tab()
+                with gr.Tab("Invert"):
+                    self._invert_tab()
+            else:
+                self._sample_tab()
+        return page
+
+    def _sample_tab(self) -> None:
+        usual = self.pipeline.default_steps[0]
+        config = self.pipeline.scheduler.config
+        with gr.Row():
+            with gr.Column(scale=1):
+                steps = gr.Slider(min(usual, 2), 8 if usual == 1 else 40, usual, step=1, label="Steps")
+                sigmas = gr.Textbox(
+                    value="",
+                    label="Noise levels (sigma)",
+                    info="instead of a number of steps; they fall",
+                    placeholder=f"{config.get('sigma_max', 80.0):g}, 0.8",
+                    visible="sigmas" in self.options,
+                )
+                gamma = gr.Slider(
+                    0,
+                    1,
+                    config.get("gamma", 0.0),
+                    label="Gamma",
+                    info="0: a chain of jumps; 1: noise drawn anew at each step",
+                    visible="gamma" in self.options,
+                )
+                label, seed = self._class_and_seed("all in turn")
+                count = gr.Slider(1, 64, 16, step=1, label="Number of images")
+                button = gr.Button("Make images", variant="primary")
+            with gr.Column(scale=2):
+                grid = _picture("Images", buttons=["download", "fullscreen"])
+                levels = gr.Textbox(label="Noise levels used (sigma)")
+        inputs = [steps, sigmas, gamma, label, seed, count]
+        _on([button.click, sigmas.submit], self.sample, inputs, [grid, levels])
+
+    def _jump_tab(self) -> None:
+        config = self.pipeline.scheduler.config
+        gr.Markdown(
+            "One network call along the trajectory through a noisy picture, from one noise level to a"
+            f" {'lower or a higher' if config.upward else 'lower'} one, in"
+            f" [{config.sigma_min:g}, {config.sigma_max:g}]. Noisy pictures are dimmed to be shown."
+        )
+        with gr.Row():
+            with gr.Column(scale=1):
+                picture, label, seed = self._start()
+                with gr.Row():
+                    start = gr.Number(min(5.0, config.sigma_max), label="From noise level", min_width=100)
+                    end = gr.Number(min(0.5, config.sigma_max / 10), label="To noise level", min_width=100)
+                button = gr.Button("Jump", variant="primary")
+            with gr.Column(scale=2):
+                shown = _row("Picture", "With noise", "After the jump")
+        _on([button.click], self.jump, [picture, label, seed, start, end], shown)
+
+    def _invert_tab(self) -> None:
+        way = "one jump up" if self.pipeline.scheduler.config.upward else "18 steps of Heun's method"
+        gr.Markdown(f"The noise that the model makes a picture of, found by {way}, and the picture made of it again.")
+        with gr.Row():
+            with gr.Column(scale=1):
+                picture, label, seed = self._start()
+                steps = gr.Slider(1, 8, 1, step=1, label="Jumps back")
+                button = gr.Button("Invert", variant="primary")
+            with gr.Column(scale=2):
+                shown = _row("Picture", "Its noise", "Made again")
+                lost = gr.Textbox(label="Lost (root mean square of pixels in [-1, 1])")
+        _on([button.click], self.invert, [picture, label, seed, steps], [*shown, lost])
+
+    def _start(self) -> tuple[gr.Image, gr.Dropdown, gr.Number]:
+        """The controls for a picture to start from."""
+        label = "Your picture (none: the sample of the seed)"
+        picture = gr.Image(label=label, type="pil", image_mode=None, sources=["upload", "clipboard"], height=200)
+        return picture, *self._class_and_seed()
+
+    def _class_and_seed(self, *more: str) -> tuple[gr.Dropdown, gr.Number]:
+        """A choice of `more` and of the classes, by index, hidden where there are none; and a seed."""
+        count = self.pipeline.num_classes
+        choices, known = [*more, *map(str, range(count or 1))], count is not None
+        with gr.Row():
+            label = gr.Dropdown(choices, value=choices[0], type="index", label="Class", visible=known, min_width=100)
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LAST_SEED, min_width=100)
+        return label, seed
+
+
+def _picture(label: str, **settings) -> gr.Image:
+    """A picture to look at; the label is not shown, as it would cover a corner of it."""
+    return gr.Image(label=label, show_label=False, format="png", interactive=False, **settings)
+
+
+def _row(*titles: str) -> list[gr.Image]:
+    """Pictures side by side, each under its title."""
+    pictures = []
+    with gr.Row():
+        for title in titles:
+            with gr.Column(min_width=100):
+                gr.Markdown(title)
+                pictures.append(_picture(title, buttons=[]))
+    return pictures
+
+
+def _on(triggers: list[Callable], function: Callable, inputs: list, outputs: list) -> None:
+    """Call `function` on the page's events, one call at a time, as calls share the scheduler's state."""
+
+    @functools.wraps(function)
+    def shown(*values):
+        try:
+            return function(*values)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    gr.on(triggers, shown, inputs, outputs, api_name=function.__name__, concurrency_limit=1, concurrency_id="model")
+
+
+def _numbers(text: str) -> list[float]:
+    """The numbers of a list, separated by commas or spaces."""
+    try:
+        return [float(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"Noise levels must be falling numbers such as 80, 0.8; got {text!r}.") from None
+
+
+def _check_filled(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is None:
+            raise ValueError(f"{name.replace('_', ' ').capitalize()} is empty; give a number.")
+
+
+def _shown(sample: torch.Tensor, sigma: float = 0.0) -> Image.Image:
+    """x0 + sigma noise (1, C, H, W), dimmed to what a picture holds of it."""
+    image = (sample / (1 + 2 * sigma)).cpu().permute(0, 2, 3, 1).numpy() / 2 + 0.5
+    return image_grid(image, 1, SIDE // 2)
+
+
+def load_page(name_or_path: str, revision: str | None = None) -> gr.Blocks:
+    """The page of a saved model. Raises ValueError where there is none, or none that the page can show."""
+    disable_progress_bar()
+    return Demo(load_pipeline(name_or_path, revision), name_or_path).page()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cm_diffusers.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="FOLDER_OR_REPO", help="folder or Hub id of a model")
+    parser.add_argument("--revision", help="revision on the Hub")
+    parser.add_argument("--port", type=int, help="port of the page (the first free one from 7860 on)")
+    parser.add_argument("--share", action="store_true", help="a public link for a week, through gradio's servers")
+    args = parser.parse_args(argv)
+    try:
+        load_page(args.model, args.revision).launch(server_port=args.port, share=args.share, show_error=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

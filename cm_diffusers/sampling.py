@@ -1,0 +1,133 @@
+"""Saved models, images from them, and pictures of these: what the engine, the scripts and the demo share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import ConsistencyModelPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from cm_diffusers.pipelines import (
+    ConsistencyPipeline,
+    CTMPipeline,
+    DenoisingPipeline,
+    MeanFlowPipeline,
+    TrigFlowPipeline,
+)
+from cm_diffusers.pipelines.image_pipeline import ImagePipeline
+
+
+OURS = (ConsistencyPipeline, DenoisingPipeline, TrigFlowPipeline, MeanFlowPipeline, CTMPipeline)
+PIPELINES = {"ConsistencyModelPipeline": ConsistencyPipeline, **{cls.__name__: cls for cls in OURS}}
+
+
+def load_pipeline(name_or_path: str, revision: str | None = None, **kwargs) -> ImagePipeline:
+    """A saved model of the library, from a folder or the Hub; models with stock classes get our pipeline.
+
+    Raises:
+        ValueError: there is no such model, or it is of a kind that the library can't read.
+    """
+    if Path(name_or_path).exists() and not (Path(name_or_path) / "model_index.json").is_file():
+        raise ValueError(f"{name_or_path!r} is not a model: it holds no model_index.json.")
+    _check_links(Path(name_or_path))
+    try:
+        config = DiffusionPipeline.load_config(name_or_path, revision=revision)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"model {name_or_path!r} is neither a folder nor to be had from the Hub: {error}") from None
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in PIPELINES:
+        raise ValueError(f"model {name_or_path!r} is a {kind}; this version reads {', '.join(PIPELINES)}.")
+    try:
+        return PIPELINES[kind].from_pretrained(name_or_path, revision=revision, use_safetensors=True, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"model {name_or_path!r} can't be loaded: {error}") from error
+
+
+def _check_links(folder: Path) -> None:
+    """Raise ValueError for a link that leads out of `folder`, other than to the Hub's cache that it is part of."""
+    home = folder.resolve()
+    allowed = (home, home.parent.parent / "blobs")
+    for path in folder.rglob("*"):
+        target = path.resolve()
+        if path.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
+            raise ValueError(
+                f"model {str(folder)!r}: {path} is a link out of the folder, to {target}; put a copy there."
+            )
+
+
+def with_our_interface(pipeline: DiffusionPipeline) -> ImagePipeline:
+    """The pipeline itself, or ours over the parts of the stock one."""
+    if isinstance(pipeline, ConsistencyModelPipeline):
+        return ConsistencyPipeline(pipeline.unet, pipeline.scheduler)
+    return pipeline
+
+
+def sample_images(
+    pipeline: ImagePipeline,
+    seeds: range,
+    class_labels: list[int] | None = None,
+    batch_size: int = 250,
+    **kwargs,
+) -> np.ndarray:
+    """Images (N, H, W, C) in [0, 1], one per seed: an image depends on its own seed only, not on the batch.
+
+    Args:
+        pipeline: the model.
+        seeds: one seed per image.
+        class_labels: one label per image; by default they go round the classes.
+        batch_size: how many are made at once.
+        kwargs: steps of the sampler, `num_inference_steps`, `sigmas`, `solver`.
+    """
+    images = []
+    for start in range(0, len(seeds), batch_size):
+        part = seeds[start : start + batch_size]
+        labels = None
+        if pipeline.num_classes is not None:
+            labels = [
+                (class_labels[start + i] if class_labels else s % pipeline.num_classes) for i, s in enumerate(part)
+            ]
+        generators = [torch.Generator().manual_seed(seed) for seed in part]
+        output = pipeline(class_labels=labels, generator=generators, batch_size=len(part), output_type="np", **kwargs)
+        images.append(output.images)
+    return np.concatenate(images)
+
+
+def levels_used(pipeline: ImagePipeline) -> list[float]:
+    """The noise levels from which the steps of the pipeline's last call started."""
+    levels = pipeline.scheduler.sigmas[:-1]
+    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):  # those are flow times
+        levels = levels / (1 - levels)
+    return list(dict.fromkeys(levels.tolist()))  # Heun's method has some twice
+
+
+def to_uint8(image: Image.Image, channels: int) -> Image.Image:
+    """Grey or RGB of 8 bits: 16-bit grey is scaled rather than clipped, transparency is laid over white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """A picture from an image (H, W, C) in [0, 1], C 1 or 3. Raises ValueError for other numbers of channels."""
+    if image.shape[-1] not in (1, 3):
+        raise ValueError(f"An image of {image.shape[-1]} channels can't be shown.")
+    pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def image_grid(images: Sequence[np.ndarray], columns: int, min_side: int = 32) -> Image.Image:
+    """Images (N, H, W, C) in [0, 1], C 1 or 3, as one picture; small images are enlarged without smoothing."""
+    pictures = [to_pil(image).convert("RGB") for image in images]
+    scale = max(1, -(-min_side // min(pictures[0].size)))
+    width, height = (side * scale for side in pictures[0].size)
+    sheet = Image.new("RGB", (columns * (width + 2), -(-len(pictures) // columns) * (height + 2)), "white")
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, columns)
+        enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (column * (width + 2), row * (height + 2)))
+    return sheet
