@@ -28,7 +28,7 @@ def push(args: argparse.Namespace) -> bool:
     publisher.push(Push(args.model_dir, "Upload model", args.tag))
     if not publisher.finish(args.hub_timeout):
         return False
-    print(f"Pushed to {publisher.repo_id}.")
+    print(f"Pushed to {publisher.url}.")
     return not args.space or push_space(args, publisher.repo_id)
 
 
@@ -41,7 +41,7 @@ def push_space(args: argparse.Namespace, model: str) -> bool:
         publisher.push(Push(Path(folder), "Upload demo", files=SPACE))
         if not publisher.finish(args.hub_timeout):
             return False
-    print(f"Pushed its demo to the Space {model}.")
+    print(f"Pushed its demo to {publisher.url}.")
     if args.hub_private_repo:
         print("It reads the private model once it has a secret HF_TOKEN (in the Space's settings).")
     return True

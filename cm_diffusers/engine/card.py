@@ -28,6 +28,16 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HERE = "local"  # what a card says of a name that means something on this machine only
 PLACES = ("output_dir", "train_data_dir", "config")
 NAMES = ("dataset_name", "pretrained_teacher_model", "pretrained_model_name_or_path", "model_config_name_or_path")
+NO_RECIPE = (
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_strategy",
+    "hub_timeout",
+    "resume_from_hub",
+    "report_to",
+    "dry_run",
+)
 FACTS = "card.json"  # beside a saved model: all that its card says, but for what was measured of it
 METRICS = "report.json"  # beside it, where something was measured
 
@@ -170,7 +180,9 @@ def card_facts(
         "seed": config.run.seed,
         "hardware": f"{count} process{'es' if count > 1 else ''}, {device}",
         "library": commit(),
-        "recipe": {key: value for key, value in settings.items() if value not in (None, HERE)},
+        "recipe": {
+            key: value for key, value in settings.items() if value not in (None, HERE) and key not in NO_RECIPE
+        },
     }
 
 

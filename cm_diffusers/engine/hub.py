@@ -152,6 +152,11 @@ class Publisher:
     # --- while it runs -----------------------------------------------------------------------------------------
 
     @property
+    def url(self) -> str:
+        """The page of the repository."""
+        return f"{self.api.endpoint}/{'spaces/' if self.kind == 'space' else ''}{self.repo_id}"
+
+    @property
     def waiting(self) -> int:
         """How many pushes have not been done, as the Hub is slow or away."""
         return self._jobs.unfinished_tasks

@@ -145,7 +145,7 @@ def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) ->
 def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
     publisher.push(Push(folder / "pipeline", "End of training"))
     if publisher.finish(timeout):
-        print(f"Pushed to {publisher.repo_id}.")
+        print(f"Pushed to {publisher.url}.")
     else:
         print(
             f"The model is complete in {folder / 'pipeline'}, but not all of it is on the Hub. Finish the push with:"
