@@ -63,7 +63,7 @@ def test_a_space_is_the_demo_and_what_it_needs(hub, push, model_dir, capsys):
     create = hub.calls("POST /api/repos/create")[-1].json()
     assert create["type"] == "space" and create["sdk"] == "gradio"
     said = capsys.readouterr().out
-    assert "Pushed its demo to the Space tester/model." in said and "HF_TOKEN" not in said
+    assert f"Pushed its demo to {hub.url}/spaces/tester/model." in said and "HF_TOKEN" not in said
     assert str(model_dir.parent) not in b"".join(files.values()).decode()
     assert b"\n# model\n" in files["README.md"] and b'load_page("tester/model")' in files["app.py"]
     assert front_matter(files) == {
