@@ -24,7 +24,13 @@ _here = Path(cm_diffusers.__file__).parent
 TEMPLATE = next(f for f in (_here / "hub_cards", _here.parent / "hub_cards") if f.is_dir()) / "model_card.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PLACES = {"output_dir", "train_data_dir", "config", "revision"}
-NAMES = ("dataset_name", "pretrained_teacher_model", "pretrained_model_name_or_path", "model_config_name_or_path")
+NAMES = (
+    "dataset_name",
+    "pretrained_teacher_model",
+    "pretrained_model_name_or_path",
+    "model_config_name_or_path",
+    "vae_name_or_path",
+)
 
 
 @dataclass(frozen=True)

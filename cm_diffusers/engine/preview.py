@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline
+from torch import nn
 
 from cm_diffusers.engine.pictures import image_grid, titled_row
 from cm_diffusers.pipelines import ConsistencyPipeline
@@ -15,6 +16,15 @@ def with_our_interface(pipeline: DiffusionPipeline) -> ImagePipeline:
     """The pipeline itself, or ours over the parts of the stock one."""
     if isinstance(pipeline, ConsistencyModelPipeline):
         return ConsistencyPipeline(pipeline.unet, pipeline.scheduler)
+    return pipeline
+
+
+def with_vae(pipeline: DiffusionPipeline, vae: nn.Module) -> ImagePipeline:
+    """The pipeline of a network of latents, decoding them; stock ones become ours. Latents are not clipped."""
+    pipeline = with_our_interface(pipeline)
+    pipeline.register_modules(vae=vae)
+    if "clip_denoised" in pipeline.scheduler.config:
+        pipeline.scheduler.register_to_config(clip_denoised=False)
     return pipeline
 
 

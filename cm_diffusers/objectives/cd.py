@@ -30,6 +30,7 @@ from cm_diffusers.objectives.consistency import (
     teacher_step,
 )
 from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class CD(Objective):
 
     name = "cd"
     Options = CDOptions
+    keeps = PROCESS_STUDENTS
     sigma_min = floor = 0.002
     facts = Facts(
         what="consistency distillation, 1 or more calls",
