@@ -153,9 +153,8 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
             trainer._say("A stream has no fixed order: stopped and resumed, this run is not bit for bit the same.")
         if saved is not None:
             trainer._say(f"Teacher: {saved}")
-        trainer._say(
-            f"sigma_data: {start.spec.sigma_data} (root mean square of the {'latents' if data.vae else 'images in [-1, 1]'})"
-        )
+        what = "images in [-1, 1]" if data.vae is None else "latents"
+        trainer._say(f"sigma_data: {start.spec.sigma_data} (root mean square of the {what})")
         trainer._say(
             f"Model: {count / 1e6:.2f} M parameters, {start.spec.prediction}, time label {start.spec.time_label}"
         )
