@@ -22,6 +22,7 @@ from cm_diffusers.schedulers import MultistepConsistencyScheduler, TrigFlowSched
 
 SOLVERS = {"heun": heun_step, "euler": euler_step, "ddim": euler_step}  # in sigma, DDIM's step is Euler's
 DISTANCES = ["pseudo_huber", "l2", "lpips"]
+TEACHER_HELP = "The diffusion model to distil, of the library or of diffusers: a folder or a Hub id."
 CM_WEIGHTS = ["uniform", "snr", "karras"]
 
 

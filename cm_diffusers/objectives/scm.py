@@ -20,7 +20,7 @@ from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.tangents import NORMS, jvp, jvp_ready, normalised
 from cm_diffusers.models import with_log_variance, without_log_variance
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
-from cm_diffusers.objectives.consistency import check_teacher, trigflow_pipeline
+from cm_diffusers.objectives.consistency import TEACHER_HELP, check_teacher, trigflow_pipeline
 from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
 from cm_diffusers.objectives.options import check_between, option
 
@@ -129,7 +129,7 @@ class SCT(Objective):
 
 @dataclass(frozen=True)
 class SCDOptions(SCTOptions):
-    pretrained_teacher_model: str | None = option(None, "The diffusion model to distil: a folder or a Hub id.")
+    pretrained_teacher_model: str | None = option(None, TEACHER_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()
