@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from common import paired, show
 from datasets import Dataset, Features, Image, Value
 
-from cm_diffusers.core.denoisers import DENOISERS
 from cm_diffusers.core.tangents import jvp, jvp_ready
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.data import ImageData
@@ -84,7 +83,7 @@ def build_trainer(name: str, folder: str, accelerator: Accelerator, batch: int =
     teacher = None
     if method.teacher:
         network = copy.deepcopy(start.network).eval().requires_grad_(False)
-        teacher = DENOISERS[start.spec.prediction](network, start.spec.sigma_data)
+        teacher = start.spec.denoiser(network)
     steps = config.run.max_train_steps
     objective = OBJECTIVES[name](start.network, start.spec, config.options, steps, teacher=teacher)
     return Trainer(config, objective, data, accelerator)

@@ -5,7 +5,7 @@ import sys
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # diffusers looks its bases up in this namespace
 
-from cm_diffusers.models import JVPUNet2DModel, TwoTimeModel
+from cm_diffusers.models import DiTModel, JVPUNet2DModel, TwoTimeModel
 from cm_diffusers.pipelines import (
     ConsistencyPipeline,
     CTMPipeline,
@@ -22,6 +22,7 @@ __all__ = [
     "CTMScheduler",
     "ConsistencyPipeline",
     "DenoisingPipeline",
+    "DiTModel",
     "JVPUNet2DModel",
     "MeanFlowPipeline",
     "MultistepConsistencyScheduler",
@@ -45,5 +46,5 @@ def _register(*classes: type) -> None:
 
 
 _register(ConsistencyPipeline, CTMPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline)
-_register(CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler, JVPUNet2DModel, TwoTimeModel)
+_register(CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler, DiTModel, JVPUNet2DModel, TwoTimeModel)
 ConsistencyPipeline._scheduler_class = MultistepConsistencyScheduler

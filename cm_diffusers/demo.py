@@ -45,7 +45,7 @@ class Demo:
     """
 
     def __init__(self, pipeline: ImagePipeline, name: str):
-        channels = pipeline.sample_shape[0]
+        channels = pipeline.image_shape[0]
         if channels not in (1, 3):
             raise ValueError(f"model {name!r} makes {channels} channels; the demo shows 1 (grey) or 3 (RGB).")
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
@@ -108,12 +108,12 @@ class Demo:
 
     def page(self) -> gr.Blocks:
         """The page, to be launched."""
-        channels, height, width = self.pipeline.sample_shape
+        channels, height, width = self.pipeline.image_shape
         classes = f", {self.pipeline.num_classes} classes" if self.pipeline.num_classes is not None else ""
         about = f"Images of {width} x {height} pixels, {'grey' if channels == 1 else 'RGB'}{classes}."
         with gr.Blocks(title=self.name, analytics_enabled=False) as page:
             gr.Markdown(f"# {self.name}\n{about}")
-            if isinstance(self.pipeline, CTMPipeline):
+            if isinstance(self.pipeline, CTMPipeline) and self.pipeline.vae is None:
                 with gr.Tab("Sample"):
                     self._sample_tab()
                 with gr.Tab("Jump"):

@@ -1,6 +1,6 @@
 """Saved models, images from them, and pictures of these: what the engine, the scripts and the demo share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,16 @@ OURS = (ConsistencyPipeline, DenoisingPipeline, TrigFlowPipeline, MeanFlowPipeli
 PIPELINES = {"ConsistencyModelPipeline": ConsistencyPipeline, **{cls.__name__: cls for cls in OURS}}
 
 
-def load_pipeline(name_or_path: str, revision: str | None = None, **kwargs) -> ImagePipeline:
-    """A saved model of the library, from a folder or the Hub; models with stock classes get our pipeline.
+def load_pipeline(
+    name_or_path: str, revision: str | None = None, kinds: Mapping[str, type] = PIPELINES, **kwargs
+) -> ImagePipeline:
+    """A saved model of the library, from a folder or the Hub; consistency models of stock classes get our pipeline.
+
+    Args:
+        name_or_path: the folder or the Hub id.
+        revision: on the Hub.
+        kinds: the classes to load, by the names that saved models give theirs.
+        kwargs: for `from_pretrained`.
 
     Raises:
         ValueError: there is no such model, or it is of a kind that the library can't read.
@@ -36,10 +44,12 @@ def load_pipeline(name_or_path: str, revision: str | None = None, **kwargs) -> I
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"model {name_or_path!r} is neither a folder nor to be had from the Hub: {error}") from None
     kind = config.get("_class_name") if isinstance(config, dict) else None
-    if not isinstance(kind, str) or kind not in PIPELINES:
-        raise ValueError(f"model {name_or_path!r} is a {kind}; this version reads {', '.join(PIPELINES)}.")
+    if not isinstance(kind, str) or kind not in kinds:
+        text = isinstance(config, dict) and any(key.startswith(("text_", "tokenizer")) for key in config)
+        why = ", which is conditioned on text" if text else ""
+        raise ValueError(f"model {name_or_path!r} is a {kind}{why}; this version reads {', '.join(kinds)}.")
     try:
-        return PIPELINES[kind].from_pretrained(name_or_path, revision=revision, use_safetensors=True, **kwargs)
+        return kinds[kind].from_pretrained(name_or_path, revision=revision, use_safetensors=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"model {name_or_path!r} can't be loaded: {error}") from error
 

@@ -14,16 +14,17 @@ class ConsistencyPipeline(ImagePipeline):
     Args:
         unet: the network, called as `unet(sample, label, class_labels=...)`, for example a `UNet2DModel`.
         scheduler: a `MultistepConsistencyScheduler`; diffusers' `CMStochasticIterativeScheduler` is converted to it.
+        vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
     _scheduler_class: type[SchedulerMixin] | None = None  # set where the library is installed; None in a lone file
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None = None):
         super().__init__()
         if isinstance(scheduler, CMStochasticIterativeScheduler) and self._scheduler_class is not None:
             scheduler = self._scheduler_class.from_config(scheduler.config)
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     @property
     def default_steps(self) -> tuple[int, ...]:
@@ -53,7 +54,7 @@ class ConsistencyPipeline(ImagePipeline):
             sigmas: the noise levels, falling, for example [80, 0.8].
             generator: a generator, or one per image (then an image does not depend on the others of the batch).
             latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]) or "pt" (B, C, H, W in [0, 1]).
+            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
             return_dict: give an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
                 replaces the tensors.

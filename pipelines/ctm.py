@@ -46,6 +46,7 @@ class CTMPipeline(ImagePipeline):
         unet: the network, called as `unet(sample, label, target_timestep=label to jump to, class_labels=...)`, for
             example a `TwoTimeModel`.
         scheduler: a `CTMScheduler`.
+        vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
 
     Raises:
         ValueError: a network with one time only, or another scheduler.
@@ -53,7 +54,7 @@ class CTMPipeline(ImagePipeline):
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None = None):
         super().__init__()
         given = type(scheduler).__name__
         if not takes_two_times(unet):
@@ -71,7 +72,7 @@ class CTMPipeline(ImagePipeline):
         if "gamma_rule" not in scheduler.config:
             hint = " Mean flows have two times as well; MeanFlowPipeline samples them." if "FlowMatch" in given else ""
             raise ValueError(f"CTMPipeline needs a CTMScheduler, not a {given}.{hint}")
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     @property
     def default_steps(self) -> tuple[int, ...]:
@@ -108,7 +109,7 @@ class CTMPipeline(ImagePipeline):
                 where both times are one. Heun calls the network twice per step.
             generator: a generator, or one per image (then an image does not depend on the others of the batch).
             latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]) or "pt" (B, C, H, W in [0, 1]).
+            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
             return_dict: give an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
                 replaces the tensors.

@@ -8,7 +8,8 @@ from diffusers import EDMEulerScheduler, ImagePipelineOutput, ModelMixin
 from .image_pipeline import Generators, ImagePipeline, StepCallback
 
 
-TIME_LABELS = {"edm": ("log_sigma", "angle"), "flow": ("flow_time",)}  # of each prediction, the default one first
+# of each prediction, the default one first
+TIME_LABELS = {"edm": ("log_sigma", "quarter_log_sigma", "angle"), "flow": ("flow_time",)}
 
 
 class DenoisingPipeline(ImagePipeline):
@@ -20,10 +21,11 @@ class DenoisingPipeline(ImagePipeline):
         unet: the network, called as `unet(sample, label, class_labels=...)`, for example a `UNet2DModel`.
         scheduler: an `EDMEulerScheduler` with the model's `sigma_data` (of which flow models have none).
         time_label: the network's time input, by default the first that the prediction allows: "log_sigma"
-            (250 ln sigma) or "angle" (atan(sigma / sigma_data)) for "edm", "flow_time" (sigma / (1 + sigma)) for
-            "flow".
+            (250 ln sigma), "quarter_log_sigma" (ln(sigma) / 4) or "angle" (atan(sigma / sigma_data)) for "edm",
+            "flow_time" (sigma / (1 + sigma)) for "flow".
         prediction: "edm" for a network under EDM's preconditioning; "flow" for one that is given
             x_t = (1 - t) x0 + t noise and predicts noise - x0 (Lipman et al. 2022, arXiv:2210.02747).
+        vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
 
     Raises:
         ValueError: unknown prediction, or a time label that is not one of its own.
@@ -37,6 +39,7 @@ class DenoisingPipeline(ImagePipeline):
         scheduler: EDMEulerScheduler,
         time_label: str | None = None,
         prediction: str = "edm",
+        vae: ModelMixin | None = None,
     ):
         super().__init__()
         if prediction not in TIME_LABELS:
@@ -47,7 +50,7 @@ class DenoisingPipeline(ImagePipeline):
             raise ValueError(
                 f"time_label of the prediction {prediction!r} must be one of {', '.join(labels)}; got {time_label!r}."
             )
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_to_config(time_label=time_label, prediction=prediction)
 
     @property
@@ -64,8 +67,8 @@ class DenoisingPipeline(ImagePipeline):
             network_input, label = sample / (1 + sigma), flow_time
         else:
             network_input = self.scheduler.precondition_inputs(sample, sigma)
-            log_label = self.config.time_label == "log_sigma"
-            label = 250 * sigma.log() if log_label else (sigma / self.scheduler.config.sigma_data).atan()
+            factor = {"log_sigma": 250, "quarter_log_sigma": 0.25}.get(self.config.time_label)
+            label = (sigma / self.scheduler.config.sigma_data).atan() if factor is None else factor * sigma.log()
         network = network_input.to(self.unet.dtype), label.to(sample.device)
         output = self.unet(*network, class_labels=labels, return_dict=False)[0].float()
         if self.config.prediction == "flow":
@@ -96,7 +99,7 @@ class DenoisingPipeline(ImagePipeline):
             solver: "heun" or "euler".
             generator: a generator, or one per image (then an image does not depend on the others of the batch).
             latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]) or "pt" (B, C, H, W in [0, 1]).
+            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
             return_dict: give an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
                 replaces the tensors.

@@ -17,15 +17,28 @@ StepCallback = Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict]
 
 
 class ImagePipeline(DiffusionPipeline):
-    """Base of pipelines that make images with one network `unet`, unconditional or class-conditional."""
+    """Base of pipelines that make images with one network `unet`, unconditional or class-conditional.
 
-    model_cpu_offload_seq = "unet"
+    With an autoencoder `vae` the network works in its latents, and images are decoded from them.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of what the network makes."""
         size = self.unet.config.sample_size
         return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images."""
+        channels, height, width = self.sample_shape
+        if self.vae is None:
+            return channels, height, width
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.out_channels, factor * height, factor * width
 
     @property
     def num_classes(self) -> int | None:
@@ -48,12 +61,11 @@ class ImagePipeline(DiffusionPipeline):
 
     def check_inputs(self, output_type: str, tensor_inputs: list[str]) -> None:
         """Raise ValueError for what can't be done, before any work."""
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}.")
-        if output_type == "pil" and self.sample_shape[0] not in (1, 3):
-            raise ValueError(
-                f"Images of {self.sample_shape[0]} channels have no PIL form; use output_type 'np' or 'pt'."
-            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        channels = self.image_shape[0]
+        if output_type == "pil" and channels not in (1, 3):
+            raise ValueError(f"Images of {channels} channels have no PIL form; use output_type 'np' or 'pt'.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"A callback can be given {self._callback_tensor_inputs}, not {unknown}.")
@@ -133,12 +145,22 @@ class ImagePipeline(DiffusionPipeline):
         changed = callback(self, index, timestep, {name: tensors[name] for name in names}) or {}
         return {**tensors, **changed}
 
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) in [-1, 1] from latents (B, c, h, w), scaled and shifted as its config says."""
+        config = self.vae.config
+        latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
     def finish(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
-        """Images from a sample in [-1, 1]: a list of PIL images, an array (B, H, W, C) or a tensor (B, C, H, W)."""
-        sample = (sample / 2 + 0.5).clamp(0, 1)
+        """Images from a sample in [-1, 1], or in the latents of `vae`: a list of PIL images, an array (B, H, W, C) or
+        a tensor (B, C, H, W); for "latent" the sample itself."""
         images = sample
-        if output_type != "pt":
-            images = VaeImageProcessor.pt_to_numpy(sample)
+        if output_type != "latent":
+            if self.vae is not None:
+                sample = self.decode(sample)
+            images = (sample / 2 + 0.5).clamp(0, 1)
+        if output_type in ("np", "pil"):
+            images = VaeImageProcessor.pt_to_numpy(images)
             if output_type == "pil":
                 images = VaeImageProcessor.numpy_to_pil(images)
         self.maybe_free_model_hooks()

@@ -31,16 +31,17 @@ class MeanFlowPipeline(ImagePipeline):
     Args:
         unet: the network, called as `unet(x_t, t, target_timestep=r, class_labels=...)`.
         scheduler: a `FlowMatchEulerDiscreteScheduler` that takes the flow times as they are (its default settings).
+        vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
     """
 
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: ModelMixin, scheduler: FlowMatchEulerDiscreteScheduler):
+    def __init__(self, unet: ModelMixin, scheduler: FlowMatchEulerDiscreteScheduler, vae: ModelMixin | None = None):
         super().__init__()
         changed = {name for name, value in PLAIN_SCHEDULER.items() if scheduler.config.get(name, value) != value}
         if changed:
             raise ValueError(f"The scheduler of a MeanFlowPipeline must leave {', '.join(sorted(changed))} alone.")
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     @property
     def default_steps(self) -> tuple[int, ...]:
@@ -85,7 +86,7 @@ class MeanFlowPipeline(ImagePipeline):
             sigmas: noise levels t / (1 - t), falling, for example [inf, 1]; inf is pure noise, flow time 1.
             generator: a generator, or one per image (then an image does not depend on the others of the batch).
             latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]) or "pt" (B, C, H, W in [0, 1]).
+            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
             return_dict: give an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
                 replaces the tensors.

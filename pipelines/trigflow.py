@@ -14,15 +14,16 @@ class TrigFlowPipeline(ImagePipeline):
     Args:
         unet: the network, called as `unet(sample / sigma_data, angle, class_labels=...)`.
         scheduler: a `TrigFlowScheduler`; its solver says whether this is a consistency model or a diffusion model.
+        vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None = None):
         super().__init__()
         if "solver" not in scheduler.config:
             raise ValueError(f"TrigFlowPipeline needs a TrigFlowScheduler, not a {type(scheduler).__name__}.")
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     @property
     def default_steps(self) -> tuple[int, ...]:
@@ -58,7 +59,7 @@ class TrigFlowPipeline(ImagePipeline):
                 levels, Euler N times.
             generator: a generator, or one per image (then an image does not depend on the others of the batch).
             latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]) or "pt" (B, C, H, W in [0, 1]).
+            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
             return_dict: give an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step, from one level
                 to the next; what it returns replaces the tensors.

@@ -15,20 +15,24 @@ import torch
 from cm_diffusers.engine.config import DataArguments, ModelArguments
 from cm_diffusers.engine.data import ImageData, Spot
 from cm_diffusers.engine.diagnostics import save_diagnostics
-from cm_diffusers.engine.models import denoiser_of, load_pipeline, load_teacher
+from cm_diffusers.engine.models import check_fit, denoiser_of, load_pipeline, load_teacher
 
 
 def diagnose(args: argparse.Namespace) -> dict[str, float]:
     """Leaves diagnostics.png and diagnostics.json in the output folder. Raises ValueError for what can't be done."""
     pipeline = load_pipeline(args.pretrained_model_name_or_path).to(args.device)
+    if pipeline.vae is not None:
+        raise ValueError("this model makes latents, which have no picture of their own.")
     _, height, width = pipeline.sample_shape
     settings = DataArguments(dataset_name=args.dataset_name, split=args.split, resolution=[height, width])
     args.output_dir.mkdir(parents=True, exist_ok=True)
     data = ImageData(settings, pipeline.num_classes is not None)
     teacher = None
     if args.pretrained_teacher_model:
-        teacher = load_teacher(args.pretrained_teacher_model, ModelArguments(), data)
-        teacher.network.to(args.device)
+        saved = load_teacher(args.pretrained_teacher_model, ModelArguments())
+        check_fit(saved, data, "teacher")
+        saved.network.to(args.device)
+        teacher = saved.denoiser
     batch = next(data.batches(Spot(8, 1, 0, 1), args.seed))
     images = batch["images"].to(args.device).float() / 127.5 - 1
     labels = None if batch["labels"] is None else batch["labels"].to(args.device)

@@ -5,7 +5,7 @@ Whatever process a network was trained on, its denoiser takes x = x0 + sigma noi
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from cm_diffusers.core.interpolants import Interpolant, LinearFlow, TrigFlow, ap
 from cm_diffusers.core.time_labels import TIME_LABELS
 
 
-PREDICTION_TYPES = ("sample", "epsilon", "v_prediction", "flow_prediction", "trigflow")
+PREDICTION_TYPES = ("sample", "epsilon", "v_prediction", "flow", "trigflow")
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +45,6 @@ class EDMDenoiser:
     sigma_data: float
     sigma_min: float = 0.0
     time_label: str = "log_sigma"
-    prediction: ClassVar[str] = "edm"
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Denoise `x` (B, C, H, W), noised to `sigma` (B,); class labels (B,) where the network takes them."""
@@ -79,7 +78,6 @@ class TrajectoryDenoiser:
     sigma_data: float
     sigma_min: float = 0.002
     time_label: str = "log_sigma"
-    prediction: ClassVar[str] = "edm"
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The jump of `x` (B, C, H, W) from `sigma` (B,) to sigma_min."""
@@ -108,48 +106,105 @@ class TrajectoryDenoiser:
 
 
 @dataclass(frozen=True)
-class TrigFlowDenoiser:
+class ProcessDenoiser:
+    """D of a network that lives on a forward process of its own, x_t = alpha x0 + std noise, and predicts there.
+
+    A sample of VE becomes one of the process by the factor alpha(sigma); what the network puts out is read by
+    `to_denoised`. D(x, 0) = x for every prediction but "sample". Beyond the process' highest level, which a table of
+    integer times has, `x` is shrunk onto it: D(x, sigma) = D(x sigma_max / sigma, sigma_max), as x / sigma hardly
+    moves along trajectories there. Below the lowest one the network is told time 0.
+
+    Args:
+        network: called as `network(x_t / process.scale, time, class_labels=...)`, answering with `.sample`.
+        process: the forward process.
+        prediction: one of `PREDICTION_TYPES`.
+        sigma_data: root mean square of the data; the denoiser itself does not need it.
+        time_scale: the network is told the process' own time times this (1000 for diffusers' flow models).
+    """
+
+    network: Callable
+    process: Interpolant
+    prediction: str
+    sigma_data: float | None = None
+    time_scale: float = 1.0
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Denoise `x` (B, C, H, W), noised to `sigma` (B,)."""
+        x = append_dims((self.process.sigma_max / sigma).clamp(max=1), x) * x
+        sigma = sigma.clamp(max=self.process.sigma_max)
+        x_t, time = append_dims(self.process.alpha(sigma), x) * x, self.time_scale * self.process.time(sigma)
+        output = self.network(x_t / self.process.scale, time, class_labels=class_labels).sample.to(x.dtype)
+        return to_denoised(self.prediction, output, x_t, sigma, self.process)
+
+
+def trigflow_denoiser(network: Callable, sigma_data: float) -> ProcessDenoiser:
     """D = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t) at the angle t = atan(sigma / sigma_data).
 
     F is the velocity over sigma_data of x_t = cos(t) x0 + sin(t) sigma_data noise (Lu & Song 2024, arXiv:2410.11081,
-    section 3). It is EDM's preconditioning with the sign of the network turned; D(x, 0) = x.
+    section 3). It is EDM's preconditioning with the sign of the network turned.
     """
+    return ProcessDenoiser(network, TrigFlow(sigma_data), "trigflow", sigma_data)
 
-    network: Callable
-    sigma_data: float
-    time_label: ClassVar[str] = "angle"
-    prediction: ClassVar[str] = "trigflow"
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Denoise `x` (B, C, H, W), noised to `sigma` (B,)."""
-        process = TrigFlow(self.sigma_data)
-        t, x_t = process.time(sigma), append_dims(process.alpha(sigma), x) * x
-        output = self.network(x_t / self.sigma_data, t, class_labels=class_labels).sample.to(x.dtype)
-        return to_denoised("trigflow", output, x_t, sigma, process)
+def flow_denoiser(network: Callable, sigma_data: float | None = None, time_scale: float = 1.0) -> ProcessDenoiser:
+    """D = x_t - t u(x_t, t) at the flow time t = sigma / (1 + sigma), for a network that predicts noise - x0.
+
+    x_t = (1 - t) x0 + t noise: rectified flow, flow matching (Lipman et al. 2022, arXiv:2210.02747).
+    """
+    return ProcessDenoiser(network, LinearFlow(), "flow", sigma_data, time_scale)
 
 
 @dataclass(frozen=True)
-class FlowDenoiser:
-    """D = x_t - t u(x_t, t) at the flow time t = sigma / (1 + sigma), for a network that predicts noise - x0.
+class GuidedDenoiser:
+    """D_null + w (D - D_null): classifier-free guidance of scale w (Ho & Salimans 2022, arXiv:2207.12598).
 
-    x_t = (1 - t) x0 + t noise: rectified flow, flow matching (Lipman et al. 2022, arXiv:2210.02747); D(x, 0) = x.
+    Args:
+        denoiser: of a class-conditional model.
+        scale: w; 1 is the denoiser itself.
+        null_class: the label that stands for no class.
     """
 
-    network: Callable
-    sigma_data: float = 1.0  # of the data; the denoiser itself does not need it
-    time_label: ClassVar[str] = "flow_time"
-    prediction: ClassVar[str] = "flow"
+    denoiser: Callable
+    scale: float
+    null_class: int
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Denoise `x` (B, C, H, W), noised to `sigma` (B,)."""
-        process = LinearFlow()
-        t, x_t = process.time(sigma), append_dims(process.alpha(sigma), x) * x
-        output = self.network(x_t, t, class_labels=class_labels).sample.to(x.dtype)
-        return to_denoised("flow_prediction", output, x_t, sigma, process)
+    @property
+    def network(self) -> Callable:
+        return self.denoiser.network
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
+        """Denoise `x` (B, C, H, W), noised to `sigma` (B,), for `class_labels` (B,)."""
+        labels = torch.cat([class_labels, torch.full_like(class_labels, self.null_class)])
+        given, null = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), labels).chunk(2)
+        return null + self.scale * (given - null)
 
 
-Denoiser = EDMDenoiser | TrajectoryDenoiser | TrigFlowDenoiser | FlowDenoiser
-DENOISERS = {cls.prediction: cls for cls in (EDMDenoiser, TrigFlowDenoiser, FlowDenoiser)}
+Denoiser = EDMDenoiser | TrajectoryDenoiser | ProcessDenoiser | GuidedDenoiser
+
+
+def as_trigflow(network: Callable, sigma_data: float, time_scale: float = 1.0) -> Callable:
+    """The F of TrigFlow that means the same denoiser as a flow model u; both are called as the network of a model is.
+
+    With m = cos(t) + sigma_data sin(t), the same point is x / m in the scale of linear flow, at the flow time
+    sigma_data sin(t) / m, and equal denoised images ask for
+
+        F(x / sigma_data, t) = ((sigma_data cos(t) - sin(t)) x / sigma_data + u(x / m, sigma_data sin(t) / m)) / m
+
+    Args:
+        network: u, which is told `time_scale` times the flow time.
+        sigma_data: of TrigFlow.
+        time_scale: see `ProcessDenoiser`.
+    """
+
+    def F(x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> SimpleNamespace:
+        cos, sin = t.cos(), sigma_data * t.sin()
+        m = append_dims(cos + sin, x)
+        output = network(sigma_data * x / m, time_scale * sin / (cos + sin), class_labels=class_labels)
+        keep = append_dims(sigma_data * cos - sin / sigma_data, x)
+        sample = (keep * x + output.sample.to(x.dtype)) / m
+        return SimpleNamespace(sample=sample, log_variance=getattr(output, "log_variance", None))
+
+    return F
 
 
 def trigflow_velocity(
@@ -169,7 +224,7 @@ def to_denoised(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor, 
 
     Args:
         prediction_type: what the network predicts: "sample" (x0), "epsilon" (the noise), "v_prediction"
-            (alpha noise - std x0, for alpha^2 + std^2 = 1), "flow_prediction" (noise - x0, for alpha + std = 1), or
+            (alpha noise - std x0, for alpha^2 + std^2 = 1), "flow" (noise - x0, for alpha + std = 1), or
             "trigflow" (the velocity over sigma_data: x0 = cos(t) x - sin(t) sigma_data F).
         output: the network's output (B, ...).
         x: the noisy sample (B, ...) in the interpolant's own scale.
@@ -186,7 +241,7 @@ def to_denoised(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor, 
         return (x - std * output) / alpha
     if prediction_type in ("v_prediction", "trigflow"):  # TrigFlow's std is sin(t) sigma_data
         return alpha * x - std * output
-    if prediction_type == "flow_prediction":
+    if prediction_type == "flow":
         return x - std * output
     raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}.")
 
@@ -202,6 +257,6 @@ def from_denoised(
         return (x - alpha * denoised) / std
     if prediction_type in ("v_prediction", "trigflow"):
         return (alpha * x - denoised) / std
-    if prediction_type == "flow_prediction":
+    if prediction_type == "flow":
         return (x - denoised) / std
     raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}.")

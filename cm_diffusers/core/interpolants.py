@@ -20,6 +20,9 @@ def append_dims(values: Tensor, like: Tensor) -> Tensor:
 class Interpolant(ABC):
     """A forward process. `sigma` is the noise-to-signal ratio (B,), `time` the process' own clock (B,)."""
 
+    sigma_max: float = math.inf  # the highest level that the process reaches
+    scale: float = 1.0  # networks are given x_t / scale
+
     @abstractmethod
     def alpha(self, sigma: Tensor) -> Tensor:
         """The factor of the data, in (0, 1]."""
@@ -71,7 +74,7 @@ class TrigFlow(Interpolant):
     """x = cos(t) x0 + sin(t) sigma_data noise, t in [0, pi/2] (Lu & Song 2024, arXiv:2410.11081, section 3)."""
 
     def __init__(self, sigma_data: float):
-        self.sigma_data = sigma_data
+        self.sigma_data = self.scale = sigma_data
 
     def alpha(self, sigma: Tensor) -> Tensor:
         return 1 / (1 + (sigma / self.sigma_data) ** 2).sqrt()
@@ -115,6 +118,7 @@ class VP(Interpolant):
         if abar.ndim != 1 or len(abar) < 2 or (abar.diff() >= 0).any() or abar[0] > 1 or abar[-1] < 0:
             raise ValueError("alphas_cumprod must fall strictly from at most 1 to at least 0.")
         self.angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
+        self.sigma_max = self.sigma(torch.tensor(len(abar) - 1.0, dtype=torch.float64)).item()
 
     def alpha(self, sigma: Tensor) -> Tensor:
         return 1 / (1 + sigma**2).sqrt()

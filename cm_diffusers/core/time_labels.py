@@ -24,6 +24,11 @@ TIME_LABELS: dict[str, TimeLabel] = {
         lambda sigma, sigma_data: 250 * sigma.clamp(min=TINY_SIGMA).log(),
         lambda label, sigma_data: (label / 250).exp(),
     ),
+    # ln(sigma) / 4: EDM's c_noise, the time input under diffusers' EDM schedulers (Karras et al. 2022, table 1).
+    "quarter_log_sigma": TimeLabel(
+        lambda sigma, sigma_data: sigma.clamp(min=TINY_SIGMA).log() / 4,
+        lambda label, sigma_data: (4 * label).exp(),
+    ),
     # atan(sigma / sigma_data) in [0, pi/2]: TrigFlow's angle, bounded and slow (Lu & Song 2024, arXiv:2410.11081).
     "angle": TimeLabel(
         lambda sigma, sigma_data: (sigma / sigma_data).atan(),

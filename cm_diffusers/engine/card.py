@@ -27,7 +27,13 @@ TEMPLATE = HUB_CARDS / "model_card.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HERE = "local"  # what a card says of a name that means something on this machine only
 PLACES = ("output_dir", "train_data_dir", "config")
-NAMES = ("dataset_name", "pretrained_teacher_model", "pretrained_model_name_or_path", "model_config_name_or_path")
+NAMES = (
+    "dataset_name",
+    "pretrained_teacher_model",
+    "pretrained_model_name_or_path",
+    "model_config_name_or_path",
+    "vae_name_or_path",
+)
 NO_RECIPE = (
     "push_to_hub",
     "hub_model_id",

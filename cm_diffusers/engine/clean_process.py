@@ -21,6 +21,8 @@ def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
     facts = {"pipeline": _settings(pipeline)}
     facts["pipeline"] = {key: value for key, value in facts["pipeline"].items() if key not in parts}
     for name, part in parts.items():
+        if part is None:  # an autoencoder that there is none of
+            continue
         facts[name] = {"class": type(part).__name__, **_settings(part)}
         if isinstance(part, torch.nn.Module):
             facts[name] |= {f"weight {key}": _digest(value) for key, value in part.state_dict().items()}
@@ -39,19 +41,21 @@ def _digest(tensor: torch.Tensor) -> str:
 def two_images(pipeline: DiffusionPipeline) -> np.ndarray:
     """Two images (2, H, W, C) of two steps on the CPU from seed 0, of classes 0 and 1 if there are classes.
 
-    They are made with a copy of the network. Loaded weights can lie at addresses that are not a multiple of 64, where
+    They are made with copies of the networks. Loaded weights can lie at addresses that are not a multiple of 64, where
     some kernels round otherwise; copies never do.
     """
-    network = pipeline.unet
-    classes = network.config.num_class_embeds
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    classes = pipeline.unet.config.num_class_embeds
     arguments = {} if classes is None else {"class_labels": [0, min(1, classes - 1)]}
     arguments |= {"batch_size": 2, "num_inference_steps": 2, "output_type": "np"}
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.unet = copy.deepcopy(network).to("cpu")
+    for name, network in networks.items():
+        setattr(pipeline, name, copy.deepcopy(network).to("cpu"))
     try:
         return pipeline(generator=torch.Generator().manual_seed(0), **arguments).images
     finally:
-        pipeline.unet = network
+        for name, network in networks.items():
+            setattr(pipeline, name, network)
 
 
 class _Hidden:

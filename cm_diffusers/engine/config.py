@@ -22,11 +22,16 @@ OPTIMIZERS = ["adam", "adamw", "radam"]
 @dataclass(frozen=True)
 class ModelArguments:
     pretrained_model_name_or_path: str | None = option(
-        None, "Start from this diffusion or consistency model of the library: a folder or a Hub id."
+        None, "Start from this diffusion or consistency model of the library or of diffusers: a folder or a Hub id."
     )
     revision: str | None = option(None, "Revision of the pretrained model on the Hub.")
     model_preset: str = option("small", "Size of the U-Net.", choices=list(UNET_PRESETS))
     model_config_name_or_path: str | None = option(None, "Config of a UNet2DModel to use instead of a preset.")
+    vae_name_or_path: str | None = option(
+        None,
+        "Train on latents of this AutoencoderKL, AutoencoderTiny or VQModel: a folder or a Hub id. Default: that of"
+        " the teacher, or of the pretrained model, if it has one.",
+    )
     dropout: float = option(0.0, "Dropout probability of the U-Net.")
     class_conditional: bool = option(False, "Condition the model on the labels of the dataset.")
     teacher_revision: str | None = option(None, "Revision of the teacher on the Hub.")
@@ -37,6 +42,11 @@ class ModelArguments:
         choices=["log_sigma", "angle"],
     )
     from_scratch: bool = option(False, "With a teacher: start from new weights, not from the teacher's.")
+    teacher_guidance_scale: float = option(
+        1.0,
+        "Classifier-free guidance of the teacher, w in D_null + w (D - D_null); 1 for none. For teachers with a class"
+        " for none (DiT).",
+    )
     sigma_data: float | None = option(None, "Root mean square of the data in [-1, 1]. Default: measured.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
 
@@ -48,6 +58,7 @@ class ModelArguments:
             raise ValueError("revision is that of --pretrained_model_name_or_path, which is not given.")
         if self.sigma_data is not None:
             check_between("sigma_data", self.sigma_data, 1e-3, 1e3)
+        check_between("teacher_guidance_scale", self.teacher_guidance_scale, 0, 100)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class DataArguments:
     random_flip: bool = option(False, "Flip half of the images left to right.")
     max_train_samples: int | None = option(None, "Use only the first samples.")
     streaming: bool = option(False, "Stream the dataset. Such a run can't be resumed bit for bit.")
+    cache_latents: bool = option(False, "Keep the latents that images are encoded to in a file beside the run.")
     dataloader_num_workers: int = option(0, "Processes that load images.")
 
     _argument_group_name = "data"

@@ -211,6 +211,8 @@ class ImageData:
         ValueError: no such dataset, column or label; an empty dataset; images that can't be read (all are listed).
     """
 
+    vae = None  # the autoencoder, for datasets of latents
+
     def __init__(
         self, args: DataArguments, class_conditional: bool, scanned: Path | None = None, show_progress: bool = True
     ):
@@ -273,12 +275,16 @@ class ImageData:
                     f"a streamed dataset needs labels of the kind ClassLabel; {self.label_column!r} is not."
                 )
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells this dataset from others, as the datasets library knows it."""
+        return f"{self.source._fingerprint} {self.column}"
+
     def _check_all(self, scanned: Path | None) -> Tensor | DecodedImages:
         """Decode every image once, so that bad ones are found before training; keep them if there is room."""
         decoder = DecodedImages(self.source, self.column, self.channels, self.resolution)
         keep = len(decoder) * self.channels * self.resolution[0] * self.resolution[1] <= CACHE_BYTES
-        fingerprint = f"{self.source._fingerprint} {self.column}"
-        if not keep and scanned is not None and scanned.exists() and scanned.read_text() == fingerprint:
+        if not keep and scanned is not None and scanned.exists() and scanned.read_text() == self.fingerprint:
             return decoder
         loader = DataLoader(decoder, batch_size=None, num_workers=self.args.dataloader_num_workers)
         bar = tqdm(loader, desc="Reading images", disable=not self.show_progress, leave=False)
@@ -293,7 +299,7 @@ class ImageData:
             listed = "".join(f"\n  {fault}" for fault in faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
             raise ValueError(f"{len(faults)} of {len(decoder)} images can't be read; repair or remove them:{listed}")
         if scanned is not None and not keep:
-            scanned.write_text(fingerprint)
+            scanned.write_text(self.fingerprint)
         return images if keep else decoder
 
     def measure_sigma_data(self) -> float:
@@ -306,9 +312,12 @@ class ImageData:
             decoder = DecodedImages(self.source, self.column, self.channels, self.resolution)
             images = torch.stack([decoder.decode(row[self.column]) for row in self.source.take(1000)])
         else:
-            rows = permutation(len(self.images), "sigma_data")[:SIGMA_DATA_SAMPLES].tolist()
-            images = _Rows(self.images, None).__getitems__(rows)["images"]
+            images = self.rows(permutation(len(self.images), "sigma_data")[:SIGMA_DATA_SAMPLES].tolist())
         return round((images.double() / 127.5 - 1).square().mean().sqrt().item(), 4)
+
+    def rows(self, indices: list[int]) -> Tensor:
+        """The images (B, C, H, W) at these places of the dataset."""
+        return _Rows(self.images, self.labels).__getitems__(indices)["images"]
 
     def batches(self, spot: Spot, seed: int, step: int = 0) -> Iterator[dict[str, Tensor | None]]:
         """Batches for the forward passes of this process from training step `step` on, without end."""

@@ -38,7 +38,7 @@ from cm_diffusers.engine.optimization import (
     optimizer_tensors,
 )
 from cm_diffusers.engine.pictures import plot_losses
-from cm_diffusers.engine.preview import save_preview
+from cm_diffusers.engine.preview import save_preview, with_vae
 from cm_diffusers.objectives import Batch, Objective
 
 
@@ -49,7 +49,7 @@ FREE_TO_CHANGE = {
     "report_to", "dry_run", "dataloader_num_workers", "max_skipped_steps", "train_batch_size",
     "gradient_accumulation_steps", "compile", "gradient_checkpointing", "train_data_dir", "dataset_name",
     "export_weights", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_timeout",
-    "export_variant", "resume_from_hub",
+    "export_variant", "resume_from_hub", "cache_latents",
 }  # fmt: skip
 
 
@@ -101,7 +101,8 @@ class Trainer:
     def surroundings(self) -> Surroundings:
         """What a model card says of the run beside its settings."""
         channels, (height, width), classes = self.data.channels, self.data.resolution, self.data.num_classes
-        shape = f"{channels} x {height} x {width}" + (f", {classes} classes" if classes else "")
+        shape = f"{channels} x {height} x {width}" + (" latents" if self.data.vae else "")
+        shape += f", {classes} classes" if classes else ""
         return Surroundings(self.step, self.spot.global_batch, self.accelerator.num_processes, shape)
 
     # --- state -------------------------------------------------------------------------------------------------
@@ -231,7 +232,9 @@ class Trainer:
     # --- one step ----------------------------------------------------------------------------------------------
 
     def _batch(self, raw: dict[str, Tensor | None], draws: Draws) -> Batch:
-        images = raw["images"].to(self.accelerator.device, non_blocking=True).float() / 127.5 - 1
+        images = raw["images"].to(self.accelerator.device, non_blocking=True)
+        if self.data.vae is None:  # else they are latents
+            images = images.float() / 127.5 - 1
         if self.config.data.random_flip:
             flip = draws.uniform("flip") < 0.5
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
@@ -349,7 +352,7 @@ class Trainer:
         pipeline, name = self.exported(), self.folder / "samples" / f"step-{self.step:07d}"
         save_preview(pipeline, name.with_suffix(".png"))
         batch = self._batch(next(self.data.batches(Spot(8, 1, 0, 1), self.run.seed)), Draws(0, 0, range(8)))
-        if batch.images.shape[1] in (1, 3):
+        if self.data.vae is None and batch.images.shape[1] in (1, 3):
             numbers = save_diagnostics(
                 self.objective.denoiser(pipeline.unet),
                 batch.images,
@@ -376,4 +379,5 @@ class Trainer:
         config = {k: v for k, v in self.objective.network.config.items() if k != "_name_or_path"}  # a path of here
         network = type(self.objective.network).from_config(config)
         network.load_state_dict(weights)
-        return self.objective.pipeline(network.to(self.accelerator.device).eval())
+        pipeline = self.objective.pipeline(network.to(self.accelerator.device).eval())
+        return pipeline if self.data.vae is None else with_vae(pipeline, self.data.vae)

@@ -5,24 +5,28 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 from torch import nn
 
-from cm_diffusers.core.denoisers import DENOISERS, Denoiser, EDMDenoiser, TrajectoryDenoiser
+from cm_diffusers.core.denoisers import Denoiser, GuidedDenoiser, TrajectoryDenoiser
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.stock import AUTOENCODERS, NETWORKS, SavedModel, negate, read_stock
 from cm_diffusers.models import JVPUNet2DModel, build_unet, keep_time_embedding_in_float32
 from cm_diffusers.models.unet_presets import check_halvings
-from cm_diffusers.objectives import ModelSpec, Objective
+from cm_diffusers.objectives import OBJECTIVES, ModelSpec, Objective
 from cm_diffusers.objectives.mean_flow import jump_to_zero
+from cm_diffusers.objectives.spec import OWN_LABELS
 from cm_diffusers.pipelines import CTMPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
-from cm_diffusers.sampling import load_pipeline
+from cm_diffusers.sampling import PIPELINES, load_pipeline
 
 
 TWO_TIMES = (MeanFlowPipeline, CTMPipeline)
+STOCK = {name: getattr(diffusers, name) for name in NETWORKS}
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ def _is_diffusion(pipeline: ImagePipeline) -> bool:
     )
 
 
-def _spec_of(pipeline: ImagePipeline, args: ModelArguments, role: str) -> ModelSpec:
-    """The parameterisation of a saved model. Raises ValueError where the settings say otherwise."""
-    config, label = pipeline.scheduler.config, None
+def _spec_of(pipeline: ImagePipeline) -> ModelSpec:
+    """The parameterisation of a saved model of the library."""
+    config = pipeline.scheduler.config
     if isinstance(pipeline, TrigFlowPipeline):
         prediction = "trigflow"
     elif isinstance(pipeline, MeanFlowPipeline):
@@ -50,26 +54,44 @@ def _spec_of(pipeline: ImagePipeline, args: ModelArguments, role: str) -> ModelS
     else:
         holder = pipeline.config if isinstance(pipeline, DenoisingPipeline) else config
         prediction, label = holder.get("prediction", "edm"), holder.get("time_label", "log_sigma")
-    if prediction != "edm":
-        label = DENOISERS[prediction].time_label
-    sigma_data = config.get("sigma_data", 1.0)
-    spec = ModelSpec(sigma_data, label, config.get("sigma_max", 80.0), prediction)
-    for name in ("time_label", "sigma_data"):
-        asked, found = getattr(args, name), getattr(spec, name)
-        if asked is not None and asked != found:
+    return ModelSpec(
+        config.get("sigma_data", 1.0),
+        OWN_LABELS.get(prediction) or label,
+        config.get("sigma_max", 80.0),
+        prediction,
+        config.get("time_scale", 1.0),
+        config.get("noise_schedule"),
+    )
+
+
+def _saved(name_or_path: str, revision: str | None, role: str) -> tuple[SavedModel, DiffusionPipeline]:
+    """A saved model of the library or of diffusers, and its pipeline. Raises ValueError for what can't be read."""
+    pipeline = load_pipeline(name_or_path, revision, PIPELINES | STOCK, torch_dtype=torch.float32)
+    if type(pipeline).__name__ not in STOCK:
+        return SavedModel(pipeline.unet, _spec_of(pipeline), pipeline.vae), pipeline
+    try:
+        return read_stock(pipeline), pipeline
+    except ValueError as error:
+        raise ValueError(f"the {role} {name_or_path!r} can't be read: {error}") from None
+
+
+def _check_settings(model: SavedModel, args: ModelArguments, role: str, names: tuple[str, ...]) -> None:
+    """Raise ValueError where the settings called `names` are not those of the model."""
+    for name in names:
+        asked, found = getattr(args, name), getattr(model.spec, name)
+        if asked is not None and found is not None and asked != found:
             raise ValueError(f"{name} {asked!r} differs from {found!r} of the {role}; leave the option out.")
-    return spec
 
 
-def _check_fit(pipeline: ImagePipeline, data: ImageData, role: str) -> None:
+def check_fit(model: SavedModel, data: ImageData, role: str) -> None:
     """Raise ValueError unless the model makes images like those of the dataset."""
-    channels, height, width = pipeline.sample_shape
+    channels, height, width = model.sample_shape
     if (channels, height, width) != (data.channels, *data.resolution):
         raise ValueError(
             f"the {role} makes images of {channels} x {height} x {width},"
             f" the dataset gives {data.channels} x {data.resolution[0]} x {data.resolution[1]}: set --resolution."
         )
-    classes = pipeline.num_classes
+    classes = model.num_classes
     if (classes is None) != (data.num_classes is None):
         kind = "unconditional" if classes is None else f"conditional on {classes} classes"
         raise ValueError(f"the {role} is {kind}; set --class_conditional accordingly.")
@@ -86,80 +108,124 @@ def _set_dropout(network: nn.Module, dropout: float) -> None:
 
 def denoiser_of(pipeline: ImagePipeline) -> Denoiser:
     """D(x, sigma) of a saved model: the denoised image of a diffusion model, the jump to clean data of others."""
-    spec = _spec_of(pipeline, ModelArguments(), "model")
+    spec = _spec_of(pipeline)
     if isinstance(pipeline, MeanFlowPipeline):
         return jump_to_zero(pipeline.unet)
     if isinstance(pipeline, CTMPipeline):
         return TrajectoryDenoiser(pipeline.unet, spec.sigma_data, pipeline.scheduler.config.sigma_min, spec.time_label)
-    if spec.prediction == "edm":
-        floor = 0.0 if _is_diffusion(pipeline) else pipeline.scheduler.config.sigma_min
-        return EDMDenoiser(pipeline.unet, spec.sigma_data, floor, spec.time_label)
-    return DENOISERS[spec.prediction](pipeline.unet, spec.sigma_data)
+    return spec.denoiser(pipeline.unet, 0.0 if _is_diffusion(pipeline) else pipeline.scheduler.config.sigma_min)
 
 
-def load_teacher(name_or_path: str, args: ModelArguments, data: ImageData) -> Denoiser:
-    """The denoiser of a diffusion model, frozen.
+def load_teacher(name_or_path: str, args: ModelArguments) -> SavedModel:
+    """A diffusion model of the library or of diffusers, frozen; `str` of it says in a line what it is.
 
     Raises:
-        ValueError: no such model, not a diffusion model, or one that does not fit the settings or the data.
+        ValueError: no such model, not a diffusion model, or one that can't be read or does not fit the settings.
     """
-    pipeline = load_pipeline(name_or_path, args.teacher_revision)
-    if not _is_diffusion(pipeline):
+    model, pipeline = _saved(name_or_path, args.teacher_revision, "teacher")
+    if isinstance(pipeline, ImagePipeline) and not _is_diffusion(pipeline):
         raise ValueError(f"the teacher must be a diffusion model; {name_or_path!r} is a consistency model.")
-    _spec_of(pipeline, replace(args, time_label=None), "teacher")
-    _check_fit(pipeline, data, "teacher")
-    pipeline.unet.float().eval().requires_grad_(False)
-    return denoiser_of(pipeline)
+    _check_settings(model, args, "teacher", ("sigma_data",))
+    model.network.eval().requires_grad_(False)
+    return model
 
 
-def converted(start: Start, prediction: str) -> Start:
-    """A saved network as one that predicts something else, where that is the same network but for a sign.
+def load_vae(args: ModelArguments, teacher: SavedModel | None) -> nn.Module | None:
+    """The autoencoder to train in the latents of: the one that is named, else that of the teacher or the start.
+
+    Raises:
+        ValueError: there is no such autoencoder, or it is of a kind that the library can't read.
+    """
+    name = args.vae_name_or_path
+    if name is None:
+        start = args.pretrained_model_name_or_path
+        if teacher is None and start is not None:
+            teacher = _saved(start, args.revision, "pretrained model")[0]
+        return teacher and teacher.vae
+    known = {cls.__name__: cls for cls in AUTOENCODERS}
+    try:
+        kind = AutoencoderKL.load_config(name).get("_class_name")
+        if kind in known:
+            return known[kind].from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"vae_name_or_path {name!r} can't be loaded: {error}") from None
+    raise ValueError(f"vae_name_or_path {name!r} is a {kind}; this version reads {', '.join(known)}.")
+
+
+def guided(teacher: SavedModel, scale: float) -> Denoiser:
+    """The teacher's denoiser under classifier-free guidance of the given scale; 1 is none.
+
+    Raises:
+        ValueError: the teacher has no class that stands for none.
+    """
+    if scale == 1:
+        return teacher.denoiser
+    if teacher.null_class is None:
+        raise ValueError(
+            "teacher_guidance_scale needs a teacher that knows a class for none, as a DiTPipeline does; this one"
+            + (" is unconditional." if teacher.num_classes is None else "'s labels are all those of classes.")
+        )
+    return GuidedDenoiser(teacher.denoiser, scale, teacher.null_class)
+
+
+def converted(start: Start, method: type[Objective], options: object = None, taught: bool = False) -> Start:
+    """A saved network as `method` trains it: as it is, or as one that predicts the same but for a sign.
 
     EDM's F is TrigFlow's with the sign turned (both take x / sqrt(sigma^2 + sigma_data^2)), if its time input is the
-    angle as well.
+    angle as well. `taught` says whether there is a teacher beside.
 
     Raises:
         ValueError: there is no such conversion; the message says what can be done.
     """
-    network, spec = start.network, start.spec
-    if spec.prediction == prediction:
+    spec, prediction = start.spec, method.prediction(options)
+    if spec.prediction in method.keeps or spec.prediction == prediction and spec.time_scale == 1:
         return start
     if {spec.prediction, prediction} == {"edm", "trigflow"} and spec.time_label == "angle":
-        with torch.no_grad():
-            for parameter in network.conv_out.parameters():
-                parameter.neg_()
+        negate(start.network)
         return replace(start, spec=replace(spec, prediction=prediction))
+    others = [name for name, cls in OBJECTIVES.items() if spec.prediction in cls.keeps]
+    reason = f"a saved network that predicts {spec.prediction!r} can't start one that predicts {prediction!r}"
     if spec.prediction == "edm" and prediction == "trigflow":
-        raise ValueError(
-            "the saved network's time input is 250 ln(sigma), which swings too hard for tangents: its derivative by"
-            " the angle is 250 / (sin t cos t). Start from a network with another time input"
-            " (train_diffusion.py --interpolant trigflow, or --time_label angle) by --pretrained_model_name_or_path;"
-            " the teacher may stay as it is."
+        factor = {"log_sigma": "250", "quarter_log_sigma": "1/4"}[spec.time_label]
+        reason = (
+            f"the saved network's time input is {factor} ln(sigma), which swings too hard for tangents: its derivative"
+            f" by the angle is {factor} / (sin t cos t). Start from a network with another time input"
+            " (train_diffusion.py --interpolant trigflow, or --time_label angle)"
         )
+    elif spec.prediction == "sample":
+        reason = (
+            "a saved network that predicts the clean image itself is not the identity where there is no noise, as a"
+            " consistency model must be"
+        )
+    elif spec.time_scale != 1:
+        reason = f"{method.name} tells its networks flow times, and this one is told {spec.time_scale:g} times that"
+    elif spec.time_label == "timestep" and method.facts.jvp == "yes":
+        reason = f"{method.name} follows the network's derivative by time, and this network knows a table of integers"
+    if others:
+        reason += f"; it can start {', '.join(others)}"
     raise ValueError(
-        f"a saved network that predicts {spec.prediction!r} can't start one that predicts {prediction!r}; give another"
-        " by --pretrained_model_name_or_path, or start from nothing with --from_scratch."
+        f"{reason}; give another network by --pretrained_model_name_or_path, or start from nothing"
+        + (" with --from_scratch: the teacher may stay as it is." if taught else ".")
     )
 
 
-def _from_teacher(teacher: Denoiser, args: ModelArguments) -> Start:
+def _from_teacher(teacher: SavedModel, args: ModelArguments) -> Start:
     network = copy.deepcopy(teacher.network).requires_grad_(True)
     _set_dropout(network, args.dropout)
-    spec = ModelSpec(teacher.sigma_data, teacher.time_label, prediction=teacher.prediction)
-    return Start(network, spec, pretrained=True)
+    return Start(network, teacher.spec, pretrained=True)
 
 
 def _from_pretrained(args: ModelArguments, data: ImageData, method: type[Objective]) -> Start:
-    pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision)
+    model, pipeline = _saved(args.pretrained_model_name_or_path, args.revision, "pretrained model")
     if isinstance(pipeline, TWO_TIMES) and not method.two_times:
         raise ValueError(
             f"pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is a model of two times, for"
             f" {type(pipeline).__name__}; this method has one. Give a diffusion or a consistency model."
         )
-    spec = _spec_of(pipeline, args, "pretrained model")
-    _check_fit(pipeline, data, "pretrained model")
-    _set_dropout(pipeline.unet, args.dropout)
-    return Start(pipeline.unet.float(), spec, pretrained=True)
+    _check_settings(model, args, "pretrained model", ("time_label", "sigma_data"))
+    check_fit(model, data, "pretrained model")
+    _set_dropout(model.network, args.dropout)
+    return Start(model.network, model.spec, pretrained=True)
 
 
 def _from_scratch(args: ModelArguments, data: ImageData, prediction: str, sigma_data: float | None) -> Start:
@@ -173,7 +239,7 @@ def _from_scratch(args: ModelArguments, data: ImageData, prediction: str, sigma_
     if made_for_tangents and label == "log_sigma":
         raise ValueError("time_label 'log_sigma' is not for the presets jvp_*, which read slow times: use 'angle'.")
     if prediction != "edm":
-        label = DENOISERS[prediction].time_label
+        label = OWN_LABELS[prediction]
         if args.time_label not in (None, label):
             raise ValueError(f"time_label {args.time_label!r}: a model that predicts {prediction!r} takes {label!r}.")
     return Start(network, ModelSpec(sigma_data, label, prediction=prediction), pretrained=False)
@@ -198,7 +264,7 @@ def build_start(
     args: ModelArguments,
     data: ImageData,
     seed: int,
-    teacher: Denoiser | None = None,
+    teacher: SavedModel | None = None,
     method: type[Objective] = Objective,
     options: object = None,
 ) -> Start:
@@ -209,16 +275,25 @@ def build_start(
     """
     if args.from_scratch and (teacher is None or args.pretrained_model_name_or_path is not None):
         raise ValueError("from_scratch is for methods with a teacher, without --pretrained_model_name_or_path.")
+    if args.teacher_guidance_scale != 1 and teacher is None:
+        raise ValueError("teacher_guidance_scale is for methods with a teacher (--pretrained_teacher_model).")
+    if teacher is not None:
+        check_fit(teacher, data, "teacher")
     torch.manual_seed(derive_seed(seed, "initial weights"))
-    prediction = method.prediction(options)
     if args.pretrained_model_name_or_path is not None:
-        start = converted(_from_pretrained(args, data, method), prediction)
+        start = converted(_from_pretrained(args, data, method), method, options, taught=teacher is not None)
     elif teacher is not None and not args.from_scratch:
-        start = converted(_from_teacher(teacher, args), prediction)
+        start = converted(_from_teacher(teacher, args), method, options, taught=True)
     else:
-        start = _from_scratch(args, data, prediction, teacher and teacher.sigma_data)
-    if teacher is not None and teacher.sigma_data != start.spec.sigma_data:
-        raise ValueError(f"sigma_data is {start.spec.sigma_data}, that of the teacher {teacher.sigma_data}.")
+        start = _from_scratch(args, data, method.prediction(options), teacher and teacher.spec.sigma_data)
+    taught = teacher.spec.sigma_data if teacher is not None else None
+    if start.spec.sigma_data is None:  # a process of diffusers says nothing of the data
+        sigma_data = args.sigma_data or taught or data.measure_sigma_data()
+        start = replace(start, spec=replace(start.spec, sigma_data=sigma_data))
+    if taught not in (None, start.spec.sigma_data):
+        raise ValueError(f"sigma_data is {start.spec.sigma_data}, that of the teacher {taught}.")
+    if teacher is not None:  # beyond what the teacher knows there is nothing to learn
+        start = replace(start, spec=replace(start.spec, sigma_max=min(start.spec.sigma_max, teacher.spec.sigma_max)))
     start = replace(start, network=method.adapt(start.network, start.spec.time_label))
     keep_time_embedding_in_float32(start.network)
     if args.gradient_checkpointing:

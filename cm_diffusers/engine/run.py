@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.utils.logging import disable_progress_bar
 from filelock import FileLock, Timeout
+from torch import nn
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.card import FACTS, METRICS, card_facts, draw_grids, model_card, portable_settings
@@ -22,8 +23,9 @@ from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.discriminators import build_discriminator
 from cm_diffusers.engine.export import save_pipeline
 from cm_diffusers.engine.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
+from cm_diffusers.engine.latents import LatentData
 from cm_diffusers.engine.loop import Trainer
-from cm_diffusers.engine.models import build_start, load_teacher
+from cm_diffusers.engine.models import build_start, guided, load_teacher, load_vae
 from cm_diffusers.objectives import OBJECTIVES
 
 
@@ -158,9 +160,11 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
     with accelerator.main_process_first():
         data = ImageData(config.data, config.model.class_conditional, folder / "images_checked", show_progress=main)
     teacher_name = getattr(config.options, "pretrained_teacher_model", None)
-    teacher = load_teacher(teacher_name, config.model, data) if teacher_name else None
+    saved = load_teacher(teacher_name, config.model) if teacher_name else None
+    data = _latents(config, data, load_vae(config.model, saved), accelerator)
     method = OBJECTIVES[config.method]
-    start = build_start(config.model, data, config.run.seed, teacher, method, config.options)
+    start = build_start(config.model, data, config.run.seed, saved, method, config.options)
+    teacher = None if saved is None else guided(saved, config.model.teacher_guidance_scale)
     backbone, extra = getattr(config.options, "discriminator_backbone", None), {}
     if backbone is not None:
         extra["discriminator"] = build_discriminator(data.channels, data.num_classes, backbone, image_size=224)
@@ -175,13 +179,29 @@ def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
         trainer._say(f"Data: {number} of images, {trainer.surroundings().shape}")
         if data.images is None:
             trainer._say("A stream has no fixed order: stopped and resumed, this run is not bit for bit the same.")
-        trainer._say(f"sigma_data: {start.spec.sigma_data} (root mean square of the images in [-1, 1])")
+        if saved is not None:
+            trainer._say(f"Teacher: {saved}")
+        what = "images in [-1, 1]" if data.vae is None else "latents"
+        trainer._say(f"sigma_data: {start.spec.sigma_data} (root mean square of the {what})")
         trainer._say(
             f"Model: {count / 1e6:.2f} M parameters, {start.spec.prediction}, time label {start.spec.time_label}"
         )
         trainer._say(f"Method: {config.method}, {objective.options}")
         trainer._say(f"Images per step: {trainer.spot.global_batch} on {accelerator.num_processes} process(es)")
     return trainer
+
+
+def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator: Accelerator) -> ImageData:
+    """The images, or their latents where there is an autoencoder."""
+    if vae is None:
+        if config.data.cache_latents:
+            raise ValueError("cache_latents is for latents: give --vae_name_or_path, or a teacher that has its own.")
+        return data
+    if getattr(config.options, "distance", None) == "lpips":
+        raise ValueError("distance lpips compares images, and this run is one of latents; use pseudo_huber or l2.")
+    cache = Path(config.run.output_dir) / "latents.safetensors" if config.data.cache_latents else None
+    with accelerator.main_process_first():
+        return LatentData(data, vae, cache, accelerator.device, tqdm.write)
 
 
 def _lock(folder: Path) -> FileLock:

@@ -1,6 +1,7 @@
 """Networks. Each file imports only torch, numpy and diffusers."""
 
 from cm_diffusers.models.discriminator import PatchDiscriminator, ProjectedDiscriminator
+from cm_diffusers.models.dit import DiTModel
 from cm_diffusers.models.jvp_unet import JVPUNet2DModel
 from cm_diffusers.models.log_variance import with_log_variance, without_log_variance
 from cm_diffusers.models.two_time import TwoTimeModel
@@ -8,6 +9,7 @@ from cm_diffusers.models.unet_presets import UNET_PRESETS, build_unet, keep_time
 
 
 __all__ = [
+    "DiTModel",
     "JVPUNet2DModel",
     "PatchDiscriminator",
     "ProjectedDiscriminator",

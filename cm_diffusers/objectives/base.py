@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.core.denoisers import DENOISERS, Denoiser, EDMDenoiser
+from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives.options import check_choices
+from cm_diffusers.objectives.spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, C, H, W) in [-1, 1], float32, and class labels (B,), int64, where the model is conditional."""
+    """Images (B, C, H, W) in [-1, 1] or latents, float32, and class labels (B,), int64, of conditional models."""
 
     images: Tensor
     class_labels: Tensor | None = None
@@ -38,23 +39,6 @@ class Loss:
         """The mean; with a learned `log_variance` (B,), all noise levels weigh alike (arXiv:2312.02696, eq. 21)."""
         weighted = per_sample if log_variance is None else (-log_variance).exp() * per_sample + log_variance
         return cls(weighted.mean(), per_sample.detach(), sigma)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What turns the bare network into a denoiser, in training, sampling and export alike.
-
-    Args:
-        sigma_data: root mean square of the data, > 0.
-        time_label: the network's time input, a key of `TIME_LABELS`.
-        sigma_max: the level of pure noise, where sampling starts.
-        prediction: what the network predicts, a key of `DENOISERS`; all but "edm" have a time label of their own.
-    """
-
-    sigma_data: float
-    time_label: str = "log_sigma"
-    sigma_max: float = 80.0
-    prediction: str = "edm"
 
 
 @dataclass(frozen=True)
@@ -82,13 +66,15 @@ class Objective(ABC):
         pretrained: whether `network` is a trained model already.
         teacher: the denoiser that is distilled, for methods that have one.
 
-    A method sets `sigma_min`, the lowest level of its samplers, and `floor`, where its denoiser is the identity.
+    A method sets `sigma_min`, the lowest level of its samplers, `floor`, where EDM's scalings make its denoiser the
+    identity, and `keeps`, what saved networks may predict that it trains as they are, beside its own `prediction`.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     sigma_min: ClassVar[float]
-    floor: ClassVar[float]
+    floor: float
+    keeps: ClassVar[tuple[str, ...]] = ()
     two_times: ClassVar[bool] = False  # whether its network is told where to jump to
     terms: ClassVar[tuple[str, ...]] = ()  # names of the terms of its losses
     facts: ClassVar[Facts]
@@ -106,13 +92,15 @@ class Objective(ABC):
         self.network, self.spec, self.options, self.total_steps = network, spec, options, total_steps
         self.model: Callable = network  # the engine puts the wrapped (DDP, compiled, autocast) network here
         self.teacher = teacher
+        if spec.prediction != "edm":
+            self.floor = 0.0  # only EDM's scalings can have another
         self.auxiliary: Mapping[str, nn.Module] = {}  # other networks that are state: saved in checkpoints
         self.adversary = None  # an `Adversary`: a second player, with turns of its own
         self.average: Callable[[Tensor], Tensor] = lambda value: value  # over processes; the engine puts its own here
 
     @classmethod
     def prediction(cls, options: Any) -> str:
-        """What the method's network predicts, a key of `DENOISERS`."""
+        """What the method's networks predict, if they are not saved ones of a kind that it keeps."""
         return "edm"
 
     @classmethod
@@ -122,10 +110,7 @@ class Objective(ABC):
 
     def denoiser(self, network: Callable | None = None) -> Denoiser:
         """D of the trained network, or of another one with the same parameterisation; the identity at the floor."""
-        network = network or self.model
-        if self.spec.prediction == "edm":
-            return EDMDenoiser(network, self.spec.sigma_data, self.floor, self.spec.time_label)
-        return DENOISERS[self.spec.prediction](network, self.spec.sigma_data)
+        return self.spec.denoiser(network or self.model, self.floor)
 
     def key_dropout(self, draws: Draws) -> None:
         """Tie the dropout masks to the rows of the coming batch, in networks that can."""

@@ -19,6 +19,7 @@ from cm_diffusers.objectives.consistency import (
     CM_WEIGHTS,
     DISTANCES,
     SOLVERS,
+    TEACHER_HELP,
     check_distance,
     check_teacher,
     cm_weight,
@@ -30,11 +31,12 @@ from cm_diffusers.objectives.consistency import (
     teacher_step,
 )
 from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 @dataclass(frozen=True)
 class CDOptions:
-    pretrained_teacher_model: str | None = option(None, "The diffusion model to distil: a folder or a Hub id.")
+    pretrained_teacher_model: str | None = option(None, TEACHER_HELP)
     solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
     num_scales: int = option(40, "Levels of the Karras grid (18 for CIFAR-10, 40 for ImageNet-64 in the paper).")
     mu: float = option(0.95, "Decay of the target average.")
@@ -55,6 +57,7 @@ class CD(Objective):
 
     name = "cd"
     Options = CDOptions
+    keeps = PROCESS_STUDENTS
     sigma_min = floor = 0.002
     facts = Facts(
         what="consistency distillation, 1 or more calls",

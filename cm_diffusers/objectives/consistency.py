@@ -1,6 +1,7 @@
 """What the consistency methods share: two points of a trajectory compared, and the pipeline of the result."""
 
 import copy
+import math
 from functools import cache
 from importlib.util import find_spec
 
@@ -9,18 +10,19 @@ import torch.nn.functional as F
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.core.denoisers import EDMDenoiser
+from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.distances import l2, pseudo_huber
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.solvers import euler_step, heun_step
 from cm_diffusers.core.weightings import karras_weight, snr_weight
-from cm_diffusers.objectives.base import ModelSpec
-from cm_diffusers.pipelines import ConsistencyPipeline
-from cm_diffusers.schedulers import MultistepConsistencyScheduler
+from cm_diffusers.objectives.spec import ModelSpec
+from cm_diffusers.pipelines import ConsistencyPipeline, TrigFlowPipeline
+from cm_diffusers.schedulers import MultistepConsistencyScheduler, TrigFlowScheduler
 
 
 SOLVERS = {"heun": heun_step, "euler": euler_step, "ddim": euler_step}  # in sigma, DDIM's step is Euler's
 DISTANCES = ["pseudo_huber", "l2", "lpips"]
+TEACHER_HELP = "The diffusion model to distil, of the library or of diffusers: a folder or a Hub id."
 CM_WEIGHTS = ["uniform", "snr", "karras"]
 
 
@@ -82,10 +84,10 @@ def follow(target: nn.Module, network: nn.Module, decay: float) -> None:
 
 def estimate_and_target(
     draws: Draws,
-    student: EDMDenoiser,
+    student: Denoiser,
     x_t: Tensor,
     t: Tensor,
-    target: EDMDenoiser,
+    target: Denoiser,
     x_u: Tensor,
     u: Tensor,
     labels: Tensor | None,
@@ -98,7 +100,7 @@ def estimate_and_target(
 
 
 @torch.no_grad()
-def teacher_step(solver: str, teacher: EDMDenoiser, x: Tensor, t: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
+def teacher_step(solver: str, teacher: Denoiser, x: Tensor, t: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
     """Where one step of the teacher's ODE leads from `x` (B, ...) at `t` to `u` < t (B,)."""
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -118,4 +120,20 @@ def consistency_pipeline(
     config |= {"num_train_timesteps": num_train_timesteps, "rho": rho}
     if spec.time_label == "log_sigma" and isinstance(network.config.sample_size, int):
         return ConsistencyModelPipeline(network, CMStochasticIterativeScheduler(**config))
-    return ConsistencyPipeline(network, MultistepConsistencyScheduler(time_label=spec.time_label, **config))
+    config |= {"prediction": spec.prediction, "time_label": spec.time_label, "time_scale": spec.time_scale}
+    config["noise_schedule"] = spec.noise_schedule
+    return ConsistencyPipeline(network, MultistepConsistencyScheduler(**config))
+
+
+def trigflow_pipeline(network: nn.Module, spec: ModelSpec) -> DiffusionPipeline:
+    """The pipeline that samples a consistency model of TrigFlow, or a flow model that was trained as one."""
+    if spec.prediction == "flow":
+        return consistency_pipeline(network, spec, 0.0, 41, middle_rho(spec))
+    scheduler = TrigFlowScheduler(sigma_data=spec.sigma_data, sigma_max=spec.sigma_max)
+    return TrigFlowPipeline(network, scheduler)
+
+
+def middle_rho(spec: ModelSpec) -> float:
+    """The exponent for which the middle of a Karras grid down to 0, where the second of two steps starts, lies at
+    1.6 sigma_data: at 0.8 for data of scale 0.5."""
+    return math.log2(spec.sigma_max / (1.6 * spec.sigma_data))

@@ -27,6 +27,7 @@ from cm_diffusers.objectives.consistency import (
     moving_target,
 )
 from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class CT(Objective):
 
     name = "ct"
     Options = CTOptions
+    keeps = PROCESS_STUDENTS
     sigma_min = floor = 0.002
     facts = Facts(
         what="consistency training, 1 or more calls",

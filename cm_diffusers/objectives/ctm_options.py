@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from cm_diffusers.objectives.adversarial import AdversaryOptions
-from cm_diffusers.objectives.consistency import DISTANCES, SOLVERS, check_distance
+from cm_diffusers.objectives.consistency import DISTANCES, SOLVERS, TEACHER_HELP, check_distance
 from cm_diffusers.objectives.options import check_between, option
 
 
 @dataclass(frozen=True)
 class CTMOptions(AdversaryOptions):
-    pretrained_teacher_model: str | None = option(None, "A diffusion model to distil: a folder or a Hub id.")
+    pretrained_teacher_model: str | None = option(None, TEACHER_HELP)
     trajectory: str | None = option(
         None,
         "What leads from t to u: the ODE of the teacher (default where one is given), the ODE of the model's own"

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cm_diffusers.objectives.base import Facts
-from cm_diffusers.objectives.consistency import SOLVERS, check_teacher, teacher_step
+from cm_diffusers.objectives.consistency import SOLVERS, TEACHER_HELP, check_teacher, teacher_step
 from cm_diffusers.objectives.ect import ECT, ECTOptions
 from cm_diffusers.objectives.options import option
 
 
 @dataclass(frozen=True)
 class ECDOptions(ECTOptions):
-    pretrained_teacher_model: str | None = option(None, "The diffusion model to distil: a folder or a Hub id.")
+    pretrained_teacher_model: str | None = option(None, TEACHER_HELP)
     solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
     pretrain_steps: int | None = option(0, "Steps with r = 0, where the teacher's denoised image is the target.")
     huber_c: float = option(0.03, "c of the pseudo-Huber distance, as iCT's for 32x32 colour images; see below.")

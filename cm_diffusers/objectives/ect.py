@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.core.denoisers import EDMDenoiser
+from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE, append_dims
 from cm_diffusers.core.noise_levels import lognormal
@@ -26,8 +26,10 @@ from cm_diffusers.objectives.consistency import (
     consistency_pipeline,
     distance,
     estimate_and_target,
+    middle_rho,
 )
 from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 DEFAULT_STAGES = 8  # as in the paper's CIFAR-10 run
@@ -71,6 +73,7 @@ class ECT(Objective):
 
     name = "ect"
     Options = ECTOptions
+    keeps = PROCESS_STUDENTS
     sigma_min = floor = 0.0
     facts = Facts(
         what="easy consistency tuning, 1 to 4 calls",
@@ -89,7 +92,7 @@ class ECT(Objective):
         options: ECTOptions,
         total_steps: int,
         pretrained: bool = False,
-        teacher: EDMDenoiser | None = None,
+        teacher: Denoiser | None = None,
     ):
         if options.pretrain_steps is None:
             options = replace(options, pretrain_steps=0 if pretrained else total_steps // 2)
@@ -129,10 +132,8 @@ class ECT(Objective):
         return weight if self.options.distance == "l2" else weight.sqrt()
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        """The grid has a middle, where the second of two steps starts; it lies at 1.6 sigma_data, so at 0.8 for data
-        of scale 0.5, near where the paper samples CIFAR-10 (0.821)."""
-        rho = math.log2(self.spec.sigma_max / (1.6 * self.spec.sigma_data))
-        return consistency_pipeline(network, self.spec, self.sigma_min, 41, rho)
+        """The second of two steps starts near where the paper samples CIFAR-10 (0.821)."""
+        return consistency_pipeline(network, self.spec, self.sigma_min, 41, middle_rho(self.spec))
 
     def describe(self, step: int) -> dict[str, float]:
         return {"stage": self.stage(step)}

@@ -19,6 +19,7 @@ from cm_diffusers.core.weightings import inverse_gap
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import consistency_pipeline, estimate_and_target
 from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class ICT(Objective):
 
     name = "ict"
     Options = ICTOptions
+    keeps = PROCESS_STUDENTS
     sigma_min = floor = 0.002
     facts = Facts(
         what="improved consistency training, 1 or more calls",

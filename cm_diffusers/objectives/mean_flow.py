@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from cm_diffusers.core.denoisers import FlowDenoiser
+from cm_diffusers.core.denoisers import ProcessDenoiser, flow_denoiser
 from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import append_dims
@@ -42,13 +42,13 @@ class MeanFlowOptions:
         check_between("weight_c", self.weight_c, 1e-12, 1e6)
 
 
-def jump_to_zero(network: Callable) -> FlowDenoiser:
+def jump_to_zero(network: Callable) -> ProcessDenoiser:
     """The jump of a network with two times from any time to 0, as a denoiser."""
 
     def to_zero(x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> SimpleNamespace:
         return network(x, t, target_timestep=torch.zeros_like(t), class_labels=class_labels)
 
-    return FlowDenoiser(to_zero)
+    return flow_denoiser(to_zero)
 
 
 class MeanFlow(Objective):
@@ -81,7 +81,7 @@ class MeanFlow(Objective):
     def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
         return network if isinstance(network, TwoTimeModel) else TwoTimeModel.from_network(network)
 
-    def denoiser(self, network: Callable | None = None) -> FlowDenoiser:
+    def denoiser(self, network: Callable | None = None) -> ProcessDenoiser:
         return jump_to_zero(network or self.model)
 
     def times(self, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 The limit of CT and CD for neighbouring times: instead of a difference of two outputs the network follows the tangent
 df/dt of its consistency function f(x_t, t) = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t) along the
 trajectory. sCT takes the trajectory's velocity from the data, sCD from a teacher. TrigFlow throughout:
-x_t = cos(t) x0 + sin(t) z with z ~ N(0, sigma_data^2), t = atan(sigma / sigma_data) in (0, pi/2).
+x_t = cos(t) x0 + sin(t) z with z ~ N(0, sigma_data^2), t = atan(sigma / sigma_data) in (0, pi/2). A flow model is
+trained as it is, read as TrigFlow's by a change of variables that is exact.
 """
 
 from dataclasses import dataclass, replace
@@ -19,11 +20,9 @@ from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.tangents import NORMS, jvp, jvp_ready, normalised
 from cm_diffusers.models import with_log_variance, without_log_variance
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
-from cm_diffusers.objectives.consistency import check_teacher
+from cm_diffusers.objectives.consistency import TEACHER_HELP, check_teacher, trigflow_pipeline
 from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
 from cm_diffusers.objectives.options import check_between, option
-from cm_diffusers.pipelines import TrigFlowPipeline
-from cm_diffusers.schedulers import TrigFlowScheduler
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class SCT(Objective):
 
     name = "sct"
     Options = SCTOptions
+    keeps = ("flow",)
     sigma_min = floor = 0.0
     facts = Facts(
         what="continuous-time consistency training, 1 or 2 calls",
@@ -99,15 +99,17 @@ class SCT(Objective):
         x_t = cos * x0 + sin * z
         velocity = self.velocity(x0, z, x_t, t, labels)
 
+        bare, model = map(self.spec.as_trigflow, (self.network, self.model))
+
         def network(x: Tensor, t: Tensor) -> Tensor:
             with draws.dropout():
-                return self.network(x, t, class_labels=labels).sample
+                return bare(x, t, class_labels=labels).sample
 
         with jvp_ready(self.network, self.options.jvp_mode):  # dF = cos(t) sin(t) sigma_data dF/dt
             tangents = (cos * sin * velocity / sigma_data, t.cos() * t.sin())
             _, dF = jvp(network, (x_t / sigma_data, t), tangents, self.options.jvp_mode)
         with draws.dropout():
-            output = self.model(x_t / sigma_data, t, class_labels=labels)
+            output = model(x_t / sigma_data, t, class_labels=labels)
         F = output.sample.to(x0.dtype)
         target = F.detach()
         g = -(cos**2) * (sigma_data * target - velocity)
@@ -119,8 +121,7 @@ class SCT(Objective):
         return Loss.mean(error, sigma, getattr(output, "log_variance", None))
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        scheduler = TrigFlowScheduler(sigma_data=self.spec.sigma_data, sigma_max=self.spec.sigma_max)
-        return TrigFlowPipeline(without_log_variance(network), scheduler)
+        return trigflow_pipeline(without_log_variance(network), self.spec)
 
     def describe(self, step: int) -> dict[str, float]:
         return {"warmup": self.warmup(step)}
@@ -128,7 +129,7 @@ class SCT(Objective):
 
 @dataclass(frozen=True)
 class SCDOptions(SCTOptions):
-    pretrained_teacher_model: str | None = option(None, "The diffusion model to distil: a folder or a Hub id.")
+    pretrained_teacher_model: str | None = option(None, TEACHER_HELP)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,13 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+
+# time labels of each prediction, the default one first
+CONSISTENCY_LABELS = {"edm": ("log_sigma", "quarter_log_sigma", "angle"), "flow": ("flow_time",)}
+CONSISTENCY_LABELS |= {"epsilon": ("timestep",), "v_prediction": ("timestep",)}
 
 
 @dataclass
@@ -38,8 +44,17 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         s_noise: factor of the noise that is added between steps.
         rho: exponent of the Karras grid.
         clip_denoised: clamp the estimate of the clean sample to [-1, 1] (images; not latents).
-        time_label: the network's time input, "log_sigma" (250 ln sigma) or "angle" (atan(sigma / sigma_data)).
+        time_label: the network's time input, by default the first that the prediction allows: "log_sigma"
+            (250 ln sigma), "quarter_log_sigma" (ln(sigma) / 4) or "angle" (atan(sigma / sigma_data)) for "edm",
+            "flow_time" (sigma / (1 + sigma)) for "flow", "timestep" (times between the integers of the noise schedule,
+            by the angle atan(sigma)) for the others.
         renoise: "floor" adds noise of std sqrt(sigma^2 - sigma_min^2), "full" of std sigma. They agree at sigma_min 0.
+        prediction: what the network predicts: "edm", F under EDM's scalings with the floor; or, for students that keep
+            the process of a diffusion model, "flow" (noise - x0, given (1 - t) x0 + t noise), "epsilon" (the noise) or
+            "v_prediction" (alpha noise - std x0), given alpha x0 + std noise with alpha^2 + std^2 = 1.
+        time_scale: factor of the time label of "flow" (1000 for diffusers' flow models).
+        noise_schedule: for "epsilon" and "v_prediction" the settings of diffusers' `DDPMScheduler` that make the table
+            of alpha^2, such as {"beta_schedule": "linear"}.
     """
 
     order = 1
@@ -55,17 +70,33 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         s_noise: float = 1.0,
         rho: float = 7.0,
         clip_denoised: bool = True,
-        time_label: str = "log_sigma",
+        time_label: str | None = None,
         renoise: str = "floor",
+        prediction: str = "edm",
+        time_scale: float = 1.0,
+        noise_schedule: dict[str, Any] | None = None,
     ) -> None:
-        if time_label not in ("log_sigma", "angle"):
-            raise ValueError(f"time_label must be 'log_sigma' or 'angle', got {time_label!r}.")
+        if prediction not in CONSISTENCY_LABELS:
+            raise ValueError(f"prediction must be one of {', '.join(CONSISTENCY_LABELS)}; got {prediction!r}.")
+        labels = CONSISTENCY_LABELS[prediction]
+        if time_label is None:
+            time_label = labels[0]
+            self.register_to_config(time_label=time_label)
+        if time_label not in labels:
+            raise ValueError(
+                f"time_label of the prediction {prediction!r} must be one of {', '.join(labels)}; got {time_label!r}."
+            )
+        if (time_label == "timestep") != (noise_schedule is not None):
+            raise ValueError("noise_schedule is for the predictions 'epsilon' and 'v_prediction', which need it.")
         if renoise not in ("floor", "full"):
             raise ValueError(f"renoise must be 'floor' or 'full', got {renoise!r}.")
         if not 0 <= sigma_min < sigma_max:
             raise ValueError(f"sigma_min must lie in [0, sigma_max), got {sigma_min} and {sigma_max}.")
         if num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}.")
+        if noise_schedule is not None:
+            abar = DDPMScheduler(**noise_schedule).alphas_cumprod.double().numpy()
+            self._angles = np.arctan2(np.sqrt(1 - abar), np.sqrt(abar))
         self.num_inference_steps = None
         self._set_sigmas(self._karras(np.linspace(0, 1, num_train_timesteps)), None)
 
@@ -97,15 +128,29 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
         """The network's time input at `sigmas`."""
-        if self.config.time_label == "angle":
+        label = self.config.time_label
+        if label == "angle":
             return np.arctan(sigmas / self.config.sigma_data)
-        return 250.0 * np.log(sigmas + 1e-44)
+        if label == "flow_time":
+            return self.config.time_scale * sigmas / (1 + sigmas)
+        if label == "timestep":
+            return np.interp(np.arctan(sigmas), self._angles, np.arange(len(self._angles)))
+        return self._label_factor * np.log(sigmas + 1e-44)
 
     def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
         """The noise levels whose time input `timesteps` is."""
-        if self.config.time_label == "angle":
+        label = self.config.time_label
+        if label == "angle":
             return np.tan(timesteps) * self.config.sigma_data
-        return np.exp(timesteps / 250.0)
+        if label == "flow_time":
+            return timesteps / (self.config.time_scale - timesteps)
+        if label == "timestep":
+            return np.tan(np.interp(timesteps, np.arange(len(self._angles)), self._angles))
+        return np.exp(timesteps / self._label_factor)
+
+    @property
+    def _label_factor(self) -> float:
+        return 250.0 if self.config.time_label == "log_sigma" else 0.25
 
     def set_timesteps(
         self,
@@ -195,11 +240,28 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         return self.sigmas[index].to(torch.promote_types(sample.dtype, torch.float32))
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
-        """`sample` divided by sqrt(sigma^2 + sigma_data^2), the network's input at `timestep`."""
+        """`sample` in the scale of the network's input at `timestep`: for "edm" / sqrt(sigma^2 + sigma_data^2)."""
         if self._step_index is None:
             self._step_index = self._index_of(timestep)
         sigma = self._sigma(sample, self._step_index)
-        return sample / ((sigma**2 + self.config.sigma_data**2) ** 0.5)
+        if self.config.prediction == "flow":
+            return sample / (1 + sigma)
+        spread = self.config.sigma_data if self.config.prediction == "edm" else 1.0
+        return sample / ((sigma**2 + spread**2) ** 0.5)
+
+    def _denoised(self, output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """The estimate of the clean sample from the network's output."""
+        sigma_min, sigma_data, prediction = self.config.sigma_min, self.config.sigma_data, self.config.prediction
+        if prediction == "epsilon":
+            return sample - sigma * output
+        if prediction == "v_prediction":
+            return sample / (sigma**2 + 1) - sigma / (sigma**2 + 1) ** 0.5 * output
+        if prediction == "flow":
+            return (sample - sigma * output) / (1 + sigma)
+        # in the order of the stock scheduler so that bits agree
+        c_skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+        c_out = (sigma - sigma_min) * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
+        return c_out * output + c_skip * sample
 
     def step(
         self,
@@ -222,12 +284,9 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self._index_of(timestep)
         sigma = self._sigma(sample, self._step_index)
         sigma_next = self._sigma(sample, self._step_index + 1)
-        sigma_min, sigma_data = self.config.sigma_min, self.config.sigma_data
 
-        # float32 arithmetic for half-precision samples, in the order of the stock scheduler so that bits agree
-        c_skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
-        c_out = (sigma - sigma_min) * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
-        denoised = c_out * model_output.to(sigma.dtype) + c_skip * sample.to(sigma.dtype)
+        # float32 arithmetic for half-precision samples
+        denoised = self._denoised(model_output.to(sigma.dtype), sample.to(sigma.dtype), sigma)
         if self.config.clip_denoised:
             denoised = denoised.clamp(-1, 1)
 
@@ -236,7 +295,7 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
             noise = randn_tensor(
                 model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
             )
-            floor = sigma_min if self.config.renoise == "floor" else 0.0
+            floor = self.config.sigma_min if self.config.renoise == "floor" else 0.0
             prev_sample = denoised + noise * self.config.s_noise * (sigma_next**2 - floor**2) ** 0.5
         self._step_index += 1
 

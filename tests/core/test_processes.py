@@ -124,7 +124,7 @@ PREDICTIONS = {
     "sample": list(PROCESSES),
     "epsilon": list(PROCESSES),
     "v_prediction": ["vp", "vp, zero terminal snr"],
-    "flow_prediction": ["linear flow"],
+    "flow": ["linear flow"],
     "trigflow": ["trigflow"],
 }
 CASES = [(prediction, name) for prediction, names in PREDICTIONS.items() for name in names]
@@ -140,7 +140,7 @@ def test_predictions_of_the_true_quantities_give_the_data(prediction, name):
         "sample": x0,
         "epsilon": noise,
         "v_prediction": alpha * noise - std * x0,
-        "flow_prediction": noise - x0,
+        "flow": noise - x0,
         "trigflow": (alpha * 0.5 * noise - std / 0.5 * x0) / 0.5,  # the velocity cos(t) z - sin(t) x0 over sigma_data
     }[prediction]
     torch.testing.assert_close(to_denoised(prediction, output, x, sigma, process), x0, rtol=1e-7, atol=1e-7)

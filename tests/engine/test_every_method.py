@@ -279,10 +279,15 @@ def test_such_a_teacher_teaches_a_student_of_another_kind(teacher, trigflow_teac
     assert load_pipeline(str(folder / "pipeline")).unet.config["_class_name"] == "JVPUNet2DModel"
 
 
-def test_a_flow_model_teaches_a_student_from_scratch(tmp_path):
+def test_a_flow_model_starts_and_teaches(tmp_path):
     teacher = run(tmp_path / "flow", "diffusion", interpolant="flow", max_train_steps=2) / "pipeline"
-    with pytest.raises(ValueError, match="predicts 'flow' can't start one that predicts 'trigflow'.*--from_scratch"):
-        run(tmp_path / "a", "scd", pretrained_teacher_model=teacher)
+    with pytest.raises(ValueError, match="'flow' can't start one that predicts 'edm'; it can start ct.*sct, scd"):
+        run(tmp_path / "d", "ctm", pretrained_teacher_model=teacher)
+    kept = run(tmp_path / "a", "scd", pretrained_teacher_model=teacher, max_train_steps=1, learning_rate=1e-12)
+    x, sigma = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 1.0, 5.0, 80.0])
+    student = load_pipeline(str(kept / "pipeline"))
+    teacher_function = function_of(load_pipeline(str(teacher)), x, sigma)
+    torch.testing.assert_close(function_of(student, x, sigma), teacher_function, rtol=1e-4, atol=1e-4)
     run(tmp_path / "b", "scd", pretrained_teacher_model=teacher, from_scratch=True, max_train_steps=2)
     run(tmp_path / "c", "mean_flow", pretrained_model_name_or_path=teacher, max_train_steps=2)
 

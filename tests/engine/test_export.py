@@ -227,6 +227,7 @@ def test_the_folders_hold_this_and_nothing_else(saved):
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["cm_diffusers", "CTMScheduler"],
         "unet": ["cm_diffusers", "TwoTimeModel"],
+        "vae": [None, None],
     }
 
 

@@ -78,7 +78,7 @@ def test_the_denoiser_of_a_trajectory_model_is_its_jump_to_the_floor(ctm):
 
 def test_a_trajectory_model_is_no_teacher(ctm):
     with pytest.raises(ValueError, match="teacher must be a diffusion model"):
-        load_teacher(str(ctm), ModelArguments(), DATA)
+        load_teacher(str(ctm), ModelArguments())
 
 
 def test_a_method_with_two_times_starts_from_a_trajectory_model(ctm):

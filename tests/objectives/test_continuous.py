@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cm_diffusers.core.denoisers import EDMDenoiser, FlowDenoiser, TrigFlowDenoiser, trigflow_velocity
+from cm_diffusers.core.denoisers import EDMDenoiser, flow_denoiser, trigflow_denoiser, trigflow_velocity
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.tangents import NotDifferentiable
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
@@ -156,9 +156,9 @@ def test_any_denoiser_is_a_trigflow_velocity():
 
     expected = SIGMA_DATA * trig(x / SIGMA_DATA, t).sample
     denoisers = (
-        TrigFlowDenoiser(trig, SIGMA_DATA),
+        trigflow_denoiser(trig, SIGMA_DATA),
         EDMDenoiser(edm, SIGMA_DATA, time_label="angle"),
-        FlowDenoiser(Closed(flow), SIGMA_DATA),
+        flow_denoiser(Closed(flow), SIGMA_DATA),
     )
     for denoiser in denoisers:
         torch.testing.assert_close(trigflow_velocity(denoiser, x, t, SIGMA_DATA), expected, rtol=1e-9, atol=1e-12)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from cm_diffusers.core.denoisers import DENOISERS
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
+from cm_diffusers.objectives.spec import OWN_LABELS
 
 
 # Settings, by method, under which the battery runs, where its defaults alone don't reach all of its code.
@@ -30,10 +30,20 @@ OPTIONS = {
     ],
 }
 
+# Students that keep the process of another diffusion model: every method that has such, and every kind once or more.
+STUDENTS = {"ct": "epsilon", "ict": "v_prediction", "cd": "epsilon", "ect": "v_prediction", "ecd": "flow"}
+STUDENTS |= {"sct": "flow", "scd": "flow"}
+SPECS = {"flow": {"time_scale": 1000.0}, "epsilon": {"noise_schedule": {"beta_schedule": "linear"}}}
+SPECS["v_prediction"] = {"noise_schedule": {"beta_schedule": "squaredcos_cap_v2"}}
+
 CASES = [
     pytest.param(name, options, id=f"{name}-{i}")
     for name in OBJECTIVES
     for i, options in enumerate(OPTIONS.get(name, [{}]))
+]
+CASES += [
+    pytest.param(name, {**OPTIONS.get(name, [{}])[0], "student": kind}, id=f"{name}-{kind}")
+    for name, kind in STUDENTS.items()
 ]
 every_objective = pytest.mark.parametrize("name, options", CASES)
 STEP = 3
@@ -42,17 +52,18 @@ STEP = 3
 @pytest.fixture
 def make(tiny_unet):
     def build(name, options, dtype=torch.float32, **unet):
-        cls, options = OBJECTIVES[name], OBJECTIVES[name].Options(**options)
-        prediction = cls.prediction(options)
-        label = "log_sigma" if prediction == "edm" else DENOISERS[prediction].time_label
-        spec = ModelSpec(sigma_data=0.5, time_label=label, prediction=prediction)
+        cls, student = OBJECTIVES[name], options.get("student")
+        options = cls.Options(**{key: value for key, value in options.items() if key != "student"})
+        prediction = student or cls.prediction(options)
+        label = OWN_LABELS.get(prediction, "log_sigma")
+        spec = ModelSpec(sigma_data=0.5, time_label=label, prediction=prediction, **SPECS.get(student, {}))
         network = tiny_unet(**unet).to(dtype)
         torch.manual_seed(1)
         for parameter in network.parameters():  # a fresh U-Net has zeros, which stop gradients
             torch.nn.init.normal_(parameter, std=0.05)
         teacher = None
         if "pretrained_teacher_model" in vars(options):
-            teacher = DENOISERS[prediction](copy.deepcopy(network).eval().requires_grad_(False), spec.sigma_data)
+            teacher = spec.denoiser(copy.deepcopy(network).eval().requires_grad_(False))
         network = cls.adapt(network, label).train()
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
@@ -230,6 +241,12 @@ def test_pipeline_carries_the_parameterisation(make, name, options):
 def test_curricula_are_numbers(make, name, options):
     values = make(name, options).describe(STEP)
     assert all(isinstance(value, (int, float)) for value in values.values())
+
+
+def test_every_method_that_keeps_another_process_is_here_with_one_that_it_keeps():
+    keeping = {name: cls.keeps for name, cls in OBJECTIVES.items() if cls.keeps}
+    assert keeping.keys() == STUDENTS.keys() and all(kind in keeping[name] for name, kind in STUDENTS.items())
+    assert set(STUDENTS.values()) == set().union(*keeping.values())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

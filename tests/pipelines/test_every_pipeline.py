@@ -244,7 +244,7 @@ def test_an_unconditional_network_is_given_no_labels(make):
         ({"class_labels": [0.5]}, r"integers in \[0, 9\]"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"\(1, 1, 8, 8\), got \(1, 3, 8, 8\)"),
         ({"latents": torch.zeros(1, 1, 4, 8)}, r"latents must have the shape"),
-        ({"output_type": "jpg"}, "output_type must be 'pil', 'np' or 'pt', got 'jpg'"),
+        ({"output_type": "jpg"}, "output_type must be 'pil', 'np', 'pt' or 'latent', got 'jpg'"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "latents.*not.*prompt"),
         ({"batch_size": 3, "class_labels": [1, 2]}, "batch_size is 3, the number of class_labels is 2"),
         ({"batch_size": 3, "generator": [generator()]}, "the number of generators is 1"),
@@ -350,7 +350,7 @@ def test_models_are_freed_after_sampling_and_can_be_offloaded(pipe, monkeypatch)
     images(pipe)
     assert freed == [True]
     assert [name for name in pipe.components if isinstance(pipe.components[name], torch.nn.Module)] == ["unet"]
-    assert pipe.model_cpu_offload_seq == "unet"
+    assert pipe.model_cpu_offload_seq == "unet->vae"
 
 
 def test_steps_have_no_gradient(pipe):

@@ -1,0 +1,190 @@
+"""Diffusion models of diffusers, read as denoisers: network, process and prediction by the pipeline's own configs."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, DiTTransformer2DModel, UNet2DModel, VQModel
+from torch import nn
+
+from cm_diffusers.core.denoisers import Denoiser
+from cm_diffusers.core.interpolants import VP
+from cm_diffusers.models import DiTModel
+from cm_diffusers.objectives import ModelSpec
+
+
+NETWORKS = {"DDPMPipeline": "unet", "DDIMPipeline": "unet", "LDMPipeline": "unet", "DiTPipeline": "transformer"}
+AUTOENCODERS = (AutoencoderKL, AutoencoderTiny, VQModel)
+SCHEDULE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"
+)  # fmt: skip
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+HIGHEST = 80.0  # EDM's: data of scale 0.5 are 1 part in 160 there, and higher levels would only stretch the grids
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A saved model as training takes it.
+
+    Args:
+        network: called as `network(sample, label, class_labels=...)`.
+        spec: its parameterisation; `sigma_data` is None where the model does not say.
+        vae: the autoencoder in whose latents it lives, None for pixels.
+        null_class: the label that stands for no class, for guidance; None where there is none.
+    """
+
+    network: nn.Module
+    spec: ModelSpec
+    vae: nn.Module | None = None
+    null_class: int | None = None
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self.spec.denoiser(self.network)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what the network makes."""
+        size = self.network.config.sample_size
+        return (self.network.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.network.config.num_class_embeds
+
+    def __str__(self) -> str:
+        """One line: the network, what it predicts on which process, and what it makes."""
+        network = getattr(self.network, "transformer", self.network)
+        count = sum(p.numel() for p in network.parameters()) / 1e6
+        classes = "unconditional" if self.num_classes is None else f"{self.num_classes} classes"
+        if self.null_class is not None:
+            classes += " and none"
+        shape = " x ".join(map(str, self.sample_shape))
+        kind = "pixels" if self.vae is None else f"latents of {type(self.vae).__name__}"
+        return f"{type(network).__name__}, {count:.1f} M parameters, {_process(self.spec)}, {classes}, {shape} {kind}"
+
+
+def _process(spec: ModelSpec) -> str:
+    """What a network predicts and where, in words."""
+    if spec.prediction == "edm":
+        return f"predicts EDM's F, time label {spec.time_label}, sigma_data {spec.sigma_data:g}"
+    if spec.prediction == "trigflow":
+        return f"predicts the velocity of TrigFlow, sigma_data {spec.sigma_data:g}"
+    if spec.prediction == "flow":
+        times = "the flow time" if spec.time_scale == 1 else f"{spec.time_scale:g} times the flow time"
+        return f"predicts the velocity of linear flow, is told {times}"
+    schedule, process = spec.noise_schedule, spec.process
+    name = "trained" if schedule.get("trained_betas") is not None else schedule["beta_schedule"]
+    name += " zero-SNR" if schedule.get("rescale_betas_zero_snr") else ""
+    low, high = process.sigma(torch.zeros(1)).item(), process.sigma_max
+    high = "infinity" if math.isinf(high) else f"{high:.3g}"
+    steps = len(process.angles)
+    return f"predicts {spec.prediction} on a {name} VP schedule of {steps} steps, sigma {low:.2g} to {high}"
+
+
+def read_stock(pipeline: DiffusionPipeline) -> SavedModel:
+    """A pipeline of one of the classes in `NETWORKS` as a denoiser.
+
+    Raises:
+        ValueError: it has a part, a setting or a prediction that this version can't read; the message says which are.
+    """
+    network = getattr(pipeline, NETWORKS[type(pipeline).__name__])
+    vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
+    if vae is not None and not isinstance(vae, AUTOENCODERS):
+        raise ValueError(f"its autoencoder is a {type(vae).__name__}; this version reads {_names(AUTOENCODERS)}.")
+    if not isinstance(network, (UNet2DModel, DiTTransformer2DModel)):
+        raise ValueError(f"its network is a {type(network).__name__}; this version reads UNet2DModel and DiT's.")
+    spec = read_scheduler(pipeline.scheduler)
+    network, null_class = without_variance(network), None
+    if isinstance(network, DiTTransformer2DModel):
+        network = DiTModel.from_transformer(network)
+        null_class = network.config.num_class_embeds
+    elif network.config.time_embedding_type != "positional" or network.config.class_embed_type is not None:
+        raise ValueError(
+            "its UNet2DModel must have the time_embedding_type 'positional', which reads times between integers, and"
+            " class_embed_type None."
+        )
+    if pipeline.scheduler.config.get("prediction_type") == "v_prediction" and spec.prediction == "edm":
+        negate(network)  # EDM's F is diffusers' "v_prediction" of its EDM schedulers with the sign turned
+    return SavedModel(network, spec, vae, null_class)
+
+
+def read_scheduler(scheduler: Any) -> ModelSpec:
+    """What a scheduler of diffusers says of a network's prediction, process and time input.
+
+    The sampler's own settings (spacing, steps_offset, set_alpha_to_one, clipping, shift, Karras levels) choose levels
+    and steps, and say nothing of the network.
+
+    Raises:
+        ValueError: a setting that can't be read; the message says what can.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    prediction = config.get("prediction_type")
+    if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type of its {name} must be epsilon or v_prediction; it is {prediction!r}.")
+        return ModelSpec(config.sigma_data, "quarter_log_sigma", config.sigma_max)
+    if name.startswith("FlowMatch") or prediction == "flow_prediction":
+        if config.get("invert_sigmas"):
+            raise ValueError(f"its {name} counts flow time from noise to data (invert_sigmas), which can't be read.")
+        return ModelSpec(None, "flow_time", HIGHEST, "flow", float(config.num_train_timesteps))
+    if "beta_schedule" not in config:
+        raise ValueError(
+            f"its scheduler is a {name}; this version reads those with a beta_schedule (DDPM, DDIM, Euler, Heun,"
+            " DPMSolver, ...), EDMEuler, EDMDPMSolverMultistep, and FlowMatchEuler and its kin."
+        )
+    if prediction not in PREDICTIONS:
+        raise ValueError(
+            f"prediction_type of its {name} must be one of {', '.join(PREDICTIONS)} or flow_prediction;"
+            f" it is {prediction!r}."
+        )
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(f"timestep_type of its {name} must be 'discrete'; it is {config.timestep_type!r}.")
+    schedule = {key: config[key] for key in SCHEDULE if key in config}
+    if schedule.get("trained_betas") is not None:
+        schedule["trained_betas"] = [float(beta) for beta in schedule["trained_betas"]]
+    elif schedule["beta_schedule"] not in BETA_SCHEDULES:
+        raise ValueError(
+            f"beta_schedule of its {name} must be one of {', '.join(BETA_SCHEDULES)}, or trained_betas given;"
+            f" it is {schedule['beta_schedule']!r}."
+        )
+    spec = ModelSpec(None, "timestep", prediction=prediction, noise_schedule=schedule)
+    assert isinstance(spec.process, VP)
+    return ModelSpec(None, "timestep", min(HIGHEST, spec.process.sigma_max), prediction, noise_schedule=schedule)
+
+
+@torch.no_grad()
+def without_variance(network: nn.Module) -> nn.Module:
+    """A network without its learned variance: of twice as many channels as it is given the first half is kept.
+
+    Raises:
+        ValueError: any other number of channels.
+    """
+    channels, out = network.config.in_channels, network.config.out_channels or network.config.in_channels
+    if out == channels:
+        return network
+    if out != 2 * channels:
+        raise ValueError(f"its network gives {out} channels for {channels}; as many or twice as many can be read.")
+    patch = network.config.patch_size**2 if isinstance(network, DiTTransformer2DModel) else 1
+    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    smaller = type(network).from_config({**config, "out_channels": channels})
+    state = network.state_dict()
+    for key, value in smaller.state_dict().items():
+        if value.shape != state[key].shape:  # the last layer: the channel varies fastest, after the place in the patch
+            state[key] = state[key].unflatten(0, (patch, out))[:, :channels].flatten(0, 1)
+    smaller.load_state_dict(state)
+    return smaller
+
+
+@torch.no_grad()
+def negate(network: nn.Module) -> None:
+    """Turn the sign of what the network puts out."""
+    last = network.transformer.proj_out_2 if isinstance(network, DiTModel) else network.conv_out
+    for parameter in last.parameters():
+        parameter.neg_()
+
+
+def _names(classes: tuple[type, ...]) -> str:
+    return ", ".join(cls.__name__ for cls in classes)

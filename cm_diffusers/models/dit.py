@@ -1,0 +1,83 @@
+"""diffusers' class-conditional transformer (DiT, Peebles & Xie 2022, arXiv:2212.09748) called as the U-Nets are."""
+
+import torch
+from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.transformers.transformer_2d import Transformer2DModelOutput
+from torch import Tensor
+
+
+class DiTModel(ModelMixin, ConfigMixin):
+    """A `DiTTransformer2DModel` under the name and arguments of the library's networks. Make it by `from_transformer`.
+
+    Labels are not dropped at random: the label `num_class_embeds` is the one that stands for no class.
+
+    Args:
+        transformer_config: config of the transformer.
+        sample_size, in_channels, out_channels, num_class_embeds, dropout: where given they replace those of
+            `transformer_config`, so that all that reads or sets them on a network finds them here.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        transformer_config: dict | None = None,
+        sample_size: int | None = None,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+        num_class_embeds: int | None = None,
+        dropout: float | None = None,
+    ):
+        super().__init__()
+        given = {"sample_size": sample_size, "in_channels": in_channels, "out_channels": out_channels}
+        given |= {"num_embeds_ada_norm": num_class_embeds, "dropout": dropout}
+        given = {name: value for name, value in given.items() if value is not None}
+        self._wrap(DiTTransformer2DModel.from_config({**(transformer_config or {}), **given}))
+
+    def _wrap(self, transformer: DiTTransformer2DModel) -> None:
+        self.transformer = transformer
+        for module in transformer.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0  # its draws would be no function of the seed
+        config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+        self.register_to_config(
+            transformer_config=config,
+            sample_size=config["sample_size"],
+            in_channels=config["in_channels"],
+            out_channels=transformer.out_channels,
+            num_class_embeds=config["num_embeds_ada_norm"],
+            dropout=config["dropout"],
+        )
+        self.register_to_config(_use_default_values=[])  # those named there would be left out by from_config(config)
+
+    @classmethod
+    def from_transformer(cls, transformer: DiTTransformer2DModel) -> "DiTModel":
+        """Wrap `transformer`, with its weights, dtype, device and mode."""
+        config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+        with torch.device("meta"):
+            model = cls(config)
+        model._wrap(transformer)
+        return model.train(transformer.training)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Apply the transformer to `sample` (B, C, H, W).
+
+        Args:
+            timestep: a number, () or (B,), in the unit of the transformer.
+            class_labels: int64 (B,) in [0, num_class_embeds]; none stand for no class.
+            return_dict: False gives the tuple (sample,).
+        """
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        if class_labels is None:
+            class_labels = torch.full((len(sample),), self.config.num_class_embeds, device=sample.device)
+        return self.transformer(sample, timestep, class_labels, return_dict=return_dict)

@@ -1,0 +1,62 @@
+"""What a network predicts, on which forward process, and how it is told the time."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from diffusers import DDPMScheduler
+
+from cm_diffusers.core.denoisers import Denoiser, EDMDenoiser, ProcessDenoiser, as_trigflow
+from cm_diffusers.core.interpolants import VE, VP, Interpolant, LinearFlow, TrigFlow
+
+
+# predictions whose networks have one time input; those of EDM have a choice, the keys of `TIME_LABELS`
+OWN_LABELS = {"trigflow": "angle", "flow": "flow_time"}
+OWN_LABELS |= dict.fromkeys(("epsilon", "v_prediction", "sample"), "timestep")
+PROCESS_STUDENTS = ("flow", "epsilon", "v_prediction")  # which are the identity at sigma 0 as they are
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What turns the bare network into a denoiser, in training, sampling and export alike.
+
+    Args:
+        sigma_data: root mean square of the data, > 0; None where a saved model does not say.
+        time_label: the network's time input: for "edm" a key of `TIME_LABELS`, else that of `OWN_LABELS`.
+        sigma_max: the level of pure noise, where sampling starts.
+        prediction: "edm" or a key of `OWN_LABELS`: "flow" lives on linear flow, "trigflow" on TrigFlow, and "epsilon",
+            "v_prediction" and "sample" on a discrete VP process.
+        time_scale: a flow model is told this times the flow time.
+        noise_schedule: the settings of diffusers' `DDPMScheduler` that make the VP process.
+    """
+
+    sigma_data: float | None
+    time_label: str = "log_sigma"
+    sigma_max: float = 80.0
+    prediction: str = "edm"
+    time_scale: float = 1.0
+    noise_schedule: Mapping[str, Any] | None = None
+
+    @cached_property
+    def process(self) -> Interpolant:
+        """The forward process that the network lives on."""
+        if self.prediction == "edm":
+            return VE()
+        if self.prediction == "trigflow":
+            return TrigFlow(self.sigma_data)
+        if self.prediction == "flow":
+            return LinearFlow()
+        return VP(DDPMScheduler(**self.noise_schedule).alphas_cumprod)
+
+    def denoiser(self, network: Callable, floor: float = 0.0) -> Denoiser:
+        """D of `network`; the identity at `floor` under EDM's scalings, at 0 otherwise."""
+        if self.prediction == "edm":
+            return EDMDenoiser(network, self.sigma_data, floor, self.time_label)
+        return ProcessDenoiser(network, self.process, self.prediction, self.sigma_data, self.time_scale)
+
+    def as_trigflow(self, network: Callable) -> Callable:
+        """F of TrigFlow that means the same denoiser: a TrigFlow `network` itself, a flow model by its own formula."""
+        if self.prediction == "flow":
+            return as_trigflow(network, self.sigma_data, self.time_scale)
+        return network
