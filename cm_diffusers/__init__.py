@@ -5,7 +5,13 @@ import sys
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # diffusers looks its bases up in this namespace
 
-from cm_diffusers.models import JVPUNet2DModel, TwoTimeModel
+from cm_diffusers.models import (
+    EDMUNet2DModel,
+    JVPUNet2DModel,
+    RawSigmaUNet2DModel,
+    ShuffleUNet2DModel,
+    TwoTimeModel,
+)
 from cm_diffusers.pipelines import (
     ConsistencyPipeline,
     CTMPipeline,
@@ -22,9 +28,12 @@ __all__ = [
     "CTMScheduler",
     "ConsistencyPipeline",
     "DenoisingPipeline",
+    "EDMUNet2DModel",
     "JVPUNet2DModel",
     "MeanFlowPipeline",
     "MultistepConsistencyScheduler",
+    "RawSigmaUNet2DModel",
+    "ShuffleUNet2DModel",
     "TrigFlowPipeline",
     "TrigFlowScheduler",
     "TwoTimeModel",
@@ -45,5 +54,6 @@ def _register(*classes: type) -> None:
 
 
 _register(ConsistencyPipeline, CTMPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline)
-_register(CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler, JVPUNet2DModel, TwoTimeModel)
+_register(CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler)
+_register(EDMUNet2DModel, JVPUNet2DModel, RawSigmaUNet2DModel, ShuffleUNet2DModel, TwoTimeModel)
 ConsistencyPipeline._scheduler_class = MultistepConsistencyScheduler

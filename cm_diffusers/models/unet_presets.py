@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
+from torch import nn
 
 from cm_diffusers.models.jvp_unet import JVPUNet2DModel
 from cm_diffusers.models.two_time import TwoTimeModel
@@ -92,14 +93,13 @@ class _Float32TimestepEmbedding(TimestepEmbedding):
             return super().forward(sample, condition)
 
 
-def keep_time_embedding_in_float32(unet: UNet2DModel | JVPUNet2DModel | TwoTimeModel) -> None:
+def keep_time_embedding_in_float32(unet: nn.Module) -> None:
     """Run the time embedding outside autocast: in bfloat16 neighbouring noise levels become one.
 
     The module changes its class and not its `forward`, so that a copy of the network has an embedding of its own.
-    A `JVPUNet2DModel` does without help, and stays as it is.
+    Networks of the library do without help, and stay as they are.
     """
     if isinstance(unet, TwoTimeModel):
         unet = unet.network
-    if isinstance(unet, JVPUNet2DModel):
-        return
-    unet.time_embedding.__class__ = _Float32TimestepEmbedding
+    if isinstance(unet, UNet2DModel):
+        unet.time_embedding.__class__ = _Float32TimestepEmbedding
