@@ -26,8 +26,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("source", type=Path, help="the file")
     add("output_dir", type=Path, help="folder to write; an old one is replaced")
     which = parser.add_mutually_exclusive_group()
-    for name, where in (("ema", "where the file holds them (the default)"), ("online", "training-state-*.pt has them")):
-        which.add_argument(f"--{name}", dest="weights", action="store_const", const=name, help=f"{name} weights, {where}")
+    for name, where in (("ema", "the default"), ("online", "training-state-*.pt has them")):
+        what = f"{name} weights, where a file can hold both ({where})"
+        which.add_argument(f"--{name}", dest="weights", action="store_const", const=name, help=what)
     add("--family", choices=list(FAMILIES), help="stop unless the file is of this family")
     add("--kind", choices=["consistency", "diffusion"], help="where weights don't tell (by the file's name)")
     add("--num_head_channels", type=int, help="channels per attention head, for OpenAI's code and CTM (64)")
@@ -44,15 +45,18 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{args.source} is {FAMILIES[converted.family]}.")
     for note in converted.notes:
         print(f"- {note}")
-    if isinstance(converted.result, DiffusionPipeline):
-        save_pipeline(converted.result, args.output_dir, verify=True)
-        scheduler = {k: v for k, v in converted.result.scheduler.config.items() if k.startswith("sigma")}
-        print(f"- {type(converted.result).__name__}, classes: {converted.result.unet.config.num_class_embeds}, {scheduler}")
-        sample = f"python training/sample.py --pretrained_model_name_or_path {args.output_dir} {converted.sampling}"
-        print(f"Saved {args.output_dir}; it was loaded in a clean process and is the same model. Sample it:\n    {sample}")
-    else:
-        converted.result.save_pretrained(args.output_dir)
-        print(f"Saved {args.output_dir}: {type(converted.result).__name__}.from_pretrained loads it.")
+    result, kind = converted.result, type(converted.result).__name__
+    if not isinstance(result, DiffusionPipeline):
+        result.save_pretrained(args.output_dir)
+        print(f"Saved {args.output_dir}: cm_diffusers.{kind}.from_pretrained loads it.")
+        return
+    levels = {name: result.scheduler.config[name] for name in ("sigma_data", "sigma_min", "sigma_max")}
+    facts = ", ".join(f"{name} {value:g}" for name, value in levels.items())
+    print(f"- {kind}: {facts}, classes: {result.unet.config.num_class_embeds or 'none'}")
+    save_pipeline(result, args.output_dir, verify=True)
+    print(f"Saved {args.output_dir}; a clean process loaded it and found the same model. Sample it:")
+    command = "python training/sample.py --pretrained_model_name_or_path"
+    print(f"    {command} {args.output_dir} {converted.sampling}")
 
 
 if __name__ == "__main__":

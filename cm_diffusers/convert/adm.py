@@ -127,7 +127,7 @@ def check(shape: Shape, head_dim: int, image_size: int) -> None:
     """Raise ValueError for settings that can't be."""
     for width, attends in zip(shape.widths, [*shape.attends[:-1], True]):
         if attends and (head_dim < 1 or width % head_dim):
-            raise ValueError(f"num_head_channels {head_dim} does not divide {width} channels; set --num_head_channels.")
+            raise ValueError(f"num_head_channels {head_dim} doesn't divide {width} channels; set --num_head_channels.")
     if image_size < 1 or image_size % 2 ** (len(shape.widths) - 1):
         raise ValueError(f"image_size {image_size} can't be halved {len(shape.widths) - 1} times; set --image_size.")
 

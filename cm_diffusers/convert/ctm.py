@@ -1,7 +1,7 @@
 """The U-Net of two times of CTM's code (Kim et al. 2023, arXiv:2310.02279) on ImageNet: OpenAI's with `time_embed_s`.
 
-The second time has layers of its own in each block, `emb_layers_s`, whose output is added to that of the first. (CTM on
-CIFAR-10 builds on EDM's code: `edm.py`.)
+The second time has layers of its own in each block, `emb_layers_s`, whose output is added to that of the first. CTM on
+CIFAR-10 builds on EDM's code: `edm.py`.
 """
 
 from torch import Tensor

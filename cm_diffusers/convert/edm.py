@@ -1,4 +1,4 @@
-"""The networks of EDM (Karras et al. 2022, arXiv:2206.00364) and of what builds on its code: ECT, CDM, CTM on CIFAR-10.
+"""The networks of EDM (Karras et al. 2022, arXiv:2206.00364) and what builds on its code: ECT, CDM, CTM on CIFAR-10.
 
 Their names: enc.16x16_block0, dec.16x16_up, map_layer0; CTM's second time has `_s` behind them. Whatever a shape or a
 name can tell is read from there and not from the settings in the file.
@@ -64,7 +64,7 @@ def _shape(tensors: dict[str, Tensor], prefix: str, names: list[str]) -> dict:
     features = size("map_layer0.weight", 1)
     base = features // 2 if fourier else features
     filters = [name for name in names if name.endswith("resample_filter")]
-    label = "map_label.weight"
+    label, joined = "map_label.weight", " ".join(names)
     attends = [i for i, r in enumerate(levels) if f"enc.{r}x{r}_block0.qkv.weight" in names]
     return {
         "sample_size": levels[0],
@@ -80,8 +80,8 @@ def _shape(tensors: dict[str, Tensor], prefix: str, names: list[str]) -> dict:
         "architecture": "adm" if adm else "score",
         "time_embedding_type": "fourier" if fourier else "positional",
         "resample_filter": _taps(tensors[prefix + filters[0]]) if filters else [1, 1],
-        "encoder_type": next((k for k in ("skip", "residual") if any(f"_aux_{k}." in name for name in names)), "standard"),
-        "decoder_type": "skip" if any("_aux_up." in name for name in names) else "standard",
+        "encoder_type": next((kind for kind in ("skip", "residual") if f"_aux_{kind}." in joined), "standard"),
+        "decoder_type": "skip" if "_aux_up." in joined else "standard",
         "two_times": "map_layer0_s.weight" in names,
     }
 

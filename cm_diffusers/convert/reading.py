@@ -9,6 +9,7 @@ import collections
 import io
 import math
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -29,6 +30,7 @@ STORAGES = {
     "IntStorage": torch.int32,
     "BoolStorage": torch.bool,
 }
+CONTAINERS = ("ModuleDict", "ModuleList", "Sequential")
 SCALARS = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "b1": "<?"}  # numpy's codes by those of struct
 HELP = (
     "Nothing of it was run. If you trust where it comes from, load it with the code that wrote it, on a machine that"
@@ -79,7 +81,9 @@ def read_checkpoint(path: Path | str) -> Any:
     except Refused as error:
         raise ValueError(f"{path} is refused: {error} {HELP}") from None
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: {_first_sentence(error)}. {HELP}") from None
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # of torch's reader
+        reason = f"it asks for {asked[1]}, which no weights need" if asked else _first_sentence(error)
+        raise ValueError(f"{path} is refused: {reason}. {HELP}") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is no sound safetensors file: {error}. Fetch it anew, or save it again.") from None
     except Exception as error:  # a hostile or torn file can fail anywhere in the readers
@@ -143,7 +147,7 @@ class RestrictedUnpickler(pickle.Unpickler):
             "numpy.core.multiarray.scalar": self._scalar,
             "numpy._core.multiarray.scalar": self._scalar,
         }
-        allowed |= {f"torch.nn.modules.container.{kind}": Module for kind in ("ModuleDict", "ModuleList", "Sequential")}
+        allowed |= {f"torch.nn.modules.container.{kind}": Module for kind in CONTAINERS}
         allowed |= {f"torch.{storage}": storage for storage in STORAGES}
         if f"{module}.{name}" not in allowed:
             raise Refused(f"it asks for {module}.{name}, which no weights need.")

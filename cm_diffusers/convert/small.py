@@ -61,7 +61,7 @@ def build_shuffle_network(tensors: dict[str, Tensor], image_size: int, family: s
 
 
 def build_raw_sigma_network(tensors: dict[str, Tensor], image_size: int, family: str) -> RawSigmaUNet2DModel:
-    """cloneofsimo's network. Its c_out is half of what it should be at sigma_data = 0.5; its last layer makes up for it.
+    """cloneofsimo's network. Its c_out is half of what sigma_data = 0.5 asks for; its last layer makes up for it.
 
     Raises:
         ValueError: tensors are missing or left over.

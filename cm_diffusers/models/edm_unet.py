@@ -186,7 +186,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
     Args:
         sample_size: height and width of the images, or (height, width); the network takes others as well.
         in_channels, out_channels: of the images.
-        model_channels: the unit of `channel_mult`; also the number of positional time features, half that of Fourier's.
+        model_channels: the unit of `channel_mult`, and the number of time features (Fourier's are twice as many).
         channel_mult: channels by level; each level halves the image.
         layers_per_block: residual blocks per level (one more on the way up).
         attention_levels: levels with self-attention (0 is the full resolution); the middle always has it.
@@ -340,7 +340,8 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             if module is None and given[name] is not None:
                 raise ValueError(f"{name} are not for this network.")
         if (target_timestep is None) != (self.target_time_embedding is None):
-            raise ValueError("target_timestep is " + ("missing." if target_timestep is None else "not for this network."))
+            problem = "missing" if target_timestep is None else "not for this network"
+            raise ValueError(f"target_timestep is {problem}.")
 
         sigma, label = self._noise(timestep, sample)
         kind = self.config.preconditioning

@@ -1,8 +1,8 @@
 """A small U-Net of ShuffleNet units, that of the public sCM of MNIST, whose checkpoints are converted into it.
 
 The units are those of ShuffleNet V2 (Ma et al. 2018, arXiv:1807.11164, section 3.2). Time enters as sCM advises (Lu &
-Song 2024, arXiv:2410.11081, section 4.1): slow positional features, and a scale that is normalised. Every operation has
-a forward-mode derivative.
+Song 2024, arXiv:2410.11081, section 4.1): slow positional features, and a scale that is normalised. Every operation
+has a forward-mode derivative.
 """
 
 import math
