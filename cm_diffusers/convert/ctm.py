@@ -70,8 +70,8 @@ def build_two_time_network(
             ledger.copy(f"{attention}.norm", f"{target}.norm3")
             ledger.copy(f"{attention}.qkv", f"{target}.qkv", lambda t: _as_2d(ordered_qkv(t, head_dim, qkv_order)))
             ledger.copy(f"{attention}.proj_out", f"{target}.proj", _as_2d)
-    ledger.copy("out.0", "norm_out.0")
-    ledger.copy("out.2", "conv_out.0")
+    ledger.copy("out.0", "norm_out")
+    ledger.copy("out.2", "conv_out")
     ledger.fill(network, family)
     return network
 

@@ -134,7 +134,6 @@ def _map_blocks(ledger: Ledger, names: list[str], config: dict) -> None:
             ledger.copy(f"{source}.proj", f"{target}.proj")
 
     levels, layers = _resolutions(names), config["layers_per_block"]
-    reads = iter(range(len(levels)))  # of the places where an image is read out
     ledger.copy(f"enc.{levels[0]}x{levels[0]}_conv", "conv_in")
     for level, r in enumerate(levels):
         start = 0 if level == 0 else 1
@@ -156,10 +155,9 @@ def _map_blocks(ledger: Ledger, names: list[str], config: dict) -> None:
             above = levels[level - 1]
             block(f"dec.{above}x{above}_up", f"up_blocks.{place}.{layers + 1}")
             take_filter(f"dec.{above}x{above}_aux_up")
-        if config["architecture"] == "score" and (config["decoder_type"] == "skip" or level == 0):
-            head = next(reads)
-            ledger.copy(f"dec.{r}x{r}_aux_norm", f"norm_out.{head}")
-            ledger.copy(f"dec.{r}x{r}_aux_conv", f"conv_out.{head}")
-    if config["architecture"] == "adm":
-        ledger.copy("out_norm", "norm_out.0")
-        ledger.copy("out_conv", "conv_out.0")
+            if config["decoder_type"] == "skip":
+                ledger.copy(f"dec.{r}x{r}_aux_norm", f"aux_norm_out.{place}")
+                ledger.copy(f"dec.{r}x{r}_aux_conv", f"aux_conv_out.{place}")
+    output = "out" if config["architecture"] == "adm" else f"dec.{levels[0]}x{levels[0]}_aux"
+    ledger.copy(f"{output}_norm", "norm_out")
+    ledger.copy(f"{output}_conv", "conv_out")

@@ -285,19 +285,21 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
                 skips.append(width)
             self.down_blocks.append(blocks)
         self.mid_blocks = nn.ModuleList([block(width, width, attention=True), block(width, width)])
-        self.up_blocks, self.norm_out, self.conv_out = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.up_blocks, self.aux_norm_out, self.aux_conv_out = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level, channels in reversed(list(enumerate(widths))):
             blocks = nn.ModuleList()
             for i in range(layers_per_block + 1):
                 attention = level in attention_levels and (adm or i == layers_per_block)
                 blocks.append(block(width + skips.pop(), channels, attention=attention))
                 width = channels
-            if decoder_type == "skip" or level == 0:
-                self.norm_out.append(FullGroupNorm(width, 1e-5 if adm else 1e-6))
-                self.conv_out.append(nn.Conv2d(width, out_channels, 3, padding=1))
             if level > 0:
+                if decoder_type == "skip":
+                    self.aux_norm_out.append(FullGroupNorm(width, 1e-6))
+                    self.aux_conv_out.append(nn.Conv2d(width, out_channels, 3, padding=1))
                 blocks.append(block(width, width, up=True))
             self.up_blocks.append(blocks)
+        self.norm_out = FullGroupNorm(width, 1e-5 if adm else 1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._initialise()
         self.gradient_checkpointing = False
 
@@ -312,7 +314,9 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         small = 0.0 if self.config.architecture == "adm" else 1e-5
         ends = [end for m in self.modules() if isinstance(m, ResidualBlock) for end in (m.conv2, m.heads and m.proj)]
         with torch.no_grad():
-            for parameter in (p for end in (*ends, *self.conv_out) if end for p in end.parameters()):
+            for parameter in (
+                p for end in (*ends, self.conv_out, *self.aux_conv_out) if end for p in end.parameters()
+            ):
                 parameter.mul_(small)
 
     def forward(
@@ -385,7 +389,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             if class_labels is None:
                 one_hot = label.new_zeros(len(sample), count)
             else:
-                one_hot = F.one_hot(class_labels, count).to(label.dtype)
+                one_hot = F.one_hot(class_labels.long(), count).to(label.dtype)
             if self.training and self.config.label_dropout:
                 one_hot = one_hot * (torch.rand_like(one_hot[:, :1]) >= self.config.label_dropout)
             classes = self.class_embedding(one_hot if adm else one_hot * math.sqrt(count))
@@ -425,17 +429,20 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
                 skips.append(h)
         for block in self.mid_blocks:
             h = self._apply_block(block, h, embedding)
-        images, reads = None, iter(zip(self.norm_out, self.conv_out))
-        for level, blocks in zip(reversed(range(len(self.up_blocks))), self.up_blocks):
-            for block in blocks[: self.config.layers_per_block + 1]:
-                h = self._apply_block(block, torch.cat([h, skips.pop()], 1), embedding)
-            if self.config.decoder_type == "skip" or level == 0:
-                norm, conv = next(reads)
-                image = conv(F.silu(norm(h)))
-                images = image if images is None else image + resample(images, taps, up=True)
-            if level > 0:
-                h = self._apply_block(blocks[-1], h, embedding)
-        return images
+        image = None
+        for place, blocks in enumerate(self.up_blocks):
+            for i, block in enumerate(blocks):
+                if i <= self.config.layers_per_block:
+                    h = torch.cat([h, skips.pop()], 1)
+                elif self.config.decoder_type == "skip":
+                    image = self._read_out(self.aux_norm_out[place], self.aux_conv_out[place], h, image)
+                h = self._apply_block(block, h, embedding)
+        return self._read_out(self.norm_out, self.conv_out, h, image)
+
+    def _read_out(self, norm: nn.Module, conv: nn.Module, h: Tensor, image: Tensor | None) -> Tensor:
+        """The image that the state `h` holds, added to that of the level below."""
+        read = conv(F.silu(norm(h)))
+        return read if image is None else read + resample(image, self.config.resample_filter, up=True)
 
     def _apply_block(self, block: ResidualBlock, h: Tensor, embedding: Tensor) -> Tensor:
         # what carries a tangent can't be recomputed after the end of the JVP, as checkpointing does

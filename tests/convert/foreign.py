@@ -18,23 +18,23 @@ import torch
 # Of each file: [0, 0, 0, :4] of the denoised `image(...)` at sigma 0.7 (of CTM's, of the jump from 0.7 to 0.1) with
 # the class labels LABELS, where it has classes, by the projects' own networks and preconditionings, in float32.
 DENOISED = {
-    "ddpmpp": [0.132428, 0.217179, 0.166625, 0.367336],
-    "ncsnpp": [0.075139, 0.270989, 0.191693, 0.313097],
-    "skip": [0.011254, 0.267442, 0.220166, 0.298922],
-    "adm": [0.127342, 0.187898, 0.296636, 0.354821],
-    "vp": [0.546997, 0.008143, 0.770335, 0.658921],
-    "ve": [0.326328, 0.557441, 0.625045, 0.839571],
-    "ect": [0.105324, 0.276176, 0.116379, 0.302116],
+    "ddpmpp": [0.150691, 0.202548, 0.201619, 0.371255],
+    "ncsnpp": [0.038468, 0.311233, 0.231941, 0.330213],
+    "skip": [0.121545, 0.464338, 0.36866, 0.454504],
+    "adm": [0.134986, 0.150584, 0.185876, 0.304216],
+    "vp": [0.476897, 0.163211, 0.587687, 0.57401],
+    "ve": [0.294836, 0.682411, 0.622814, 0.795935],
+    "ect": [0.112402, 0.224917, 0.260093, 0.296932],
     "cd": [0.132206, 0.130142, -0.000361, -0.342216],
     "ct": [0.312478, 0.226763, 0.35966, -0.176563],
     "edm_openai": [0.112391, 0.113366, -0.052774, -0.173971],
     "ctm": [0.244621, 0.125023, 0.237197, 0.23722],
-    "ctm_cifar": [0.198205, 0.346121, 0.261299, 0.511743],
+    "ctm_cifar": [0.195879, 0.358035, 0.327747, 0.516191],
     "scm": [0.02898, 0.082158, 0.153634, 0.188766],
     "simo": [0.203381, 0.095473, 0.275415, 0.423087],
 }
-AUGMENTED = [0.160477, 0.173886, 0.176407, 0.387306]  # of "ddpmpp", with the augmentation labels `made_up("augment.")`
-IDDPM = [0.582783, 0.332081, 0.799194, 0.739031]  # whose level 0.7 has the label 383
+AUGMENTED = [0.16797, 0.172681, 0.247384, 0.362399]  # of "ddpmpp", with the augmentation labels `made_up("augment.")`
+IDDPM = [0.562348, 0.527869, 0.657802, 0.970214]  # whose level 0.7 has the label 383
 LABELS = [1, 0]
 CLASSES = 3
 
@@ -59,11 +59,12 @@ def layer(name, *shape, bias=True):
 # the networks, as names and shapes
 
 
-def edm_layout(kind="ddpmpp", classes=0, augment=0, two_times=False, out_channels=3):
-    """EDM's code at 8x8: "ddpmpp", "ncsnpp", "skip" (a skip encoder and decoder) or "adm"; `taps` of its filters."""
+def edm_layout(kind="ddpmpp", classes=0, augment=0, two_times=False, channels=3, out_channels=None):
+    """EDM's code at 8x8: "ddpmpp", "ncsnpp", "skip" (a skip encoder and decoder) or "adm"."""
+    out_channels = out_channels or channels
     adm, fourier = kind == "adm", kind in ("ncsnpp", "skip")
     base = 64 if adm else 16
-    widths, features, embedding = [base, 2 * base], base * (2 if fourier else 1), 4 * base
+    widths, features, embedding = [base, 2 * base, 2 * base], base * (2 if fourier else 1), 4 * base
     shapes = {}
 
     def block(name, before, after, resamples=False, attends=False):
@@ -92,29 +93,35 @@ def edm_layout(kind="ddpmpp", classes=0, augment=0, two_times=False, out_channel
         shapes |= layer("map_label", embedding if adm else features, classes, bias=not adm)
     if augment:
         shapes |= layer("map_augment", features, augment, bias=False)
-    shapes |= layer("enc.8x8_conv", base, 3, 3, 3)
-    block("enc.8x8_block0", base, widths[0])
-    block("enc.4x4_down", widths[0], widths[0], resamples=True)
-    if kind == "ncsnpp":
-        shapes |= layer("enc.4x4_aux_residual", base, 3, 3, 3)
-        filtered("enc.4x4_aux_residual")
-    if kind == "skip":
-        filtered("enc.4x4_aux_down")
-        shapes |= layer("enc.4x4_aux_skip", base, 3, 1, 1)
-    block("enc.4x4_block0", widths[0], widths[1], attends=True)
-    block("dec.4x4_in0", widths[1], widths[1], attends=True)
-    block("dec.4x4_in1", widths[1], widths[1])
-    block("dec.4x4_block0", 2 * widths[1], widths[1], attends=adm)
-    block("dec.4x4_block1", widths[1] + widths[0], widths[1], attends=True)
-    block("dec.8x8_up", widths[1], widths[1], resamples=True)
-    block("dec.8x8_block0", widths[1] + widths[0], widths[0])
-    block("dec.8x8_block1", 2 * widths[0], widths[0])
-    if kind == "skip":
-        shapes |= layer("dec.4x4_aux_norm", widths[1]) | layer("dec.4x4_aux_conv", out_channels, widths[1], 3, 3)
-        filtered("dec.8x8_aux_up")
-    names = ("out_norm", "out_conv") if adm else ("dec.8x8_aux_norm", "dec.8x8_aux_conv")
-    shapes |= layer(names[0], base) | layer(names[1], out_channels, base, 3, 3)
-    return shapes
+    shapes |= layer("enc.8x8_conv", base, channels, 3, 3)
+    skips, side, width = [base], channels, base
+    for r, after in zip((8, 4, 2), widths):
+        if r < 8:
+            block(f"enc.{r}x{r}_down", width, width, resamples=True)
+            skips.append(width)
+            if kind == "ncsnpp":
+                shapes |= layer(f"enc.{r}x{r}_aux_residual", width, side, 3, 3)
+                filtered(f"enc.{r}x{r}_aux_residual")
+                side = width
+            if kind == "skip":
+                filtered(f"enc.{r}x{r}_aux_down")
+                shapes |= layer(f"enc.{r}x{r}_aux_skip", width, side, 1, 1)
+        block(f"enc.{r}x{r}_block0", width, after, attends=r == 4)
+        skips.append(after)
+        width = after
+    block("dec.2x2_in0", width, width, attends=True)
+    block("dec.2x2_in1", width, width)
+    for r, after in zip((2, 4, 8), reversed(widths)):
+        if r > 2:
+            block(f"dec.{r}x{r}_up", width, width, resamples=True)
+        for i in range(2):
+            block(f"dec.{r}x{r}_block{i}", width + skips.pop(), after, attends=r == 4 and (adm or i == 1))
+            width = after
+        if kind == "skip" and r > 2:
+            filtered(f"dec.{r}x{r}_aux_up")
+        if kind == "skip" or r == 8 and not adm:
+            shapes |= layer(f"dec.{r}x{r}_aux_norm", width) | layer(f"dec.{r}x{r}_aux_conv", out_channels, width, 3, 3)
+    return shapes | (layer("out_norm", base) | layer("out_conv", out_channels, base, 3, 3) if adm else {})
 
 
 def adm_layout(widths=(32, 64), classes=0, two_times=False, scale_shift=True, resnets=True):

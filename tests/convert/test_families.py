@@ -8,12 +8,14 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline, UNet2DModel
 from safetensors.torch import save_file
+from training_runs import run
 
 import cm_diffusers
 from cm_diffusers import EDMUNet2DModel
 from cm_diffusers.convert import Options, convert_checkpoint
 from cm_diffusers.convert.accounting import ordered_qkv
 from cm_diffusers.engine.models import denoiser_of, load_pipeline
+from cm_diffusers.objectives import OBJECTIVES
 
 
 CASES = list(foreign.DENOISED)
@@ -300,6 +302,29 @@ def test_a_narrow_network_of_two_times_is_refused(tmp_path):
     values = foreign.tensors(foreign.adm_layout(two_times=True))
     with pytest.raises(ValueError, match="fewer than 128 channels"):
         convert(foreign.save(values, tmp_path / "a.pt"), num_head_channels=16)
+
+
+# converted models go on
+
+
+def test_a_converted_model_is_a_teacher(tmp_path):
+    """Distilled into networks of one and of two times, in a step or two, and loaded again."""
+    layout = foreign.edm_layout(classes=10, channels=1)
+    path = foreign.dump(foreign.edm_content(foreign.tensors(layout, "model.")), tmp_path / "edm.pkl")
+    convert(path).result.save_pretrained(tmp_path / "teacher")
+    for method in ("ecd", "ctm"):
+        settings = {"pretrained_teacher_model": str(tmp_path / "teacher"), "max_train_steps": 1}
+        folder = run(tmp_path / method, method, **settings, model_preset=None)
+        pipeline = load_pipeline(str(folder / "pipeline"))
+        assert pipeline(output_type="pt").images.isfinite().all()
+        kind = getattr(pipeline.unet, "network", pipeline.unet)
+        assert type(kind) is EDMUNet2DModel and kind.config.preconditioning == "edm"
+
+
+def test_a_converted_trajectory_model_is_trained_as_it_is(tmp_path):
+    path, options = foreign.write("ctm", tmp_path)
+    network = convert(path, **options).result.unet
+    assert OBJECTIVES["ctm"].adapt(network, "log_sigma") is network
 
 
 # the script
