@@ -113,15 +113,16 @@ def _map_blocks(ledger: Ledger, names: list[str], config: dict) -> None:
 
     def take_filter(name: str) -> None:
         """Filters are settings here; one that is another counts as left over."""
-        found = ledger.left.get(f"{ledger.prefix}{name}.resample_filter")
-        if found is not None and found.shape[2:] == kernel.shape and torch.allclose(found[0, 0].float(), kernel):
+        found = ledger.left.get(f"{ledger.prefix}{name}.resample_filter", kernel[None, None])
+        if found.shape[2:] == kernel.shape and torch.allclose(found[0, 0].float(), kernel):
             ledger.take(f"{name}.resample_filter")
 
-    def block(source: str, target: str) -> None:
+    def block(source: str, target: str, resamples: bool = False) -> None:
         for old, new in BLOCK.items():
             if old != "skip" or f"{source}.skip.weight" in names:
                 ledger.copy(f"{source}.{old}", f"{target}.{new}")
-            take_filter(f"{source}.{old}")
+        for resampler in ("conv0", "skip") if resamples else ():
+            take_filter(f"{source}.{resampler}")
         if config["two_times"]:
             ledger.join(f"{source}.affine", f"{source}.affine_s", f"{target}.modulation")
         else:
@@ -138,12 +139,10 @@ def _map_blocks(ledger: Ledger, names: list[str], config: dict) -> None:
     for level, r in enumerate(levels):
         start = 0 if level == 0 else 1
         if start:
-            block(f"enc.{r}x{r}_down", f"down_blocks.{level}.0")
-            aux = f"enc.{r}x{r}_aux_{config['encoder_type']}"
+            block(f"enc.{r}x{r}_down", f"down_blocks.{level}.0", resamples=True)
             if config["encoder_type"] != "standard":
-                ledger.copy(aux, f"aux_down.{level - 1}")
-                take_filter(aux)
-                take_filter(f"enc.{r}x{r}_aux_down")
+                ledger.copy(f"enc.{r}x{r}_aux_{config['encoder_type']}", f"aux_down.{level - 1}")
+                take_filter(f"enc.{r}x{r}_aux_{'down' if config['encoder_type'] == 'skip' else 'residual'}")
         for i in range(layers):
             block(f"enc.{r}x{r}_block{i}", f"down_blocks.{level}.{start + i}")
     for i in range(2):
@@ -153,9 +152,9 @@ def _map_blocks(ledger: Ledger, names: list[str], config: dict) -> None:
             block(f"dec.{r}x{r}_block{i}", f"up_blocks.{place}.{i}")
         if level > 0:  # the way to the level above begins there in the file
             above = levels[level - 1]
-            block(f"dec.{above}x{above}_up", f"up_blocks.{place}.{layers + 1}")
-            take_filter(f"dec.{above}x{above}_aux_up")
+            block(f"dec.{above}x{above}_up", f"up_blocks.{place}.{layers + 1}", resamples=True)
             if config["decoder_type"] == "skip":
+                take_filter(f"dec.{above}x{above}_aux_up")
                 ledger.copy(f"dec.{r}x{r}_aux_norm", f"aux_norm_out.{place}")
                 ledger.copy(f"dec.{r}x{r}_aux_conv", f"aux_conv_out.{place}")
     output = "out" if config["architecture"] == "adm" else f"dec.{levels[0]}x{levels[0]}_aux"

@@ -49,7 +49,13 @@ def convert_checkpoint(path: Path | str, options: Options = Options()) -> Conver
     family, build = _recognise(source)
     if options.family not in (None, family):
         raise ValueError(_other_family(path, family, options.family))
-    result, sampling = build(source)
+    try:
+        result, sampling = build(source)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{path} looks like {FAMILIES[family]}, but its tensors have shapes that no such network has"
+            f" ({type(error).__name__}: {error}). Is the file whole?"
+        ) from error
     unused = [name for name in vars(options) if getattr(options, name) is not None and name not in source.used]
     if unused:
         raise ValueError(f"{unused[0]} says nothing of {FAMILIES[family]}, or the file tells it: leave it out.")

@@ -52,9 +52,9 @@ def build_shuffle_network(tensors: dict[str, Tensor], image_size: int, family: s
     ledger.copy("final_conv", "conv_out")
     for part in ("weight", "bias"):
         ledger.take(f"logvar_linear.{part}")
-    frequencies = tensors.get("time_embedding.freqs")
     expected = 10 ** torch.linspace(0, -1, network.config.time_channels // 2)
-    if frequencies is not None and frequencies.shape == expected.shape and torch.allclose(frequencies, expected):
+    frequencies = tensors.get("time_embedding.freqs", expected)
+    if frequencies.shape == expected.shape and torch.allclose(frequencies, expected):
         ledger.take("time_embedding.freqs")  # others than these count as left over
     ledger.fill(network, family)
     return network

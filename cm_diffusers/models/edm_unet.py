@@ -314,10 +314,9 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         small = 0.0 if self.config.architecture == "adm" else 1e-5
         ends = [end for m in self.modules() if isinstance(m, ResidualBlock) for end in (m.conv2, m.heads and m.proj)]
         with torch.no_grad():
-            for parameter in (
-                p for end in (*ends, self.conv_out, *self.aux_conv_out) if end for p in end.parameters()
-            ):
-                parameter.mul_(small)
+            for end in filter(None, (*ends, self.conv_out, *self.aux_conv_out)):
+                for parameter in end.parameters():
+                    parameter.mul_(small)
 
     def forward(
         self,
@@ -356,15 +355,15 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             output = (sigma * sample - (sigma**2 + 1).sqrt() * noise).to(sample.dtype)
         return EDMUNet2DOutput(output) if return_dict else (output,)
 
-    def _noise(self, timestep: Tensor | float, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """sigma (B, 1, 1, 1) and the noise label (B,) that the network was trained with."""
+    def _noise(self, timestep: Tensor | float, sample: Tensor) -> tuple[Tensor | None, Tensor]:
+        """sigma (B, 1, 1, 1), where it is needed, and the noise label (B,) that the network was trained with."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
         timestep = timestep.to(sample.device, torch.promote_types(timestep.dtype, dtype)).expand(len(sample))
         kind = self.config.preconditioning
         if kind in ("none", "edm"):
-            return timestep, (timestep if kind == "none" else timestep / 1000).to(dtype)
+            return None, (timestep if kind == "none" else timestep / 1000).to(dtype)
         sigma = (timestep / 250).exp()
         if kind == "ve":
             label = (sigma / 2).log()

@@ -251,6 +251,24 @@ def test_tensors_must_add_up(case, tmp_path):
         assert "Nothing was written" in str(error.value)
 
 
+@pytest.mark.parametrize("case", ["ddpmpp", "cd", "scm", "simo"])
+def test_shapes_that_say_nothing_are_refused(case, tmp_path):
+    """Those that the network's shape is read from."""
+    path, options = foreign.write(case, tmp_path)
+    values, options = (
+        (foreign.edm_tensors(), {}) if case == "ddpmpp" else (torch.load(path, weights_only=True), options)
+    )
+    known = ("enc.8x8_conv", "enc.4x4_block0.conv1", "map_layer0", "dec.8x8_aux_conv", "map_label")
+    known += ("time_embed.0", "input_blocks.0.0", "output_blocks.1.0.out_layers.3", "label_emb", "out.2")
+    known += ("init_conv.conv", "encoder_blocks.1.conv1.branch1.0", "logvar_linear", "down.0", "last")
+    names = [name for name in values if name.removeprefix("model.").removesuffix(".weight") in known]
+    assert len(names) >= 2
+    for name in names:
+        for shape in ((), (0,), (3,), (1, 0, 1, 1)):
+            with pytest.raises(ValueError):
+                convert(foreign.save(values | {name: torch.zeros(shape)}, tmp_path / "a.pt"), **options)
+
+
 def test_many_problems_are_counted_and_some_shown(tmp_path):
     values, extra = foreign.tensors(foreign.simo_layout()), torch.zeros(1)
     values |= {f"extra.{i}": extra for i in range(100_000)}
@@ -264,6 +282,9 @@ def test_another_filter_is_not_taken_for_a_known_one(tmp_path):
     name = "model.enc.4x4_down.conv0.resample_filter"
     values[name] = values[name].flip(3) * torch.tensor([1.0, 2, 1, 1])
     with pytest.raises(ValueError, match=f"1 unexpected: {name}"):
+        convert(foreign.dump(foreign.edm_content(values), tmp_path / "a.pkl"))
+    del values[name]
+    with pytest.raises(ValueError, match=f"1 missing: {name}"):
         convert(foreign.dump(foreign.edm_content(values), tmp_path / "a.pkl"))
 
 
