@@ -28,6 +28,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "cm_diffusers",
+        "cm_diffusers.convert",
         "cm_diffusers.core",
         "cm_diffusers.engine",
         "cm_diffusers.evaluation",

@@ -5,7 +5,14 @@ import sys
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # diffusers looks its bases up in this namespace
 
-from cm_diffusers.models import DiTModel, JVPUNet2DModel, TwoTimeModel
+from cm_diffusers.models import (
+    DiTModel,
+    EDMUNet2DModel,
+    JVPUNet2DModel,
+    RawSigmaUNet2DModel,
+    ShuffleUNet2DModel,
+    TwoTimeModel,
+)
 from cm_diffusers.pipelines import (
     ConsistencyPipeline,
     CTMPipeline,
@@ -23,9 +30,12 @@ __all__ = [
     "ConsistencyPipeline",
     "DenoisingPipeline",
     "DiTModel",
+    "EDMUNet2DModel",
     "JVPUNet2DModel",
     "MeanFlowPipeline",
     "MultistepConsistencyScheduler",
+    "RawSigmaUNet2DModel",
+    "ShuffleUNet2DModel",
     "TrigFlowPipeline",
     "TrigFlowScheduler",
     "TwoTimeModel",
@@ -46,5 +56,6 @@ def _register(*classes: type) -> None:
 
 
 _register(ConsistencyPipeline, CTMPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline)
-_register(CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler, DiTModel, JVPUNet2DModel, TwoTimeModel)
+_register(CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler)
+_register(DiTModel, EDMUNet2DModel, JVPUNet2DModel, RawSigmaUNet2DModel, ShuffleUNet2DModel, TwoTimeModel)
 ConsistencyPipeline._scheduler_class = MultistepConsistencyScheduler

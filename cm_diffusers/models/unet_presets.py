@@ -6,8 +6,9 @@ Those with `jvp_` before their name have the same shape as a `JVPUNet2DModel`, f
 from collections.abc import Sequence
 
 import torch
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
+from torch import nn
 
 from cm_diffusers.models.jvp_unet import JVPUNet2DModel
 from cm_diffusers.models.two_time import TwoTimeModel
@@ -92,14 +93,13 @@ class _Float32TimestepEmbedding(TimestepEmbedding):
             return super().forward(sample, condition)
 
 
-def keep_time_embedding_in_float32(unet: ModelMixin) -> None:
+def keep_time_embedding_in_float32(unet: nn.Module) -> None:
     """Run the time embedding outside autocast: in bfloat16 neighbouring noise levels become one.
 
     The module changes its class and not its `forward`, so that a copy of the network has an embedding of its own.
-    A `JVPUNet2DModel` does without help, and stays as it is; so does a network without one such module (DiT).
+    Only a `UNet2DModel` needs it; other networks stay as they are.
     """
     if isinstance(unet, TwoTimeModel):
         unet = unet.network
-    if isinstance(unet, JVPUNet2DModel) or not hasattr(unet, "time_embedding"):
-        return
-    unet.time_embedding.__class__ = _Float32TimestepEmbedding
+    if isinstance(unet, UNet2DModel):
+        unet.time_embedding.__class__ = _Float32TimestepEmbedding

@@ -63,7 +63,7 @@ class CTM(Objective):
 
     @classmethod
     def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
-        if isinstance(network, TwoTimeModel):
+        if isinstance(network, TwoTimeModel) or network.config.get("two_times"):
             return network
         return TwoTimeModel.from_network(network, 4.0 if time_label == "angle" else 1 / 250)
 

@@ -1,0 +1,7 @@
+"""Checkpoints of other projects as folders of diffusers, without running their code."""
+
+from cm_diffusers.convert.families import FAMILIES, Converted, convert_checkpoint
+from cm_diffusers.convert.source import Options
+
+
+__all__ = ["FAMILIES", "Converted", "Options", "convert_checkpoint"]

@@ -1,0 +1,89 @@
+"""From a checkpoint of another project to a pipeline: which family it is of, by names of tensors and classes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline, ModelMixin
+
+from cm_diffusers.convert import builders
+from cm_diffusers.convert.source import Options, Source, read_source
+
+
+FAMILIES = {
+    "openai": "a consistency model (CD or CT) or EDM model of OpenAI's code: ADM, one time",
+    "edm": "a diffusion model of EDM's code",
+    "ect": "a consistency model of ECT's code",
+    "cdm": "a consistent diffusion model of CDM's code",
+    "ctm": "a consistency trajectory model of CTM's code: two times",
+    "scm": "the sCM of MNIST or its diffusion model",
+    "simo": "a consistency model of cloneofsimo's code",
+}
+
+
+@dataclass
+class Converted:
+    """A converted checkpoint.
+
+    Args:
+        family: a key of `FAMILIES`.
+        result: a pipeline; or a network, where there is no pipeline for its preconditioning.
+        notes: what was found, assumed and left out.
+        sampling: options of `training/sample.py` that sample it as its authors do.
+    """
+
+    family: str
+    result: DiffusionPipeline | ModelMixin
+    notes: list[str]
+    sampling: str = ""
+
+
+def convert_checkpoint(path: Path | str, options: Options = Options()) -> Converted:
+    """Read the file `path` and convert it; nothing in it is run.
+
+    Raises:
+        ValueError: it can't be read safely, is of no known family or of another than was asked for, or its tensors are
+            not exactly those of its family; or an option was given that does not concern it.
+    """
+    source = read_source(Path(path), options)
+    family, build = _recognise(source)
+    if options.family not in (None, family):
+        raise ValueError(_other_family(path, family, options.family))
+    try:
+        result, sampling = build(source)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{path} looks like {FAMILIES[family]}, but its tensors have shapes that no such network has"
+            f" ({type(error).__name__}: {error}). Is the file whole?"
+        ) from error
+    unused = [name for name in vars(options) if getattr(options, name) is not None and name not in source.used]
+    if unused:
+        raise ValueError(f"{unused[0]} says nothing of {FAMILIES[family]}, or the file tells it: leave it out.")
+    return Converted(family, result, source.notes, sampling)
+
+
+def _recognise(source: Source) -> tuple[str, Callable[[Source], tuple]]:
+    """The family, by names of tensors and classes, and what builds it."""
+    names = source.tensors.keys()
+    if any(name.removeprefix("model.").startswith("enc.") for name in names):
+        if any("map_layer0_s." in name for name in names):
+            return "ctm", builders.ctm_of_edm
+        if builders.precond_of(source) == "ECMPrecond":
+            return "ect", builders.edm
+        return ("cdm" if source.loss == "MartingaleLoss" else "edm"), builders.edm
+    if "time_embed.0.weight" in names and "input_blocks.0.0.weight" in names:
+        return ("ctm", builders.ctm) if "time_embed_s.0.weight" in names else ("openai", builders.openai)
+    if "init_conv.conv.weight" in names and "logvar_linear.weight" in names:
+        return "scm", builders.scm
+    if "time_downs.0.weight" in names and "last.weight" in names:
+        return "simo", builders.simo
+    known = "; ".join(f"{name} ({what})" for name, what in FAMILIES.items())
+    some = ", ".join(list(names)[:4]) or "no tensors at all"
+    raise ValueError(f"{source.path} is of no family known here: it holds {some}. Known are {known}.")
+
+
+def _other_family(path: Path | str, found: str, asked: str) -> str:
+    reason = ""
+    if asked == "ctm" and found == "openai":
+        reason = " It has no time_embed_s, so it can't be told where to jump to: CD and CT models are no CTM models."
+    return f"{path} is not of the family {asked}. It is {FAMILIES[found]}: give --family {found}, or none.{reason}"

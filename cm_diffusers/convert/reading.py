@@ -1,0 +1,218 @@
+"""Reading checkpoints of other projects without running anything of them.
+
+`.pt` and `.pth` go through torch's `weights_only` reader, `.safetensors` through safetensors. EDM and its descendants
+pickle whole modules together with the text of their source. Those go through an unpickler that knows a short list of
+names and rebuilds the tensors itself; everything else that the file names is refused, and no text in it is run.
+"""
+
+import collections
+import io
+import math
+import pickle
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before it wrote zip files
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "BoolStorage": torch.bool,
+}
+CONTAINERS = ("ModuleDict", "ModuleList", "Sequential")
+SCALARS = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "b1": "<?"}  # numpy's codes by those of struct
+HELP = (
+    "Nothing of it was run. If you trust where it comes from, load it with the code that wrote it, on a machine that"
+    " holds nothing of value, save its weights by torch.save(network.state_dict(), 'weights.pt'), and convert those."
+)
+
+
+class Stub:
+    """An inert stand-in for an object: what it was made of, and its state."""
+
+    def __init__(self, *args: Any):
+        self.args, self.state = args, None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class Module(Stub):
+    """An inert stand-in for a module; `state` is its `__dict__`, `kind` the name of its class."""
+
+    kind = "container"
+
+
+def read_checkpoint(path: Path | str) -> Any:
+    """What `path` holds: tensors on the CPU, numbers, text, containers, and stand-ins for modules.
+
+    Raises:
+        ValueError: no such file, damaged, of another kind, or one that asks to run something.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the file of the checkpoint in it.")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}.") from None
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if start.startswith(b"PK\x03\x04"):
+            return _read_zip(path)
+        if start.startswith(TORCH_LEGACY) or start[257:262] == b"ustar":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        if start.startswith(b"\x80"):
+            with open(path, "rb") as file:
+                return RestrictedUnpickler(file).load()
+    except Refused as error:
+        raise ValueError(f"{path} is refused: {error} {HELP}") from None
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # of torch's reader
+        reason = f"it asks for {asked[1]}, which no weights need" if asked else _first_sentence(error)
+        raise ValueError(f"{path} is refused: {reason}. {HELP}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no sound safetensors file: {error}. Fetch it anew, or save it again.") from None
+    except Exception as error:  # a hostile or torn file can fail anywhere in the readers
+        reason = f"{type(error).__name__}: {_first_sentence(error)}"
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason}). Fetch it anew.") from None
+    raise ValueError(f"{path} is neither a file of torch.save, nor a pickle, nor .safetensors. Is it the right file?")
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+
+
+class Refused(Exception):
+    """A file asks for what no checkpoint needs."""
+
+
+def _read_zip(path: Path) -> Any:
+    """A file of torch.save: weights, or else (a training state of EDM) modules."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        root = names[0].split("/")[0]
+        known = {f"{root}/{name}" for name in ("data.pkl", "version", "byteorder", ".format_version")}
+        known |= {f"{root}/{name}" for name in (".storage_alignment", ".data/serialization_id")}
+        extra = [n for n in names if n not in known and not n.removeprefix(f"{root}/data/").isdecimal()]
+        if extra or f"{root}/data.pkl" not in names:
+            what = f"it holds {extra[0]!r}" if extra else "it holds no data.pkl"
+            raise Refused(f"{what}, so it is not, or not only, a file of torch.save.")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            return RestrictedUnpickler(io.BytesIO(archive.read(f"{root}/data.pkl")), archive, root).load()
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Builds tensors, plain containers and stand-ins; refuses every other name.
+
+    What it calls in place of functions are methods of its own: a pickle can set attributes of functions and classes.
+
+    Args:
+        file: the pickle.
+        archive, root: the zip file of torch.save that it lies in, whose members hold the storages.
+    """
+
+    def __init__(self, file: Any, archive: zipfile.ZipFile | None = None, root: str = ""):
+        super().__init__(file)
+        self._archive, self._root = archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            "collections.OrderedDict": collections.OrderedDict,
+            "builtins.getattr": Stub,  # the loss of ECT keeps a method of its own
+            "builtins.set": set,
+            "__builtin__.set": set,
+            "_codecs.encode": self._bytes,
+            "dnnlib.util.EasyDict": dict,
+            "torch_utils.persistence._reconstruct_persistent_obj": self._module,
+            "torch._utils._rebuild_parameter": self._parameter,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch.storage._load_from_bytes": self._storage,
+            "numpy.dtype": Stub,
+            "numpy.core.multiarray.scalar": self._scalar,
+            "numpy._core.multiarray.scalar": self._scalar,
+        }
+        allowed |= {f"torch.nn.modules.container.{kind}": Module for kind in CONTAINERS}
+        allowed |= {f"torch.{storage}": storage for storage in STORAGES}
+        if f"{module}.{name}" not in allowed:
+            raise Refused(f"it asks for {module}.{name}, which no weights need.")
+        return allowed[f"{module}.{name}"]
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        kind, storage, key, _, numel = pid
+        if kind != "storage" or self._archive is None:
+            raise Refused("it refers to something outside itself.")
+        member = self._archive.getinfo(f"{self._root}/data/{key}")
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise Refused(f"its member {member.filename!r} is compressed, as torch.save's are not.")
+        return _flat(self._archive.read(member), STORAGES[storage])
+
+    def _module(self, meta: dict) -> Module:
+        module = Module()
+        module.kind, module.state = str(meta["class_name"]), meta["state"]
+        return module
+
+    def _parameter(self, data: torch.Tensor, *_: Any) -> torch.Tensor:
+        return data
+
+    def _storage(self, data: bytes) -> torch.Tensor:
+        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if not isinstance(storage, (torch.UntypedStorage, torch.storage.TypedStorage)):
+            raise Refused("what should be numbers of a tensor is something else.")
+        return torch.empty(0, dtype=storage.dtype).set_(storage)
+
+    def _tensor(self, numbers: torch.Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> torch.Tensor:
+        """A tensor out of the flat `numbers` of its storage, each of which it may use once."""
+        if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
+            raise Refused("a tensor has an impossible shape.")
+        if math.prod(size) > numbers.numel():
+            raise Refused(f"a tensor of shape {tuple(size)} claims more numbers than the file holds.")
+        return numbers.as_strided(size, stride, offset).clone()
+
+    def _bytes(self, text: str, encoding: str) -> bytes:
+        """How protocol 2, which torch.save uses, writes bytes."""
+        if encoding != "latin1":
+            raise Refused(f"it holds text in the encoding {encoding!r}.")
+        return text.encode("latin1")
+
+    def _scalar(self, dtype: Stub, data: bytes) -> float | int | bool:
+        return struct.unpack(SCALARS[dtype.args[0]], data)[0]
+
+
+def _flat(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def flatten(module: Module) -> dict[str, torch.Tensor]:
+    """The tensors of a stand-in, by the names that `state_dict()` gives them.
+
+    Raises:
+        ValueError: it is no module, or contains itself.
+    """
+    tensors, waiting, seen = {}, [("", module)], set()
+    while waiting:
+        prefix, module = waiting.pop()
+        if not isinstance(module, Module) or not isinstance(module.state, dict) or id(module) in seen:
+            raise ValueError(f"What the file calls {prefix.rstrip('.') or 'its network'!r} is no module. {HELP}")
+        seen.add(id(module))
+        parts = {}
+        for group in ("_parameters", "_buffers", "_modules"):
+            parts |= dict(module.state.get(group) or {})
+        tensors |= {f"{prefix}{name}": part for name, part in parts.items() if torch.is_tensor(part)}
+        waiting += [(f"{prefix}{name}.", p) for name, p in parts.items() if not (p is None or torch.is_tensor(p))]
+    return tensors

@@ -1,0 +1,451 @@
+"""The U-Nets of score-based models and EDM: DDPM++, NCSN++ (Song et al. 2021, arXiv:2011.13456) and ADM.
+
+ADM is that of Dhariwal & Nichol (2021, arXiv:2105.05233). What EDM makes of all three is in Karras et al. (2022,
+arXiv:2206.00364, table 1 and appendix F.2). Checkpoints of EDM, ECT, CDM and CTM are converted into these. As in
+`jvp_unet.py`, every operation has a forward-mode derivative, and time is never rounded below float32.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+CHOICES = {
+    "architecture": ("score", "adm"),
+    "time_embedding_type": ("positional", "fourier"),
+    "encoder_type": ("standard", "skip", "residual"),
+    "decoder_type": ("standard", "skip"),
+    "preconditioning": ("none", "edm", "vp", "ve"),
+}
+FOURIER_SCALE = 16  # of NCSN++
+BETA_D, BETA_MIN, VP_STEPS = 19.9, 0.1, 1000  # of VP
+
+
+@dataclass
+class EDMUNet2DOutput(BaseOutput):
+    """What `EDMUNet2DModel` gives.
+
+    Args:
+        sample: the output image (B, C, H, W).
+    """
+
+    sample: Tensor
+
+
+class FullLinear(nn.Linear):
+    """A linear layer in float32 or better, whatever autocast or its weights say: it carries the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+class FullGroupNorm(nn.GroupNorm):
+    """Group norm in float32 or better, answering in the dtype of its input; 32 groups, or fewer of 4 channels each.
+
+    Weight and bias are applied outside, as torch.compile can't trace the JVP of a group norm that has them.
+    """
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__(min(32, channels // 4), channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (p.to(dtype)[:, None, None] for p in (self.weight, self.bias))
+        with torch.autocast(x.device.type, enabled=False):
+            h = F.group_norm(x.to(dtype).contiguous(), self.num_groups, eps=self.eps)
+        return torch.addcmul(bias, h, weight).to(x.dtype)
+
+
+def resample(x: Tensor, taps: Sequence[float], up: bool, padding: int | None = None) -> Tensor:
+    """`x` (B, C, H, W) at twice or half the resolution, filtered by `taps` along both axes.
+
+    [1, 1] repeats or averages pixels, [1, 3, 3, 1] is smoother.
+    """
+    channels, f = x.shape[1], x.new_tensor(taps)
+    kernel = (f.outer(f) / f.sum().square()).expand(channels, 1, -1, -1)
+    padding = (len(taps) - 1) // 2 if padding is None else padding
+    if up:
+        return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding, groups=channels)
+    return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
+
+
+class NoiseFeatures(nn.Module):
+    """cos and sin of a noise label: (B,) -> (B, channels).
+
+    The frequencies are computed as each family does, in float32: at labels near 1000 another rounding of them turns
+    the phase by 1e-4.
+    """
+
+    def __init__(self, channels: int, kind: str, endpoint: bool):
+        super().__init__()
+        self.half, self.kind, self.endpoint = channels // 2, kind, endpoint
+        if kind == "fourier":
+            self.register_buffer("frequencies", FOURIER_SCALE * torch.randn(self.half))
+
+    def forward(self, label: Tensor) -> Tensor:
+        steps = torch.arange(self.half, dtype=torch.float32, device=label.device)
+        if self.kind == "fourier":
+            frequencies = 2 * math.pi * self.frequencies.float()
+        elif self.endpoint:
+            frequencies = (1 / 10000) ** (steps / (self.half - 1))
+        else:
+            frequencies = (-math.log(10000) * steps / self.half).exp()
+        angles = label[:, None] * frequencies.to(label.dtype)
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class NoiseMLP(nn.Sequential):
+    """Two layers from features (B, features) to an embedding (B, channels)."""
+
+    def __init__(self, features: int, channels: int):
+        super().__init__(FullLinear(features, channels), nn.SiLU(), FullLinear(channels, channels))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a modulation by the embedding, then attention where asked for.
+
+    Args:
+        scale_shift: the embedding gives a scale and a shift after the norm (ADM), else a shift before it.
+        skip_scale: factor of each sum of a branch and what it goes round.
+        taps: the filter of `up` and `down`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding: int,
+        scale_shift: bool,
+        skip_scale: float,
+        eps: float,
+        taps: Sequence[float],
+        dropout: float,
+        head_dim: int | None,
+        attention: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ):
+        super().__init__()
+        self.scale_shift, self.skip_scale, self.taps = scale_shift, skip_scale, taps
+        self.resamples, self.up = up or down, up
+        self.norm1 = FullGroupNorm(in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.modulation = FullLinear(embedding, out_channels * (2 if scale_shift else 1))
+        self.norm2 = FullGroupNorm(out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        # ADM resamples what goes round a block and leaves it so
+        projects = in_channels != out_channels or self.resamples and not scale_shift
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if projects else nn.Identity()
+        self.heads = out_channels // (head_dim or out_channels) if attention else 0
+        if attention:
+            self.norm3 = FullGroupNorm(out_channels, eps)
+            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.proj = nn.Conv2d(out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if self.resamples:
+            h, x = (resample(y, self.taps, self.up) for y in (h, x))
+        h = self.conv1(h)
+        modulation = self.modulation(embedding)[..., None, None].to(h.dtype)
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, 1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + modulation)
+        h = (self.skip(x) + self.conv2(self.dropout(F.silu(h)))) * self.skip_scale
+        return (h + self._attend(h)) * self.skip_scale if self.heads else h
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm3(x)).view(batch, 3, self.heads, channels // self.heads, height * width)
+        q, k, v = qkv.unbind(1)
+        weights = (q.transpose(2, 3) @ (k / math.sqrt(k.shape[2]))).softmax(3).to(v.dtype)
+        return self.proj((v @ weights.transpose(2, 3)).reshape(x.shape))
+
+
+class EDMUNet2DModel(ModelMixin, ConfigMixin):
+    """DDPM++, NCSN++ or ADM, called like diffusers' `UNet2DModel`, under EDM's preconditioning.
+
+    DDPM++ is the default; NCSN++ has time_embedding_type "fourier", resample_filter (1, 3, 3, 1) and encoder_type
+    "residual"; ADM has architecture "adm" and the other types as they are.
+
+    Args:
+        sample_size: height and width of the images, or (height, width); the network takes others as well.
+        in_channels, out_channels: of the images.
+        model_channels: the unit of `channel_mult`, and the number of time features (Fourier's are twice as many).
+        channel_mult: channels by level; each level halves the image.
+        layers_per_block: residual blocks per level (one more on the way up).
+        attention_levels: levels with self-attention (0 is the full resolution); the middle always has it.
+        attention_head_dim: channels per head, None for one head.
+        dropout: dropout probability.
+        label_dropout: how often a class label is left out in training.
+        num_class_embeds: number of class labels, None for an unconditional model.
+        augment_channels: size of the augmentation labels (Karras et al. 2022, appendix F.2), 0 for none.
+        architecture: "score" for DDPM++ and NCSN++, whose embedding shifts and whose sums are scaled by sqrt(1/2), or
+            "adm", whose embedding scales and shifts.
+        time_embedding_type: "positional" or "fourier".
+        resample_filter: of the changes of resolution, (1, 1) or (1, 3, 3, 1).
+        encoder_type: "standard"; "skip" adds the shrunken image at each level, "residual" the previous level's state.
+        decoder_type: "standard"; "skip" sums the images that are read out at each level.
+        preconditioning: what the timestep is, and what the network's own formulation was. All but "none" are called
+            with 250 ln(sigma) and answer with EDM's F, those of VP and VE for sigma_data = 1.
+            "none": the timestep is the network's label as it is. "edm": the label is ln(sigma) / 4. "vp" and "ve":
+            the network predicts the noise, or its negative, as in table 1 of the paper.
+        two_times: whether there is a second time, to jump to, with layers of its own (Kim et al. 2023,
+            arXiv:2310.02279).
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResidualBlock"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        model_channels: int = 128,
+        channel_mult: Sequence[float] = (2, 2, 2),
+        layers_per_block: int = 4,
+        attention_levels: Sequence[int] = (1,),
+        attention_head_dim: int | None = None,
+        dropout: float = 0.0,
+        label_dropout: float = 0.0,
+        num_class_embeds: int | None = None,
+        augment_channels: int = 0,
+        architecture: str = "score",
+        time_embedding_type: str = "positional",
+        resample_filter: Sequence[int] = (1, 1),
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        preconditioning: str = "none",
+        two_times: bool = False,
+    ):
+        super().__init__()
+        for name, allowed in CHOICES.items():
+            if self.config[name] not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {self.config[name]!r}.")
+        adm = architecture == "adm"
+        features, embedding = model_channels * (1 if time_embedding_type == "positional" else 2), 4 * model_channels
+        self.time_features = NoiseFeatures(features, time_embedding_type, endpoint=not adm)
+        self.time_embedding = NoiseMLP(features, embedding)
+        self.target_time_embedding = NoiseMLP(features, embedding) if two_times else None
+        self.class_embedding = self.augment_embedding = None
+        if num_class_embeds is not None:
+            self.class_embedding = FullLinear(num_class_embeds, embedding if adm else features, bias=not adm)
+        if augment_channels:
+            self.augment_embedding = FullLinear(augment_channels, features, bias=False)
+
+        block = partial(
+            ResidualBlock,
+            embedding=embedding * (2 if two_times else 1),
+            scale_shift=adm,
+            skip_scale=1.0 if adm else math.sqrt(0.5),
+            eps=1e-5 if adm else 1e-6,
+            taps=resample_filter,
+            dropout=dropout,
+            head_dim=attention_head_dim,
+        )
+        widths = [round(model_channels * factor) for factor in channel_mult]
+        width = widths[0] if adm else model_channels
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.down_blocks, self.aux_down, skips = nn.ModuleList(), nn.ModuleList(), [width]
+        side = in_channels  # channels of the side path of the encoder
+        for level, channels in enumerate(widths):
+            blocks = nn.ModuleList()
+            if level > 0:
+                blocks.append(block(width, width, down=True))
+                skips.append(width)
+                if encoder_type == "skip":
+                    self.aux_down.append(nn.Conv2d(side, width, 1))
+                elif encoder_type == "residual":  # padded for the filter that follows
+                    self.aux_down.append(nn.Conv2d(side, width, 3, padding=1 + (len(resample_filter) - 1) // 2))
+                    side = width
+            for _ in range(layers_per_block):
+                blocks.append(block(width, channels, attention=level in attention_levels))
+                width = channels
+                skips.append(width)
+            self.down_blocks.append(blocks)
+        self.mid_blocks = nn.ModuleList([block(width, width, attention=True), block(width, width)])
+        self.up_blocks, self.aux_norm_out, self.aux_conv_out = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for level, channels in reversed(list(enumerate(widths))):
+            blocks = nn.ModuleList()
+            for i in range(layers_per_block + 1):
+                attention = level in attention_levels and (adm or i == layers_per_block)
+                blocks.append(block(width + skips.pop(), channels, attention=attention))
+                width = channels
+            if level > 0:
+                if decoder_type == "skip":
+                    self.aux_norm_out.append(FullGroupNorm(width, 1e-6))
+                    self.aux_conv_out.append(nn.Conv2d(width, out_channels, 3, padding=1))
+                blocks.append(block(width, width, up=True))
+            self.up_blocks.append(blocks)
+        self.norm_out = FullGroupNorm(width, 1e-5 if adm else 1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self._initialise()
+        self.gradient_checkpointing = False
+
+    def _initialise(self) -> None:
+        """Branches start near 0, so that a block starts as the identity."""
+        if self.config.architecture == "score":
+            for module in self.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    nn.init.xavier_uniform_(module.weight)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        small = 0.0 if self.config.architecture == "adm" else 1e-5
+        ends = [end for m in self.modules() if isinstance(m, ResidualBlock) for end in (m.conv2, m.heads and m.proj)]
+        with torch.no_grad():
+            for end in filter(None, (*ends, self.conv_out, *self.aux_conv_out)):
+                for parameter in end.parameters():
+                    parameter.mul_(small)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        target_timestep: Tensor | float | None = None,
+        return_dict: bool = True,
+    ) -> EDMUNet2DOutput | tuple[Tensor]:
+        """Apply the network to `sample` (B, C, H, W) at `timestep`, a number, () or (B,); see `preconditioning`.
+
+        Args:
+            class_labels: int64 (B,). None means no class, as `label_dropout` trains it.
+            augment_labels: (B, augment_channels), how the image was augmented; None means not at all.
+            target_timestep: like `timestep`, for a network of two times.
+            return_dict: False gives the tuple (sample,).
+
+        Raises:
+            ValueError: labels for a network that has none, or a second time that is missing or superfluous.
+        """
+        given = {"class_labels": class_labels, "augment_labels": augment_labels}
+        for name, module in (("class_labels", self.class_embedding), ("augment_labels", self.augment_embedding)):
+            if module is None and given[name] is not None:
+                raise ValueError(f"{name} are not for this network.")
+        if (target_timestep is None) != (self.target_time_embedding is None):
+            problem = "missing" if target_timestep is None else "not for this network"
+            raise ValueError(f"target_timestep is {problem}.")
+
+        sigma, label = self._noise(timestep, sample)
+        kind = self.config.preconditioning
+        x = (sample * (sigma**2 + 1).sqrt()).to(sample.dtype) if kind == "ve" else sample
+        output = self._network(x, self._embed(label, target_timestep, class_labels, augment_labels, sample))
+        if kind in ("vp", "ve"):  # D = x - sigma noise, as c_skip x + c_out F
+            noise = output if kind == "vp" else -output
+            output = (sigma * sample - (sigma**2 + 1).sqrt() * noise).to(sample.dtype)
+        return EDMUNet2DOutput(output) if return_dict else (output,)
+
+    def _noise(self, timestep: Tensor | float, sample: Tensor) -> tuple[Tensor | None, Tensor]:
+        """sigma (B, 1, 1, 1), where it is needed, and the noise label (B,) that the network was trained with."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
+        timestep = timestep.to(sample.device, torch.promote_types(timestep.dtype, dtype)).expand(len(sample))
+        kind = self.config.preconditioning
+        if kind in ("none", "edm"):
+            return None, (timestep if kind == "none" else timestep / 1000).to(dtype)
+        sigma = (timestep / 250).exp()
+        if kind == "ve":
+            label = (sigma / 2).log()
+        else:
+            time = ((BETA_MIN**2 + 2 * BETA_D * (1 + sigma**2).log()).sqrt() - BETA_MIN) / BETA_D
+            label = (VP_STEPS - 1) * time
+        return sigma[:, None, None, None].to(dtype), label.to(dtype)
+
+    def _embed(
+        self,
+        label: Tensor,
+        target_timestep: Tensor | float | None,
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
+        sample: Tensor,
+    ) -> Tensor:
+        """What modulates the blocks, (B, embedding)."""
+        adm, shared = self.config.architecture == "adm", 0
+        one_hot = classes = None
+        if self.class_embedding is not None:
+            count = self.config.num_class_embeds
+            if class_labels is None:
+                one_hot = label.new_zeros(len(sample), count)
+            else:
+                one_hot = F.one_hot(class_labels.long(), count).to(label.dtype)
+            if self.training and self.config.label_dropout:
+                one_hot = one_hot * (torch.rand_like(one_hot[:, :1]) >= self.config.label_dropout)
+            classes = self.class_embedding(one_hot if adm else one_hot * math.sqrt(count))
+        if augment_labels is not None:
+            shared = shared + self.augment_embedding(augment_labels)
+        if classes is not None and not adm:
+            shared = shared + classes
+
+        embedding = self.time_embedding(self._features(label) + shared)
+        if adm and classes is not None:
+            embedding = embedding + classes
+        if self.target_time_embedding is not None:
+            target = self._noise(target_timestep, sample)[1]
+            embedding = torch.cat([embedding, self.target_time_embedding(self._features(target) + shared)], 1)
+        return F.silu(embedding)
+
+    def _features(self, label: Tensor) -> Tensor:
+        """(B,) -> (B, features), with sines first for "score"."""
+        features = self.time_features(label)
+        return features if self.config.architecture == "adm" else torch.cat(features.chunk(2, 1)[::-1], 1)
+
+    def _network(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The network's own output for `x` (B, C, H, W)."""
+        taps, encoder_type = self.config.resample_filter, self.config.encoder_type
+        side, h = x, self.conv_in(x)
+        skips = [h]
+        for level, blocks in enumerate(self.down_blocks):
+            for i, block in enumerate(blocks):
+                h = self._apply_block(block, h, embedding)
+                if level > 0 and i == 0 and encoder_type != "standard":
+                    if encoder_type == "skip":
+                        side = resample(side, taps, up=False)
+                        h = h + self.aux_down[level - 1](side)
+                    else:
+                        side = resample(self.aux_down[level - 1](side), taps, up=False, padding=0)
+                        side = h = (h + side) / math.sqrt(2)
+                skips.append(h)
+        for block in self.mid_blocks:
+            h = self._apply_block(block, h, embedding)
+        image = None
+        for place, blocks in enumerate(self.up_blocks):
+            for i, block in enumerate(blocks):
+                if i <= self.config.layers_per_block:
+                    h = torch.cat([h, skips.pop()], 1)
+                elif self.config.decoder_type == "skip":
+                    image = self._read_out(self.aux_norm_out[place], self.aux_conv_out[place], h, image)
+                h = self._apply_block(block, h, embedding)
+        return self._read_out(self.norm_out, self.conv_out, h, image)
+
+    def _read_out(self, norm: nn.Module, conv: nn.Module, h: Tensor, image: Tensor | None) -> Tensor:
+        """The image that the state `h` holds, added to that of the level below."""
+        read = conv(F.silu(norm(h)))
+        return read if image is None else read + resample(image, self.config.resample_filter, up=True)
+
+    def _apply_block(self, block: ResidualBlock, h: Tensor, embedding: Tensor) -> Tensor:
+        # what carries a tangent can't be recomputed after the end of the JVP, as checkpointing does
+        dual = any(forward_ad.unpack_dual(value).tangent is not None for value in (h, embedding))
+        if self.gradient_checkpointing and torch.is_grad_enabled() and not dual:
+            return self._gradient_checkpointing_func(block, h, embedding)
+        return block(h, embedding)
