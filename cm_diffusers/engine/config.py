@@ -200,6 +200,13 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and defaults behind the help where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     """An argument parser whose errors are ValueErrors."""
 
@@ -275,7 +282,7 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
 
     groups = (OBJECTIVES[method].Options, DataArguments, ModelArguments, RunArguments)
     parser = _Parser(groups, description=description, allow_abbrev=False)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = _HelpFormatter
     parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
     parser.add_argument("--method", choices=methods, default=method, help="Training method.")
     try:
