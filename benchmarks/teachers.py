@@ -4,8 +4,8 @@
     python training/train_consistency.py --method cd --pretrained_teacher_model runs/epsilon --weighting snr \\
         --dataset_name ylecun/mnist --resolution 16 --class_conditional --output_dir runs/cd_from_epsilon
 
-Kinds: networks that predict noise, v, a flow, or EDM's F; a U-Net and a DiT on the latents of an autoencoder, which
-gets a quarter of the time.
+Kinds: networks that predict noise, v, a flow, or EDM's F; a U-Net and a DiT that predict v of the latents of an
+autoencoder, which gets a quarter of the time.
 """
 
 import argparse
@@ -41,8 +41,8 @@ SCHEDULERS = {
     "v": lambda sigma_data: DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"),
     "flow": lambda sigma_data: FlowMatchEulerDiscreteScheduler(),
     "edm": lambda sigma_data: EDMEulerScheduler(sigma_data=sigma_data),
-    "latent": lambda sigma_data: DDIMScheduler(),
-    "dit": lambda sigma_data: DDIMScheduler(),
+    "latent": lambda sigma_data: DDIMScheduler(prediction_type="v_prediction"),
+    "dit": lambda sigma_data: DDIMScheduler(prediction_type="v_prediction"),
 }
 BATCH = 128
 
