@@ -2,8 +2,8 @@
 
     python benchmarks/stock_teacher.py --kind v_prediction --dataset_name ylecun/mnist --output_dir runs/teacher_v
 
-Kinds: epsilon and v_prediction on a cosine VP schedule, flow (flow matching), latent (epsilon in the latents of an
-AutoencoderKL) and dit (a transformer in such latents). Class-conditional. Leaves a pipeline of diffusers, which
+Kinds: epsilon and v_prediction on a cosine VP schedule, flow (flow matching), latent (v in the latents of an
+AutoencoderKL) and dit (the same by a transformer). Class-conditional. Leaves a pipeline of diffusers, which
 --pretrained_teacher_model and --pretrained_model_name_or_path take.
 """
 
@@ -104,7 +104,7 @@ def train_teacher(args: argparse.Namespace) -> None:
     if args.kind == "flow":
         scheduler = FlowMatchEulerDiscreteScheduler()
     else:
-        kind = "v_prediction" if args.kind == "v_prediction" else "epsilon"
+        kind = "epsilon" if args.kind == "epsilon" else "v_prediction"
         scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=kind, clip_sample=vae is None)
     average = EMAModel(network.parameters(), decay=0.995, use_ema_warmup=True, power=0.75)
 
@@ -120,7 +120,7 @@ def train_teacher(args: argparse.Namespace) -> None:
         else:
             time_input = torch.randint(1000, (len(x),))
             noisy = scheduler.add_noise(x, noise, time_input)
-            target = noise if args.kind != "v_prediction" else scheduler.get_velocity(x, noise, time_input)
+            target = noise if args.kind == "epsilon" else scheduler.get_velocity(x, noise, time_input)
         return (network(noisy, time_input, class_labels=labels).sample - target).square().mean()
 
     start = time.monotonic()

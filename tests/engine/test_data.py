@@ -1,7 +1,6 @@
 """Data: every source, every kind of image, every fault before training, and an order that only the seed decides."""
 
 import io
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -360,8 +359,8 @@ def test_sigma_data_is_the_root_mean_square_and_not_the_standard_deviation(image
     data = read_folder(image_folder)
     x = data.images.double() / 127.5 - 1
     assert data.measure_sigma_data() == pytest.approx(x.square().mean().sqrt().item(), abs=6e-5)
-    bright = SimpleNamespace(images=torch.full((5, 1, 8, 8), 242, dtype=torch.uint8), args=data.args)
-    assert ImageData.measure_sigma_data(bright) == pytest.approx(242 / 127.5 - 1, abs=6e-5)
+    data.images = torch.full((len(data.images), 1, 8, 8), 242, dtype=torch.uint8)
+    assert data.measure_sigma_data() == pytest.approx(242 / 127.5 - 1, abs=6e-5)
 
 
 # --- order ---------------------------------------------------------------------------------------------------------

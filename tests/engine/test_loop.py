@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 from training_runs import differences, flags, read_log, run, tensors
 
@@ -451,11 +451,10 @@ def make_foreign(folder):
     return "no model_index.json"
 
 
-def make_stock(folder):
-    unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=4,
-                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
-    return "is a DDPMPipeline"
+def make_text_conditional(folder):
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return "is a StableDiffusionPipeline, which is conditioned on text"
 
 
 def make_broken_index(folder):
@@ -463,8 +462,8 @@ def make_broken_index(folder):
     return "model_index.json|JSON|json"
 
 
-@pytest.mark.parametrize("make", [make_missing, make_foreign, make_stock, make_broken_index])
-def test_a_start_that_is_no_model_of_the_library_is_refused_by_name(tmp_path, make):
+@pytest.mark.parametrize("make", [make_missing, make_foreign, make_text_conditional, make_broken_index])
+def test_a_start_that_can_t_be_read_is_refused_by_name(tmp_path, make):
     folder = tmp_path / "missing" if make is make_missing else tmp_path
     reason = make(folder)
     with pytest.raises(ValueError, match=reason) as caught:
