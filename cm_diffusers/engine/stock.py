@@ -1,7 +1,7 @@
 """Diffusion models of diffusers, read as denoisers: network, process and prediction by the pipeline's own configs."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, DiTTran
 from torch import nn
 
 from cm_diffusers.core.denoisers import Denoiser
-from cm_diffusers.core.interpolants import VP
 from cm_diffusers.models import DiTModel
 from cm_diffusers.objectives import ModelSpec
 
@@ -151,8 +150,7 @@ def read_scheduler(scheduler: Any) -> ModelSpec:
             f" it is {schedule['beta_schedule']!r}."
         )
     spec = ModelSpec(None, "timestep", prediction=prediction, noise_schedule=schedule)
-    assert isinstance(spec.process, VP)
-    return ModelSpec(None, "timestep", min(HIGHEST, spec.process.sigma_max), prediction, noise_schedule=schedule)
+    return replace(spec, sigma_max=min(HIGHEST, spec.process.sigma_max))
 
 
 @torch.no_grad()

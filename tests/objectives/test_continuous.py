@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cm_diffusers.core.denoisers import EDMDenoiser, flow_denoiser, trigflow_denoiser, trigflow_velocity
+from cm_diffusers.core.denoisers import EDMDenoiser, as_trigflow, flow_denoiser, trigflow_denoiser, trigflow_velocity
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.tangents import NotDifferentiable
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
@@ -162,6 +162,15 @@ def test_any_denoiser_is_a_trigflow_velocity():
     )
     for denoiser in denoisers:
         torch.testing.assert_close(trigflow_velocity(denoiser, x, t, SIGMA_DATA), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("time_scale", [1.0, 1000.0])
+def test_a_flow_model_is_a_trigflow_model_after_a_change_of_variables(time_scale):
+    flow = Closed(lambda x, t: (1.3 * x).sin() + 0.4 * (t / time_scale))
+    x, sigma = torch.randn(6, 1, 2, 2).double(), torch.tensor([0.0, 1e-3, 0.2, 1.0, 20.0, 80.0]).double()
+    as_flow = flow_denoiser(flow, time_scale=time_scale)
+    as_trig = trigflow_denoiser(as_trigflow(flow, SIGMA_DATA, time_scale), SIGMA_DATA)
+    torch.testing.assert_close(as_trig(x, sigma), as_flow(x, sigma), rtol=1e-9, atol=1e-9)
 
 
 def test_velocity_of_gaussian_data_is_zero_in_trigflow():
