@@ -196,6 +196,10 @@ class Config:
         parts = (self.data, self.model, self.options, self.run)
         return {"method": self.method, **{key: value for part in parts for key, value in asdict(part).items()}}
 
+    def defaults(self) -> dict[str, Any]:
+        """What the settings are where nobody has said anything, by their flag names."""
+        return {f.name: f.default for part in (self.data, self.model, self.options, self.run) for f in fields(part)}
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 

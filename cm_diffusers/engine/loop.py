@@ -178,7 +178,8 @@ class Trainer:
         return True
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
-        before, now = state["config"], self.config.to_dict()
+        now = self.config.to_dict()
+        before = self.config.defaults() | state["config"]  # a setting that is newer than the run had its default
         changed = [key for key in now if key not in FREE_TO_CHANGE and before.get(key) not in (now[key], HERE)]
         if changed:
             differences = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)

@@ -19,7 +19,7 @@ from training_runs import differences, flags, read_log, run, tensors
 
 import cm_diffusers.engine.loop as loop_module
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
-from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_checkpoint
+from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from cm_diffusers.engine.models import load_pipeline
 from cm_diffusers.engine.run import _lock
 from cm_diffusers.objectives import ECT
@@ -180,6 +180,16 @@ def test_a_run_is_not_resumed_with_other_settings(whole, tmp_path, change, words
     assert all(word in str(caught.value) for word in words)
     assert differences(tmp_path / "r", whole) == [] and read_log(tmp_path / "r") == read_log(whole)
     assert (tmp_path / "r" / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
+
+
+def test_a_setting_that_is_newer_than_the_run_had_its_default(whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    checkpoint, _ = newest_checkpoint(folder)
+    config = {key: value for key, value in checkpoint.state["config"].items() if key != "adam_epsilon"}
+    save_checkpoint(folder, checkpoint.step, checkpoint.tensors, {**checkpoint.state, "config": config})
+    run(folder, **RICH)
+    with pytest.raises(ValueError, match="adam_epsilon was 1e-08, is 1e-06"):
+        run(folder, **RICH, adam_epsilon=1e-6)
 
 
 def test_the_batch_may_be_split_otherwise_when_a_run_is_resumed(tmp_path, monkeypatch):
