@@ -70,7 +70,7 @@ def train(config: Config) -> Path:
         resumed = trainer.resume()
         if accelerator.is_main_process:
             (folder / "config.yaml").write_text(trainer.config.to_yaml())
-        goal = json.dumps({"step": run.max_train_steps, "weights": run.export_weights})
+        goal = json.dumps([run.max_train_steps, run.export_weights, run.export_variant])
         if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
             trainer._say(f"This run is finished: {folder / 'pipeline'} holds its model.")
         else:

@@ -101,6 +101,13 @@ def test_a_place_without_a_push_is_refused(tmp_path):
         run(tmp_path, "ect", hub_model_id="tester/model")
 
 
+def test_a_finished_run_exports_again_where_a_variant_is_asked_for(tmp_path):
+    folder = run(tmp_path, "ect", max_train_steps=1) / "pipeline" / "unet"
+    assert not list(folder.glob("*.bf16.safetensors"))
+    run(tmp_path, "ect", max_train_steps=1, export_variant="bf16")
+    assert list(folder.glob("*.bf16.safetensors"))
+
+
 def test_a_variant_is_published_beside_the_weights(hub, client, tmp_path):
     run(tmp_path / "half", "ect", max_train_steps=1, push_to_hub=True, export_variant="bf16")
     weights = {f"unet/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".bf16")}
