@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
@@ -16,10 +17,14 @@ from cm_diffusers.objectives.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, C, H, W) in [-1, 1] or latents, float32, and class labels (B,), int64, of conditional models."""
+    """Images (B, C, H, W) in [-1, 1] or latents, float32, and class labels (B,), int64, of conditional models.
+
+    With `augment_labels` (B, n) the network is told how each image was augmented.
+    """
 
     images: Tensor
     class_labels: Tensor | None = None
+    augment_labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,12 @@ class Objective(ABC):
     def denoiser(self, network: Callable | None = None) -> Denoiser:
         """D of the trained network, or of another one with the same parameterisation; the identity at the floor."""
         return self.spec.denoiser(network or self.model, self.floor)
+
+    def model_for(self, batch: Batch) -> Callable:
+        """`model`, told in every call how the images of `batch` were augmented, where they were."""
+        if batch.augment_labels is None:
+            return self.model
+        return partial(self.model, augment_labels=batch.augment_labels)
 
     def key_dropout(self, draws: Draws) -> None:
         """Tie the dropout masks to the rows of the coming batch, in networks that can."""

@@ -76,10 +76,10 @@ class Diffusion(Objective):
         x0, labels = batch.images, batch.class_labels
         sigma = lognormal(draws.normal("sigma"), *self.options.law)
         noise = draws.normal("noise", x0.shape[1:])
-        outputs = []
+        model, outputs = self.model_for(batch), []
 
         def network(*args, **kwargs):
-            outputs.append(self.model(*args, **kwargs))
+            outputs.append(model(*args, **kwargs))
             return outputs[0]
 
         with draws.dropout():
