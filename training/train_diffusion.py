@@ -9,7 +9,7 @@ The same command resumes a run that was stopped.
 from cm_diffusers.engine.run import main
 
 
-METHODS = ["diffusion"]
+METHODS = ["diffusion", "cdm"]
 
 if __name__ == "__main__":
     main(None, METHODS, __doc__)
