@@ -27,6 +27,8 @@ SETTINGS = {
     "sct": {"model_preset": "jvp_tiny", "tangent_warmup_steps": 3},
     "scd": {"from_scratch": True, "tangent_warmup_steps": 3},
     "mean_flow": {"model_preset": "jvp_tiny"},
+    # short rollouts end so near to where they start that rounding shows in the product of two differences
+    "cdm": {"rollout_steps": 2, "epsilon_min": 0.5, "epsilon_max": 1.0},
     # the weights of balanced parts are those of each pass
     "ctm": {"solver_steps": 2, "gan_weight": 0.5, "discriminator_start_step": 3, "balance": "fixed"},
 }
@@ -131,7 +133,7 @@ assert "cm_diffusers" not in sys.modules
 
 
 def test_every_consistency_model_loads_with_nothing_but_diffusers(train, tmp_path):
-    methods = [method for method in OBJECTIVES if method not in ("diffusion", "ctm", *CONTINUOUS)]
+    methods = [method for method in OBJECTIVES if method not in ("diffusion", "cdm", "ctm", *CONTINUOUS)]
     folders = [train(tmp_path / method, method) / "pipeline" for method in methods]
     subprocess.run([sys.executable, "-I", "-c", STOCK, *map(str, folders)], check=True, capture_output=True)
     for folder in folders:
