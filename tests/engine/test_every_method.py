@@ -294,6 +294,18 @@ def test_a_flow_model_starts_and_teaches(tmp_path):
     run(tmp_path / "c", "mean_flow", pretrained_model_name_or_path=teacher, max_train_steps=2)
 
 
+@pytest.mark.parametrize("interpolant, student", [("edm", "cd"), ("trigflow", "scd")])
+def test_cdm_tunes_a_diffusion_model_and_teaches(teacher, trigflow_teacher, tmp_path, interpolant, student):
+    start = trigflow_teacher if interpolant == "trigflow" else teacher
+    settings = {"pretrained_model_name_or_path": start, "interpolant": interpolant, "rollout_steps": 2}
+    kept = run(tmp_path / "kept", "cdm", max_train_steps=1, learning_rate=1e-12, **settings) / "pipeline"
+    x, sigma = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 1.0, 5.0, 80.0])
+    before, after = load_pipeline(str(start)), load_pipeline(str(kept))
+    assert type(after) is type(before) and after.scheduler.config == before.scheduler.config
+    torch.testing.assert_close(function_of(after, x, sigma), function_of(before, x, sigma), rtol=1e-4, atol=1e-4)
+    run(tmp_path / "student", student, pretrained_teacher_model=kept, max_train_steps=1)
+
+
 def test_from_scratch_needs_a_teacher(trigflow_teacher, tmp_path):
     with pytest.raises(ValueError, match="from_scratch is for methods with a teacher"):
         run(tmp_path / "a", "ect", from_scratch=True)

@@ -116,9 +116,7 @@ def test_rollouts_go_down_to_the_lowest_level_and_never_up(sigma, lowest):
     assert loss.total.isfinite()
 
 
-@pytest.mark.parametrize(
-    "dropout, sizes, with_gradient", [(0.0, [8, 16, 16, 16], [0, 3]), (0.1, [8] * 7, [0, 5, 6])]
-)
+@pytest.mark.parametrize("dropout, sizes, with_gradient", [(0.0, [8, 16, 16, 16], [0, 3]), (0.1, [8] * 7, [0, 5, 6])])
 def test_labels_reach_every_pass(dropout, sizes, with_gradient):
     network = Recorder(dropout=dropout)
     batch = small_batch(class_labels=torch.arange(8), augment_labels=torch.randn(8, 9))
