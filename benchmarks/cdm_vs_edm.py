@@ -43,8 +43,8 @@ def train(folder: Path, method: str, steps: int, seed: int, *flags: object) -> f
     note = folder / "cpu_seconds.json"
     if not note.exists():
         shutil.rmtree(folder, ignore_errors=True)  # half a run has no time
-        command = [sys.executable, TRAINING / "train_diffusion.py", *flags]
-        command += ["--config", TRAINING / "configs" / f"mnist_{method}_small.yaml", "--output_dir", folder]
+        command = [sys.executable, TRAINING / "train_diffusion.py", "--output_dir", folder, *flags]
+        command += ["--config", TRAINING / "configs" / f"mnist_{method}_small.yaml"]
         command += ["--max_train_steps", steps, "--seed", seed, "--validation_steps", 0]
         before = cpu_seconds()
         subprocess.run(list(map(str, command)), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -53,74 +53,62 @@ def train(folder: Path, method: str, steps: int, seed: int, *flags: object) -> f
 
 
 def train_arms(args: argparse.Namespace, seed: int, overhead: float) -> dict[str, dict[str, float]]:
-    """Steps and CPU seconds of training of each arm of a seed."""
-    root, tune = args.output_dir / f"seed{seed}", args.max_train_steps
-    flags, steps, seconds = ["--dataset_name", args.dataset_name], {}, {}
+    """Steps, and CPU seconds without start-up and export, of each arm of a seed."""
+    root, rows, flags = args.output_dir / f"seed{seed}", {}, ["--dataset_name", args.dataset_name]
 
-    def run(arm: str, method: str, n: int, *more: object) -> None:
-        seconds[arm] = train(root / arm, method, n, seed, *flags, *more) - overhead
-        steps[arm] = n
+    def run(arm: str, method: str, steps: int) -> None:
+        rows[arm] = {"steps": steps, "cpu_seconds": train(root / arm, method, steps, seed, *flags) - overhead}
 
     if args.pretrain_steps:
-        run("start", "diffusion", args.pretrain_steps, "--lr_warmup_steps", 50)
+        run("start", "diffusion", args.pretrain_steps)
         flags += ["--pretrained_model_name_or_path", root / "start" / "pipeline", "--learning_rate", 5e-4]
-    flags += ["--lr_warmup_steps", 20]
-    run("edm", "diffusion", tune)
-    run("cdm", "cdm", tune)
-    run("edm_long", "diffusion", max(tune, round(tune * seconds["cdm"] / seconds["edm"])))
-    return {arm: {"steps": steps[arm], "cpu_seconds": round(seconds[arm], 1)} for arm in steps}
+        flags += ["--lr_warmup_steps", 20]
+    run("edm", "diffusion", args.max_train_steps)
+    run("cdm", "cdm", args.max_train_steps)
+    run("edm_long", "diffusion", round(args.max_train_steps * rows["cdm"]["cpu_seconds"] / rows["edm"]["cpu_seconds"]))
+    return rows
 
 
 def make_judge(args: argparse.Namespace) -> Callable[[Path], float]:
     """What gives the Fréchet distance of a file of samples, uint8 (N, H, W)."""
     if args.judge is not None:
+        words = shlex.split(args.judge)
 
-        def theirs(file: Path) -> float:
-            words = [str(file) if word == "{samples}" else word for word in shlex.split(args.judge)]
-            output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-            return json.loads(output.strip().splitlines()[-1])["frechet"]
+        def ask(file: Path) -> float:
+            command = [str(file) if word == "{samples}" else word for word in words]
+            return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["frechet"]
 
-        return theirs
-    arguments = DataArguments(dataset_name=args.dataset_name, split="test", resolution=[16])
-    data = ImageData(arguments, class_conditional=True)
-    images = data.images.float() / 255
-    classifier = train_classifier(images, data.labels, epochs=5)
-    real = classifier.features(images)
-
-    def ours(file: Path) -> float:
-        return frechet_distance(classifier.features(torch.from_numpy(np.load(file))[:, None].float() / 255), real)
-
-    return ours
+        return ask
+    test = DataArguments(dataset_name=args.dataset_name, split="test", resolution=[16])
+    data = ImageData(test, class_conditional=True)
+    classifier = train_classifier(data.images.float() / 255, data.labels, epochs=5)
+    real = classifier.features(data.images.float() / 255)
+    return lambda file: frechet_distance(
+        classifier.features(torch.from_numpy(np.load(file))[:, None].float() / 255), real
+    )
 
 
 def draw(pipeline: Path, count: int, steps: int) -> Path:
-    """A file of samples of a model by Heun's method; those that are there are kept."""
-    file = pipeline.parent / f"samples-{count}-{steps}.npy"
-    if not file.exists():
-        model = load_pipeline(str(pipeline))
-        model.set_progress_bar_config(disable=True)
-        images = sample_images(model, range(count), num_inference_steps=steps)
-        np.save(file, (images[..., 0] * 255).round().astype(np.uint8))
+    """A file of samples of a model by Heun's method."""
+    model = load_pipeline(str(pipeline))
+    model.set_progress_bar_config(disable=True)
+    images = sample_images(model, range(count), num_inference_steps=steps)
+    file = pipeline.parent / "samples.npy"
+    np.save(file, (images[..., 0] * 255).round().astype(np.uint8))
     return file
 
 
 def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
-    """A table: means over the seeds, standard deviations, and differences from cdm within a seed."""
+    """A table of means over seeds with standard deviations, and of differences from cdm within a seed."""
     print("| run | steps | CPU seconds | Fréchet distance | less cdm's, by seed | p |\n|---|---|---|---|---|---|")
     for arm in next(iter(results.values())):
-        steps, seconds, distances, cdm = (
-            np.array([row[name][key] for row in results.values()])
-            for name, key in ((arm, "steps"), (arm, "cpu_seconds"), (arm, "frechet"), ("cdm", "frechet"))
-        )
-        spread, differences, p = "", "", ""
-        if len(distances) > 1:
-            spread = f" +- {distances.std(ddof=1):.2f}"
-        if arm != "cdm":
-            differences = ", ".join(f"{d:+.2f}" for d in distances - cdm)
-            p = f"{stats.ttest_1samp(distances - cdm, 0).pvalue:.3f}" if spread else ""
-        print(
-            f"| {arm} | {steps.mean():.0f} | {seconds.mean():.0f} | {distances.mean():.2f}{spread} | {differences} | {p} |"
-        )
+        table = {key: np.array([row[arm][key] for row in results.values()]) for key in results[min(results)][arm]}
+        distances = table["frechet"]
+        less = distances - [row["cdm"]["frechet"] for row in results.values()]
+        cells = [arm, *(f"{table[key].mean():.0f}" for key in ("steps", "cpu_seconds"))]
+        cells += [f"{distances.mean():.2f} +- {distances.std(ddof=1):.2f}", ", ".join(f"{d:+.2f}" for d in less)]
+        cells += [f"{stats.ttest_1samp(less, 0).pvalue:.3f}" if less.any() else ""]
+        print(f"| {' | '.join(cells)} |")
     print("p: of a difference as large by chance (t-test, paired by seed). Below 0.05 it exceeds the noise.")
 
 
@@ -128,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dataset_name", default="ylecun/mnist", help="MNIST, with its splits train and test (ylecun/mnist)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each arm per seed (0 1 2)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="two or more; one run of each arm for each (0 1 2)")
     add("--pretrain_steps", type=int, default=600, help="steps of the diffusion model to start from (600)")
     add("--max_train_steps", type=int, default=160, help="steps of edm and of cdm after it (160)")
     add("--num_samples", type=int, default=1000, help="samples of each model (1000)")
@@ -142,10 +130,10 @@ def main() -> None:
     for seed in args.seeds:
         results[str(seed)] = train_arms(args, seed, overhead)
         for arm, row in results[str(seed)].items():
-            file = draw(args.output_dir / f"seed{seed}" / arm / "pipeline", args.num_samples, args.num_inference_steps)
-            row["frechet"] = round(judge(file), 3)
-        (args.output_dir / "results.json").write_text(json.dumps(results, indent=1))
-        show(results)
+            folder = args.output_dir / f"seed{seed}" / arm
+            row["frechet"] = judge(draw(folder / "pipeline", args.num_samples, args.num_inference_steps))
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=1))
+    show(results)
 
 
 if __name__ == "__main__":
