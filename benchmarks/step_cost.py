@@ -49,6 +49,7 @@ class Method:
 JVP = ("--model_preset", "jvp_small")
 METHODS = {  # solvers are Heun's, which asks the teacher twice
     "diffusion": Method(0),
+    "cdm": Method(8, trained=3),  # four steps of two rollouts, whose first ones take the denoiser's own output
     "ect": Method(1, ("--pretrain_steps", "0")),
     "ct": Method(1),
     "ict": Method(1),

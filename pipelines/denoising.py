@@ -1,19 +1,33 @@
-"""Sampling of diffusion models by the probability-flow ODE (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
+"""Sampling of diffusion models by the probability-flow ODE or the reverse SDE (Karras et al. 2022, arXiv:2206.00364).
 
+Solvers, for x = x0 + sigma noise, whatever process the network was trained on:
+
+euler, ddim   first order, of the ODE: the step of diffusers' `EDMEulerScheduler`. In sigma, DDIM's step is the same.
+heun          second order, of the ODE: algorithm 1; with s_churn > 0, which euler takes as well, algorithm 2.
+sde, sde_2m   first and second order, of the SDE: SDE-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) by diffusers'
+              `EDMDPMSolverMultistepScheduler`. The step of order 1 is that of ancestral sampling, and of DDIM, eta 1.
+
+The churn of `EDMEulerScheduler.step` comes after the network was called, so that its slope is not that of the point
+from which it steps. Here it comes before, as in the paper.
+"""
+
+import math
 from collections.abc import Sequence
 
 import torch
-from diffusers import EDMEulerScheduler, ImagePipelineOutput, ModelMixin
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ImagePipelineOutput, ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
 
 from .image_pipeline import Generators, ImagePipeline, StepCallback
 
 
+SOLVERS = ("heun", "euler", "ddim", "sde", "sde_2m")
 # of each prediction, the default one first
 TIME_LABELS = {"edm": ("log_sigma", "quarter_log_sigma", "angle"), "flow": ("flow_time",)}
 
 
 class DenoisingPipeline(ImagePipeline):
-    """Images from a diffusion or flow model, unconditional or class-conditional, by deterministic Heun or Euler steps.
+    """Images from a diffusion or flow model, unconditional or class-conditional, by a solver of the ODE or the SDE.
 
     The levels, EDM's preconditioning and the Euler step are those of diffusers' `EDMEulerScheduler`.
 
@@ -75,6 +89,46 @@ class DenoisingPipeline(ImagePipeline):
             return network_input - flow_time * output
         return self.scheduler.precondition_outputs(sample, output, sigma)
 
+    def _heun_step(
+        self, sample: torch.Tensor, denoised: torch.Tensor, euler: torch.Tensor, i: int, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`euler`, the end of a step of order 1 from `sample`, corrected by the slope there, which 0 has not."""
+        now, then = self.scheduler.sigmas[i : i + 2]
+        if then == 0:
+            return euler
+        slope = (sample - denoised) / now
+        slope_then = (euler - self.denoise(euler, then, labels)) / then
+        return sample + (then - now) * (slope + slope_then) / 2
+
+    def _sde_scheduler(self, order: int, num_inference_steps: int) -> EDMDPMSolverMultistepScheduler:
+        """The stock solver of the SDE, at the levels of the pipeline's scheduler."""
+        settings = {"algorithm_type": "sde-dpmsolver++", "solver_order": order}
+        scheduler = EDMDPMSolverMultistepScheduler.from_config(self.scheduler.config, **settings)
+        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        scheduler.set_begin_index(0)  # its timesteps differ from those of `self.scheduler` by roundings
+        return scheduler
+
+    def _edm_output(self, sample: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """What a network under EDM's preconditioning puts out to mean `denoised`, which stock solvers want."""
+        skip = self.scheduler.precondition_outputs(sample, 0, sigma)
+        return (denoised - skip) / self.scheduler.precondition_outputs(0, 1, sigma)
+
+    @staticmethod
+    def _check_solver(solver: str, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
+        """Raise ValueError for settings that are impossible or would not be used."""
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+        if not 0 <= s_churn < math.inf:
+            raise ValueError(f"s_churn must be a number of at least 0, got {s_churn}.")
+        if s_churn and solver not in ("heun", "euler"):
+            raise ValueError(f"s_churn is for the solvers heun and euler; got {s_churn} for {solver!r}.")
+        if not s_churn and (s_tmin, s_tmax, s_noise) != (0, math.inf, 1):
+            raise ValueError("s_tmin, s_tmax and s_noise are for s_churn > 0; got s_churn 0.")
+        if not 0 <= s_tmin <= s_tmax:
+            raise ValueError(f"s_tmin and s_tmax must satisfy 0 <= s_tmin <= s_tmax, got {s_tmin} and {s_tmax}.")
+        if not 0 < s_noise < math.inf:
+            raise ValueError(f"s_noise must be a number above 0, got {s_noise}.")
+
     @torch.no_grad()
     def __call__(
         self,
@@ -82,6 +136,10 @@ class DenoisingPipeline(ImagePipeline):
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         num_inference_steps: int = 18,
         solver: str = "heun",
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -95,8 +153,14 @@ class DenoisingPipeline(ImagePipeline):
             batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
             class_labels: one label for all or one per image; drawn from `generator` where the model wants some and
                 none are given.
-            num_inference_steps: number of Karras levels N; Heun calls the network 2 N - 1 times, Euler N times.
-            solver: "heun" or "euler".
+            num_inference_steps: number of Karras levels N; Heun calls the network 2 N - 1 times, the others N times.
+                The SDE wants more of them than the ODE.
+            solver: "heun", "euler", "ddim" (euler by another name), "sde" or "sde_2m".
+            s_churn: noise to add and take away again on the way, for heun and euler, at least 0: each step starts from
+                a level higher by the factor 1 + min(s_churn / N, sqrt(2) - 1).
+            s_tmin: the lowest level that is churned.
+            s_tmax: the highest such level.
+            s_noise: factor of the noise that is added, a little above 1 where the network removes too much.
             generator: a generator, or one per image (then an image does not depend on the others of the batch).
             latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
@@ -108,27 +172,32 @@ class DenoisingPipeline(ImagePipeline):
         Returns:
             `ImagePipelineOutput` with `.images`.
         """
-        if solver not in ("heun", "euler"):
-            raise ValueError(f"solver must be 'heun' or 'euler', got {solver!r}.")
+        self._check_solver(solver, s_churn, s_tmin, s_tmax, s_noise)
         if num_inference_steps < 2:
             raise ValueError(f"num_inference_steps must be at least 2, got {num_inference_steps}.")
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         self.scheduler.is_scale_input_called = True  # `denoise` scales the network's input itself
         sigmas = self.scheduler.sigmas
+        churn = min(s_churn / num_inference_steps, math.sqrt(2) - 1)
+
+        sde = self._sde_scheduler(2 if solver == "sde_2m" else 1, num_inference_steps) if "sde" in solver else None
 
         noise, labels = self.prepare(
             batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
         )
         sample = noise.float() * sigmas[0]
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if churn and s_tmin <= sigmas[i] <= s_tmax:
+                new = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+                sample = sample + s_noise * sigmas[i] * math.sqrt((1 + churn) ** 2 - 1) * new
+                sigmas[i] *= 1 + churn
             denoised = self.denoise(sample, sigmas[i], labels)
-            euler = self.scheduler.step(denoised, t, sample, pred_original_sample=denoised, return_dict=False)[0]
-            if solver == "heun" and sigmas[i + 1] > 0:
-                slope = (sample - denoised) / sigmas[i]
-                slope_next = (euler - self.denoise(euler, sigmas[i + 1], labels)) / sigmas[i + 1]
-                sample = sample + (sigmas[i + 1] - sigmas[i]) * (slope + slope_next) / 2
+            if sde is not None:
+                output = self._edm_output(sample, denoised, sigmas[i])
+                sample = sde.step(output, t, sample, generator=generator, return_dict=False)[0]
             else:
-                sample = euler
+                euler = self.scheduler.step(denoised, t, sample, pred_original_sample=denoised, return_dict=False)[0]
+                sample = self._heun_step(sample, denoised, euler, i, labels) if solver == "heun" else euler
             tensors = {"latents": sample, "pred_original_sample": denoised}
             sample = self.after_step(callback_on_step_end, i, t, tensors, callback_on_step_end_tensor_inputs)[
                 "latents"

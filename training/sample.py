@@ -29,7 +29,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--num_samples", type=int, default=64, help="number of images (64)")
     add("--num_inference_steps", type=int, help="1 or more for consistency models (1), 2 or more for diffusion (18)")
     add("--sigmas", type=float, nargs="+", help="noise levels, falling, instead of a number (inf: pure noise)")
-    add("--solver", choices=["gamma", "heun", "euler"], help="of diffusion (heun) and of trajectory models (gamma)")
+    solvers = ["gamma", "heun", "euler", "ddim", "sde", "sde_2m"]
+    add("--solver", choices=solvers, help="of diffusion (heun) and of trajectory models (gamma)")
+    add("--s_churn", type=float, help="noise to add and take away again on the way, of heun and euler (0)")
+    add("--s_tmin", type=float, help="lowest level that is churned (0)")
+    add("--s_tmax", type=float, help="highest level that is churned (inf)")
+    add("--s_noise", type=float, help="factor of the noise that churning adds (1)")
     add("--gamma", type=float, help="share of new noise between a trajectory model's jumps, in [0, 1] (its own)")
     add("--class_labels", type=int, nargs="+", help="labels to go round (all classes)")
     add("--seed", type=int, default=0, help="seed of the first image (0)")
@@ -46,8 +51,8 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError("num_samples and batch_size must be at least 1.")
     pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, torch_dtype=DTYPES[args.dtype])
     known = inspect.signature(pipeline.__call__).parameters
-    steps = {name: getattr(args, name) for name in ("num_inference_steps", "sigmas", "solver", "gamma")}
-    steps = {name: value for name, value in steps.items() if value is not None}
+    names = ("num_inference_steps", "sigmas", "solver", "gamma", "s_churn", "s_tmin", "s_tmax", "s_noise")
+    steps = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     wrong = steps.keys() - known.keys()
     if wrong:
         raise ValueError(f"{wrong.pop()} is not an option of a {type(pipeline).__name__}.")

@@ -1,4 +1,4 @@
-"""Train a diffusion model (EDM), by itself or as the start of a consistency model.
+"""Train a diffusion model (EDM, or CDM), by itself or as the start of a consistency model.
 
     accelerate launch training/train_diffusion.py --config training/configs/mnist_diffusion_small.yaml
     accelerate launch training/train_diffusion.py --train_data_dir my_images --resolution 32 --output_dir runs/mine
@@ -9,7 +9,7 @@ The same command resumes a run that was stopped.
 from cm_diffusers.engine.run import main
 
 
-METHODS = ["diffusion"]
+METHODS = ["diffusion", "cdm"]
 
 if __name__ == "__main__":
     main(None, METHODS, __doc__)

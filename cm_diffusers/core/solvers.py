@@ -1,4 +1,4 @@
-"""Steps of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma in VE."""
+"""Steps in VE of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma, and of the reverse SDE."""
 
 from collections.abc import Callable
 
@@ -28,3 +28,13 @@ def heun_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -
     slope_next = ode_slope(denoise, x + step * slope, sigma_next)
     slope_next = torch.where(append_dims(sigma_next > 0, x), slope_next, slope)
     return x + step * (slope + slope_next) / 2
+
+
+def reverse_sde_step(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Tensor:
+    """One Euler-Maruyama step of dx = 2 (x - D) / sigma dsigma + sqrt(2 sigma) dW from `sigma` to a lower level (B,).
+
+    `denoised` is D(x, sigma), `noise` unit normal, both (B, ...). Along this SDE D(x, sigma) is a martingale if D is
+    exact (Daras et al. 2023, arXiv:2302.09057).
+    """
+    drift = 2 * append_dims((sigma_next - sigma) / sigma, x) * (x - denoised)
+    return x + drift + append_dims((2 * sigma * (sigma - sigma_next)).sqrt(), x) * noise

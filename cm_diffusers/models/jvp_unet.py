@@ -340,12 +340,12 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
             return_dict: False gives the tuple (sample,) or (sample, log_variance).
 
         Raises:
-            ValueError: class labels are missing or superfluous, or the dropout keys are not those of this batch.
+            ValueError: class labels are missing or superfluous, or dropout has keys, and not for this batch.
         """
         batch = sample.shape[0]
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError("class_labels are " + ("missing." if class_labels is None else "not for this network."))
-        keys = self._keys if self.training else None
+        keys = self._keys if self.training and self.config.dropout else None
         if keys is not None:
             if len(keys) != batch:
                 raise ValueError(f"There are dropout keys for {len(keys)} samples, the batch has {batch}.")

@@ -2,6 +2,7 @@
 
 from cm_diffusers.objectives.base import Batch, Loss, ModelSpec, Objective
 from cm_diffusers.objectives.cd import CD
+from cm_diffusers.objectives.cdm import CDM
 from cm_diffusers.objectives.ct import CT
 from cm_diffusers.objectives.ctm import CTM
 from cm_diffusers.objectives.diffusion import Diffusion
@@ -12,7 +13,7 @@ from cm_diffusers.objectives.mean_flow import MeanFlow
 from cm_diffusers.objectives.scm import SCD, SCT
 
 
-METHODS = (Diffusion, CT, ICT, CD, ECT, ECD, SCT, SCD, MeanFlow, CTM)
+METHODS = (Diffusion, CDM, CT, ICT, CD, ECT, ECD, SCT, SCD, MeanFlow, CTM)
 OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in METHODS}
 
 __all__ = ["OBJECTIVES", "Batch", "Loss", "ModelSpec", "Objective", *(cls.__name__ for cls in METHODS)]

@@ -16,7 +16,7 @@ from cm_diffusers.core.interpolants import VE, LinearFlow
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.weightings import edm_weight
 from cm_diffusers.models import with_log_variance, without_log_variance
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.base import Batch, Facts, Loss, ModelSpec, Objective
 from cm_diffusers.objectives.options import check_between, option
 from cm_diffusers.objectives.spec import ModelSpec
 from cm_diffusers.pipelines import DenoisingPipeline, TrigFlowPipeline
@@ -42,6 +42,30 @@ class DiffusionOptions:
         """Mean and standard deviation of ln(sigma)."""
         given = (self.p_mean, self.p_std)
         return tuple(default if value is None else value for default, value in zip(LAWS[self.interpolant], given))
+
+
+def noised(x0: Tensor, law: tuple[float, float], draws: Draws) -> tuple[Tensor, Tensor]:
+    """Images x0 + sigma noise (B, ...), and their levels (B,) with ln(sigma) of that mean and standard deviation."""
+    sigma = lognormal(draws.normal("sigma"), *law)
+    return VE().add_noise(x0, draws.normal("noise", x0.shape[1:]), sigma), sigma
+
+
+def denoising_error(denoised: Tensor, x0: Tensor, sigma: Tensor, spec: ModelSpec) -> Tensor:
+    """The squared error of the network's own output, (B,): 1 / c_out^2, or 1 / t^2 of a flow, times |D - x0|^2."""
+    if spec.prediction == "flow":
+        weight = LinearFlow().time(sigma) ** -2
+    else:
+        weight = edm_weight(sigma, spec.sigma_data)  # TrigFlow's c_out is EDM's
+    return weight * l2(denoised, x0)
+
+
+def denoising_pipeline(network: nn.Module, spec: ModelSpec, sigma_min: float) -> DiffusionPipeline:
+    """The pipeline that samples a diffusion model by a solver."""
+    levels = {"sigma_min": sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
+    if spec.prediction == "trigflow":
+        return TrigFlowPipeline(network, TrigFlowScheduler(solver="heun", **levels))
+    label = {} if spec.prediction == "flow" else {"time_label": spec.time_label}
+    return DenoisingPipeline(network, EDMEulerScheduler(**levels), prediction=spec.prediction, **label)
 
 
 class Diffusion(Objective):
@@ -74,9 +98,7 @@ class Diffusion(Objective):
         return with_log_variance(network)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x0, labels = batch.images, batch.class_labels
-        sigma = lognormal(draws.normal("sigma"), *self.options.law)
-        noise = draws.normal("noise", x0.shape[1:])
+        x, sigma = noised(batch.images, self.options.law, draws)
         model, outputs = self.model_for(batch), []
 
         def network(*args, **kwargs):
@@ -84,22 +106,12 @@ class Diffusion(Objective):
             return outputs[0]
 
         with draws.dropout():
-            denoised = self.denoiser(network)(VE().add_noise(x0, noise, sigma), sigma, labels)
-        error = self._weight(sigma) * l2(denoised, x0)
+            denoised = self.denoiser(network)(x, sigma, batch.class_labels)
+        error = denoising_error(denoised, batch.images, sigma, self.spec)
         log_variance = getattr(outputs[0], "log_variance", None)
         if log_variance is not None:
-            error = error / x0[0].numel()  # about 1 to begin with, as exp(log_variance) is
+            error = error / x[0].numel()  # about 1 to begin with, as exp(log_variance) is
         return Loss.mean(error, sigma, log_variance)
 
-    def _weight(self, sigma: Tensor) -> Tensor:
-        if self.spec.prediction == "flow":
-            return LinearFlow().time(sigma) ** -2
-        return edm_weight(sigma, self.spec.sigma_data)  # TrigFlow's c_out is EDM's
-
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        levels = {"sigma_min": self.sigma_min, "sigma_max": self.spec.sigma_max, "sigma_data": self.spec.sigma_data}
-        if self.spec.prediction == "trigflow":
-            return TrigFlowPipeline(without_log_variance(network), TrigFlowScheduler(solver="heun", **levels))
-        scheduler = EDMEulerScheduler(**levels)
-        label = {} if self.spec.prediction == "flow" else {"time_label": self.spec.time_label}
-        return DenoisingPipeline(without_log_variance(network), scheduler, prediction=self.spec.prediction, **label)
+        return denoising_pipeline(without_log_variance(network), self.spec, self.sigma_min)

@@ -5,7 +5,7 @@ import torch
 
 from cm_diffusers.core.interpolants import VE, append_dims
 from cm_diffusers.core.schedules import karras_sigmas
-from cm_diffusers.core.solvers import euler_step, heun_step, ode_slope
+from cm_diffusers.core.solvers import euler_step, heun_step, ode_slope, reverse_sde_step
 
 
 SIGMA_DATA = 0.5
@@ -91,3 +91,30 @@ def test_order_of_convergence(step, order):
     errors = [endpoint_error(step, n) for n in (200, 400, 800)]
     measured = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
     assert measured == pytest.approx([order, order], abs=0.05)
+
+
+def moments_of_the_sde(n, start=2.0, end=0.1):
+    """What `n` steps of the SDE make of the mean x and the variance 0 of a point x, which they know no more of."""
+    mean, variance = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    zero = torch.zeros_like(mean)
+    grid = karras_sigmas(n + 1, end, start)[:, None]
+    for now, then in zip(grid, grid[1:]):
+        factor = reverse_sde_step(denoise(zero + 1, now), zero + 1, now, then, zero)
+        spread = reverse_sde_step(zero, zero, now, then, zero + 1)
+        mean, variance = factor * mean, factor**2 * variance + spread**2
+    return mean.item(), variance.item()
+
+
+def test_weak_order_of_the_reverse_sde():
+    """The law of x_end given x_start is Gaussian for Gaussian data, with moments from Bayes' rule."""
+    before, after = 2.0**2 + SIGMA_DATA**2, 0.1**2 + SIGMA_DATA**2
+    exact = (after / before, after - after**2 / before)
+    errors = [[abs(a - b) for a, b in zip(moments_of_the_sde(n), exact)] for n in (200, 400, 800)]
+    assert max(errors[-1]) < 2e-3
+    for coarse, fine in zip(errors, errors[1:]):
+        assert [math.log2(a / b) for a, b in zip(coarse, fine)] == pytest.approx([1, 1], abs=0.05)
+
+
+def test_a_step_of_the_reverse_sde_that_goes_nowhere():
+    x, sigma = torch.randn(4, 1, 8, 8), torch.tensor([0.002, 0.5, 7.0, 80.0])
+    assert torch.equal(reverse_sde_step(torch.randn_like(x), x, sigma, sigma, torch.randn_like(x)), x)

@@ -17,6 +17,7 @@ OPTIONS = {
     "cd": [{"pretrained_teacher_model": "given"}, {"pretrained_teacher_model": "given", "solver": "euler"}],
     "ecd": [{"pretrained_teacher_model": "given", "stage_steps": 1}],
     "diffusion": [{}, {"interpolant": "trigflow"}, {"interpolant": "flow"}],
+    "cdm": [{"rollout_steps": 2}, {"interpolant": "flow", "rollout_steps": 1}],
     "sct": [
         {"tangent_warmup_steps": 4},
         {"tangent_norm": "rms", "prior_weight": "inverse_sigma", "jvp_mode": "finite_difference"},
@@ -177,7 +178,7 @@ def test_gradient_flows_through_a_pass_of_the_network_and_no_target(make, name, 
 
     objective.model = watched
     objective.loss(batch_of(), Draws(0, STEP, range(8))).total.backward()
-    assert with_gradient.count(True) == (2 if name == "ctm" else 1)  # CTM's jump and its denoiser
+    assert with_gradient.count(True) == (2 if name in ("ctm", "cdm") else 1)  # a jump or rollouts, and a denoiser
     others = [*objective.auxiliary.values(), *([objective.teacher.network] if objective.teacher else [])]
     for network in others:
         assert network is not objective.network

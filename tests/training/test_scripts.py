@@ -144,9 +144,13 @@ def test_sample_takes_noise_levels_and_labels(consistency_model, tmp_path):
 
 def test_sample_reads_diffusion_models_too(diffusion_model, tmp_path):
     model = diffusion_model / "pipeline"
-    heun = sample(model, tmp_path / "a", "--num_samples", 2, "--num_inference_steps", 3)
-    euler = sample(model, tmp_path / "b", "--num_samples", 2, "--num_inference_steps", 3, "--solver", "euler")
-    assert len(heun) == 2 and any(not np.array_equal(heun[name], euler[name]) for name in heun)
+    ways = ((), ("--solver", "euler"), ("--s_churn", 2, "--s_tmin", 1))
+    heun, euler, churned = (
+        sample(model, tmp_path / str(i), "--num_samples", 2, "--num_inference_steps", 3, *way)
+        for i, way in enumerate(ways)
+    )
+    for other in (euler, churned):
+        assert len(heun) == 2 and any(not np.array_equal(heun[name], other[name]) for name in heun)
 
 
 @pytest.fixture
@@ -204,7 +208,7 @@ def test_sample_refuses_what_can_not_be_done(consistency_model, tmp_path, words,
 def test_noise_levels_are_no_option_of_a_diffusion_model(diffusion_model, tmp_path):
     with pytest.raises(ValueError, match="sigmas is not an option of a DenoisingPipeline"):
         sample(diffusion_model / "pipeline", tmp_path, "--sigmas", 80, 1)
-    with pytest.raises(ValueError, match="solver must be 'heun' or 'euler', got 'gamma'"):
+    with pytest.raises(ValueError, match="solver must be one of heun, euler, .*; got 'gamma'"):
         sample(diffusion_model / "pipeline", tmp_path, "--solver", "gamma")
 
 

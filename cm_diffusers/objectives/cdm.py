@@ -1,0 +1,110 @@
+"""Consistent diffusion models, CDM (Daras et al. 2023, arXiv:2302.09057).
+
+Diffusion training that also looks at what the model makes of its own samples: along the reverse SDE that an exact
+denoiser drives, the denoised image is a martingale, so what the model makes of x has to be the mean of what it makes
+of the points that its SDE leads to from there. Unlike a consistency model it is still a denoiser, sampled in many
+steps; unlike `diffusion` it trains on points off the data's own noise, to which sampling drifts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.schedules import karras_sigma
+from cm_diffusers.core.solvers import reverse_sde_step
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.diffusion import DiffusionOptions, denoising_error, denoising_pipeline, noised
+from cm_diffusers.objectives.options import check_between, option
+
+
+@dataclass(frozen=True)
+class CDMOptions(DiffusionOptions):
+    martingale_weight: float = option(10.0, "lambda, the weight of the martingale term.")
+    rollout_steps: int = option(5, "Steps of each rollout of the reverse SDE (Karras levels, less one).")
+    epsilon_min: float = option(0.0, "Least length of a rollout, in sigma.")
+    epsilon_max: float = option(0.05, "Greatest length of a rollout; lengths are uniform.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between("martingale_weight", self.martingale_weight, 0, 1e6)
+        check_between("rollout_steps", self.rollout_steps, 1, 1 << 10)
+        check_between("epsilon_max", self.epsilon_max, 0, 1e3)
+        check_between("epsilon_min", self.epsilon_min, 0, self.epsilon_max)
+
+
+class CDM(Objective):
+    """E[ w(sigma) |D0 - x0|^2 + lambda <D1 - D0, D2 - D0> ], D0 = D(x, sigma), Di = D(xi, sigma').
+
+    x1 and x2 are where two rollouts without gradient lead from x = x0 + sigma noise; sigma' = sigma - epsilon. As they
+    are independent, the product's mean is |E[D1] - D0|^2, to which the noise of the rollouts adds nothing; that of a
+    single square would. All three passes of a row drop the same units.
+    """
+
+    name = "cdm"
+    Options = CDMOptions
+    sigma_min = 0.002
+    floor = 0.0
+    terms = ("martingale", "martingale_weight")
+    facts = Facts(
+        what="denoising that agrees with its own reverse SDE, sampled in ~35 calls",
+        teacher="no",
+        target="the data, and itself after two rollouts, with gradient",
+        times="ln sigma ~ N(-1.2, 1.2^2)",
+        distance="L2, and a product",
+        weight="1 / c_out^2, and lambda = 10",
+        paper="[Daras et al. 2023](https://arxiv.org/abs/2302.09057)",
+    )
+
+    @classmethod
+    def prediction(cls, options: CDMOptions) -> str:
+        return options.interpolant
+
+    def loss(self, batch: Batch, draws: Draws) -> Loss:
+        x, sigma = noised(batch.images, self.options.law, draws)
+        with draws.dropout():
+            denoised = self.denoiser(self.model_for(batch))(x, sigma, batch.class_labels)
+        error = denoising_error(denoised, batch.images, sigma, self.spec)
+        first, second = self.rollouts(batch, x, sigma, denoised.detach(), draws).chunk(2)
+        martingale = ((first - denoised) * (second - denoised)).flatten(1).sum(1)
+        weight = error.new_tensor(self.options.martingale_weight)
+        terms = {"martingale": martingale.detach(), "martingale_weight": weight}
+        return Loss((error + weight * martingale).mean(), error.detach(), sigma, terms)
+
+    def rollouts(self, batch: Batch, x: Tensor, sigma: Tensor, denoised: Tensor, draws: Draws) -> Tensor:
+        """D at the ends of two rollouts from each `x` (B, ...), with gradient: (2 B, ...), all of the first before."""
+        options = self.options
+        length = options.epsilon_min + (options.epsilon_max - options.epsilon_min) * draws.uniform("epsilon")
+        end = torch.minimum(sigma, (sigma - length).clamp(min=self.sigma_min))  # below sigma_min there is no way down
+        ramp = torch.linspace(0, 1, options.rollout_steps + 1, dtype=torch.float64, device=x.device)[:, None]
+        levels = karras_sigma(ramp, end.double(), sigma.double()).repeat(1, 2)  # float64: neighbours differ by little
+
+        x, denoised = _twice(x), _twice(denoised)
+        for i, (now, then) in enumerate(zip(levels, levels[1:])):
+            if i > 0:
+                with torch.no_grad():
+                    denoised = self._denoise_both(batch, x, now.to(x.dtype), draws)
+            noise = draws.normal(f"rollout {i}", (2, *x.shape[1:])).transpose(0, 1).flatten(0, 1)
+            x = reverse_sde_step(denoised, x, now, then, noise).to(x.dtype)
+        return self._denoise_both(batch, x, _twice(end), draws)
+
+    def _denoise_both(self, batch: Batch, x: Tensor, sigma: Tensor, draws: Draws) -> Tensor:
+        """D of both rollouts (2 B, ...): in one pass, or in one each where a network's dropout has to be the same."""
+        if any(self.network.config.get(name) for name in ("dropout", "label_dropout")):
+            parts = [batch, batch]
+        else:
+            parts = [Batch(_twice(batch.images), _twice(batch.class_labels), _twice(batch.augment_labels))]
+        outputs = []
+        for part, x_part, sigma_part in zip(parts, x.chunk(len(parts)), sigma.chunk(len(parts))):
+            with draws.dropout():
+                outputs.append(self.denoiser(self.model_for(part))(x_part, sigma_part, part.class_labels))
+        return torch.cat(outputs)
+
+    def pipeline(self, network: nn.Module) -> DiffusionPipeline:
+        return denoising_pipeline(network, self.spec, self.sigma_min)
+
+
+def _twice(values: Tensor | None) -> Tensor | None:
+    return None if values is None else torch.cat([values, values])
