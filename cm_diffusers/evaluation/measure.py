@@ -25,7 +25,7 @@ def measure(made: Tensor, reference: Reference, seed: int = 0) -> dict[str, floa
     Raises:
         ValueError: features of another extractor, not finite, or of too few images for a covariance.
     """
-    check(len(made), reference)
+    check_samples(len(made), reference)
     made = made.cpu() if made.device.type == "mps" else made  # it has no float64
     real = reference.features.to(made.device)
     distance = frechet_distance(made, reference.moments.to(made.device))
@@ -46,6 +46,6 @@ def measure(made: Tensor, reference: Reference, seed: int = 0) -> dict[str, floa
     }
 
 
-def check(count: int, reference: Reference) -> None:
+def check_samples(count: int, reference: Reference) -> None:
     """Raise ValueError if `count` samples, or the reference's, are too few: to be asked before sampling."""
     check_count(min(count, reference.moments.count), len(reference.moments.mean))
