@@ -14,6 +14,7 @@ from cm_diffusers.evaluation.inception import load_inception
 
 
 BATCH = 100  # images that a network gets at once
+CLASSIFIER_IMAGES = 200_000  # about so many the classifier is shown, or 20 times all that there are
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def load_extractor(
                 "extractor 'classifier' is trained on labelled images, and these have no labels. Name the column of"
                 " labels, or another extractor: 'inception', 'dinov2', an image classifier of the Hub or module:name."
             )
-        shape, network = tuple(images.shape[1:]), train_classifier(images, labels, seed).body
+        epochs = min(20, -(-CLASSIFIER_IMAGES // len(images)))
+        shape, network = tuple(images.shape[1:]), train_classifier(images, labels, seed, epochs).body
         facts = repr(network)
     elif ":" in name:
         network = _import(name)

@@ -88,8 +88,8 @@ def _load(kind: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
             raise ValueError("its image processor tells no image_mean and image_std")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"extractor {name!r} is neither 'inception', 'dinov2', 'classifier' nor module:name, and as a model of the"
-            f" Hub or a folder it can't be had: {error}"
+            f"extractor {name!r} is neither a folder nor to be had from the Hub: {error}\n"
+            "Other extractors are 'inception', 'dinov2', 'classifier' and module:name."
         ) from None
     return model, processor
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from cm_diffusers.core.draws import permutation
 from cm_diffusers.evaluation.frechet import check_count, frechet_distance
 from cm_diffusers.evaluation.kernel import kernel_distance
 from cm_diffusers.evaluation.manifold import density_coverage, precision_recall
@@ -15,7 +16,8 @@ def measure(made: Tensor, reference: Reference, seed: int = 0) -> dict[str, floa
     """`frechet_distance` and, where it may be called so, `fid`; `kernel_distance` and its `kernel_distance_std`;
     `precision`, `recall`, `density`, `coverage`.
 
-    Kernel distances are of subsets of 1,000, or of half of the samples where there are less than 2,000.
+    Kernel distances are of subsets of 1,000, or of half of the samples where there are less than 2,000. Neighbours
+    (the last four) are looked for among equal numbers of both sides, a fixed choice of the larger.
 
     Args:
         made: features (N, d) of the samples, on any device: the metrics are computed there.
@@ -31,8 +33,9 @@ def measure(made: Tensor, reference: Reference, seed: int = 0) -> dict[str, floa
     distance = frechet_distance(made, reference.moments.to(made.device))
     smaller = min(len(made), len(real))
     kernel, deviation = kernel_distance(made, real, subset_size=min(1000, smaller // 2), seed=seed)
-    precision, recall = precision_recall(real, made)
-    density, coverage = density_coverage(real, made)
+    few = [f[permutation(len(f), "neighbours")[:smaller].to(f.device)] for f in (real, made)]
+    precision, recall = precision_recall(*few)
+    density, coverage = density_coverage(*few)
     named = {"fid": distance} if reference.facts["extractor"] == "inception" and len(made) >= FID_SAMPLES else {}
     return {
         "frechet_distance": distance,

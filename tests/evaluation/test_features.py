@@ -173,8 +173,10 @@ def test_features_of_another_shape_or_not_finite_are_refused():
 def test_unknown_extractors_and_weights_are_refused(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in ("nonsense", "someone/nothing", str(tmp_path)):
-        with pytest.raises(ValueError, match=f"{name}.*neither 'inception', 'dinov2', 'classifier'"):
+        with pytest.raises(ValueError, match=f"'{name}' is neither a folder nor to be had from the Hub"):
             load_extractor(name)
+    with pytest.raises(ValueError, match="'facebook/dinov2-large' is neither a folder nor"):
+        load_extractor("dinov2")
     with pytest.raises(ValueError, match="can't be imported"):
         load_extractor("no_such_module:Net")
     with pytest.raises(ValueError, match="can't be imported"):
