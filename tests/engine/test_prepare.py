@@ -477,7 +477,7 @@ def test_a_run_that_is_stopped_at_any_write_gives_the_same_bytes(tmp_path, monke
         assert len(looks) == (14 if k == 1 else 7 - 2 * (k - 2))  # neither checked nor written again
 
 
-@pytest.mark.parametrize("moment, shards", [("to_uint8", 0), ("_write", 2), ("write_file", 2)])
+@pytest.mark.parametrize("moment, shards", [("to_uint8", 0), ("write_file", 2)])
 def test_a_killed_process_leaves_nothing_that_the_same_command_does_not_mend(tmp_path, monkeypatch, moment, shards):
     monkeypatch.setattr(prepare_module, "SHARD_BYTES", 2 * 3 * 8 * 8)
     folder(tmp_path / "in", 12)
