@@ -15,6 +15,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 
 import datasets
 from tqdm.auto import tqdm
@@ -64,10 +65,9 @@ def say_what_is_there(plan: Plan, args: argparse.Namespace) -> None:
     if plan.enlarged:
         print(f"WARNING: {plan.enlarged} of them were smaller, and are enlarged.")
     split = "" if args.split == "train" else f" --split {args.split}"
-    print(
-        f"Train on it:  accelerate launch training/train_consistency.py --method ect --dataset_name {args.output}"
-        f"{split}{' --class_conditional' if plan.classes else ''} --output_dir runs/{args.output.resolve().name}"
-    )
+    conditional = " --class_conditional" if plan.classes else ""
+    folders = f"--dataset_name {quote(str(args.output))} --output_dir {quote(f'runs/{args.output.resolve().name}')}"
+    print(f"Train on it:  accelerate launch training/train_consistency.py --method ect{split}{conditional} {folders}")
 
 
 def main(argv: list[str] | None = None) -> None:
