@@ -6,6 +6,7 @@ TRAINING = [
     "accelerate>=1.10",
     *DATA,
     "filelock>=3.12",
+    "jinja2>=3.1",
     "matplotlib>=3.8",
     "pyyaml>=6",
     "tqdm>=4.60",

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,12 +64,16 @@ class Run:
         return float(np.interp(step, [0, *(row["step"] for row in self.log)], [0, *self.hours]))
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
 def _number(row: dict[str, Any], path: list[str]) -> float | None:
     value: Any = row
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+    return float(value) if is_number(value) else None
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -81,8 +84,8 @@ def read_run(folder: Path, name: str) -> Run:
     run.settings = _read(run, folder / "config.yaml", yaml.safe_load, "settings")
     run.facts = _read(run, folder / "card.json", json.loads, None)
     run.metrics = _read(run, folder / "metrics.json", json.loads, "metrics (training/evaluate.py writes them)")
-    results = run.metrics.get("results", [])
-    run.metrics["results"] = [row for row in results if isinstance(row, dict)] if isinstance(results, list) else []
+    results = run.metrics.get("results")
+    run.metrics["results"] = [row for row in results if _is_result(row)] if isinstance(results, list) else []
     _read_log(run, folder / "log.jsonl")
     run.hours = _hours(run, folder)
     run.finished = (folder / "exported.json").is_file()
@@ -93,8 +96,13 @@ def read_run(folder: Path, name: str) -> Run:
     return run
 
 
+def _is_result(row: Any) -> bool:
+    kinds = {"step": int, "num_inference_steps": int, "name": str}
+    return isinstance(row, dict) and all(type(row.get(key, kind())) is kind for key, kind in kinds.items())
+
+
 def _read(run: Run, file: Path, parse: Callable[[str], Any], what: str | None) -> dict[str, Any]:
-    """A file that holds a mapping; an empty one where it is missing or damaged, with a note if it is `what` to expect."""
+    """The mapping in a file; an empty one where it is missing, with a note if it is `what` to expect, or damaged."""
     try:
         values = parse(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
