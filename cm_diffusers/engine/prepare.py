@@ -118,12 +118,12 @@ def prepare(
 
 def _find_plan(folder: Path, asked: Asked) -> Plan | None:
     """The plan that `folder` was begun with, None for a new one. Raises ValueError where it is not that of `asked`."""
+    if not folder.exists() or folder.name.startswith(".") and not (folder / PLAN).exists():  # killed as it began
+        return None
     try:
         values = json.loads((folder / PLAN).read_bytes())
         plan = Plan(**{**values, "asked": Asked(**values["asked"])})
-    except FileNotFoundError:
-        if folder.name.startswith(".") or not folder.exists():
-            return None
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{folder} exists, and is nothing that was prepared here; choose another OUTPUT.") from None
     before, now = asdict(plan.asked), asdict(asked)
     changed = [key if key == "source" else f"{key} {before[key]}" for key in before if before[key] != now[key]]
