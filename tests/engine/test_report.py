@@ -20,7 +20,7 @@ from cm_diffusers.engine.run_records import MOST_PICTURES, read_run
 
 
 VOID = {"meta", "img", "br", "input", "link"}
-HOSTILE = "<script>alert(1)</script>\"'&$x^{"
+HOSTILE = "<script>alert(1)</script>\"'&$x^{$"  # what lies between the dollars is no formula
 
 
 class Page(HTMLParser):
