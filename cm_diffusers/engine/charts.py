@@ -4,7 +4,6 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,7 +24,7 @@ class Line:
 
     x: Sequence[float]
     y: Sequence[float]
-    colour: Any
+    colour: str
     style: str = "-"
     label: str | None = None
 
@@ -36,8 +35,16 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndar
     return tuple(np.array([part.mean(1) for part in parts if part.size]).reshape(-1, 2).T)
 
 
-def chart(lines: Sequence[Line], xlabel: str, legend: str = "", marker: str = "", log: bool = True) -> Markup:
-    """An SVG that takes its ink from the page and its size from its place; with `log` where values span much."""
+def chart(lines: Sequence[Line], xlabel: str, legend: str | None = None, marker: str = "", log: bool = True) -> Markup:
+    """An SVG that takes its ink from the page and its size from its place.
+
+    Args:
+        lines: what is drawn.
+        xlabel: what it is drawn against.
+        legend: the title of the legend, which names the labels of the lines.
+        marker: of each point, in matplotlib's letters.
+        log: whether a wide range of values is logarithmic.
+    """
     plain = {"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11}
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(plain | ink):
@@ -57,12 +64,15 @@ def chart(lines: Sequence[Line], xlabel: str, legend: str = "", marker: str = ""
         axes.set_xlabel(xlabel)
         axes.grid(color=INK, alpha=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-        of_levels = legend != ""
-        entries = {line.label: (line.colour if of_levels else INK, line.style) for line in lines if line.label}
+        entries = {}  # by label; those of several colours are shown in ink
+        for line in lines:
+            colour, _ = entries.get(line.label, (line.colour, ""))
+            entries[line.label] = (colour if colour == line.colour else INK, line.style)
+        entries.pop(None, None)
         if entries:
             handles = [Line2D([], [], color=colour, linestyle=style) for colour, style in entries.values()]
             place = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
-            figure.legend(handles, list(entries), title=legend or None, **place)
+            figure.legend(handles, list(entries), title=legend, **place)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)

@@ -13,6 +13,7 @@ import jinja2
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.colors import to_hex
 
 from cm_diffusers.engine.card import HUB_CARDS
 from cm_diffusers.engine.charts import Line, chart, thinned
@@ -97,7 +98,7 @@ def loss_by_level(run: Run) -> Markup:
     """The loss of a run by noise level."""
     names = {name for row in run.log if isinstance(row.get("loss_by_sigma"), dict) for name in row["loss_by_sigma"]}
     names = sorted(names, key=lambda name: float(re.match(r"(\d+(\.\d+)?)?", name)[0] or 0))
-    shades = matplotlib.colormaps["plasma"](np.linspace(0.28, 0.85, max(1, len(names))))
+    shades = [to_hex(matplotlib.colormaps["plasma"](x)) for x in np.linspace(0.35, 0.85, len(names))]
     curves = [thinned(*run.curve(f"loss_by_sigma/{name}")) for name in names]
     return chart([Line(*xy, shade, label=name) for xy, shade, name in zip(curves, shades, names)], "step", "sigma")
 
@@ -120,7 +121,7 @@ def quality_curves(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, Marku
                 if run.hours is not None:
                     by_hours.append(Line([run.hours_at(step) for step in x], y, colour, style, name))
         charts = {"network calls": by_calls, "training steps": by_step, "hours of training": by_hours}
-        found.append((metric, [(f"against {x}", chart(lines, x, "", "o")) for x, lines in charts.items() if lines]))
+        found.append((metric, [(f"against {x}", chart(lines, x, marker="o")) for x, lines in charts.items() if lines]))
     return found
 
 

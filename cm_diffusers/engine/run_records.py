@@ -13,6 +13,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from cm_diffusers.engine.hub import short
+
 
 MOST_PICTURES = 12  # of a strip
 
@@ -112,7 +114,7 @@ def _read(run: Run, file: Path, parse: Callable[[str], Any], what: str | None) -
         if what is not None:
             run.notes.append(f"There are no {what}: no {file.name}.")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        run.notes.append(f"{file.name} can't be read: {str(error).splitlines()[0][:200]}.")
+        run.notes.append(f"{file.name} can't be read: {short(error)[:200]}.")
     return {}
 
 
@@ -123,7 +125,7 @@ def _read_log(run: Run, file: Path) -> None:
         try:
             row = json.loads(line)
             step = row["step"]
-            if type(step) is not int or run.log and step <= run.step:
+            if type(step) is not int or not run.step < step < 1 << 53:
                 raise ValueError("no step after the last one")
             run.log.append(row)
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -176,6 +178,6 @@ def _picture(run: Run, file: Path, title: str) -> Picture | None:
             size = image.size
             image.load()
     except Exception as error:  # Pillow raises many kinds for damaged files
-        run.notes.append(f"{file.name} can't be read: {str(error).splitlines()[0] if str(error) else 'damaged'}.")
+        run.notes.append(f"{file.name} can't be read: {short(error)}.")
         return None
     return Picture(title, "data:image/png;base64," + base64.b64encode(data).decode(), *size)

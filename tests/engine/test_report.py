@@ -86,7 +86,7 @@ def make_run(folder, rows=20, **settings):
 
 def measure(folder, *results, num_samples=1000):
     extractor = {"name": "classifier", "fingerprint": "f"}
-    times = {"sampling": 12.5, "metrics": 0.25}
+    times = {"sampling": 12.5, "frechet_distance": 0.25}
     report = {"results": results, "num_samples": num_samples, "extractor": extractor, "time": times}
     (folder / "metrics.json").write_text(json.dumps(report))
 
@@ -188,7 +188,7 @@ def test_quality_is_drawn_against_calls_steps_and_time(tmp_path):
     steps, hours = (drawn(charts[f"against {x}"], "#2f7ed8")[:, 0] for x in ("training steps", "hours of training"))
     assert np.corrcoef(steps, hours)[0, 1] ** 2 == pytest.approx(1, abs=1e-9)  # the rate is constant
     assert page.says("0.5 ± 0.125") and page.says("1000 samples, features: classifier")
-    assert page.says("sampling 12.5") and not page.says("don't compare")
+    assert page.says("time in seconds: sampling 12.5, Fréchet distance 0.25") and not page.says("don't compare")
 
 
 def test_measurements_that_can_t_be_compared_are_said_to_be_so(tmp_path):
