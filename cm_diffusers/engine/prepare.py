@@ -72,7 +72,7 @@ class Plan:
 def crop_middle(image: Image.Image, height: int, width: int) -> Image.Image:
     """The largest part of this shape, in whole pixels, from the middle."""
     scale = min(image.width / width, image.height / height)
-    w, h = round(width * scale), round(height * scale)
+    w, h = (max(1, round(side * scale)) for side in (width, height))
     left, top = (image.width - w) // 2, (image.height - h) // 2
     return image.crop((left, top, left + w, top + h))
 
@@ -87,13 +87,7 @@ def fit(image: Image.Image, plan: Plan) -> Image.Image:
     return Image.fromarray(np.asarray(image))
 
 
-def prepare(
-    source: Source,
-    output: Path,
-    split: str,
-    asked: Asked,
-    show_progress: bool = True,
-) -> Plan:
+def prepare(source: Source, output: Path, split: str, asked: Asked) -> Plan:
     """Write the images of `source` as `output`/`split`/*.parquet, going on where an earlier call was stopped.
 
     Raises:
@@ -104,11 +98,11 @@ def prepare(
     try:
         plan = _find_plan(final if final.exists() else partial, asked)
         if plan is None:
-            plan = _plan(source, asked, show_progress)
+            plan = _plan(source, asked)
             partial.mkdir(exist_ok=True)
             _write(partial / PLAN, json.dumps(asdict(plan), indent=1).encode())
         if not final.exists():
-            _write_shards(source, plan, partial, split, show_progress)
+            _write_shards(source, plan, partial, split)
             os.rename(partial, final)
             fsync_folder(output)
         return plan
@@ -152,7 +146,7 @@ def _in_threads(work: Callable[[int], Any], numbers: range, bar: tqdm) -> Iterat
                 yield result
 
 
-def _plan(source: Source, asked: Asked, show_progress: bool) -> Plan:
+def _plan(source: Source, asked: Asked) -> Plan:
     """Read every image once; raises ValueError with all that is wrong with them."""
 
     def look(i: int) -> tuple[bool, tuple[int, int]] | str:
@@ -164,7 +158,7 @@ def _plan(source: Source, asked: Asked, show_progress: bool) -> Plan:
         return image.mode in GREY_MODES or image.mode.startswith("I;16"), (image.height, image.width)
 
     count, faults, grey, sizes = len(source.names), [], True, {}  # numbers of the images of a size
-    with tqdm(total=count, desc="Checking images", unit="image", disable=not show_progress, leave=False) as bar:
+    with tqdm(total=count, desc="Checking images", unit="image", leave=False) as bar:
         for i, found in enumerate(_in_threads(look, range(count), bar)):
             if isinstance(found, str):
                 faults.append(found)
@@ -184,7 +178,7 @@ def _plan(source: Source, asked: Asked, show_progress: bool) -> Plan:
     return Plan(asked, count, height, width, asked.channels or (1 if grey else 3), source.classes, enlarged)
 
 
-def _write_shards(source: Source, plan: Plan, folder: Path, split: str, show_progress: bool) -> None:
+def _write_shards(source: Source, plan: Plan, folder: Path, split: str) -> None:
     features = datasets.Features({"image": datasets.Image()})
     if plan.classes is not None:
         features["label"] = datasets.ClassLabel(names=plan.classes)
@@ -200,7 +194,7 @@ def _write_shards(source: Source, plan: Plan, folder: Path, split: str, show_pro
         fit(image, plan).save(buffer, "PNG")
         return {"bytes": buffer.getvalue(), "path": None}
 
-    with tqdm(total=plan.count, desc="Writing", unit="image", disable=not show_progress) as bar:
+    with tqdm(total=plan.count, desc="Writing", unit="image") as bar:
         for number, rows in enumerate(shards):
             file = folder / f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
             if file.exists():

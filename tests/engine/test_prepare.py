@@ -235,6 +235,7 @@ def test_the_middle_is_cropped_in_whole_pixels(shape, box):
 def test_a_crop_of_another_shape_than_a_square():
     assert crop_middle(Image.new("L", (100, 100)), 10, 20).size == (100, 50)
     assert crop_middle(Image.new("L", (300, 100)), 10, 20).size == (200, 100)
+    assert crop_middle(Image.new("L", (1, 1)), 10, 20).size == (1, 1)
 
 
 def test_lanczos_on_the_crop_or_on_all_of_the_image(tmp_path):
