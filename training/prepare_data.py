@@ -93,6 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:  # a full disk, for one
+        print(f"error: {error}. What is complete stays; the same command goes on.", file=sys.stderr)
+        raise SystemExit(1) from None
     raise SystemExit(0 if done else 1)
 
 

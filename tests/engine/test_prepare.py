@@ -501,6 +501,18 @@ def test_a_killed_process_leaves_nothing_that_the_same_command_does_not_mend(tmp
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_full_disk_is_a_line_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
+    folder(tmp_path / "in")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            prepare_module, "write_file", lambda path, data: os.write(os.open("/dev/full", os.O_WRONLY), data)
+        )
+        assert prepare(tmp_path / "in", tmp_path / "out") == 1
+    assert "No space left on device. What is complete stays" in capsys.readouterr().err
+    assert prepare(tmp_path / "in", tmp_path / "out") == prepare(tmp_path / "in", tmp_path / "whole") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_other_settings_or_another_source_do_not_mix_with_what_is_there(tmp_path, capsys):
     folder(tmp_path / "in")
     assert prepare(tmp_path / "in", tmp_path / "out") == 0
