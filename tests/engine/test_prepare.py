@@ -259,14 +259,17 @@ def test_every_kind_of_pixel_in_one_dataset(tmp_path):
     (tmp_path / "in").mkdir()
     rotated, exif = pixels(0), Image.Exif()
     exif[0x0112] = 6
+    frames = [Image.new("RGB", (8, 8), (c, 0, 0)) for c in (255, 0)]
     kinds = {
+        "animated.gif": (frames[0], np.full((8, 8, 3), [255, 0, 0])),
         "cmyk.tiff": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), np.full((8, 8, 3), [255, 0, 0])),
         "grey16.png": (Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)), np.full((8, 8, 3), 100)),
         "rotated.png": (Image.fromarray(rotated), np.rot90(rotated, 3)),
         "transparent.png": (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), np.full((8, 8, 3), 255)),
     }
     for name, (image, _) in kinds.items():
-        image.save(tmp_path / "in" / name, **({"exif": exif} if name == "rotated.png" else {}))
+        more = {"rotated.png": {"exif": exif}, "animated.gif": {"save_all": True, "append_images": frames[1:]}}
+        image.save(tmp_path / "in" / name, **more.get(name, {}))
     assert prepare(tmp_path / "in", tmp_path / "out") == 0
     assert same(read(tmp_path / "out")[1], [expected for _, expected in kinds.values()])
     assert all(not image.getexif() for image in datasets.load_dataset(str(tmp_path / "out"), split="train")["image"])
