@@ -62,13 +62,13 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Run]:
     return runs
 
 
-def number(value: Any) -> str:
-    """A value of the log, the settings or the metrics for people to read."""
+def number(value: Any, digits: str = ".4g") -> str:
+    """A value of the log, the metrics or the settings for people to read."""
     if isinstance(value, (list, tuple)):
-        return ", ".join(number(item) if not isinstance(item, (list, dict)) else "..." for item in value)
+        return ", ".join("..." if isinstance(item, (list, dict)) else number(item, digits) for item in value)
     if isinstance(value, dict):
         return "..."
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    return format(value, digits) if isinstance(value, float) else "" if value is None else str(value)
 
 
 def duration(hours: float) -> str:
@@ -158,5 +158,5 @@ def unlike_measurements(runs: Sequence[Run]) -> list[str]:
 def settings_table(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     """The settings of all runs: name, values, whether they differ. What is not set, or unknown to a run, is empty."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    table = [(name, [number(run.settings.get(name)) for run in runs]) for name in names]
+    table = [(name, [number(run.settings.get(name), "") for run in runs]) for name in names]
     return [(name, values, len(set(values)) > 1) for name, values in table]

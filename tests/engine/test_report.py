@@ -116,11 +116,11 @@ def test_a_real_run_has_a_page_that_needs_nothing_else(tmp_path):
 
 
 def test_several_runs_are_side_by_side_with_their_differences_marked(tmp_path):
-    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", q=4.0, extra=[1, 2])
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", q=2.000001, extra=[1, 2])
     page, _ = page_of(a, b)
     rows = re.findall(r'<tr class="differs"><th scope="row">(.*?)</th>(.*?)</tr>', page.text)
     found = {name: re.findall("<td>(.*?)</td>", cells) for name, cells in rows}
-    assert found == {"q": ["2", "4"], "extra": ["", "1, 2"]}
+    assert found == {"q": ["2.0", "2.000001"], "extra": ["", "1, 2"]}
     assert page.says("2 of 5 differ.")
     assert page.text.count("data:image/png") == 2 * (2 + 1 + 1)
 
