@@ -6,6 +6,7 @@ TRAINING = [
     "accelerate>=1.10",
     *DATA,
     "filelock>=3.12",
+    "jinja2>=3.1",
     "matplotlib>=3.8",
     "pyyaml>=6",
     "tqdm>=4.60",
@@ -40,7 +41,7 @@ setup(
         "cm_diffusers.schedulers",
     ],
     package_dir={"cm_diffusers.pipelines": "pipelines", "cm_diffusers.hub_cards": "hub_cards"},
-    package_data={"cm_diffusers": ["py.typed"], "cm_diffusers.hub_cards": ["model_card.md", "space/*"]},
+    package_data={"cm_diffusers": ["py.typed"], "cm_diffusers.hub_cards": ["model_card.md", "report.html", "space/*"]},
     install_requires=["torch>=2.6", "numpy>=1.26", "diffusers>=0.42", "huggingface-hub>=1.32", "safetensors>=0.5"],
     extras_require={
         "training": TRAINING,

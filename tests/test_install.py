@@ -49,6 +49,7 @@ def test_a_wheel_trains(wheel_folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == (ROOT / "hub_cards" / "model_card.md").read_text().strip()
+    assert (wheel_folder / "cm_diffusers" / "hub_cards" / "report.html").is_file()
 
 
 def test_the_tree_works_as_it_is(tmp_path):

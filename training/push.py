@@ -34,7 +34,7 @@ def push(args: argparse.Namespace) -> bool:
 
 def push_space(args: argparse.Namespace, model: str) -> bool:
     """The same for the Space of `model`, which is on the Hub."""
-    publisher = Publisher(model, args.hub_private_repo, space=True)
+    publisher = Publisher(model, args.hub_private_repo, kind="space")
     publisher.check()
     with tempfile.TemporaryDirectory() as folder:
         write_space(Path(folder), model, args.model_dir)

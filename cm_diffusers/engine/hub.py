@@ -1,4 +1,4 @@
-"""Publishing a model or its Space on the Hub: in the background, through outages, and never in the way of training.
+"""Publishing on the Hub: in the background, through outages, and never in the way of training.
 
 Models go to the main branch. What a run resumes from goes to the branch `checkpoint`, of which only the newest state
 is kept. The token comes from the environment or from `hf auth login`, by the Hub's client; nothing here sees it.
@@ -83,7 +83,7 @@ class Publisher:
         private: for a repository that has to be made.
         say: prints a line.
         api: the Hub's client.
-        space: the repository is a Space, by gradio.
+        kind: of the repository: model, dataset or space (by gradio).
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class Publisher:
         private: bool = False,
         say: Callable[[str], None] = print,
         api: HfApi | None = None,
-        space: bool = False,
+        kind: str = "model",
     ):
         self.repo_id, self.private, self.say, self.api = repo_id, private, say, api or HfApi()
-        self.kind = "space" if space else "model"
+        self.kind, self.flag = kind, "hub_dataset_id" if kind == "dataset" else "hub_model_id"
         self.failures: list[str] = []
         self._jobs: queue.Queue = queue.Queue()
         self._deadline, self._hurry = float("inf"), threading.Event()
@@ -115,7 +115,7 @@ class Publisher:
         except LocalTokenNotFoundError:
             raise ValueError("push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN.") from None
         except HFValidationError as error:
-            raise ValueError(f"hub_model_id {self.repo_id!r}: {short(error)}") from None
+            raise ValueError(f"{self.flag} {self.repo_id!r}: {short(error)}") from None
         except Exception as error:
             if is_passing(error):
                 self.say(
@@ -123,7 +123,7 @@ class Publisher:
                 )
             elif isinstance(error, HfHubHTTPError):
                 raise ValueError(
-                    f"hub_model_id {self.repo_id!r} can't be written to: {short(error)} Check the name, and that the"
+                    f"{self.flag} {self.repo_id!r} can't be written to: {short(error)} Check the name, and that the"
                     " token (hf auth login, or HF_TOKEN) may write there."
                 ) from None
             else:
@@ -154,7 +154,7 @@ class Publisher:
     @property
     def url(self) -> str:
         """The page of the repository."""
-        return f"{self.api.endpoint}/{'spaces/' if self.kind == 'space' else ''}{self.repo_id}"
+        return f"{self.api.endpoint}/{'' if self.kind == 'model' else f'{self.kind}s/'}{self.repo_id}"
 
     @property
     def waiting(self) -> int:

@@ -54,7 +54,7 @@ def train(config: Config) -> Path:
         log_with=run.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tracker")),
     )
-    lock = _lock(folder) if accelerator.is_main_process else None
+    lock = lock_folder(folder) if accelerator.is_main_process else None
     try:
         publisher = None
         if accelerator.is_main_process and run.push_to_hub:
@@ -204,8 +204,8 @@ def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator
         return LatentData(data, vae, cache, accelerator.device, tqdm.write)
 
 
-def _lock(folder: Path) -> FileLock:
-    """Take the run folder for this process. The system frees it when the process ends, however it ends."""
+def lock_folder(folder: Path) -> FileLock:
+    """Take a folder for this process. The system frees it when the process ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / ".lock"), folder / ".owner"
     try:

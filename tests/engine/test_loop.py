@@ -21,7 +21,7 @@ import cm_diffusers.engine.loop as loop_module
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from cm_diffusers.engine.models import load_pipeline
-from cm_diffusers.engine.run import _lock
+from cm_diffusers.engine.run import lock_folder
 from cm_diffusers.objectives import ECT
 
 
@@ -401,7 +401,7 @@ def test_a_folder_in_use_is_refused_with_its_owner_and_is_free_after_a_kill(tmp_
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        held = _lock(tmp_path)
+        held = lock_folder(tmp_path)
         os.write(tell, b"1" if held.is_locked else b"0")
         time.sleep(600)
         os._exit(0)

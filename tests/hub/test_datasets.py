@@ -1,0 +1,76 @@
+"""Prepared datasets: what is published, and that the Hub's readers understand it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_push import quick  # noqa: F401
+
+from cm_diffusers.engine import hub as engine_hub
+
+
+TRAINING = Path(__file__).parents[2] / "training"
+LOAD = """
+import json, sys
+import datasets
+data = datasets.load_dataset(sys.argv[1])
+print(json.dumps({split: [rows.features["label"].names, rows["label"][:], len(rows)] for split, rows in data.items()}))
+"""
+
+
+@pytest.fixture
+def prepare(hub, api, quick, monkeypatch, tmp_path):  # noqa: F811
+    """training/prepare_data.py of six images in two classes, as exit code."""
+    monkeypatch.setattr(engine_hub, "HfApi", lambda: api)
+    monkeypatch.syspath_prepend(TRAINING)
+    import prepare_data
+
+    for i in range(6):
+        file = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(file)
+
+    def run(*words):
+        with pytest.raises(SystemExit) as end:
+            prepare_data.main([str(tmp_path / "images"), str(tmp_path / "mine"), *map(str, words)])
+        return end.value.code
+
+    return run
+
+
+def published(hub):
+    return {name for name in hub.repository("tester/mine", "dataset").files if name != ".gitattributes"}
+
+
+def test_a_dataset_on_the_hub_is_read_by_its_id(hub, prepare, tmp_path, capsys):
+    assert prepare("--push_to_hub") == prepare("--push_to_hub", "--split", "test") == 0
+    names = {f"{split}/{split}-00000-of-00001.parquet" for split in ("train", "test")}
+    assert published(hub) == names | {"README.md"}  # no plans, no locks
+    repo = hub.repository("tester/mine", "dataset")
+    assert repo.messages == ["Upload train", "Upload test"] and not repo.private
+    card = repo.files["README.md"].decode()
+    assert "# mine" in card and "1 x 8 x 8 pixels in 2 classes" in card and str(tmp_path) not in card
+    assert f"Pushed to {hub.url}/datasets/tester/mine: --dataset_name tester/mine" in capsys.readouterr().out
+    command = [sys.executable, "-c", LOAD, "tester/mine"]
+    run = subprocess.run(command, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == {split: [["a", "b"], [0, 0, 0, 1, 1, 1], 6] for split in ("train", "test")}
+
+
+def test_a_name_that_can_t_be_written_to_is_found_before_anything_is_prepared(prepare, tmp_path, capsys):
+    assert prepare("--push_to_hub", "--hub_dataset_id", "somebody/mine") == 2
+    assert "hub_dataset_id 'somebody/mine' can't be written to" in capsys.readouterr().err
+    assert not (tmp_path / "mine" / "train").exists()
+
+
+def test_what_an_outage_left_the_same_command_sends(hub, prepare, capsys):
+    hub.fail("POST .*/commit/", times=float("inf"), status=503)
+    assert prepare("--push_to_hub", "--hub_private_repo", "--hub_timeout", 0.2) == 1
+    assert "the same command sends it again" in capsys.readouterr().out and published(hub) == set()
+    hub.clear()
+    assert prepare("--push_to_hub", "--hub_private_repo") == 0
+    assert len(published(hub)) == 2 and hub.repository("tester/mine", "dataset").private

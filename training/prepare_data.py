@@ -1,0 +1,103 @@
+"""Make a dataset of images of one size out of files: parquet that `--dataset_name OUTPUT` and the Hub read.
+
+    python training/prepare_data.py ~/images data/mine --resolution 64
+    python training/prepare_data.py cifar-10-python.tar.gz data/cifar10
+    python training/prepare_data.py cifar-10-python.tar.gz data/cifar10 --split test
+
+SOURCE is a folder (with a folder per class, or EDM's dataset.json, for labels) or a zip of images, CIFAR-10's archive
+(python or binary), or a file of MNIST's images beside that of its labels. Nothing is unpacked, and nothing in it run.
+Every image is read before anything is written; those that can't be are listed, and the program ends with code 2.
+Images become 8-bit RGB, or grey where all are; they are turned upright, transparency is laid over white, 16-bit grey
+is scaled, and of an animation the first picture is taken. Stopped, the same command goes on where it was.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from shlex import quote
+
+import datasets
+from tqdm.auto import tqdm
+
+from cm_diffusers.engine.hub import Publisher, Push
+from cm_diffusers.engine.image_sources import open_source
+from cm_diffusers.engine.prepare import FILES, TRANSFORMS, Asked, Plan, prepare, write_card
+
+
+def run(args: argparse.Namespace) -> bool:
+    """Whether all is where it should be. Raises ValueError for what can't be prepared, or not there."""
+    if not re.fullmatch(r"\w+", args.split):
+        raise ValueError(f"split must be one word, got {args.split!r}.")
+    if args.resolution is not None and (len(args.resolution) > 2 or min(args.resolution) < 1):
+        raise ValueError(f"resolution takes one or two positive numbers, got {args.resolution}.")
+    if args.hub_dataset_id and not args.push_to_hub:
+        raise ValueError("hub_dataset_id is for --push_to_hub, which is not given.")
+    source, publisher = open_source(args.source, args.split), None
+    if args.push_to_hub:
+        publisher = Publisher(
+            args.hub_dataset_id or args.output.resolve().name, args.hub_private_repo, tqdm.write, kind="dataset"
+        )
+        publisher.check()
+    datasets.disable_progress_bars()  # those of single files; the whole has one
+    resolution = args.resolution and (args.resolution * 2)[:2]
+    if source.ignored:
+        names = ", ".join(source.ignored[:3]) + (", ..." if len(source.ignored) > 3 else "")
+        print(f"Passed over {len(source.ignored)} files that are no images: {names}")
+    asked = Asked(source.fingerprint, resolution, args.transform, args.channels)
+    plan = prepare(source, args.output, args.split, asked)
+    say_what_is_there(plan, args)
+    if publisher is None:
+        return True
+    write_card(args.output, publisher.repo_id.split("/")[-1], plan)
+    publisher.push(Push(args.output, f"Upload {args.split}", files=FILES))
+    if publisher.finish(args.hub_timeout):
+        print(f"Pushed to {publisher.url}: --dataset_name {publisher.repo_id}")
+        return True
+    print("Not all of it is on the Hub; the same command sends it again.")
+    return False
+
+
+def say_what_is_there(plan: Plan, args: argparse.Namespace) -> None:
+    channels, height, width = plan.shape
+    classes = f" in {len(plan.classes)} classes" if plan.classes else ""
+    print(f"{args.output / args.split}: {plan.count} images of {channels} x {height} x {width}{classes}")
+    if plan.enlarged:
+        print(f"WARNING: {plan.enlarged} of them were smaller, and are enlarged.")
+    split = "" if args.split == "train" else f" --split {args.split}"
+    conditional = " --class_conditional" if plan.classes else ""
+    folders = f"--dataset_name {quote(str(args.output))} --output_dir {quote(f'runs/{args.output.resolve().name}')}"
+    print(f"Train on it:  accelerate launch training/train_consistency.py --method ect{split}{conditional} {folders}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="folder, zip, archive or file of images")
+    add("output", metavar="OUTPUT", type=Path, help="folder of the dataset; each split gets a folder in it")
+    add("--split", default="train", help="name of the split, and which one where SOURCE holds several (train)")
+    add("--resolution", type=int, nargs="+", help="side, or height and width, in pixels (as the images are)")
+    add(
+        "--transform",
+        choices=TRANSFORMS,
+        default="center_crop",
+        help="crop the middle, or stretch all of an image, to the shape of the resolution (center_crop)",
+    )
+    add("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB (grey where all images are)")
+    add("--push_to_hub", action="store_true", help="publish it as a dataset")
+    add("--hub_dataset_id", help="user/name, or name (that of OUTPUT)")
+    add("--hub_private_repo", action="store_true", help="if the repository has to be made, make it private")
+    add("--hub_timeout", type=float, default=120, help="seconds to keep trying while the Hub is out of reach (120)")
+    try:
+        done = run(parser.parse_args(argv))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:  # a full disk, for one
+        print(f"error: {error}. What is complete stays; the same command goes on.", file=sys.stderr)
+        raise SystemExit(1) from None
+    raise SystemExit(0 if done else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""One page of one or several training runs: curves, samples over training, quality, settings side by side.
+
+    python training/report.py runs/mine runs/other --output report.html
+
+The page is one file that needs nothing else. It shows what there is: a run that goes on, too, and quality once
+`training/evaluate.py --output_dir runs/mine` has measured it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cm_diffusers.engine.report import write_report
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (report.html)")
+    args = parser.parse_args(argv)
+    try:
+        runs = write_report(args.runs, args.output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    for run in runs:
+        for note in run.notes:
+            print(f"{run.name}: {note}")
+    print(f"Saved {args.output}.")
+
+
+if __name__ == "__main__":
+    main()
