@@ -13,9 +13,17 @@ from which it steps. Here it comes before, as in the paper.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, ImagePipelineOutput, ModelMixin
+from diffusers import (
+    DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
 
 from .image_pipeline import Generators, ImagePipeline, StepCallback
@@ -24,6 +32,7 @@ from .image_pipeline import Generators, ImagePipeline, StepCallback
 SOLVERS = ("heun", "euler", "ddim", "sde", "sde_2m")
 # of each prediction, the default one first
 TIME_LABELS = {"edm": ("log_sigma", "quarter_log_sigma", "angle"), "flow": ("flow_time",)}
+TIME_LABELS |= {"epsilon": ("timestep",), "v_prediction": ("timestep",)}
 
 
 class DenoisingPipeline(ImagePipeline):
@@ -36,13 +45,20 @@ class DenoisingPipeline(ImagePipeline):
         scheduler: an `EDMEulerScheduler` with the model's `sigma_data` (of which flow models have none).
         time_label: the network's time input, by default the first that the prediction allows: "log_sigma"
             (250 ln sigma), "quarter_log_sigma" (ln(sigma) / 4) or "angle" (atan(sigma / sigma_data)) for "edm",
-            "flow_time" (sigma / (1 + sigma)) for "flow".
+            "flow_time" (sigma / (1 + sigma)) for "flow", "timestep" (times between the integers of the noise schedule,
+            by the angle atan(sigma)) for the others.
         prediction: "edm" for a network under EDM's preconditioning; "flow" for one that is given
-            x_t = (1 - t) x0 + t noise and predicts noise - x0 (Lipman et al. 2022, arXiv:2210.02747).
+            x_t = (1 - t) x0 + t noise and predicts noise - x0 (Lipman et al. 2022, arXiv:2210.02747); "epsilon" (the
+            noise) or "v_prediction" (alpha noise - std x0) for one that is given alpha x0 + std noise with
+            alpha^2 + std^2 = 1, a tuned DDPM.
         vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
+        time_scale: factor of the time label of "flow" (1000 for diffusers' flow models).
+        noise_schedule: for "epsilon" and "v_prediction" the settings of diffusers' `DDPMScheduler` that make the table
+            of alpha^2, such as {"beta_schedule": "linear"}.
 
     Raises:
-        ValueError: unknown prediction, or a time label that is not one of its own.
+        ValueError: unknown prediction, a time label that is not one of its own, or no noise schedule where it has to
+            be known.
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
@@ -54,6 +70,8 @@ class DenoisingPipeline(ImagePipeline):
         time_label: str | None = None,
         prediction: str = "edm",
         vae: ModelMixin | None = None,
+        time_scale: float = 1.0,
+        noise_schedule: dict[str, Any] | None = None,
     ):
         super().__init__()
         if prediction not in TIME_LABELS:
@@ -64,8 +82,14 @@ class DenoisingPipeline(ImagePipeline):
             raise ValueError(
                 f"time_label of the prediction {prediction!r} must be one of {', '.join(labels)}; got {time_label!r}."
             )
+        if (time_label == "timestep") != (noise_schedule is not None):
+            raise ValueError("noise_schedule is for the predictions 'epsilon' and 'v_prediction', which need it.")
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_to_config(time_label=time_label, prediction=prediction)
+        self.register_to_config(time_scale=time_scale, noise_schedule=noise_schedule)
+        if noise_schedule is not None:
+            alphas_cumprod = DDPMScheduler(**noise_schedule).alphas_cumprod.double()
+            self._angles = torch.atan2((1 - alphas_cumprod).sqrt(), alphas_cumprod.sqrt()).numpy()
 
     @property
     def default_steps(self) -> tuple[int, ...]:
@@ -74,20 +98,31 @@ class DenoisingPipeline(ImagePipeline):
     def denoise(self, sample: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """The estimate of the clean sample from `sample` (B, C, H, W), float32, at the scalar level `sigma` > 0.
 
-        The sample is x0 + sigma noise whatever the network predicts; a flow model is given sample / (1 + sigma).
+        The sample is x0 + sigma noise whatever the network predicts; a flow model is given sample / (1 + sigma), one
+        of noise or v sample / sqrt(1 + sigma^2).
         """
-        flow_time = sigma / (1 + sigma)
-        if self.config.prediction == "flow":
-            network_input, label = sample / (1 + sigma), flow_time
-        else:
-            network_input = self.scheduler.precondition_inputs(sample, sigma)
-            factor = {"log_sigma": 250, "quarter_log_sigma": 0.25}.get(self.config.time_label)
-            label = (sigma / self.scheduler.config.sigma_data).atan() if factor is None else factor * sigma.log()
-        network = network_input.to(self.unet.dtype), label.to(sample.device)
+        prediction = self.config.prediction
+        spread = 1 + sigma if prediction == "flow" else (1 + sigma**2).sqrt()
+        edm = prediction == "edm"
+        network_input = self.scheduler.precondition_inputs(sample, sigma) if edm else sample / spread
+        network = network_input.to(self.unet.dtype), self._label(sigma).to(sample.device)
         output = self.unet(*network, class_labels=labels, return_dict=False)[0].float()
-        if self.config.prediction == "flow":
-            return network_input - flow_time * output
-        return self.scheduler.precondition_outputs(sample, output, sigma)
+        if edm:
+            return self.scheduler.precondition_outputs(sample, output, sigma)
+        if prediction == "epsilon":
+            return sample - sigma * output
+        return (network_input if prediction == "flow" else network_input / spread) - sigma / spread * output
+
+    def _label(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The network's time input at `sigma`."""
+        label = self.config.time_label
+        if label == "flow_time":
+            return self.config.time_scale * sigma / (1 + sigma)
+        if label == "timestep":
+            return torch.tensor(np.interp(float(sigma.double().atan()), self._angles, np.arange(len(self._angles))))
+        if label == "angle":
+            return (sigma / self.scheduler.config.sigma_data).atan()
+        return {"log_sigma": 250, "quarter_log_sigma": 0.25}[label] * sigma.log()
 
     def _heun_step(
         self, sample: torch.Tensor, denoised: torch.Tensor, euler: torch.Tensor, i: int, labels: torch.Tensor | None

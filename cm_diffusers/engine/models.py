@@ -46,21 +46,20 @@ def _is_diffusion(pipeline: ImagePipeline) -> bool:
 
 def _spec_of(pipeline: ImagePipeline) -> ModelSpec:
     """The parameterisation of a saved model of the library."""
-    config = pipeline.scheduler.config
+    levels = pipeline.scheduler.config
+    config = pipeline.config if isinstance(pipeline, (DenoisingPipeline, MeanFlowPipeline)) else levels
     if isinstance(pipeline, TrigFlowPipeline):
         prediction = "trigflow"
     elif isinstance(pipeline, MeanFlowPipeline):
         prediction = "flow"
     else:
-        holder = pipeline.config if isinstance(pipeline, DenoisingPipeline) else config
-        prediction, label = holder.get("prediction", "edm"), holder.get("time_label", "log_sigma")
-    scale = pipeline.config if isinstance(pipeline, MeanFlowPipeline) else config
+        prediction, label = config.get("prediction", "edm"), config.get("time_label", "log_sigma")
     return ModelSpec(
-        config.get("sigma_data", 1.0),
+        levels.get("sigma_data", 1.0),
         OWN_LABELS.get(prediction) or label,
-        config.get("sigma_max", 80.0),
+        levels.get("sigma_max", 80.0),
         prediction,
-        scale.get("time_scale", 1.0),
+        config.get("time_scale", 1.0),
         config.get("noise_schedule"),
     )
 

@@ -18,6 +18,7 @@ from cm_diffusers.core.solvers import reverse_sde_step
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.diffusion import DiffusionOptions, denoising_error, denoising_pipeline, noised
 from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class CDM(Objective):
 
     name = "cdm"
     Options = CDMOptions
+    keeps = PROCESS_STUDENTS
     sigma_min = 0.002
     floor = 0.0
     terms = ("martingale", "martingale_weight")

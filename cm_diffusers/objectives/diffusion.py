@@ -7,18 +7,20 @@ EDM's F, TrigFlow's velocity (Lu & Song 2024, arXiv:2410.11081, eq. 3: the same 
 
 from dataclasses import dataclass
 
+import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from torch import Tensor, nn
 
+from cm_diffusers.core.denoisers import jump_scalings
 from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.core.interpolants import VE, LinearFlow
+from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.weightings import edm_weight
 from cm_diffusers.models import with_log_variance, without_log_variance
-from cm_diffusers.objectives.base import Batch, Facts, Loss, ModelSpec, Objective
+from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.options import check_between, option
-from cm_diffusers.objectives.spec import ModelSpec
+from cm_diffusers.objectives.spec import PROCESS_STUDENTS, ModelSpec
 from cm_diffusers.pipelines import DenoisingPipeline, TrigFlowPipeline
 from cm_diffusers.schedulers import TrigFlowScheduler
 
@@ -51,11 +53,11 @@ def noised(x0: Tensor, law: tuple[float, float], draws: Draws) -> tuple[Tensor, 
 
 
 def denoising_error(denoised: Tensor, x0: Tensor, sigma: Tensor, spec: ModelSpec) -> Tensor:
-    """The squared error of the network's own output, (B,): 1 / c_out^2, or 1 / t^2 of a flow, times |D - x0|^2."""
-    if spec.prediction == "flow":
-        weight = LinearFlow().time(sigma) ** -2
+    """The squared error of the network's own output, (B,): |D - x0|^2 over the square of that output's factor in D."""
+    if spec.prediction in ("edm", "trigflow"):  # whose c_out is the same
+        weight = edm_weight(sigma, spec.sigma_data)
     else:
-        weight = edm_weight(sigma, spec.sigma_data)  # TrigFlow's c_out is EDM's
+        weight = jump_scalings(spec.prediction, sigma, torch.zeros_like(sigma), spec.sigma_data)[1] ** -2
     return weight * l2(denoised, x0)
 
 
@@ -64,8 +66,8 @@ def denoising_pipeline(network: nn.Module, spec: ModelSpec, sigma_min: float) ->
     levels = {"sigma_min": sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
     if spec.prediction == "trigflow":
         return TrigFlowPipeline(network, TrigFlowScheduler(solver="heun", **levels))
-    label = {} if spec.prediction == "flow" else {"time_label": spec.time_label}
-    return DenoisingPipeline(network, EDMEulerScheduler(**levels), prediction=spec.prediction, **label)
+    config = {"prediction": spec.prediction, "time_label": spec.time_label, "time_scale": spec.time_scale}
+    return DenoisingPipeline(network, EDMEulerScheduler(**levels), **config, noise_schedule=spec.noise_schedule)
 
 
 class Diffusion(Objective):
@@ -77,6 +79,7 @@ class Diffusion(Objective):
 
     name = "diffusion"
     Options = DiffusionOptions
+    keeps = PROCESS_STUDENTS
     sigma_min = 0.002
     floor = 0.0
     facts = Facts(

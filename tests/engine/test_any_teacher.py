@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from stock_pipelines import PIPELINES, autoencoder_kl, autoencoder_tiny, dit, save, unet
 from training_runs import differences, read_log, run, tensors
 
-from cm_diffusers import ConsistencyPipeline
+from cm_diffusers import ConsistencyPipeline, DenoisingPipeline
 from cm_diffusers.engine.config import ModelArguments
+from cm_diffusers.engine.export import verify_export
 from cm_diffusers.engine.models import denoiser_of, load_pipeline, load_teacher
 from cm_diffusers.objectives import OBJECTIVES
 
@@ -95,6 +96,26 @@ def test_a_trajectory_model_begins_as_its_teacher_and_jumps_after_reloading(kind
     torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "kind, method", [("epsilon", "diffusion"), ("v, zero snr", "cdm"), ("flow", "diffusion"), ("edm", "cdm")]
+)
+def test_a_diffusion_model_is_tuned_on_its_own_process_and_teaches(kind, method, tmp_path):
+    folder = start(kind, method, tmp_path, max_train_steps=2) / "pipeline"
+    tuned, teacher = load_pipeline(str(folder)), load_teacher(str(tmp_path / "teacher"), ModelArguments())
+    assert type(tuned) is DenoisingPipeline and tuned.config.prediction == teacher.spec.prediction
+    labels = torch.tensor([1, 2]) if tuned.num_classes else None
+    for sigma in (40.0, 3.3, 0.05):
+        x, levels = sigma * torch.randn(2, 1, 8, 8), torch.full((2,), sigma)
+        with torch.no_grad():
+            denoised = tuned.denoise(x, levels[0], labels)
+            torch.testing.assert_close(denoised, denoiser_of(tuned)(x, levels, labels), rtol=1e-4, atol=1e-4)
+            moved = load_teacher(str(folder), ModelArguments()).denoiser(x, levels, labels) - denoised
+            assert moved.abs().max() < 1e-3
+            away = denoised - teacher.denoiser(x, levels, labels)
+        assert 0 < away.square().mean().sqrt() < 0.3  # two steps
+    verify_export(tuned, folder)  # in a clean process, where the code of the folder samples the same images
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v", "flow", "edm, v"])
 def test_one_step_of_the_student_s_pipeline_is_its_denoiser(kind, tmp_path):
     pipe = load_pipeline(str(start(kind, "ect", tmp_path, max_train_steps=1) / "pipeline"))
@@ -130,8 +151,6 @@ def test_a_stopped_run_is_resumed_bit_for_bit(kind, method, tmp_path, monkeypatc
 
 def test_the_exported_folder_is_verified_in_a_clean_process(tmp_path, monkeypatch):
     """A DiT with an autoencoder, on a VP process: the code of network, scheduler and pipeline travels."""
-    from cm_diffusers.engine.export import verify_export
-
     folder = start("dit", "ect", tmp_path, max_train_steps=1) / "pipeline"
     verify_export(load_pipeline(str(folder)), folder)
 

@@ -34,6 +34,7 @@ OPTIONS = {
 # Students that keep the process of another diffusion model: every method that has such, and every kind once or more.
 STUDENTS = {"ct": "epsilon", "ict": "v_prediction", "cd": "epsilon", "ect": "v_prediction", "ecd": "flow"}
 STUDENTS |= {"sct": "flow", "scd": "flow", "mean_flow": "flow", "ctm": "v_prediction"}
+STUDENTS |= {"diffusion": "epsilon", "cdm": "v_prediction"}
 SPECS = {"flow": {"time_scale": 1000.0}, "epsilon": {"noise_schedule": {"beta_schedule": "linear"}}}
 SPECS["v_prediction"] = {"noise_schedule": {"beta_schedule": "squaredcos_cap_v2"}}
 
