@@ -305,6 +305,8 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._initialise()
         self._number_dropout()
+        # those named as defaults would be left out by from_config, later changes among them
+        self.register_to_config(_use_default_values=[])
         self.gradient_checkpointing = False
 
     def _initialise(self) -> None:

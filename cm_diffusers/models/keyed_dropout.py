@@ -66,13 +66,16 @@ class KeyedDropoutMixin:
         self._keys = keys
 
     def _keys_of(self, sample: Tensor) -> Tensor | None:
-        """The keys for the batch `sample` (B, ...), on its device; None where dropout is ordinary or off.
+        """The keys for the batch `sample`, on its device; None where dropout is ordinary or off.
+
+        In a batch of whole batches, one after the other, each has the keys anew.
 
         Raises:
             ValueError: the keys are those of a batch of another size.
         """
         if self._keys is None or not self.training:
             return None
-        if len(self._keys) != len(sample):
+        times, rest = divmod(len(sample), len(self._keys))
+        if rest:
             raise ValueError(f"There are dropout keys for {len(self._keys)} samples, the batch has {len(sample)}.")
-        return self._keys.to(sample.device)
+        return self._keys.to(sample.device).repeat(times)
