@@ -310,7 +310,7 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
     options, data, model, run = (cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in groups)
     for name, value in (("augment", data.augment), ("label_dropout", model.label_dropout)):
         if value and not OBJECTIVES[method].teaches:
-            teachers = [name for name, cls in OBJECTIVES.items() if cls.teaches]
+            teachers = [m for m, cls in OBJECTIVES.items() if cls.teaches]
             raise ValueError(f"{name} is for the training of teachers by {', '.join(teachers)}, and not for {method}.")
     if model.teacher_revision is not None and getattr(options, "pretrained_teacher_model", None) is None:
         raise ValueError("teacher_revision is that of --pretrained_teacher_model, which is not given.")
