@@ -293,7 +293,7 @@ class JVPUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
             return_dict: False gives the tuple (sample,) or (sample, log_variance).
 
         Raises:
-            ValueError: class labels are missing or superfluous, or the dropout keys are not those of this batch.
+            ValueError: class labels are missing or superfluous, or dropout has keys, and not for this batch.
         """
         batch = sample.shape[0]
         if (class_labels is None) != (self.class_embedding is None):

@@ -73,7 +73,7 @@ class KeyedDropoutMixin:
         Raises:
             ValueError: the keys are those of a batch of another size.
         """
-        if self._keys is None or not self.training:
+        if self._keys is None or not (self.training and self.config.dropout):
             return None
         times, rest = divmod(len(sample), len(self._keys))
         if rest:

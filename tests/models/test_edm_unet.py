@@ -156,6 +156,8 @@ def test_keyed_dropout_does_not_depend_on_the_batch(kind):
     for row in range(3):
         network.key_dropout(keys[row : row + 1])
         torch.testing.assert_close(network(x[row : row + 1], t[row : row + 1]).sample, whole[row : row + 1])
+    network.key_dropout(keys)
+    torch.testing.assert_close(network(torch.cat([x, x]), torch.cat([t, t])).sample, torch.cat([whole, whole]))
     network.key_dropout(keys + 1)
     assert (network(x, t).sample - whole).abs().amax((1, 2, 3)).min() > 1e-4
     layers = [module.layer for module in network.modules() if isinstance(module, KeyedDropout)]
