@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from cm_diffusers.models import UNET_PRESETS
+from cm_diffusers.models import EDM_PRESETS, UNET_PRESETS
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.objectives.options import check_between, option
 
@@ -25,7 +25,7 @@ class ModelArguments:
         None, "Start from this diffusion or consistency model of the library or of diffusers: a folder or a Hub id."
     )
     revision: str | None = option(None, "Revision of the pretrained model on the Hub.")
-    model_preset: str = option("small", "Size of the U-Net.", choices=list(UNET_PRESETS))
+    model_preset: str = option("small", "Size of the U-Net.", choices=[*UNET_PRESETS, *EDM_PRESETS])
     model_config_name_or_path: str | None = option(None, "Config of a UNet2DModel to use instead of a preset.")
     vae_name_or_path: str | None = option(
         None,
@@ -34,6 +34,10 @@ class ModelArguments:
     )
     dropout: float = option(0.0, "Dropout probability of the U-Net.")
     class_conditional: bool = option(False, "Condition the model on the labels of the dataset.")
+    label_dropout: float = option(
+        0.0,
+        f"How often a class label is left out, so that the model can be guided: {', '.join(EDM_PRESETS)}, and DiT.",
+    )
     teacher_revision: str | None = option(None, "Revision of the teacher on the Hub.")
     time_label: str | None = option(
         None,
@@ -45,7 +49,7 @@ class ModelArguments:
     teacher_guidance_scale: float = option(
         1.0,
         "Classifier-free guidance of the teacher, w in D_null + w (D - D_null); 1 for none. For teachers with a class"
-        " for none (DiT).",
+        " for none (DiT, and those that were trained with --label_dropout).",
     )
     sigma_data: float | None = option(None, "Root mean square of the data in [-1, 1]. Default: measured.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
@@ -54,6 +58,9 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_between("dropout", self.dropout, 0, 0.99)
+        check_between("label_dropout", self.label_dropout, 0, 0.99)
+        if self.label_dropout and not self.class_conditional:
+            raise ValueError("label_dropout is for --class_conditional, which is not given.")
         if self.revision is not None and self.pretrained_model_name_or_path is None:
             raise ValueError("revision is that of --pretrained_model_name_or_path, which is not given.")
         if self.sigma_data is not None:
@@ -78,6 +85,11 @@ class DataArguments:
     )
     channels: int | None = option(None, "1 for grey, 3 for RGB. Default: detected.", choices=[1, 3])
     random_flip: bool = option(False, "Flip half of the images left to right.")
+    augment: float = option(
+        0.0,
+        "Probability of each augmentation that the network is told of (EDM's: mirrored, scaled, turned, stretched,"
+        f" shifted); 0 for none. For {', '.join(EDM_PRESETS)}.",
+    )
     max_train_samples: int | None = option(None, "Use only the first samples.")
     streaming: bool = option(False, "Stream the dataset. Such a run can't be resumed bit for bit.")
     cache_latents: bool = option(False, "Keep the latents that images are encoded to in a file beside the run.")
@@ -92,6 +104,7 @@ class DataArguments:
             raise ValueError("dataset_revision is for a dataset_name on the Hub.")
         if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
             raise ValueError(f"resolution takes one or two positive numbers, got {self.resolution}.")
+        check_between("augment", self.augment, 0, 1)
         if self.max_train_samples is not None:
             check_between("max_train_samples", self.max_train_samples, 1, 1 << 40)
         check_between("dataloader_num_workers", self.dataloader_num_workers, 0, 1024)
@@ -295,6 +308,10 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
         raise ValueError(f"config {chosen.config}: {error}") from None
     namespace = _parse(parser, _as_flags(from_file) + rest, methods, method)
     options, data, model, run = (cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in groups)
+    for name, value in (("augment", data.augment), ("label_dropout", model.label_dropout)):
+        if value and not OBJECTIVES[method].teaches:
+            teachers = [m for m, cls in OBJECTIVES.items() if cls.teaches]
+            raise ValueError(f"{name} is for the training of teachers by {', '.join(teachers)}, and not for {method}.")
     if model.teacher_revision is not None and getattr(options, "pretrained_teacher_model", None) is None:
         raise ValueError("teacher_revision is that of --pretrained_teacher_model, which is not given.")
     return Config(method, options, model, data, run)

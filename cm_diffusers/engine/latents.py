@@ -44,7 +44,7 @@ class LatentData(ImageData):
         say: prints a line.
 
     Raises:
-        ValueError: a stream, mirrored images, or images that are not what the autoencoder takes.
+        ValueError: a stream, mirrored or augmented images, or images that are not what the autoencoder takes.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class LatentData(ImageData):
             raise ValueError("streaming is not for latents: images are encoded once, before training.")
         if data.args.random_flip:
             raise ValueError("random_flip is not for latents: mirrored latents are not those of the mirrored image.")
+        if data.args.augment:
+            raise ValueError("augment is not for latents: turned latents are not those of the turned image.")
         if data.channels != vae.config.in_channels:
             raise ValueError(
                 f"the autoencoder takes images of {vae.config.in_channels} channels,"

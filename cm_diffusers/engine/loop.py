@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.ema import EMA, ConstantDecay, HalfLife
+from cm_diffusers.core.labelled_augmentation import augment
 from cm_diffusers.engine.card import HERE, Surroundings
 from cm_diffusers.engine.checkpoint import (
     Checkpoint,
@@ -39,6 +40,7 @@ from cm_diffusers.engine.optimization import (
 )
 from cm_diffusers.engine.pictures import plot_losses
 from cm_diffusers.engine.preview import save_preview, with_vae
+from cm_diffusers.engine.stock import null_class
 from cm_diffusers.objectives import Batch, Objective
 
 
@@ -232,15 +234,25 @@ class Trainer:
 
     # --- one step ----------------------------------------------------------------------------------------------
 
-    def _batch(self, raw: dict[str, Tensor | None], draws: Draws) -> Batch:
+    def _batch(self, raw: dict[str, Tensor | None], draws: Draws | None = None) -> Batch:
+        """Images and labels as they are, or with `draws` as they are trained on."""
         images = raw["images"].to(self.accelerator.device, non_blocking=True)
         if self.data.vae is None:  # else they are latents
             images = images.float() / 127.5 - 1
+        labels, augment_labels = raw["labels"], None
+        if labels is not None:
+            labels = labels.to(self.accelerator.device)
+        if draws is None:
+            return Batch(images, labels)
         if self.config.data.random_flip:
             flip = draws.uniform("flip") < 0.5
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        labels = raw["labels"]
-        return Batch(images, None if labels is None else labels.to(self.accelerator.device))
+        if self.config.data.augment:
+            images, augment_labels = augment(images, draws, self.config.data.augment)
+        if self.config.model.label_dropout:
+            dropped = draws.uniform("label dropout") < self.config.model.label_dropout
+            labels = labels.masked_fill(dropped, null_class(self.objective.network))
+        return Batch(images, labels, augment_labels)
 
     def _train_step(self, batches) -> tuple[float, bool]:
         """Forward and backward passes and an optimiser's step; gives the gradient norm, and whether to stop."""
@@ -352,7 +364,7 @@ class Trainer:
         """Pictures of the model as it would be exported now: samples, what it makes of noise, losses."""
         pipeline, name = self.exported(), self.folder / "samples" / f"step-{self.step:07d}"
         save_preview(pipeline, name.with_suffix(".png"))
-        batch = self._batch(next(self.data.batches(Spot(8, 1, 0, 1), self.run.seed)), Draws(0, 0, range(8)))
+        batch = self._batch(next(self.data.batches(Spot(8, 1, 0, 1), self.run.seed)))
         if self.data.vae is None and batch.images.shape[1] in (1, 3):
             numbers = save_diagnostics(
                 self.objective.denoiser(pipeline.unet),

@@ -10,12 +10,20 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 from torch import nn
 
+from cm_diffusers.core import labelled_augmentation as augmentation
 from cm_diffusers.core.denoisers import Denoiser, GuidedDenoiser
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.stock import AUTOENCODERS, NETWORKS, SavedModel, negate, read_stock
-from cm_diffusers.models import JVPUNet2DModel, build_unet, keep_time_embedding_in_float32
+from cm_diffusers.engine.stock import AUTOENCODERS, NETWORKS, SavedModel, negate, null_class, read_stock
+from cm_diffusers.models import (
+    EDM_PRESETS,
+    DiTModel,
+    EDMUNet2DModel,
+    JVPUNet2DModel,
+    build_unet,
+    keep_time_embedding_in_float32,
+)
 from cm_diffusers.models.unet_presets import check_halvings
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec, Objective
 from cm_diffusers.objectives.mean_flow import jump_to_zero
@@ -68,7 +76,7 @@ def _saved(name_or_path: str, revision: str | None, role: str) -> tuple[SavedMod
     """A saved model of the library or of diffusers, and its pipeline. Raises ValueError for what can't be read."""
     pipeline = load_pipeline(name_or_path, revision, PIPELINES | STOCK, torch_dtype=torch.float32)
     if type(pipeline).__name__ not in STOCK:
-        return SavedModel(pipeline.unet, _spec_of(pipeline), pipeline.vae), pipeline
+        return SavedModel(pipeline.unet, _spec_of(pipeline), pipeline.vae, null_class(pipeline.unet)), pipeline
     try:
         return read_stock(pipeline), pipeline
     except ValueError as error:
@@ -162,7 +170,8 @@ def guided(teacher: SavedModel, scale: float) -> Denoiser:
         return teacher.denoiser
     if teacher.null_class is None:
         raise ValueError(
-            "teacher_guidance_scale needs a teacher that knows a class for none, as a DiTPipeline does; this one"
+            "teacher_guidance_scale needs a teacher that knows a class for none, as a DiTPipeline does and what was"
+            " trained with --label_dropout; this one"
             + (" is unconditional." if teacher.num_classes is None else "'s labels are all those of classes.")
         )
     return GuidedDenoiser(teacher.denoiser, scale, teacher.null_class)
@@ -232,7 +241,9 @@ def _from_scratch(args: ModelArguments, data: ImageData, prediction: str, sigma_
     if args.model_config_name_or_path is not None:
         network = _from_config(args, data)
     else:
-        network = build_unet(args.model_preset, data.resolution, data.channels, data.num_classes, args.dropout)
+        augment = augmentation.LABELS if data.args.augment else 0
+        shape = (data.resolution, data.channels, data.num_classes)
+        network = build_unet(args.model_preset, *shape, args.dropout, augment)
     sigma_data = args.sigma_data or sigma_data or data.measure_sigma_data()
     made_for_tangents = isinstance(network, JVPUNet2DModel)
     label = args.time_label or ("angle" if made_for_tangents else "log_sigma")
@@ -242,7 +253,25 @@ def _from_scratch(args: ModelArguments, data: ImageData, prediction: str, sigma_
         label = OWN_LABELS[prediction]
         if args.time_label not in (None, label):
             raise ValueError(f"time_label {args.time_label!r}: a model that predicts {prediction!r} takes {label!r}.")
+    if isinstance(network, EDMUNet2DModel) and label != "log_sigma":
+        network.register_to_config(preconditioning="none")  # it is told such times as they are
     return Start(network, ModelSpec(sigma_data, label, prediction=prediction), pretrained=False)
+
+
+def _prepare_labels(network: nn.Module, args: ModelArguments, data: ImageData) -> None:
+    """Raise ValueError where `network` can't be told what it shall be: how an image was augmented, or of no class."""
+    name = type(network).__name__
+    if data.args.augment and network.config.get("augment_channels") != augmentation.LABELS:
+        raise ValueError(
+            f"augment needs a network with augment_channels {augmentation.LABELS}, and this {name} has"
+            f" {network.config.get('augment_channels') or 'none'}; presets with them are {', '.join(EDM_PRESETS)}."
+        )
+    if isinstance(network, EDMUNet2DModel):
+        network.register_to_config(label_dropout=args.label_dropout)
+    elif args.label_dropout and not isinstance(network, DiTModel):
+        raise ValueError(
+            f"label_dropout: a {name} knows no class for none; presets that do are {', '.join(EDM_PRESETS)}."
+        )
 
 
 def _from_config(args: ModelArguments, data: ImageData) -> UNet2DModel:
@@ -294,6 +323,7 @@ def build_start(
         raise ValueError(f"sigma_data is {start.spec.sigma_data}, that of the teacher {taught}.")
     if teacher is not None:  # beyond what the teacher knows there is nothing to learn
         start = replace(start, spec=replace(start.spec, sigma_max=min(start.spec.sigma_max, teacher.spec.sigma_max)))
+    _prepare_labels(start.network, args, data)
     start = replace(start, network=method.adapt(start.network, start.spec))
     keep_time_embedding_in_float32(start.network)
     if args.gradient_checkpointing:

@@ -83,6 +83,12 @@ def _process(spec: ModelSpec) -> str:
     return f"predicts {spec.prediction} on a {name} VP schedule of {steps} steps, sigma {low:.2g} to {high}"
 
 
+def null_class(network: nn.Module) -> int | None:
+    """The label that stands for no class, where `network` knows one; None else."""
+    knows = isinstance(network, DiTModel) or network.config.get("label_dropout")
+    return network.config.num_class_embeds if knows else None
+
+
 def read_stock(pipeline: DiffusionPipeline) -> SavedModel:
     """A pipeline of one of the classes in `NETWORKS` as a denoiser.
 
@@ -96,10 +102,9 @@ def read_stock(pipeline: DiffusionPipeline) -> SavedModel:
     if not isinstance(network, (UNet2DModel, DiTTransformer2DModel)):
         raise ValueError(f"its network is a {type(network).__name__}; this version reads UNet2DModel and DiT's.")
     spec = read_scheduler(pipeline.scheduler)
-    network, null_class = without_variance(network), None
+    network = without_variance(network)
     if isinstance(network, DiTTransformer2DModel):
         network = DiTModel.from_transformer(network)
-        null_class = network.config.num_class_embeds
     elif network.config.time_embedding_type != "positional" or network.config.class_embed_type is not None:
         raise ValueError(
             "its UNet2DModel must have the time_embedding_type 'positional', which reads times between integers, and"
@@ -107,7 +112,7 @@ def read_stock(pipeline: DiffusionPipeline) -> SavedModel:
         )
     if pipeline.scheduler.config.get("prediction_type") == "v_prediction" and spec.prediction == "edm":
         negate(network)  # EDM's F is diffusers' "v_prediction" of its EDM schedulers with the sign turned
-    return SavedModel(network, spec, vae, null_class)
+    return SavedModel(network, spec, vae, null_class(network))
 
 
 def read_scheduler(scheduler: Any) -> ModelSpec:

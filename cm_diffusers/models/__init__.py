@@ -8,12 +8,13 @@ from cm_diffusers.models.log_variance import with_log_variance, without_log_vari
 from cm_diffusers.models.raw_sigma_unet import RawSigmaUNet2DModel
 from cm_diffusers.models.shuffle_unet import ShuffleUNet2DModel
 from cm_diffusers.models.two_time import TwoTimeModel
-from cm_diffusers.models.unet_presets import UNET_PRESETS, build_unet, keep_time_embedding_in_float32
+from cm_diffusers.models.unet_presets import EDM_PRESETS, UNET_PRESETS, build_unet, keep_time_embedding_in_float32
 
 
 __all__ = [
     "DiTModel",
     "EDMUNet2DModel",
+    "EDM_PRESETS",
     "JVPUNet2DModel",
     "PatchDiscriminator",
     "ProjectedDiscriminator",

@@ -18,6 +18,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .keyed_dropout import KeyedDropout, KeyedDropoutMixin
+
 
 CHOICES = {
     "architecture": ("score", "adm"),
@@ -144,7 +146,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.modulation = FullLinear(embedding, out_channels * (2 if scale_shift else 1))
         self.norm2 = FullGroupNorm(out_channels, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = KeyedDropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         # ADM resamples what goes round a block and leaves it so
         projects = in_channels != out_channels or self.resamples and not scale_shift
@@ -155,7 +157,7 @@ class ResidualBlock(nn.Module):
             self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
             self.proj = nn.Conv2d(out_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None = None) -> Tensor:
         h = F.silu(self.norm1(x))
         if self.resamples:
             h, x = (resample(y, self.taps, self.up) for y in (h, x))
@@ -166,7 +168,7 @@ class ResidualBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + modulation)
-        h = (self.skip(x) + self.conv2(self.dropout(F.silu(h)))) * self.skip_scale
+        h = (self.skip(x) + self.conv2(self.dropout(F.silu(h), keys))) * self.skip_scale
         return (h + self._attend(h)) * self.skip_scale if self.heads else h
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class ResidualBlock(nn.Module):
         return self.proj((v @ weights.transpose(2, 3)).reshape(x.shape))
 
 
-class EDMUNet2DModel(ModelMixin, ConfigMixin):
+class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
     """DDPM++, NCSN++ or ADM, called like diffusers' `UNet2DModel`, under EDM's preconditioning.
 
     DDPM++ is the default; NCSN++ has time_embedding_type "fourier", resample_filter (1, 3, 3, 1) and encoder_type
@@ -192,7 +194,8 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         attention_levels: levels with self-attention (0 is the full resolution); the middle always has it.
         attention_head_dim: channels per head, None for one head.
         dropout: dropout probability.
-        label_dropout: how often a class label is left out in training.
+        label_dropout: how often class labels were left out in training; above 0 the network knows the label
+            num_class_embeds, that of no class.
         num_class_embeds: number of class labels, None for an unconditional model.
         augment_channels: size of the augmentation labels (Karras et al. 2022, appendix F.2), 0 for none.
         architecture: "score" for DDPM++ and NCSN++, whose embedding shifts and whose sums are scaled by sqrt(1/2), or
@@ -301,6 +304,9 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         self.norm_out = FullGroupNorm(width, 1e-5 if adm else 1e-6)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._initialise()
+        self._number_dropout()
+        # those named as defaults would be left out by from_config, later changes among them
+        self.register_to_config(_use_default_values=[])
         self.gradient_checkpointing = False
 
     def _initialise(self) -> None:
@@ -330,13 +336,14 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         """Apply the network to `sample` (B, C, H, W) at `timestep`, a number, () or (B,); see `preconditioning`.
 
         Args:
-            class_labels: int64 (B,). None means no class, as `label_dropout` trains it.
-            augment_labels: (B, augment_channels), how the image was augmented; None means not at all.
+            class_labels: int64 (B,) in [0, num_class_embeds]; the last one and None mean no class.
+            augment_labels: (B, augment_channels), how the image was augmented; None means not at all, and so do zeros.
             target_timestep: like `timestep`, for a network of two times.
             return_dict: False gives the tuple (sample,).
 
         Raises:
-            ValueError: labels for a network that has none, or a second time that is missing or superfluous.
+            ValueError: labels for a network that has none, a second time that is missing or superfluous, or dropout
+                keys that are not those of this batch.
         """
         given = {"class_labels": class_labels, "augment_labels": augment_labels}
         for name, module in (("class_labels", self.class_embedding), ("augment_labels", self.augment_embedding)):
@@ -349,7 +356,8 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         sigma, label = self._noise(timestep, sample)
         kind = self.config.preconditioning
         x = (sample * (sigma**2 + 1).sqrt()).to(sample.dtype) if kind == "ve" else sample
-        output = self._network(x, self._embed(label, target_timestep, class_labels, augment_labels, sample))
+        embedding = self._embed(label, target_timestep, class_labels, augment_labels, sample)
+        output = self._network(x, embedding, self._keys_of(sample))
         if kind in ("vp", "ve"):  # D = x - sigma noise, as c_skip x + c_out F
             noise = output if kind == "vp" else -output
             output = (sigma * sample - (sigma**2 + 1).sqrt() * noise).to(sample.dtype)
@@ -388,11 +396,11 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
             if class_labels is None:
                 one_hot = label.new_zeros(len(sample), count)
             else:
-                one_hot = F.one_hot(class_labels.long(), count).to(label.dtype)
-            if self.training and self.config.label_dropout:
-                one_hot = one_hot * (torch.rand_like(one_hot[:, :1]) >= self.config.label_dropout)
+                one_hot = F.one_hot(class_labels.long(), count + 1)[:, :count].to(label.dtype)
             classes = self.class_embedding(one_hot if adm else one_hot * math.sqrt(count))
-        if augment_labels is not None:
+        if self.augment_embedding is not None:
+            if augment_labels is None:  # with its weights in the graph, as distributed training asks for
+                augment_labels = label.new_zeros(len(sample), self.config.augment_channels)
             shared = shared + self.augment_embedding(augment_labels)
         if classes is not None and not adm:
             shared = shared + classes
@@ -410,14 +418,14 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         features = self.time_features(label)
         return features if self.config.architecture == "adm" else torch.cat(features.chunk(2, 1)[::-1], 1)
 
-    def _network(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def _network(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
         """The network's own output for `x` (B, C, H, W)."""
         taps, encoder_type = self.config.resample_filter, self.config.encoder_type
         side, h = x, self.conv_in(x)
         skips = [h]
         for level, blocks in enumerate(self.down_blocks):
             for i, block in enumerate(blocks):
-                h = self._apply_block(block, h, embedding)
+                h = self._apply_block(block, h, embedding, keys)
                 if level > 0 and i == 0 and encoder_type != "standard":
                     if encoder_type == "skip":
                         side = resample(side, taps, up=False)
@@ -427,7 +435,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
                         side = h = (h + side) / math.sqrt(2)
                 skips.append(h)
         for block in self.mid_blocks:
-            h = self._apply_block(block, h, embedding)
+            h = self._apply_block(block, h, embedding, keys)
         image = None
         for place, blocks in enumerate(self.up_blocks):
             for i, block in enumerate(blocks):
@@ -435,7 +443,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
                     h = torch.cat([h, skips.pop()], 1)
                 elif self.config.decoder_type == "skip":
                     image = self._read_out(self.aux_norm_out[place], self.aux_conv_out[place], h, image)
-                h = self._apply_block(block, h, embedding)
+                h = self._apply_block(block, h, embedding, keys)
         return self._read_out(self.norm_out, self.conv_out, h, image)
 
     def _read_out(self, norm: nn.Module, conv: nn.Module, h: Tensor, image: Tensor | None) -> Tensor:
@@ -443,9 +451,9 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin):
         read = conv(F.silu(norm(h)))
         return read if image is None else read + resample(image, self.config.resample_filter, up=True)
 
-    def _apply_block(self, block: ResidualBlock, h: Tensor, embedding: Tensor) -> Tensor:
+    def _apply_block(self, block: ResidualBlock, h: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
         # what carries a tangent can't be recomputed after the end of the JVP, as checkpointing does
         dual = any(forward_ad.unpack_dual(value).tangent is not None for value in (h, embedding))
         if self.gradient_checkpointing and torch.is_grad_enabled() and not dual:
-            return self._gradient_checkpointing_func(block, h, embedding)
-        return block(h, embedding)
+            return self._gradient_checkpointing_func(block, h, embedding, keys)
+        return block(h, embedding, keys)

@@ -20,8 +20,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .keyed_dropout import KeyedDropout, KeyedDropoutMixin
 
-GAMMA = 0x9E3779B97F4A7C15 - 2**64  # the increment of splitmix64, as int64: so that key 0 does not mix to 0
+
 FOURIER_SEED = 20241014
 
 
@@ -36,40 +37,6 @@ class JVPUNet2DOutput(BaseOutput):
 
     sample: Tensor
     log_variance: Tensor | None = None
-
-
-def _mix(z: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014) on int64, where products wrap around. Changes `z`."""
-    # int64 shifts copy the sign, the masks make them logical
-    z ^= (z >> 30) & (2**34 - 1)
-    z *= 0xBF58476D1CE4E5B9 - 2**64
-    z ^= (z >> 27) & (2**37 - 1)
-    z *= 0x94D049BB133111EB - 2**64
-    z ^= (z >> 31) & (2**33 - 1)
-    return z
-
-
-class KeyedDropout(nn.Dropout):
-    """Dropout that, given keys, masks each sample by (its key, this layer's index, the position) alone.
-
-    Element i of a sample reads the number mix(mix(mix(key + gamma) ^ layer) ^ i), with the finaliser of splitmix64.
-    These are integers, so the mask is the same on every device and in a batch of any size.
-    """
-
-    def __init__(self, p: float, layer: int = 0):
-        super().__init__(p)
-        self.layer = layer
-
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Drop elements of `x` (B, ...) in training mode; `keys` int64 (B,) on its device."""
-        if keys is None or not self.training or self.p == 0:
-            return super().forward(x)
-        if self.p == 1:
-            return x * 0
-        state = _mix(_mix(keys + GAMMA) ^ self.layer)
-        # signed numbers are uniform on [-2^63, 2^63)
-        kept = _mix(state[:, None] ^ torch.arange(x[0].numel(), device=x.device)) >= math.floor((self.p - 0.5) * 2**64)
-        return x * (kept.view(x.shape).to(x.dtype) / (1 - self.p))
 
 
 class Float32Linear(nn.Linear):
@@ -207,7 +174,7 @@ def _zero(module: nn.Module) -> nn.Module:
     return module
 
 
-class JVPUNet2DModel(ModelMixin, ConfigMixin):
+class JVPUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
     """A U-Net that is called like diffusers' `UNet2DModel` and is ready for `torch.func.jvp`.
 
     Args:
@@ -290,15 +257,13 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
         self.conv_norm_out = Float32GroupNorm(norm_num_groups, width, norm_eps)
         self.conv_out = _zero(nn.Conv2d(width, out_channels, 3, padding=1))
 
-        for layer, module in enumerate(m for m in self.modules() if isinstance(m, KeyedDropout)):
-            module.layer = layer
+        self._number_dropout()
         self.log_variance_head = None
         if log_variance:
             self.add_log_variance_head()
         # those named as defaults would be left out by from_config, positional arguments and later changes among them
         self.register_to_config(time_embedding_scale=time_embedding_scale, _use_default_values=[])
         self.gradient_checkpointing = False
-        self._keys: Tensor | None = None
 
     def add_log_variance_head(self) -> None:
         """Add w(t) of the adaptive weighting e^-w loss + w: zero at first, linear in the embedding of the time."""
@@ -311,18 +276,6 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
         """Delete the head, which samplers do not need."""
         self.log_variance_head = None
         self.register_to_config(log_variance=False)
-
-    def key_dropout(self, keys: Tensor | None) -> None:
-        """Draw the dropout of the coming batches in training mode by these keys, int64 (B,), one per sample.
-
-        None goes back to ordinary dropout.
-
-        Raises:
-            ValueError: not one int64 per sample.
-        """
-        if keys is not None and (keys.dtype != torch.int64 or keys.ndim != 1):
-            raise ValueError(f"Dropout keys are int64 (B,), not {keys.dtype} {tuple(keys.shape)}.")
-        self._keys = keys
 
     def forward(
         self,
@@ -345,11 +298,7 @@ class JVPUNet2DModel(ModelMixin, ConfigMixin):
         batch = sample.shape[0]
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError("class_labels are " + ("missing." if class_labels is None else "not for this network."))
-        keys = self._keys if self.training and self.config.dropout else None
-        if keys is not None:
-            if len(keys) != batch:
-                raise ValueError(f"There are dropout keys for {len(keys)} samples, the batch has {batch}.")
-            keys = keys.to(sample.device)
+        keys = self._keys_of(sample)
 
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         if not torch.is_tensor(timestep):

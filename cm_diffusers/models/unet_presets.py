@@ -1,6 +1,8 @@
 """Presets over diffusers' `UNet2DModel`, so that what is trained loads with nothing but diffusers.
 
-Those with `jvp_` before their name have the same shape as a `JVPUNet2DModel`, for methods that differentiate it.
+Those with `jvp_` before their name have the same shape as a `JVPUNet2DModel`, for methods that differentiate it. Those
+called `ddpmpp_` and `adm_` are EDM's own networks, of the class `EDMUNet2DModel`, that can be told how an image was
+augmented and that it is of no class.
 """
 
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from diffusers import UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 
+from cm_diffusers.models.edm_unet import EDMUNet2DModel
 from cm_diffusers.models.jvp_unet import JVPUNet2DModel
 from cm_diffusers.models.two_time import TwoTimeModel
 
@@ -24,6 +27,14 @@ UNET_PRESETS: dict[str, dict] = {
 }
 JVP = "jvp_"
 UNET_PRESETS |= {JVP + name: UNET_PRESETS[name] for name in ("tiny", "small", "base", "cifar10")}
+ADM = {"architecture": "adm", "model_channels": 192, "attention_head_dim": 64}
+# settings of `EDMUNet2DModel`; those for images of 32 and 64 pixels are in Karras et al. (2022), table 7
+EDM_PRESETS: dict[str, dict] = {
+    "ddpmpp_tiny": {"model_channels": 16, "channel_mult": (1, 2), "layers_per_block": 1},  # 0.2 M: tests, 8x8 digits
+    "ddpmpp_32": {"channel_mult": (2, 2, 2), "layers_per_block": 4},  # 56 M: CIFAR-10
+    "ddpmpp_64": {"channel_mult": (1, 2, 2, 2), "layers_per_block": 4, "attention_levels": (2,)},  # 62 M: FFHQ, AFHQ
+    "adm_64": ADM | {"channel_mult": (1, 2, 3, 4), "layers_per_block": 3, "attention_levels": (1, 2, 3)},  # 296 M
+}
 NORM_GROUPS = 8
 HEAD_DIM = 32
 
@@ -34,35 +45,49 @@ def build_unet(
     channels: int,
     num_classes: int | None = None,
     dropout: float = 0.0,
-) -> UNet2DModel | JVPUNet2DModel:
-    """A `UNet2DModel` after a preset, or a `JVPUNet2DModel` after one with `jvp_`.
+    augment_channels: int = 0,
+) -> UNet2DModel | JVPUNet2DModel | EDMUNet2DModel:
+    """A network after a preset; the preset's name says of which class.
 
     Args:
-        preset: a key of `UNET_PRESETS`.
+        preset: a key of `UNET_PRESETS` or of `EDM_PRESETS`.
         sample_size: (height, width) of the images.
         channels: 1 for grey, 3 for RGB, or any other number.
         num_classes: number of class labels, None for an unconditional model.
         dropout: dropout probability.
+        augment_channels: size of the augmentation labels, for `EDM_PRESETS`; 0 for none.
 
     Raises:
-        ValueError: unknown preset, or a size that cannot be halved as often as the preset has levels.
+        ValueError: unknown preset, one that takes no augmentation labels where some are asked for, or a size that
+            cannot be halved as often as the preset has levels.
     """
-    if preset not in UNET_PRESETS:
-        raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(UNET_PRESETS)}.")
-    shape = UNET_PRESETS[preset]
-    levels = range(len(shape["channels"]))
+    presets = UNET_PRESETS | EDM_PRESETS
+    if preset not in presets:
+        raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(presets)}.")
+    if augment_channels and preset not in EDM_PRESETS:
+        raise ValueError(
+            f"preset {preset!r} can't be told how its images were augmented; those that can are"
+            f" {', '.join(EDM_PRESETS)}."
+        )
+    shape = presets[preset]
+    widths = shape["channel_mult"] if preset in EDM_PRESETS else shape["channels"]
+    levels = range(len(widths))
     height, width = sample_size
     check_halvings(sample_size, len(levels), f"preset {preset!r}")
     config = {
         "sample_size": height if height == width else (height, width),
         "in_channels": channels,
         "out_channels": channels,
-        "block_out_channels": shape["channels"],
+        "num_class_embeds": num_classes,
+        "dropout": dropout,
+    }
+    if preset in EDM_PRESETS:
+        return EDMUNet2DModel(**config, **shape, augment_channels=augment_channels, preconditioning="edm")
+    config |= {
+        "block_out_channels": widths,
         "layers_per_block": shape["layers"],
         "attention_head_dim": HEAD_DIM,
         "norm_num_groups": NORM_GROUPS,
-        "num_class_embeds": num_classes,
-        "dropout": dropout,
     }
     if preset.startswith(JVP):
         return JVPUNet2DModel(**config, attention_levels=shape["attention"])

@@ -19,7 +19,8 @@ from cm_diffusers.objectives.spec import ModelSpec
 class Batch:
     """Images (B, C, H, W) in [-1, 1] or latents, float32, and class labels (B,), int64, of conditional models.
 
-    With `augment_labels` (B, n) the network is told how each image was augmented.
+    With `augment_labels` (B, n) the network is told how each image was augmented. Where class labels are left out they
+    are that of no class, the network's `num_class_embeds`.
     """
 
     images: Tensor
@@ -81,6 +82,7 @@ class Objective(ABC):
     floor: float
     keeps: ClassVar[tuple[str, ...]] = ()
     two_times: ClassVar[bool] = False  # whether its network is told where to jump to
+    teaches: ClassVar[bool] = False  # whether it makes teachers, and trains on augmented images and left-out labels
     terms: ClassVar[tuple[str, ...]] = ()  # names of the terms of its losses
     facts: ClassVar[Facts]
 

@@ -82,6 +82,7 @@ class Diffusion(Objective):
     keeps = PROCESS_STUDENTS
     sigma_min = 0.002
     floor = 0.0
+    teaches = True
     facts = Facts(
         what="denoising (EDM, TrigFlow or flow), sampled in ~35 calls",
         teacher="no",

@@ -21,7 +21,7 @@ from cm_diffusers.engine.models import build_start, denoiser_of, load_pipeline, 
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec, Objective
 
 
-DATA = SimpleNamespace(channels=1, resolution=(8, 8), num_classes=10)
+DATA = SimpleNamespace(channels=1, resolution=(8, 8), num_classes=10, args=SimpleNamespace(augment=0.0))
 
 
 class AnyTwoTimes(Objective):

@@ -17,6 +17,7 @@ from cm_diffusers.models import (
     keep_time_embedding_in_float32,
 )
 from cm_diffusers.models.edm_unet import NoiseFeatures, resample
+from cm_diffusers.models.keyed_dropout import KeyedDropout
 
 
 NCSNPP = {"time_embedding_type": "fourier", "resample_filter": (1, 3, 3, 1), "encoder_type": "residual"}
@@ -122,14 +123,48 @@ def test_networks_of_vp_and_ve_denoise_as_in_their_table(kind, sign):
     torch.testing.assert_close(result, x - sign * sigma * output, rtol=1e-9, atol=1e-9)
 
 
-def test_no_class_is_a_class_of_its_own_and_training_drops_labels():
-    network = randomised(num_class_embeds=3, label_dropout=1.0)
+@pytest.mark.parametrize("kind", ["ddpmpp", "adm"])
+def test_the_label_after_the_last_class_is_that_of_no_class(kind):
+    network = randomised(kind, num_class_embeds=3).eval()
     x, t, _, _ = inputs()
-    labels = torch.tensor([0, 1, 2])
     with torch.no_grad():
-        without = network.eval()(x, t).sample
-        assert (network(x, t, labels).sample - without).abs().amax((1, 2, 3)).min() > 1e-4
-        assert torch.equal(network.train()(x, t, labels).sample, without)
+        without = network(x, t).sample
+        assert torch.equal(network(x, t, torch.tensor([3, 3, 3])).sample, without)
+        some = network(x, t, torch.tensor([0, 3, 2])).sample
+    assert torch.equal(some[1], without[1])
+    assert (some - without)[::2].abs().amax((1, 2, 3)).min() > 1e-4
+
+
+def test_no_augment_labels_are_zeros_and_every_weight_keeps_a_gradient():
+    network = randomised(augment_channels=2)
+    x, t, _, _ = inputs()
+    output = network(x, t).sample
+    assert torch.equal(output, network(x, t, augment_labels=torch.zeros(3, 2)).sample)
+    assert (network(x, t, augment_labels=torch.ones(3, 2)).sample - output).abs().max() > 1e-4
+    output.sum().backward()  # a weight without a gradient ends a run of several processes
+    assert network.augment_embedding.weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["ddpmpp", "adm"])
+def test_keyed_dropout_does_not_depend_on_the_batch(kind):
+    network = randomised(kind, dropout=0.4).double().train()
+    x, t, _, _ = inputs(torch.float64)
+    keys = torch.tensor([5, 6, 7])
+    network.key_dropout(keys)
+    whole = network(x, t).sample
+    torch.testing.assert_close(network(x, t).sample, whole, rtol=0, atol=0)
+    for row in range(3):
+        network.key_dropout(keys[row : row + 1])
+        torch.testing.assert_close(network(x[row : row + 1], t[row : row + 1]).sample, whole[row : row + 1])
+    network.key_dropout(keys)
+    torch.testing.assert_close(network(torch.cat([x, x]), torch.cat([t, t])).sample, torch.cat([whole, whole]))
+    network.key_dropout(keys + 1)
+    assert (network(x, t).sample - whole).abs().amax((1, 2, 3)).min() > 1e-4
+    layers = [module.layer for module in network.modules() if isinstance(module, KeyedDropout)]
+    assert layers == list(range(len(layers))) and len(layers) > 5
+    network.key_dropout(keys[:2])
+    with pytest.raises(ValueError, match="dropout keys for 2 samples, the batch has 3"):
+        network(x, t)
 
 
 def test_samples_do_not_see_each_other_and_time_matters():

@@ -6,7 +6,8 @@ import torch
 from torch.func import jvp
 
 from cm_diffusers.models import UNET_PRESETS, JVPUNet2DModel, build_unet, keep_time_embedding_in_float32
-from cm_diffusers.models.jvp_unet import GAMMA, KeyedDropout, TimeFeatures, _mix, pixel_norm
+from cm_diffusers.models.jvp_unet import TimeFeatures, pixel_norm
+from cm_diffusers.models.keyed_dropout import GAMMA, KeyedDropout, _mix
 
 
 KINDS = ("positional", "fourier")

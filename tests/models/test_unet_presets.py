@@ -2,7 +2,13 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from cm_diffusers.models import UNET_PRESETS, build_unet, keep_time_embedding_in_float32
+from cm_diffusers.models import (
+    EDM_PRESETS,
+    UNET_PRESETS,
+    EDMUNet2DModel,
+    build_unet,
+    keep_time_embedding_in_float32,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +21,25 @@ def test_presets_have_their_size(preset, channels, millions):
     parameters = sum(parameter.numel() for parameter in network.parameters())
     assert parameters / 1e6 == pytest.approx(millions, rel=0.02)
     assert preset in UNET_PRESETS
+
+
+@pytest.mark.parametrize(
+    "preset, channels, classes, millions",
+    [
+        ("ddpmpp_tiny", 1, None, 0.189),
+        ("ddpmpp_32", 3, None, 55.7),
+        ("ddpmpp_64", 3, None, 61.8),
+        ("adm_64", 3, 1000, 295.9),
+    ],
+)
+def test_presets_of_edm_have_the_size_of_the_paper(preset, channels, classes, millions):
+    with torch.device("meta"):
+        network = build_unet(preset, (64, 64), channels, classes, 0.1, augment_channels=9)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert parameters / 1e6 == pytest.approx(millions, rel=0.002)
+    assert preset in EDM_PRESETS and isinstance(network, EDMUNet2DModel)
+    config = network.config
+    assert (config.augment_channels, config.num_class_embeds, config.dropout) == (9, classes, 0.1)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 12), (2, 2)])
@@ -41,7 +66,8 @@ def test_network_reads_level_class_and_image():
 
 
 @pytest.mark.parametrize(
-    "preset, size, factor", [("tiny", (7, 8), 2), ("small", (28, 30), 4), ("imagenet64", (8, 12), 8)]
+    "preset, size, factor",
+    [("tiny", (7, 8), 2), ("small", (28, 30), 4), ("imagenet64", (8, 12), 8), ("ddpmpp_64", (8, 12), 8)],
 )
 def test_sizes_that_cannot_be_halved_are_refused(preset, size, factor):
     with pytest.raises(ValueError, match=f"use multiples of {factor}"):
@@ -49,8 +75,10 @@ def test_sizes_that_cannot_be_halved_are_refused(preset, size, factor):
 
 
 def test_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'huge'; choose one of tiny, small"):
+    with pytest.raises(ValueError, match="'huge'; choose one of tiny, small.*ddpmpp_32"):
         build_unet("huge", (8, 8), 1)
+    with pytest.raises(ValueError, match="'tiny' can't be told how its images were augmented; .* ddpmpp_tiny"):
+        build_unet("tiny", (8, 8), 1, augment_channels=9)
 
 
 def test_dropout_is_active_in_training_alone():

@@ -99,6 +99,14 @@ def test_every_method_trains_on_two_processes_as_on_one(server, teacher, tmp_pat
     assert ("auxiliary.target" in {group for group, _ in tensors(one)}) == (method in ("ct", "cd", "ctm"))
 
 
+def test_augmented_images_and_dropout_of_features_and_labels_are_the_same_on_two_processes(server, tmp_path):
+    settings = {"model_preset": "ddpmpp_tiny", "augment": 0.5, "dropout": 0.3, "label_dropout": 0.3}
+    one, two = tmp_path / "one", tmp_path / "two"
+    server.run(one, "diffusion", train_batch_size=16, max_train_steps=8, **settings)
+    server.run(two, "diffusion", processes=2, train_batch_size=8, max_train_steps=8, **settings)
+    assert_agree(two, one, steps=8)
+
+
 def test_another_order_of_the_data_gives_other_losses(one, tmp_path, monkeypatch):
     import cm_diffusers.engine.data as data
 
