@@ -64,8 +64,9 @@ def train_arms(args: argparse.Namespace, seed: int, overhead: float) -> dict[str
         flags += ["--pretrained_model_name_or_path", root / "start" / "pipeline", "--learning_rate", 5e-4]
         flags += ["--lr_warmup_steps", 20]
     run("edm", "diffusion", args.max_train_steps)
+    seconds, steps = (sum(row[key] for row in rows.values()) for key in ("cpu_seconds", "steps"))
     run("cdm", "cdm", args.max_train_steps)
-    run("edm_long", "diffusion", round(args.max_train_steps * rows["cdm"]["cpu_seconds"] / rows["edm"]["cpu_seconds"]))
+    run("edm_long", "diffusion", max(args.max_train_steps, round(rows["cdm"]["cpu_seconds"] / seconds * steps)))
     return rows
 
 
