@@ -47,6 +47,7 @@ class CDM(Objective):
     name = "cdm"
     Options = CDMOptions
     keeps = PROCESS_STUDENTS
+    teaches = True
     sigma_min = 0.002
     floor = 0.0
     terms = ("martingale", "martingale_weight")
@@ -93,8 +94,8 @@ class CDM(Objective):
         return self._denoise_both(batch, x, _twice(end), draws)
 
     def _denoise_both(self, batch: Batch, x: Tensor, sigma: Tensor, draws: Draws) -> Tensor:
-        """D of both rollouts (2 B, ...): in one pass, or in one each where a network's dropout has to be the same."""
-        if any(self.network.config.get(name) for name in ("dropout", "label_dropout")):
+        """D of both rollouts (2 B, ...): in one pass, or in one each where only so a network drops the same units."""
+        if self.network.config.get("dropout") and not hasattr(self.network, "key_dropout"):
             parts = [batch, batch]
         else:
             parts = [Batch(_twice(batch.images), _twice(batch.class_labels), _twice(batch.augment_labels))]

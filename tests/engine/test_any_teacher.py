@@ -164,9 +164,9 @@ def test_the_exported_folder_is_verified_in_a_clean_process(tmp_path, monkeypatc
         (
             "epsilon",
             "scd",
-            "scd follows the network's deriv.*integers; it can start ct, ict, cd, ect, ecd, ctm;",
+            "scd follows the network's deriv.*integers; it can start diffusion, cdm, ct, .*ctm;",
         ),
-        ("v", "sct", "sct follows .*it can start ct, ict, cd, ect, ecd, ctm; give another network"),
+        ("v", "sct", "sct follows .*it can start diffusion, cdm, ct, .*ctm; give another network"),
         ("epsilon", "mean_flow", "mean_flow follows"),
         ("sample", "ctm", "not the identity where there is no noise"),
         ("dit", "ctm", "DiTModel can't be told a second time"),
