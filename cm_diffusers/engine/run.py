@@ -29,6 +29,9 @@ from cm_diffusers.engine.models import build_start, guided, load_teacher, load_v
 from cm_diffusers.objectives import OBJECTIVES
 
 
+LOCK = ".lock"  # the file in its folder that a run holds while it lives
+
+
 def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
     """Parse the command line, train, export; errors of the user end the program with a message and code 2."""
     try:
@@ -61,7 +64,7 @@ def train(config: Config) -> Path:
             publisher = Publisher(run.hub_model_id or folder.resolve().name, run.hub_private_repo, tqdm.write)
             publisher.check()
             shutil.rmtree(folder / ".hub", ignore_errors=True)  # copies for pushes of a run that was killed
-        trainer = _prepare(config, accelerator)
+        trainer = build_trainer(config, accelerator)
         if accelerator.is_main_process:
             _check_card(trainer, publisher)
             if run.resume_from_hub and not any(folder.glob("checkpoint-*")):
@@ -155,7 +158,8 @@ def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
         )
 
 
-def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
+def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
+    """The run that `config` describes, at its start. Raises ValueError for settings that can't be met."""
     main, folder = accelerator.is_main_process, Path(config.run.output_dir)
     with accelerator.main_process_first():
         data = ImageData(config.data, config.model.class_conditional, folder / "images_checked", show_progress=main)
@@ -207,9 +211,9 @@ def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator
 def _lock(folder: Path) -> FileLock:
     """Take the run folder for this process. The system frees it when the process ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder / ".lock"), folder / ".owner"
+    lock, owner = FileLock(folder / LOCK), folder / ".owner"
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # evaluate.py --watch holds it for a moment, to see whether it is free
     except Timeout:
         by = owner.read_text() if owner.exists() else "another process"
         raise ValueError(f"output_dir {str(folder)!r} is in use by {by}; choose another, or stop that run.") from None
