@@ -1,7 +1,27 @@
 """How far samples are from data."""
 
 from cm_diffusers.evaluation.classifier import SmallClassifier, train_classifier
-from cm_diffusers.evaluation.frechet import frechet_distance
+from cm_diffusers.evaluation.features import Extractor, load_extractor
+from cm_diffusers.evaluation.frechet import Moments, frechet_distance
+from cm_diffusers.evaluation.kernel import kernel_distance
+from cm_diffusers.evaluation.manifold import density_coverage, precision_recall
+from cm_diffusers.evaluation.measure import FID_SAMPLES, check, measure
+from cm_diffusers.evaluation.reference import Reference, reference_features
 
 
-__all__ = ["SmallClassifier", "frechet_distance", "train_classifier"]
+__all__ = [
+    "FID_SAMPLES",
+    "Extractor",
+    "Moments",
+    "Reference",
+    "SmallClassifier",
+    "check",
+    "density_coverage",
+    "frechet_distance",
+    "kernel_distance",
+    "load_extractor",
+    "measure",
+    "precision_recall",
+    "reference_features",
+    "train_classifier",
+]

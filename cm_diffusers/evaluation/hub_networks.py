@@ -1,0 +1,104 @@
+"""Feature networks that transformers loads: DINOv2, and any image classifier of the Hub.
+
+Images are resized as a whole (bilinear or bicubic, as the model's own processor does, antialiased), as tensors. Its
+cropping is left out: it would hide their borders.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cm_diffusers.evaluation.checks import as_rgb
+
+
+DINOV2 = "facebook/dinov2-large"  # of FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675)
+MODES = {2: "bilinear", 3: "bicubic"}  # by PIL's numbers
+
+
+class HubFeatures(nn.Module):
+    """Images (B, 1 or 3, H, W) in [0, 1] to features (B, d).
+
+    Args:
+        model: of transformers.
+        processor: the settings of its image processor.
+        head: the layer whose input is taken; None takes the model's pooled output.
+    """
+
+    def __init__(self, model: nn.Module, processor: dict[str, Any], head: nn.Linear | None):
+        super().__init__()
+        self.model, self.head = model, head
+        self.size, self.mode = _size(processor), MODES.get(processor.get("resample"), "bicubic")
+        normalised = processor.get("do_normalize", True)
+        self.mean = processor["image_mean"] if normalised else [0.0] * 3
+        self.std = processor["image_std"] if normalised else [1.0] * 3
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = F.interpolate(as_rgb(images), self.size, mode=self.mode, antialias=True).clamp(0, 1)
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
+        pixels = (images - mean) / std
+        if self.head is None:
+            return self.model(pixel_values=pixels).pooler_output
+        entered = []
+        hook = self.head.register_forward_pre_hook(lambda head, inputs: entered.append(inputs[0]))
+        try:
+            self.model(pixel_values=pixels)
+        finally:
+            hook.remove()
+        return entered[0]
+
+    def extra_repr(self) -> str:
+        return f"{type(self.model).__name__}, size={self.size}, {self.mode}, mean={self.mean}, std={self.std}"
+
+
+def load_dinov2(name: str | None = None) -> HubFeatures:
+    """DINOv2 and its pooled output, the class token after the last norm. Raises ValueError if it is not to be had.
+
+    Args:
+        name: a folder or Hub id in place of the large model, which is the one of FD-DINOv2.
+    """
+    model, processor = _load("AutoModel", name or DINOV2)
+    return HubFeatures(model, processor, None)
+
+
+def load_hub_classifier(name: str) -> HubFeatures:
+    """An image classifier, and what enters the linear layer that gives its logits.
+
+    Raises:
+        ValueError: it is not to be had, or no linear layer gives its logits.
+    """
+    model, processor = _load("AutoModelForImageClassification", name)
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
+    if not heads:
+        raise ValueError(f"extractor {name!r} has no linear layer that gives its {model.config.num_labels} logits.")
+    return HubFeatures(model, processor, heads[-1])
+
+
+def _load(kind: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        import transformers
+        from transformers.image_processing_base import ImageProcessingMixin
+    except ImportError:
+        raise ValueError(f"extractor {name!r} needs transformers: pip install 'cm-diffusers[training]'") from None
+    try:
+        model = getattr(transformers, kind).from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        if not {"image_mean", "image_std"} <= processor.keys() and processor.get("do_normalize", True):
+            raise ValueError("its image processor tells no image_mean and image_std")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"extractor {name!r} is neither 'inception', 'dinov2', 'classifier' nor module:name, and as a model of the"
+            f" Hub or a folder it can't be had: {error}"
+        ) from None
+    return model, processor
+
+
+def _size(processor: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) of what the model gets."""
+    size = processor.get("crop_size") if processor.get("do_center_crop") else None
+    size = size or processor.get("size") or 224
+    if isinstance(size, int):
+        return size, size
+    side = size.get("shortest_edge")
+    return size.get("height", side), size.get("width", side)

@@ -1,0 +1,111 @@
+"""What samples are compared with: the features of a dataset, computed once and kept on disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cm_diffusers.core.draws import permutation
+from cm_diffusers.evaluation.features import Extractor
+from cm_diffusers.evaluation.frechet import Moments
+
+
+KEPT = 50_000  # features of so many images are kept; neighbours of more can't be found in useful time
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of a dataset.
+
+    Args:
+        moments: of the features of all images.
+        features: (n, d) float32 on the CPU, of all images or of a fixed choice of `KEPT`.
+        facts: `extractor` and `fingerprint`, `images`, `shape` and `data_hash`.
+    """
+
+    moments: Moments
+    features: Tensor
+    facts: dict[str, object]
+
+
+def reference_features(
+    images: Tensor | Iterable[Tensor], extractor: Extractor, cache_dir: Path | str | None = None
+) -> Reference:
+    """The features of `images`, from the cache where it has them, and otherwise put there.
+
+    Args:
+        images: (N, C, H, W) in [0, 1], or batches of them that can be gone through twice (not an iterator).
+        extractor: what computes features.
+        cache_dir: a folder for files named by hashes of the data and the extractor.
+
+    Raises:
+        ValueError: no images, images of several shapes, an iterator, or a file of the cache that is damaged or of
+            another dataset or extractor.
+    """
+    batches = images.split(1000) if torch.is_tensor(images) else images
+    if iter(batches) is batches:
+        raise ValueError("the reference's images are gone through twice: give a tensor or a list, not an iterator.")
+    count, shape, data_hash = _hash(batches)
+    facts = {"extractor": extractor.name, "fingerprint": extractor.fingerprint}
+    facts |= {"images": count, "shape": list(shape), "data_hash": data_hash}
+    name = f"{Path(extractor.name).name.replace(':', '.')}-{data_hash[:16]}-{extractor.fingerprint[:16]}.safetensors"
+    path = None if cache_dir is None else Path(cache_dir, name)
+    if path is not None and path.exists():
+        return load_reference(path, facts)
+    keep = torch.zeros(count, dtype=torch.bool)
+    keep[permutation(count, "reference")[:KEPT]] = True
+    moments, kept, start = Moments(), [], 0
+    for batch in batches:
+        features = extractor(batch).cpu()
+        moments.add(features)
+        kept.append(features[keep[start : start + len(batch)]])
+        start += len(batch)
+    reference = Reference(moments, torch.cat(kept), facts)
+    if path is not None:
+        _save(reference, path)
+    return reference
+
+
+def _hash(batches: Iterable[Tensor]) -> tuple[int, tuple[int, ...], str]:
+    """Number, shape and a hash of images, by their 8-bit values in their order."""
+    count, shape, digest = 0, None, hashlib.sha256()
+    for batch in batches:
+        if shape is not None and tuple(batch.shape[1:]) != shape:
+            raise ValueError(f"the reference's images differ in shape: {shape} and {tuple(batch.shape[1:])}.")
+        count, shape = count + len(batch), tuple(batch.shape[1:])
+        digest.update((batch * 255).round().to(torch.uint8).cpu().contiguous().numpy().tobytes())
+    if not count:
+        raise ValueError("the reference has no images.")
+    return count, shape, hashlib.sha256(f"{shape} {digest.hexdigest()}".encode()).hexdigest()
+
+
+def _save(reference: Reference, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    moments = reference.moments
+    tensors = {"features": reference.features, "mean": moments.mean, "scatter": moments.scatter}
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished, {"facts": json.dumps(reference.facts)})
+    os.replace(unfinished, path)
+
+
+def load_reference(path: Path | str, facts: dict[str, object]) -> Reference:
+    """A reference from a file. Raises ValueError if it can't be read or is not what `facts` say."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {})["facts"])
+            tensors = {key: file.get_tensor(key) for key in ("features", "mean", "scatter")}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no cached reference ({error}); delete it.") from None
+    wrong = [f"{key} {found.get(key)} (here: {value})" for key, value in facts.items() if found.get(key) != value]
+    if wrong:
+        raise ValueError(f"{path} holds the features of another dataset or extractor: {', '.join(wrong)}. Delete it.")
+    moments = Moments()
+    moments.count, moments.mean, moments.scatter = found["images"], tensors["mean"], tensors["scatter"]
+    return Reference(moments, tensors["features"], found)
