@@ -20,7 +20,16 @@ from cm_diffusers.sampling import levels_used, sample_images
 
 
 class Clock(Counter):
-    """Seconds by what was done in them."""
+    """Seconds by what was done in them, beside those since it was made."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: round(value, 2) for name, value in self.items()} | {
+            "total": round(time.perf_counter() - self.start, 2)
+        }
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -90,15 +99,6 @@ class Judge:
     batch_size: int
     clock: Clock
 
-    def check_number(self, count: int) -> None:
-        """Raise ValueError where `count` images have no covariance of full rank."""
-        dimensions = self.reference.features.shape[1]
-        if count <= dimensions:
-            raise ValueError(
-                f"{count} samples are too few for the covariance of the {dimensions} features of extractor"
-                f" {self.extractor.name!r}; take {dimensions + 1} or more."
-            )
-
     def features(self, source: Source, numbers: range, title: str) -> Tensor:
         """Features (N, d), all of them on every process.
 
@@ -106,7 +106,7 @@ class Judge:
         """
         accelerator, size = self.accelerator, self.batch_size
         turns = range(accelerator.process_index * size, len(numbers), accelerator.num_processes * size)
-        features = torch.zeros(len(numbers), self.reference.features.shape[1], device=accelerator.device)
+        features = torch.zeros(len(numbers), len(self.reference.moments.mean), device=accelerator.device)
         for start in tqdm(turns, desc=title, unit="batch", disable=not accelerator.is_main_process, leave=False):
             part = numbers[start : start + size]
             with self.clock("sampling"):
@@ -121,11 +121,11 @@ class Judge:
         if not self.accelerator.is_main_process:
             return {}
         with self.clock("metrics"):
-            return measure(features, self.reference)
+            return measure(features, self.reference, clock=self.clock)
 
     def distance(self, source: Source, numbers: range, title: str) -> float:
         """The Fréchet distance of the images of these numbers, the same number on every process."""
         features, distance = self.features(source, numbers, title), None
         if self.accelerator.is_main_process:
-            distance = frechet_distance(features, self.reference.features)
+            distance = frechet_distance(features, self.reference.moments)
         return broadcast_object_list([distance])[0]

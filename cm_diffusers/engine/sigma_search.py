@@ -1,71 +1,65 @@
-"""The noise levels at which a few-step model is best, by golden-section search, one level at a time."""
+"""The noise levels at which a saved model is best, found and kept in its scheduler."""
 
-import math
-from collections.abc import Callable, Sequence
+import json
+from pathlib import Path
+from typing import Any
 
-
-GOLDEN = (math.sqrt(5) - 1) / 2  # 0.618, the share of the interval that each evaluation leaves
-
-
-def golden_section(f: Callable[[float], float], low: float, high: float, tolerance: float) -> tuple[float, float]:
-    """Where `f` is least, and its value there (Kiefer 1953, https://doi.org/10.1090/S0002-9939-1953-0055639-3).
-
-    Args:
-        f: a function that falls to one minimum in [low, high] and rises behind it; it is called in (low, high) alone.
-        low, high: the interval.
-        tolerance: the minimum is within so much of the place that is given; each call divides the interval by 1.618.
-    """
-    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    f_left, f_right = f(left), f(right)
-    while high - low > tolerance:
-        if f_left <= f_right:  # the minimum is not in [right, high]
-            high, right, f_right = right, left, f_left
-            left = high - GOLDEN * (high - low)
-            f_left = f(left)
-        else:
-            low, left, f_left = left, right, f_right
-            right = low + GOLDEN * (high - low)
-            f_right = f(right)
-    return min((f_left, left), (f_right, right))[::-1]
+from cm_diffusers.core.golden_section import search_levels
+from cm_diffusers.engine.card import FACTS, draw_grids
+from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
+from cm_diffusers.engine.export import save_pipeline
+from cm_diffusers.engine.judge import Judge, sampler
+from cm_diffusers.evaluation import check
+from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
-def search_sigmas(
-    distance: Callable[[list[float]], float],
-    sigmas: Sequence[float],
-    lowest: float,
-    tolerance: float = 0.1,
-    sweeps: int = 2,
-) -> tuple[list[float], float]:
-    """The levels after the first for which `distance` is least, one after the other in ln sigma, and its value.
-
-    Args:
-        distance: of falling levels, less is better; it must give the same number for the same levels.
-        sigmas: the levels to begin with, which are kept where nothing better is found. The first one stays.
-        lowest: levels stay above it.
-        tolerance: of ln sigma.
-        sweeps: how often to go through the levels; a single one is searched once, as nothing else moves.
-    """
-    sigmas = list(sigmas)
-    least = distance(sigmas)
-    for _ in range(sweeps if len(sigmas) > 2 else 1):
-        for i in range(1, len(sigmas)):
-            found, value = _best_level(distance, sigmas, i, lowest, tolerance)
-            if value < least:
-                sigmas[i], least = found, value
-    return sigmas, least
+def check_search(args: EvaluationArguments, pipeline: ImagePipeline) -> None:
+    scheduler = pipeline.scheduler
+    if "default_sigmas" not in scheduler.config:
+        raise ValueError(
+            f"search_sigmas: a {type(pipeline).__name__} samples by diffusers' {type(scheduler).__name__}, which has"
+            " no place for noise levels. Compare some by --sigmas, and pass the best to its calls."
+        )
+    model, copy = Path(args.pretrained_model_name_or_path), args.folder / "pipeline"
+    if model.exists() and copy.exists() and copy.samefile(model):
+        raise ValueError(f"search_sigmas saves a copy as {str(copy)!r}, which is the model itself; change output_dir.")
 
 
-def _best_level(
-    distance: Callable[[list[float]], float], sigmas: list[float], i: int, lowest: float, tolerance: float
-) -> tuple[float, float]:
-    """The level at place `i`, between its neighbours, for which `distance` is least, and its value."""
+def improve_sigmas(
+    pipeline: ImagePipeline, args: EvaluationArguments, first_seed: int, judge: Judge
+) -> dict[str, Any]:
+    """Find the best levels, give them to the scheduler, save the pipeline; and tell what was found."""
+    config, steps = pipeline.scheduler.config, args.search_sigmas
+    seeds = range(first_seed, first_seed + args.search_samples)
+    check(len(seeds), judge.reference)
+    evaluations = []
 
-    def level(log_sigma: float) -> float:
-        return float(f"{math.exp(log_sigma):.4g}")
+    def distance(sigmas: list[float]) -> float:
+        title = f"Levels {', '.join(f'{sigma:.3g}' for sigma in sigmas)}"
+        found = judge.distance(sampler(pipeline, title, sigmas=sigmas), seeds, title)
+        evaluations.append([*sigmas, found])
+        return found
 
-    def distance_at(log_sigma: float) -> float:
-        return distance([*sigmas[:i], level(log_sigma), *sigmas[i + 1 :]])
+    start = sampler(pipeline, f"{steps} steps", num_inference_steps=steps).facts["sigmas"]
+    sigmas, _ = search_levels(distance, start, max(config.sigma_min, config.sigma_data / 50))
+    pipeline.scheduler.register_to_config(default_sigmas={**(config.default_sigmas or {}), str(steps): sigmas})
+    if judge.accelerator.is_main_process:
+        _save_copy(pipeline, args)
+    return {
+        "num_inference_steps": steps,
+        "from": start,
+        "to": sigmas,
+        "num_samples": len(seeds),
+        "first_seed": first_seed,
+        "levels_and_frechet_distances": evaluations,
+    }
 
-    low, high = math.log([*sigmas, lowest][i + 1]), math.log(sigmas[i - 1])
-    place, value = golden_section(distance_at, low, high, tolerance)
-    return level(place), value
+
+def _save_copy(pipeline: ImagePipeline, args: EvaluationArguments) -> None:
+    """The model with its new levels, with new pictures and, where its run knew what to say of it, a card to come."""
+    copy, grids = args.folder / "pipeline", {}
+    facts = Path(args.pretrained_model_name_or_path).parent / FACTS
+    save_pipeline(pipeline, copy, complete=lambda written: grids.update(draw_grids(pipeline, written)))
+    if facts.is_file():
+        changed = json.loads(facts.read_text()) | {"stock": False, "grids": grids}
+        (args.folder / FACTS).write_text(json.dumps(changed, indent=1))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cm_diffusers.engine.sigma_search import GOLDEN, golden_section, search_sigmas
+from cm_diffusers.core.golden_section import GOLDEN, golden_section, search_levels
 
 
 @pytest.mark.parametrize("place", [0.0, 0.3, 2.0, 4.999, 5.0])
@@ -40,11 +40,11 @@ def bowl(best):
 @pytest.mark.parametrize("best", [[0.8], [6.0, 0.5], [12.0, 2.0, 0.3]])
 def test_levels_are_found_one_after_the_other(best):
     start = [80, 20, 5, 1][: len(best) + 1]
-    sigmas, value = search_sigmas(bowl(best), start, 0.01, tolerance=0.02, sweeps=6)
+    sigmas, value = search_levels(bowl(best), start, 0.01, tolerance=0.02, sweeps=6)
     assert sigmas[0] == 80 and sigmas[1:] == pytest.approx(best, rel=0.05)
     assert value == bowl(best)(sigmas) < bowl(best)(start)
     assert all(float(f"{sigma:.4g}") == sigma for sigma in sigmas)
 
 
 def test_levels_that_are_best_already_are_kept():
-    assert search_sigmas(bowl([0.8]), [80, 0.8], 0.01) == ([80, 0.8], 1)
+    assert search_levels(bowl([0.8]), [80, 0.8], 0.01) == ([80, 0.8], 1)
