@@ -1,5 +1,6 @@
 """A model, a folder of images or the checkpoints of a run against a dataset: what `training/evaluate.py` calls."""
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -86,7 +87,8 @@ def _subjects(
         pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, torch_dtype=torch.float32)
         if args.search_sigmas:
             check_search(args, pipeline)
-        yield None, pipeline.to(accelerator.device)
+        # a copy, as loaded weights can lie at addresses where some kernels round otherwise
+        yield None, copy.deepcopy(pipeline).to(accelerator.device)
 
 
 def _shape(subject: ImagePipeline | ImageData) -> tuple[int, int, int]:

@@ -67,11 +67,10 @@ def plot_quality(results: Sequence[dict[str, Any]], picture: Path) -> None:
             for label, rows in _curves(results, training).items():
                 x = [row.get("step") if training else row.get("num_inference_steps", 0) for row in rows]
                 y, errors = [row[metric] for row in rows], [row.get(f"{metric}_std", 0) for row in rows]
-                label = ", ".join(filter(None, (label, metric if len(metrics) > 1 else "")))
+                label = f"{metric}, {label}" if len(metrics) > 1 else label
                 axes.errorbar(x, y, errors if any(errors) else None, fmt="o-", capsize=3, label=label)
         axes.set(xlabel="step of training" if training else "steps", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(bottom=0 if title.startswith("Fréchet") else None)
         axes.legend(fontsize="small")
     figure.savefig(picture, dpi=110)
 
@@ -89,5 +88,5 @@ def _curves(results: Sequence[dict[str, Any]], training: bool) -> dict[str, list
     curves = {}
     for row in results:
         joined = not training and row["name"].endswith(("step", "steps"))
-        curves.setdefault("" if joined else row["name"], []).append(row)
+        curves.setdefault("the model's levels" if joined else row["name"], []).append(row)
     return curves
