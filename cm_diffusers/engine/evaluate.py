@@ -43,12 +43,12 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
     # the others wait while the main process measures, for longer than the usual half an hour where there is much
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
     clock, judge, report = Clock(), None, {}
-    results = _earlier_results(args) if args.watch else []
+    results = _earlier_results(args)
     for step, subject in _subjects(args, accelerator, {row["step"] for row in results}):
         sources, numbers = _sources(subject, args), _numbers(subject, args)
         if judge is None:
             judge, facts = build_judge(args, data_args, _shape(subject), len(numbers), accelerator, clock)
-            report = _heading(args, len(numbers), judge, facts)
+            report = _heading(args, subject, len(numbers), judge, facts)
             if results:
                 _check_same(args.folder, report)
         if args.search_sigmas:
@@ -80,7 +80,10 @@ def _subjects(
 ) -> Iterator[tuple[int | None, ImagePipeline | ImageData]]:
     """What is to be measured, and after how many steps of training where that is known."""
     if args.images_dir:
-        yield None, ImageData(DataArguments(train_data_dir=args.images_dir), False)
+        settings, main = DataArguments(train_data_dir=args.images_dir), accelerator.is_main_process
+        with accelerator.main_process_first():
+            data = ImageData(settings, class_conditional=False, show_progress=main)
+        yield None, data
     elif args.watch:
         yield from follow(Path(args.watch), accelerator, done, args.folder / ".watched")
     else:
@@ -128,7 +131,9 @@ def _sources(
     ]
 
 
-def _heading(args: EvaluationArguments, count: int, judge: Judge, facts: dict[str, Any]) -> dict[str, Any]:
+def _heading(
+    args: EvaluationArguments, subject: ImagePipeline | ImageData, count: int, judge: Judge, facts: dict[str, Any]
+) -> dict[str, Any]:
     """All that a result depends on."""
     extractor = judge.extractor
     packages = {"cm_diffusers": cm_diffusers, "diffusers": diffusers, "torch": torch}
@@ -139,6 +144,7 @@ def _heading(args: EvaluationArguments, count: int, judge: Judge, facts: dict[st
         "extractor": {"name": extractor.name, "fingerprint": extractor.fingerprint},
         "num_samples": count,
         "seed": args.seed,
+        "class_labels": None if subject.num_classes is None else f"seed modulo {subject.num_classes}",
         "versions": {name: package.__version__ for name, package in packages.items()},
     }
 
@@ -159,9 +165,16 @@ def _write(folder: Path, report: dict[str, Any], clock: Clock) -> None:
 
 
 def _earlier_results(args: EvaluationArguments) -> list[dict[str, Any]]:
-    """What an earlier call has measured of this run."""
+    """What an earlier call has measured of a watched run. Raises ValueError where that or other work would be lost."""
     file = args.folder / METRICS
-    return [row for row in json.loads(file.read_text())["results"] if "step" in row] if file.is_file() else []
+    if not file.is_file():
+        return []
+    results = json.loads(file.read_text())["results"]
+    watched = any("step" in row for row in results)
+    if watched != bool(args.watch):
+        kind = "the series of a watched run" if watched else "results of one model, not of a watched run"
+        raise ValueError(f"{file} holds {kind}; choose another output_dir.")
+    return results if watched else []
 
 
 def _check_same(folder: Path, report: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ class Judge:
                 images = source.images(part)
             with self.clock("features"):
                 features[start : start + len(part)] = self.extractor(images)
-        return accelerator.reduce(features, "sum").cpu()  # each row is 0 on all processes but one
+        return accelerator.reduce(features, "sum")  # each row is 0 on all processes but one
 
     def measure(self, source: Source, numbers: range, title: str) -> dict[str, Any]:
         """The metrics of the images of these numbers; none on other processes than the main one."""
@@ -127,5 +127,5 @@ class Judge:
         """The Fréchet distance of the images of these numbers, the same number on every process."""
         features, distance = self.features(source, numbers, title), None
         if self.accelerator.is_main_process:
-            distance = frechet_distance(features, self.reference.moments)
+            distance = frechet_distance(features.cpu(), self.reference.moments)
         return broadcast_object_list([distance])[0]

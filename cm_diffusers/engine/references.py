@@ -1,6 +1,7 @@
 """From settings to a judge: the dataset, read, and its features by an extractor that can be had."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def build_judge(
     main = accelerator.is_main_process
     with clock("reference"):
         name = args.feature_extractor or _best_extractor(args, accelerator)
-        data = ImageData(data_args, class_conditional=name == "classifier", show_progress=main)
+        with accelerator.main_process_first():
+            data = ImageData(data_args, class_conditional=name == "classifier", show_progress=main)
         found = (data.channels, *data.resolution)
         if found != shape:
             raise ValueError(
@@ -79,13 +81,14 @@ def _best_extractor(args: EvaluationArguments, accelerator: Accelerator) -> str:
 
 
 def _extractor(name: str, args: EvaluationArguments, data: ImageData, accelerator: Accelerator) -> Extractor:
-    """The extractor, the same on all processes."""
+    """The extractor, that of the main process on all, as training may round otherwise elsewhere."""
     labelled = None
     if name == "classifier":
         if not torch.is_tensor(data.images):
             raise ValueError("the dataset is too large to train a classifier on; name another feature_extractor.")
-        labelled = data.images.float() / 255, data.labels
+        count = len(data.images) if accelerator.is_main_process else 1  # the others need its shape only
+        labelled = data.images[:count].float() / 255, data.labels[:count]
     with accelerator.main_process_first():  # who may have to download it
         extractor = load_extractor(name, args.feature_weights, labelled, accelerator.device)
-    extractor.network.load_state_dict(broadcast(dict(extractor.network.state_dict())))  # training may round otherwise
-    return extractor
+    extractor.network.load_state_dict(broadcast(dict(extractor.network.state_dict())))
+    return replace(extractor, fingerprint=broadcast_object_list([extractor.fingerprint])[0])

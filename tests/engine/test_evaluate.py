@@ -240,6 +240,14 @@ def test_a_watch_goes_on_with_the_run_and_not_by_other_rules(judged, model, tmp_
     assert [row["step"] for row in judged(watch=folder, num_inference_steps=[1])["results"]] == [3, 6]
 
 
+def test_a_series_is_not_overwritten_and_does_not_overwrite(judged, model, tmp_path):
+    for file, row, settings in (("one", {}, {"watch": model.parent}), ("series", {"step": 3}, {})):
+        (tmp_path / file).mkdir()
+        (tmp_path / file / "metrics.json").write_text(json.dumps({"results": [{"name": "1 step", **row}]}))
+        with pytest.raises(ValueError, match="metrics.json holds .* watched run; choose another output_dir"):
+            judged(output_dir=tmp_path / file, **settings)
+
+
 def test_a_run_is_watched_until_it_ends(judged, model, tmp_path, monkeypatch):
     folder, waited = tmp_path / "run", []
     shutil.copytree(model.parent, folder)
