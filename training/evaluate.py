@@ -40,8 +40,10 @@ def table(report: dict[str, Any]) -> str:
     extractor, count = report["extractor"]["name"], report["num_samples"]
     named = "FID-50k" if any("fid" in row for row in report["results"]) else "not FID-50k"
     lines.append(f"\n{count} samples against {report['reference']['images']} images; features: {extractor} ({named}).")
-    spent = ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in report["time"].items())
-    return "\n".join([*lines, f"Seconds: {spent}."])
+    spent = dict(report["time"])
+    processes = spent.pop("processes")
+    seconds = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in spent.items())
+    return "\n".join([*lines, f"Seconds: {seconds} ({processes} process{'es' * (processes > 1)})."])
 
 
 def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str:

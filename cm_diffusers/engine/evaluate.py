@@ -20,6 +20,7 @@ from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
 from cm_diffusers.engine.judge import Clock, Judge, Source, sampler, stored
 from cm_diffusers.engine.pictures import plot_quality
+from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.references import build_judge
 from cm_diffusers.engine.sigma_search import check_search, improve_sigmas
 from cm_diffusers.engine.watch import follow
@@ -41,7 +42,7 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
     _check_data(data_args)
     disable_progress_bar()
     # the others wait while the main process measures, for longer than the usual half an hour where there is much
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
+    accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
     clock, judge, report = Clock(), None, {}
     results = _earlier_results(args)
     for step, subject in _subjects(args, accelerator, {row["step"] for row in results}):
@@ -60,10 +61,11 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
             title = source.name if step is None else f"Step {step}, {source.name}"
             results.append({"name": source.name, **at, **source.facts, **judge.measure(source, numbers, title)})
         if accelerator.is_main_process:
-            _write(args.folder, {**report, "results": results}, clock)
+            _write(args.folder, {**report, "results": results}, clock, accelerator.num_processes)
     if not results:
         raise ValueError(f"the run in {args.watch!r} has ended and holds no checkpoint.")
     accelerator.wait_for_everyone()
+    accelerator.free_memory()
     accelerator.end_training()
     return json.loads((args.folder / METRICS).read_text())
 
@@ -153,10 +155,10 @@ def _seconds(clock: Clock) -> dict[str, float]:
     return {name: round(seconds, 2) for name, seconds in clock.items()}
 
 
-def _write(folder: Path, report: dict[str, Any], clock: Clock) -> None:
+def _write(folder: Path, report: dict[str, Any], clock: Clock, processes: int) -> None:
     """metrics.json, quality.png, and the numbers on the card of the model beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**report, "time": clock.seconds}, indent=1)
+    text = json.dumps({**report, "time": {"processes": processes, **clock.seconds}}, indent=1)
     (folder / f".{METRICS}").write_text(text + "\n")
     os.replace(folder / f".{METRICS}", folder / METRICS)
     plot_quality(report["results"], folder / PICTURE)

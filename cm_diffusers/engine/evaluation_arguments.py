@@ -25,7 +25,9 @@ class EvaluationArguments:
     seed: int = option(0, "Image i is made from seed + i alone; classes take turns.")
     batch_size: int = option(250, "Images made at once by each process.")
     feature_extractor: str | None = option(
-        None, "inception, dinov2, classifier (a small one, trained on the labelled dataset), or a classifier's Hub id."
+        None,
+        "inception (of FID), dinov2, classifier (a small one, trained on the labelled dataset), an image classifier's"
+        " Hub id, or module:name of an nn.Module. Default: inception where its weights can be had, else classifier.",
     )
     feature_weights: str | None = option(None, "The extractor's weights, a file or folder, instead of a download.")
     reference_cache: str = option("runs/references", "Folder that keeps the dataset's features.")

@@ -1,5 +1,6 @@
 """Images measured against one dataset by any number of processes."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def sampler(pipeline: ImagePipeline, name: str, **how: Any) -> Source:
         images(range(1))
     except (TypeError, ValueError) as error:  # the first for arguments that the pipeline does not have
         raise ValueError(f"{type(pipeline).__name__}, {name}: {error}") from None
-    levels = [round(sigma, 6) for sigma in levels_used(pipeline)]
+    levels = [round(sigma, 6) if math.isfinite(sigma) else "inf" for sigma in levels_used(pipeline)]  # for JSON
     return Source(name, images, {"num_inference_steps": len(levels), "sigmas": levels})
 
 

@@ -26,6 +26,7 @@ from cm_diffusers.engine.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publish
 from cm_diffusers.engine.latents import LatentData
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, guided, load_teacher, load_vae
+from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.objectives import OBJECTIVES
 
 
@@ -52,7 +53,7 @@ def train(config: Config) -> Path:
     run = config.run
     folder = Path(run.output_dir)
     disable_progress_bar()
-    accelerator = Accelerator(
+    accelerator = start_accelerator(
         mixed_precision=run.mixed_precision,
         log_with=run.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tracker")),

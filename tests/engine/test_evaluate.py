@@ -94,7 +94,9 @@ def test_the_numbers_are_those_of_the_parts(judged, model, tmp_path):
     assert report["extractor"] == {"name": "classifier", "fingerprint": extractor.fingerprint}
     assert report["reference"]["data_hash"] == reference.facts["data_hash"] and report["dataset"] == "digits"
     assert not any("fid" in row for row in report["results"])  # by 50 images and another network
-    assert {"sampling", "features", "metrics", "frechet_distance", "reference", "total"} == report["time"].keys()
+    spent = report["time"]
+    assert spent.pop("processes") == 1
+    assert spent.keys() == {"sampling", "features", "metrics", "frechet_distance", "reference", "total"}
 
 
 def test_the_file_is_the_same_again_but_for_the_time_and_names_no_folder(judged, model, tmp_path):
@@ -134,9 +136,16 @@ def test_two_processes_measure_what_one_does(judged, words, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("50 samples against 200 images") == 1
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["time"]["processes"] == 2 and one["time"]["processes"] == 1
     for a, b in zip(one["results"], two["results"]):
         assert a["name"] == b["name"]
         assert [a[key] for key in METRICS] == pytest.approx([b[key] for key in METRICS], rel=1e-6, abs=1e-6)
+
+
+def test_processes_that_do_not_know_of_each_other_are_told(judged, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, and Accelerate knows of 1"):
+        judged()
 
 
 # --- what is refused, before sampling
