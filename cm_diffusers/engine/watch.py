@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, copy_checkpoint, list_checkpoints, load_checkpoint
 from cm_diffusers.engine.config import parse_config
@@ -39,10 +40,14 @@ def follow(
     """
     if not (run / "config.yaml").is_file():
         raise ValueError(f"watch {str(run)!r} is not a run: it holds no config.yaml.")
+    config = parse_config(["--config", str(run / "config.yaml")], list(OBJECTIVES), "")
+    config = replace(config, run=replace(config.run, output_dir=str(run), compile=False, report_to=None))
     trainer, done = None, set(done)
     while True:
         [step] = broadcast_object_list([_next_step(run, done, aside) if accelerator.is_main_process else None])
         if step is None:
+            if accelerator.is_main_process and config.run.max_train_steps not in done:
+                tqdm.write("The run has stopped before its last step; once it goes on, the same command does, too.")
             return
         done.add(step)
         try:
@@ -50,9 +55,7 @@ def follow(
         except DamagedCheckpoint as error:
             raise ValueError(f"checkpoint {step} of {run}: {error}") from None
         if trainer is None:
-            config = parse_config(["--config", str(run / "config.yaml")], list(OBJECTIVES), "")
-            here = replace(config.run, output_dir=str(run), compile=False, report_to=None)
-            trainer = build_trainer(replace(config, run=here), accelerator)
+            trainer = build_trainer(config, accelerator)
         trainer.load_weights(checkpoint)
         yield step, with_our_interface(trainer.exported())
 

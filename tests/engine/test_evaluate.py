@@ -238,15 +238,17 @@ def test_watching_measures_each_checkpoint_as_its_export(judged, model, tmp_path
     assert (tmp_path / "out" / "metrics.json").read_text() == before
 
 
-def test_a_watch_goes_on_with_the_run_and_not_by_other_rules(judged, model, tmp_path):
+def test_a_watch_goes_on_with_the_run_and_not_by_other_rules(judged, model, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(model.parent, folder)
     shutil.rmtree(folder / "checkpoint-6")
     assert [row["step"] for row in judged(watch=folder, num_inference_steps=[1])["results"]] == [3]
+    assert "The run has stopped before its last step" in capsys.readouterr().out
     shutil.copytree(model.parent / "checkpoint-6", folder / "checkpoint-6")
     with pytest.raises(ValueError, match="results of another seed: 0, and here it is 1"):
         judged(watch=folder, num_inference_steps=[1], seed=1)
     assert [row["step"] for row in judged(watch=folder, num_inference_steps=[1])["results"]] == [3, 6]
+    assert "has stopped" not in capsys.readouterr().out
 
 
 def test_a_series_is_not_overwritten_and_does_not_overwrite(judged, model, tmp_path):
