@@ -13,7 +13,8 @@ TRAINING = [
 ]
 QUICKSTART = ["scikit-learn>=1.4"]
 DEMO = ["gradio>=6"]
-TEST = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15"]
+ORACLES = ["prdc>=0.2", "torchmetrics>=1.9"]
+TEST = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15", *ORACLES]
 QUALITY = ["ruff==0.17.5"]
 
 setup(

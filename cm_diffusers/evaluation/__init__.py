@@ -5,7 +5,7 @@ from cm_diffusers.evaluation.features import Extractor, load_extractor
 from cm_diffusers.evaluation.frechet import Moments, frechet_distance
 from cm_diffusers.evaluation.kernel import kernel_distance
 from cm_diffusers.evaluation.manifold import density_coverage, precision_recall
-from cm_diffusers.evaluation.measure import FID_SAMPLES, check, measure
+from cm_diffusers.evaluation.measure import FID_SAMPLES, check_samples, measure
 from cm_diffusers.evaluation.reference import Reference, reference_features
 
 
@@ -15,7 +15,7 @@ __all__ = [
     "Moments",
     "Reference",
     "SmallClassifier",
-    "check",
+    "check_samples",
     "density_coverage",
     "frechet_distance",
     "kernel_distance",

@@ -44,7 +44,7 @@ class Extractor:
         Raises:
             ValueError: images of another shape or range, features of another shape or not finite.
         """
-        if images.ndim != 4 or not (images.min() >= 0 and images.max() <= 1):
+        if images.ndim != 4 or not len(images) or not (images.min() >= 0 and images.max() <= 1):
             raise ValueError(f"images must be (B, C, H, W) with finite values in [0, 1]; got {tuple(images.shape)}.")
         if self.shape is not None and images.shape[1:] != self.shape:
             shape = tuple(images.shape[1:])

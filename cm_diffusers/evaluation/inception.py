@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cm_diffusers.convert.reading import read_checkpoint
+from cm_diffusers.evaluation.checks import as_rgb
 
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -102,7 +103,7 @@ class _Mixed(nn.Module):
 
 
 class FIDInception(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] to the 2048 features (B, 2048) after the last pooling."""
+    """Images (B, 1 or 3, H, W) in [0, 1] to the 2048 features (B, 2048) after the last pooling."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +118,7 @@ class FIDInception(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (resize_as_tensorflow(images * 255, 299) - 128) / 128
+        x = (resize_as_tensorflow(as_rgb(images) * 255, 299) - 128) / 128
         for name, layer in self.named_children():
             if name in ("Conv2d_3b_1x1", "Mixed_5b"):
                 x = F.max_pool2d(x, 3, 2)

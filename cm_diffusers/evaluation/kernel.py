@@ -40,7 +40,8 @@ def kernel_distance(
 
 def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
     """The unbiased estimate (Gretton et al. 2012, eq. 3) for as many rows of x as of y."""
-    n = len(x)
-    xx, yy, xy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+    n, d = x.shape
+    one = torch.ones((), dtype=x.dtype, device=x.device)
+    xx, yy, xy = (torch.addmm(one, p, q.T, alpha=1 / d).pow_(3) for p, q in ((x, x), (y, y), (x, y)))
     within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1))
     return within - 2 * xy.mean()

@@ -34,7 +34,7 @@ def measure(
     Raises:
         ValueError: features of another extractor, not finite, or of too few images for a covariance.
     """
-    check(len(made), reference)
+    check_samples(len(made), reference)
     made = made.cpu() if made.device.type == "mps" else made  # it has no float64
     real = reference.features.to(made.device)
     with clock("frechet_distance"):
@@ -56,6 +56,6 @@ def measure(
     }
 
 
-def check(count: int, reference: Reference) -> None:
+def check_samples(count: int, reference: Reference) -> None:
     """Raise ValueError if `count` samples, or the reference's, are too few: to be asked before sampling."""
     check_count(min(count, reference.moments.count), len(reference.moments.mean))
