@@ -14,7 +14,7 @@ from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
 from cm_diffusers.engine.judge import Clock, Judge
-from cm_diffusers.evaluation import Extractor, check, load_extractor, reference_features
+from cm_diffusers.evaluation import Extractor, check_samples, load_extractor, reference_features
 
 
 BATCH = 1000  # images of the dataset at once
@@ -44,7 +44,7 @@ def build_judge(
         batches = _Batches(data, main)
         with accelerator.main_process_first():  # the others find its features in the cache
             reference = reference_features(batches, extractor, args.reference_cache)
-    check(count, reference)
+    check_samples(count, reference)
     known = "digits" if data_args.dataset_name == "digits" else hub_id(data_args.dataset_name)
     facts = {"dataset": known or HERE, "split": data_args.split, "reference": reference.facts}
     return Judge(extractor, reference, accelerator, args.batch_size, clock), facts

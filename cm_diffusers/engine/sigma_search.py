@@ -9,7 +9,7 @@ from cm_diffusers.engine.card import FACTS, draw_grids
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
 from cm_diffusers.engine.export import save_pipeline
 from cm_diffusers.engine.judge import Judge, sampler
-from cm_diffusers.evaluation import check
+from cm_diffusers.evaluation import check_samples
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
@@ -31,7 +31,7 @@ def improve_sigmas(
     """Find the best levels, give them to the scheduler, save the pipeline; and tell what was found."""
     config, steps = pipeline.scheduler.config, args.search_sigmas
     seeds = range(first_seed, first_seed + args.search_samples)
-    check(len(seeds), judge.reference)
+    check_samples(len(seeds), judge.reference)
     evaluations = []
 
     def distance(sigmas: list[float]) -> float:
