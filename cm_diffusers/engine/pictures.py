@@ -63,12 +63,12 @@ def plot_quality(results: Sequence[dict[str, Any]], picture: Path) -> None:
     FigureCanvasAgg(figure)
     training = any("step" in row for row in results)
     for axes, (title, *metrics) in zip(figure.subplots(2, 2).flat, QUALITIES):
-        for metric in metrics:
-            for label, rows in _curves(results, training).items():
+        for metric, style in zip(metrics, ("o-", "s--")):
+            for i, (label, rows) in enumerate(_curves(results, training).items()):
                 x = [row.get("step") if training else row.get("num_inference_steps", 0) for row in rows]
                 y, errors = [row[metric] for row in rows], [row.get(f"{metric}_std", 0) for row in rows]
                 label = f"{metric}, {label}" if len(metrics) > 1 else label
-                axes.errorbar(x, y, errors if any(errors) else None, fmt="o-", capsize=3, label=label)
+                axes.errorbar(x, y, errors if any(errors) else None, fmt=style, color=f"C{i}", capsize=3, label=label)
         axes.set(xlabel="step of training" if training else "steps", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small")
