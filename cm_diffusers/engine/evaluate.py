@@ -40,6 +40,7 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
         ValueError: what can't be measured. All that can be known before sampling is said before it.
     """
     _check_data(data_args)
+    _check_folder(args)
     disable_progress_bar()
     # the others wait while the main process measures, for longer than the usual half an hour where there is much
     accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
@@ -75,6 +76,15 @@ def _check_data(data_args: DataArguments) -> None:
     given = [name for name in ("streaming", "random_flip", "cache_latents") if getattr(data_args, name)]
     if given:
         raise ValueError(f"{given[0]} is for training; here the dataset is read as it is, and whole.")
+
+
+def _check_folder(args: EvaluationArguments) -> None:
+    """Raise ValueError where the numbers would go on the card of another model."""
+    beside, model, run = args.folder / "pipeline", args.pretrained_model_name_or_path, args.watch
+    own = args.search_sigmas or (run and args.folder.resolve() == Path(run).resolve())
+    own = own or (model and beside.resolve() == Path(model).resolve())
+    if beside.is_dir() and not own:
+        raise ValueError(f"output_dir {str(args.folder)!r} is the folder of another model; choose another.")
 
 
 def _subjects(
@@ -149,10 +159,6 @@ def _heading(
         "class_labels": None if subject.num_classes is None else f"seed modulo {subject.num_classes}",
         "versions": {name: package.__version__ for name, package in packages.items()},
     }
-
-
-def _seconds(clock: Clock) -> dict[str, float]:
-    return {name: round(seconds, 2) for name, seconds in clock.items()}
 
 
 def _write(folder: Path, report: dict[str, Any], clock: Clock, processes: int) -> None:

@@ -44,8 +44,8 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, d), fitted by Gaussians in float64.
 
     It is at least 0. It is biased upwards for few samples, by about a constant over N: compare at equal numbers, and
-    beside two halves of real data. With C = F F^T, the root has the trace that the singular values of F_a^T F_b sum to,
-    which loses no digits where covariances are near singular, as features that are 0 for most images make them.
+    beside two halves of real data. With C = F F^T, the trace of the root is the sum of the singular values of
+    F_a^T F_b, which loses no digits where features are 0 for all images and covariances singular.
 
     Raises:
         ValueError: other shapes, non-finite features, or no more samples than features, where a covariance is singular

@@ -207,6 +207,12 @@ def test_the_numbers_go_on_the_card_of_the_run(judged, model):
     assert "classifier (not FID)" in card.text and "num_samples: 50" in card.text
 
 
+def test_numbers_do_not_go_on_the_card_of_another_model(judged, model, flow_model):
+    for settings in ({"pretrained_model_name_or_path": flow_model}, {"images_dir": "images"}, {"watch": "runs/other"}):
+        with pytest.raises(ValueError, match="is the folder of another model"):
+            judged(output_dir=model.parent, **settings)
+
+
 def test_the_search_saves_a_copy_that_takes_the_levels_it_found(judged, model, tmp_path):
     before = (model / "scheduler" / "scheduler_config.json").read_bytes()
     report = judged(search_sigmas=2, search_samples=40, batch_size=50, num_inference_steps=[1])

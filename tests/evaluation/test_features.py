@@ -26,7 +26,7 @@ MODELS = {
             intermediate_size=16,
             image_size=(32, 24),
             patch_size=8,
-            num_labels=5,
+            num_labels=16,  # as many as other layers give
         )
     ),
     "resnet": lambda: ResNetForImageClassification(
@@ -52,7 +52,7 @@ def folders(tmp_path_factory):
     return {kind: str(path) for kind, path in paths.items()}
 
 
-def images(channels=3, size=(16, 12)):
+def images(channels=3, size=(80, 60)):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (3, channels, *size), generator=generator) / 255
 
