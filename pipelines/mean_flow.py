@@ -32,16 +32,24 @@ class MeanFlowPipeline(ImagePipeline):
         unet: the network, called as `unet(x_t, t, target_timestep=r, class_labels=...)`.
         scheduler: a `FlowMatchEulerDiscreteScheduler` that takes the flow times as they are (its default settings).
         vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
+        time_scale: the network is told this times the flow times (1000 where it began as a flow model of diffusers).
     """
 
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: ModelMixin, scheduler: FlowMatchEulerDiscreteScheduler, vae: ModelMixin | None = None):
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: ModelMixin | None = None,
+        time_scale: float = 1.0,
+    ):
         super().__init__()
         changed = {name for name, value in PLAIN_SCHEDULER.items() if scheduler.config.get(name, value) != value}
         if changed:
             raise ValueError(f"The scheduler of a MeanFlowPipeline must leave {', '.join(sorted(changed))} alone.")
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_to_config(time_scale=time_scale)
 
     @property
     def default_steps(self) -> tuple[int, ...]:
@@ -105,9 +113,10 @@ class MeanFlowPipeline(ImagePipeline):
         times = self.scheduler.sigmas  # and 0
         sample = noise.float() * times[0]  # float32 between the steps, whatever the weights
         for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            velocity = self.unet(
-                sample.to(noise.dtype), times[i], target_timestep=times[i + 1], class_labels=labels, return_dict=False
-            )[0]
+            t, r = self.config.time_scale * times[i : i + 2]
+            velocity = self.unet(sample.to(noise.dtype), t, target_timestep=r, class_labels=labels, return_dict=False)[
+                0
+            ]
             sample = self.scheduler.step(velocity.float(), timestep, sample, return_dict=False)[0]
             tensors = {"latents": sample}
             sample = self.after_step(callback_on_step_end, i, timestep, tensors, callback_on_step_end_tensor_inputs)[

@@ -54,6 +54,27 @@ class EDMDenoiser:
         return c_skip * x + c_out * output.to(x.dtype)
 
 
+def jump_scalings(prediction: str, sigma: Tensor, sigma_to: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """The factors of x and of the network's output F in a jump G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s).
+
+    g is the clean sample that F means: for "edm" c_skip(t) x + c_out(t) F without a floor. In a form where nothing
+    cancels for any t and s, 0 included, and which gives 1 and 0 for s = t.
+
+    Args:
+        prediction: "edm", "flow", "epsilon" or "v_prediction"; x is x0 + sigma noise for all of them.
+        sigma, sigma_to: t and s, any shape.
+        sigma_data: root mean square of the data, for "edm".
+    """
+    t, s = sigma, sigma_to
+    if prediction == "flow":
+        return (1 + s) / (1 + t), (s - t) / (1 + t)
+    if prediction == "epsilon":
+        return torch.ones_like(t), s - t
+    spread, sign = (1.0, -1) if prediction == "v_prediction" else (sigma_data, 1)
+    norm = t * t + spread**2
+    return (s * t + spread**2) / norm, sign * (t - s) * spread / norm.sqrt()
+
+
 @dataclass(frozen=True)
 class TrajectoryDenoiser:
     """D(x, sigma) = G(x, sigma, sigma_min): the jumps of a consistency trajectory model as a denoiser.
@@ -64,45 +85,55 @@ class TrajectoryDenoiser:
         g(x, t, s) = c_skip(t) x + c_out(t) F(c_in(t) x, label(t), label(s))
         G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s)                                            (eq. 9)
 
-    so that G(x, t, t) = x for any network; g(x, t, t) is the denoiser of the probability-flow ODE.
+    so that G(x, t, t) = x for any network; g(x, t, t) is the denoiser of the probability-flow ODE. Networks that live
+    on another process get their input and their times there; g is the clean sample that they mean.
 
     Args:
         network: called as `network(sample, label, target_timestep=label to jump to, class_labels=...)`, answering with
             a tensor in `.sample`.
         sigma_data: root mean square of the data.
         sigma_min: the level that stands for clean data; above 0 for the label "log_sigma".
-        time_label: a key of `TIME_LABELS`.
+        time_label: a key of `TIME_LABELS`, for "edm".
+        prediction: as for `jump_scalings`.
+        process: the forward process of the network, for predictions other than "edm".
+        time_scale: the network is told the process' own times times this.
     """
 
     network: Callable
     sigma_data: float
     sigma_min: float = 0.002
     time_label: str = "log_sigma"
+    prediction: str = "edm"
+    process: Interpolant | None = None
+    time_scale: float = 1.0
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """The jump of `x` (B, C, H, W) from `sigma` (B,) to sigma_min."""
         return self.jump(x, sigma, torch.full_like(sigma, self.sigma_min), class_labels)
 
     def jump(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """G(x, sigma, sigma_to) of `x` (B, C, H, W), both levels (B,), in the form where nothing cancels.
-
-        It is (s t + sigma_data^2) / (t^2 + sigma_data^2) x + (t - s) sigma_data / sqrt(t^2 + sigma_data^2) F.
-        """
-        t, s, variance = sigma, sigma_to, self.sigma_data**2
-        keep = (s * t + variance) / (t * t + variance)
-        change = (t - s) * self.sigma_data / (t * t + variance).sqrt()
-        return append_dims(keep, x) * x + append_dims(change, x) * self._output(x, t, s, class_labels)
+        """G(x, sigma, sigma_to) of `x` (B, C, H, W), both levels (B,)."""
+        return self._move(x, sigma, sigma_to, self._output(x, sigma, sigma_to, class_labels))
 
     def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """g(x, sigma, sigma) of `x` (B, C, H, W) at `sigma` (B,), the estimate of the clean data."""
-        c_skip, c_out, _ = (append_dims(c, x) for c in edm_scalings(sigma, self.sigma_data))
-        return c_skip * x + c_out * self._output(x, sigma, sigma, class_labels)
+        return self._move(x, sigma, torch.zeros_like(sigma), self._output(x, sigma, sigma, class_labels))
+
+    def _move(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, output: Tensor) -> Tensor:
+        keep, change = jump_scalings(self.prediction, sigma, sigma_to, self.sigma_data)
+        return append_dims(keep, x) * x + append_dims(change, x) * output
 
     def _output(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, class_labels: Tensor | None) -> Tensor:
         """F(c_in(sigma) x, label(sigma), label(sigma_to)) in the dtype of `x`."""
-        c_in = append_dims(edm_scalings(sigma, self.sigma_data)[2], x)
-        label, target = (TIME_LABELS[self.time_label].from_sigma(s, self.sigma_data) for s in (sigma, sigma_to))
-        return self.network(c_in * x, label, target_timestep=target, class_labels=class_labels).sample.to(x.dtype)
+        process = self.process or TrigFlow(self.sigma_data)  # on which EDM's c_in puts a sample
+        network_input = append_dims(process.alpha(sigma) / process.scale, x) * x
+        label, target = (self._label(s) for s in (sigma, sigma_to))
+        return self.network(network_input, label, target_timestep=target, class_labels=class_labels).sample.to(x.dtype)
+
+    def _label(self, sigma: Tensor) -> Tensor:
+        if self.process is None:
+            return TIME_LABELS[self.time_label].from_sigma(sigma, self.sigma_data)
+        return self.time_scale * self.process.time(sigma)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 from torch import nn
 
-from cm_diffusers.core.denoisers import Denoiser, GuidedDenoiser, TrajectoryDenoiser
+from cm_diffusers.core.denoisers import Denoiser, GuidedDenoiser
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.data import ImageData
@@ -54,12 +54,13 @@ def _spec_of(pipeline: ImagePipeline) -> ModelSpec:
     else:
         holder = pipeline.config if isinstance(pipeline, DenoisingPipeline) else config
         prediction, label = holder.get("prediction", "edm"), holder.get("time_label", "log_sigma")
+    scale = pipeline.config if isinstance(pipeline, MeanFlowPipeline) else config
     return ModelSpec(
         config.get("sigma_data", 1.0),
         OWN_LABELS.get(prediction) or label,
         config.get("sigma_max", 80.0),
         prediction,
-        config.get("time_scale", 1.0),
+        scale.get("time_scale", 1.0),
         config.get("noise_schedule"),
     )
 
@@ -110,9 +111,9 @@ def denoiser_of(pipeline: ImagePipeline) -> Denoiser:
     """D(x, sigma) of a saved model: the denoised image of a diffusion model, the jump to clean data of others."""
     spec = _spec_of(pipeline)
     if isinstance(pipeline, MeanFlowPipeline):
-        return jump_to_zero(pipeline.unet)
+        return jump_to_zero(pipeline.unet, spec.time_scale)
     if isinstance(pipeline, CTMPipeline):
-        return TrajectoryDenoiser(pipeline.unet, spec.sigma_data, pipeline.scheduler.config.sigma_min, spec.time_label)
+        return spec.trajectories(pipeline.unet, pipeline.scheduler.config.sigma_min)
     return spec.denoiser(pipeline.unet, 0.0 if _is_diffusion(pipeline) else pipeline.scheduler.config.sigma_min)
 
 
@@ -294,7 +295,7 @@ def build_start(
         raise ValueError(f"sigma_data is {start.spec.sigma_data}, that of the teacher {taught}.")
     if teacher is not None:  # beyond what the teacher knows there is nothing to learn
         start = replace(start, spec=replace(start.spec, sigma_max=min(start.spec.sigma_max, teacher.spec.sigma_max)))
-    start = replace(start, network=method.adapt(start.network, start.spec.time_label))
+    start = replace(start, network=method.adapt(start.network, start.spec))
     keep_time_embedding_in_float32(start.network)
     if args.gradient_checkpointing:
         start.network.enable_gradient_checkpointing()

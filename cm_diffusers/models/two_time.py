@@ -84,7 +84,7 @@ def _class_named(name: str, near: str) -> type[ModelMixin]:
 
 
 class TwoTimeModel(ModelMixin, ConfigMixin):
-    """A `JVPUNet2DModel` or a `UNet2DModel` with a second time. Make it by `from_network`.
+    """A `JVPUNet2DModel`, a `UNet2DModel` or the like with a second time. Make it by `from_network`.
 
     Args:
         network_class: name of the wrapped network's class.
@@ -135,7 +135,13 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_network(cls, network: ModelMixin, target_time_scale: float = 4.0) -> "TwoTimeModel":
-        """Wrap a copy of `network`, with its weights, dtype, device and mode; see the class for the scale."""
+        """Wrap a copy of `network`, with its weights, dtype, device and mode; see the class for the scale.
+
+        Raises:
+            ValueError: a network without an embedding of its time to add another to.
+        """
+        if not hasattr(network, "time_embedding"):
+            raise ValueError(f"A {type(network).__name__} can't be told a second time, as it has no `time_embedding`.")
         config = {name: value for name, value in network.config.items() if not name.startswith("_")}
         with torch.device("meta"):
             model = cls(type(network).__name__, config, target_time_scale)

@@ -109,8 +109,8 @@ class Objective(ABC):
         return "edm"
 
     @classmethod
-    def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
-        """A network with times in the unit `time_label` as the method trains it, for example with a second time."""
+    def adapt(cls, network: nn.Module, spec: ModelSpec) -> nn.Module:
+        """A network with this parameterisation as the method trains it, for example with a second time."""
         return network
 
     def denoiser(self, network: Callable | None = None) -> Denoiser:

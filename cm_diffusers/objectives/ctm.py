@@ -12,19 +12,19 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.core.denoisers import TrajectoryDenoiser
+from cm_diffusers.core.denoisers import TrajectoryDenoiser, jump_scalings
 from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.noise_levels import draw_bins, linear_law, lognormal
 from cm_diffusers.core.schedules import karras_sigma, karras_sigmas
-from cm_diffusers.core.weightings import edm_weight
 from cm_diffusers.models import PatchDiscriminator, TwoTimeModel
 from cm_diffusers.objectives.adversarial import Adversary
 from cm_diffusers.objectives.balance import Cut, Part, balanced, last_layer
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import distance, follow, moving_target, teacher_step
 from cm_diffusers.objectives.ctm_options import CTMOptions
+from cm_diffusers.objectives.spec import PROCESS_STUDENTS, ModelSpec
 from cm_diffusers.pipelines import CTMPipeline
 from cm_diffusers.schedulers import CTMScheduler
 
@@ -39,6 +39,7 @@ class CTM(Objective):
     name = "ctm"
     Options = CTMOptions
     two_times = True
+    keeps = PROCESS_STUDENTS
     sigma_min = floor = 0.002
     terms = ("ctm", "dsm", "dsm_weight", "gan", "gan_weight", "discriminator")
     facts = Facts(
@@ -53,6 +54,7 @@ class CTM(Objective):
 
     def __init__(self, *args, discriminator: nn.Module | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.floor = self.sigma_min  # stands for clean data whatever the network predicts
         self.target = moving_target(self.network)
         self.auxiliary = {"target": self.target}
         self.sigmas = karras_sigmas(self.options.num_scales, self.sigma_min, self.spec.sigma_max)
@@ -62,14 +64,13 @@ class CTM(Objective):
             self.adversary = Adversary(discriminator, self.options, self.fakes)
 
     @classmethod
-    def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
+    def adapt(cls, network: nn.Module, spec: ModelSpec) -> nn.Module:
         if isinstance(network, TwoTimeModel) or network.config.get("two_times"):
             return network
-        return TwoTimeModel.from_network(network, 4.0 if time_label == "angle" else 1 / 250)
+        return TwoTimeModel.from_network(network, spec.frequency)
 
     def denoiser(self, network: Callable | None = None) -> TrajectoryDenoiser:
-        spec = self.spec
-        return TrajectoryDenoiser(network or self.model, spec.sigma_data, self.floor, spec.time_label)
+        return self.spec.trajectories(network or self.model, self.floor)
 
     def times(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Levels from t down to u, (k + 1, B), and s <= u (B,): all triples of the grid occur."""
@@ -107,7 +108,9 @@ class CTM(Objective):
         x = VE().add_noise(x0, draws.normal("dsm_noise", x0.shape[1:]), sigma)
         with draws.dropout():
             denoised = self.denoiser().denoise(x, sigma, labels)
-        return edm_weight(sigma, self.spec.sigma_data) * l2(denoised, x0), sigma
+        # the square of the network's own error, as in EDM
+        gain = jump_scalings(self.spec.prediction, sigma, torch.zeros_like(sigma), self.spec.sigma_data)[1]
+        return gain**-2 * l2(denoised, x0), sigma
 
     def fakes(self, batch: Batch, draws: Draws) -> Tensor:
         """The estimates alone, for the discriminator's turn."""
@@ -147,4 +150,6 @@ class CTM(Objective):
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         spec = self.spec
         config = {"sigma_min": self.sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
-        return CTMPipeline(network, CTMScheduler(self.options.num_scales, time_label=spec.time_label, **config))
+        config |= {"prediction": spec.prediction, "time_label": spec.time_label, "time_scale": spec.time_scale}
+        config["noise_schedule"] = spec.noise_schedule
+        return CTMPipeline(network, CTMScheduler(self.options.num_scales, **config))

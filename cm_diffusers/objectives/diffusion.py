@@ -18,6 +18,7 @@ from cm_diffusers.core.weightings import edm_weight
 from cm_diffusers.models import with_log_variance, without_log_variance
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.spec import ModelSpec
 from cm_diffusers.pipelines import DenoisingPipeline, TrigFlowPipeline
 from cm_diffusers.schedulers import TrigFlowScheduler
 
@@ -69,7 +70,7 @@ class Diffusion(Objective):
         return options.interpolant
 
     @classmethod
-    def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
+    def adapt(cls, network: nn.Module, spec: ModelSpec) -> nn.Module:
         return with_log_variance(network)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:

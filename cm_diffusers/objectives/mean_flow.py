@@ -22,6 +22,7 @@ from cm_diffusers.models import TwoTimeModel
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
 from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.spec import ModelSpec
 from cm_diffusers.pipelines import MeanFlowPipeline
 
 
@@ -42,13 +43,13 @@ class MeanFlowOptions:
         check_between("weight_c", self.weight_c, 1e-12, 1e6)
 
 
-def jump_to_zero(network: Callable) -> ProcessDenoiser:
-    """The jump of a network with two times from any time to 0, as a denoiser."""
+def jump_to_zero(network: Callable, time_scale: float = 1.0) -> ProcessDenoiser:
+    """The jump of a network with two times, told `time_scale` times these, from any time to 0, as a denoiser."""
 
     def to_zero(x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> SimpleNamespace:
         return network(x, t, target_timestep=torch.zeros_like(t), class_labels=class_labels)
 
-    return flow_denoiser(to_zero)
+    return flow_denoiser(to_zero, time_scale=time_scale)
 
 
 class MeanFlow(Objective):
@@ -57,6 +58,7 @@ class MeanFlow(Objective):
     name = "mean_flow"
     Options = MeanFlowOptions
     sigma_min = floor = 0.0
+    keeps = ("flow",)
     two_times = True
     facts = Facts(
         what="average velocities, jumps between any times",
@@ -78,11 +80,11 @@ class MeanFlow(Objective):
         return "flow"
 
     @classmethod
-    def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
-        return network if isinstance(network, TwoTimeModel) else TwoTimeModel.from_network(network)
+    def adapt(cls, network: nn.Module, spec: ModelSpec) -> nn.Module:
+        return network if isinstance(network, TwoTimeModel) else TwoTimeModel.from_network(network, spec.frequency)
 
     def denoiser(self, network: Callable | None = None) -> ProcessDenoiser:
-        return jump_to_zero(network or self.model)
+        return jump_to_zero(network or self.model, self.spec.time_scale)
 
     def times(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """t >= r (B,): two logit-normal draws, sorted, and then equal for a share of the samples."""
@@ -91,7 +93,7 @@ class MeanFlow(Objective):
         return t, torch.where(draws.uniform("equal") < self.options.equal_times, t, r)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x0, labels = batch.images, batch.class_labels
+        x0, labels, scale = batch.images, batch.class_labels, self.spec.time_scale
         t, r = self.times(draws)
         noise = draws.normal("noise", x0.shape[1:])
         x_t = append_dims(1 - t, x0) * x0 + append_dims(t, x0) * noise
@@ -99,16 +101,17 @@ class MeanFlow(Objective):
 
         def network(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             with draws.dropout():
-                return self.network(x, t, target_timestep=r, class_labels=labels).sample
+                return self.network(x, scale * t, target_timestep=scale * r, class_labels=labels).sample
 
         with jvp_ready(self.network, self.options.jvp_mode):
             tangents = (v, torch.ones_like(t), torch.zeros_like(r))
             _, du_dt = jvp(network, (x_t, t, r), tangents, self.options.jvp_mode)
         with draws.dropout():
-            u = self.model(x_t, t, target_timestep=r, class_labels=labels).sample.to(x0.dtype)
+            u = self.model(x_t, scale * t, target_timestep=scale * r, class_labels=labels).sample.to(x0.dtype)
         error = l2(u, v - append_dims(t - r, x0) * du_dt)
         weight = (error.detach() + self.options.weight_c) ** -self.options.power
         return Loss.mean(weight * error, t / (1 - t))
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        return MeanFlowPipeline(network, FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0))
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+        return MeanFlowPipeline(network, scheduler, time_scale=self.spec.time_scale)

@@ -23,6 +23,7 @@ from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import TEACHER_HELP, check_teacher, trigflow_pipeline
 from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
 from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class SCT(Objective):
         return "trigflow"
 
     @classmethod
-    def adapt(cls, network: nn.Module, time_label: str) -> nn.Module:
+    def adapt(cls, network: nn.Module, spec: ModelSpec) -> nn.Module:
         return with_log_variance(network)
 
     def velocity(self, x0: Tensor, z: Tensor, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import DDPMScheduler
 
-from cm_diffusers.core.denoisers import Denoiser, EDMDenoiser, ProcessDenoiser, as_trigflow
+from cm_diffusers.core.denoisers import Denoiser, EDMDenoiser, ProcessDenoiser, TrajectoryDenoiser, as_trigflow
 from cm_diffusers.core.interpolants import VE, VP, Interpolant, LinearFlow, TrigFlow
 
 
@@ -54,6 +54,24 @@ class ModelSpec:
         if self.prediction == "edm":
             return EDMDenoiser(network, self.sigma_data, floor, self.time_label)
         return ProcessDenoiser(network, self.process, self.prediction, self.sigma_data, self.time_scale)
+
+    def trajectories(self, network: Callable, floor: float) -> TrajectoryDenoiser:
+        """The jumps of a `network` with two times, and its denoiser; `floor` stands for clean data."""
+        process = None if self.prediction == "edm" else self.process
+        return TrajectoryDenoiser(
+            network, self.sigma_data, floor, self.time_label, self.prediction, process, self.time_scale
+        )
+
+    @property
+    def frequency(self) -> float:
+        """How fast a second time in the unit of the first is read at most, in radians per unit of it.
+
+        Four radians for an angle or for all times of a process; for logarithms of sigma, whose range is wider, 250 ln
+        sigma in 1 / 250.
+        """
+        if self.time_label == "timestep":
+            return 4 / len(self.process.angles)
+        return 1 / 250 if self.time_label == "log_sigma" else 4 / self.time_scale
 
     def as_trigflow(self, network: Callable) -> Callable:
         """F of TrigFlow that means the same denoiser: a TrigFlow `network` itself, a flow model by its own formula."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from .network_input import NetworkInput
 
 
 @dataclass
@@ -33,8 +36,9 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         g(x, t, s) = c_skip(t) x + c_out(t) F(c_in(t) x, t, s)
         G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s)                                            (eq. 9)
 
-    so that G(x, t, t) = x for any network, and g(x, t, t) is a denoiser. With gamma = 0 all is deterministic, a chain
-    of jumps; gamma = 1 is multistep consistency sampling. The last jump goes to the floor and gives the sample.
+    so that G(x, t, t) = x for any network, and g(x, t, t) is a denoiser. For other predictions g is the clean sample
+    that they mean. With gamma = 0 all is deterministic, a chain of jumps; gamma = 1 is multistep consistency sampling.
+    The last jump goes to the floor and gives the sample.
 
     Args:
         num_train_timesteps: length of the Karras grid that `num_inference_steps` picks its levels from.
@@ -43,11 +47,14 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: root mean square of the training data.
         rho: exponent of the Karras grid.
         clip_denoised: clamp what a jump to the floor gives to [-1, 1] (images; not latents). Other jumps stay exact.
-        time_label: the network's time inputs, "log_sigma" (250 ln sigma) or "angle" (atan(sigma / sigma_data)).
+        time_label: the network's time inputs; see `MultistepConsistencyScheduler`, as for the last three.
         gamma: share of the noise that is drawn anew, in [0, 1], unless `set_timesteps` is told otherwise.
         gamma_rule: "paper" jumps to sqrt(1 - gamma^2) sigma, not below the floor; "official" to
             sqrt(1 - gamma^2) (sigma - sigma_min) + sigma_min as the authors' code does. The noise makes up for either.
         upward: whether the network has learned to jump to higher levels, too, which the paper's training leaves out.
+        prediction: what the network predicts: "edm" (F), "flow", "epsilon" or "v_prediction".
+        time_scale: factor of the time label of "flow".
+        noise_schedule: for "epsilon" and "v_prediction" the settings of diffusers' `DDPMScheduler`.
         default_sigmas: the levels of `num_inference_steps`, by that number as a string, where they are not to be those
             of the grid: {"2": [80.0, 0.8]}, as `training/evaluate.py --search_sigmas` finds them.
 
@@ -67,20 +74,24 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: float = 0.5,
         rho: float = 7.0,
         clip_denoised: bool = True,
-        time_label: str = "log_sigma",
+        time_label: str | None = None,
         gamma: float = 0.0,
         gamma_rule: str = "paper",
         upward: bool = False,
+        prediction: str = "edm",
+        time_scale: float = 1.0,
+        noise_schedule: dict[str, Any] | None = None,
         default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
-        if time_label not in ("log_sigma", "angle"):
-            raise ValueError(f"time_label must be 'log_sigma' or 'angle', got {time_label!r}.")
+        self.input = NetworkInput(prediction, time_label, sigma_data, time_scale, noise_schedule)
+        self.register_to_config(time_label=self.input.time_label)
         if gamma_rule not in ("paper", "official"):
             raise ValueError(f"gamma_rule must be 'paper' or 'official', got {gamma_rule!r}.")
         if not 0 <= sigma_min < sigma_max < math.inf:
             raise ValueError(f"sigma_min must lie in [0, sigma_max), got {sigma_min} and {sigma_max}.")
-        if sigma_min == 0 and time_label == "log_sigma":
-            raise ValueError("sigma_min must be above 0 for the time_label 'log_sigma', which has no value at 0.")
+        label = self.input.time_label
+        if sigma_min == 0 and label.endswith("log_sigma"):
+            raise ValueError(f"sigma_min must be above 0 for the time_label {label!r}, which has no value at 0.")
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be positive, got {sigma_data}.")
         if num_train_timesteps < 2:
@@ -123,15 +134,11 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
 
     def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
         """The network's time input at `sigmas`."""
-        if self.config.time_label == "angle":
-            return np.arctan(sigmas / self.config.sigma_data)
-        return 250.0 * np.log(sigmas)
+        return self.input.label(sigmas)
 
     def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
         """The noise levels whose time input `timesteps` is."""
-        if self.config.time_label == "angle":
-            return np.tan(timesteps) * self.config.sigma_data
-        return np.exp(timesteps / 250.0)
+        return self.input.sigma(timesteps)
 
     def set_timesteps(
         self,
@@ -254,12 +261,9 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
             values = values.reshape(-1, *[1] * (sample.ndim - 1))
         return values.to(sample.device, torch.promote_types(sample.dtype, torch.float32))
 
-    def _norm(self, sigma: torch.Tensor) -> torch.Tensor:
-        return (sigma * sigma + self.config.sigma_data**2).sqrt()
-
     def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """c_in x, the network's input: `sample` (B, ...) over sqrt(sigma^2 + sigma_data^2), at `sigma` () or (B,)."""
-        return sample / self._factor(self._norm(_float64(sigma)), sample)
+        """The network's input, for "edm" c_in x: `sample` (B, ...) in its scale at `sigma`, () or (B,)."""
+        return sample / self._factor(self.input.norm(_float64(sigma)), sample)
 
     def jump(
         self,
@@ -270,9 +274,8 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """G(x, t, s) of eq. 9, from the network's output F.
 
-        (s / t) x + (1 - s / t) (c_skip x + c_out F) is (s t + sigma_data^2) / (t^2 + sigma_data^2) x
-        + (t - s) sigma_data / sqrt(t^2 + sigma_data^2) F, which is computed, as nothing cancels there for any t and s.
-        With F of the diagonal, F(c_in x, t, t), it is the step of Euler.
+        It is linear in s: G = x + (s - t) (pull x - gain F), with the pull and the gain of `velocity`, which is
+        computed in this form, as it holds at t = 0, too. With F of the diagonal, F(c_in x, t, t), it is Euler's step.
 
         Args:
             model_output: F (B, ...) for `precondition_inputs(sample, sigma)`.
@@ -281,20 +284,27 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
             sigma_to: s, () or (B,), 0 or above.
         """
         t, s = _float64(sigma), _float64(sigma_to)
-        keep = (s * t + self.config.sigma_data**2) / (t * t + self.config.sigma_data**2)
-        change = (t - s) * self.config.sigma_data / self._norm(t)
-        keep, change = self._factor(keep, sample), self._factor(change, sample)
+        pull, gain = self._slope(t)
+        keep, change = self._factor(1 + (s - t) * pull, sample), self._factor((t - s) * gain, sample)
         return keep * sample.to(keep.dtype) + change * model_output.to(keep.dtype)
 
     def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """dx / dsigma = (x - g(x, t, t)) / t of the probability-flow ODE, from F(c_in x, t, t).
 
-        Computed as t / (t^2 + sigma_data^2) x - sigma_data / sqrt(t^2 + sigma_data^2) F, which holds at t = 0, too.
+        Computed as pull x - gain F; for "edm" t / (t^2 + sigma_data^2) and sigma_data / sqrt(t^2 + sigma_data^2).
         """
-        t = _float64(sigma)
-        keep = self._factor(t / (t * t + self.config.sigma_data**2), sample)
-        change = self._factor(self.config.sigma_data / self._norm(t), sample)
-        return keep * sample.to(keep.dtype) - change * model_output.to(keep.dtype)
+        pull, gain = (self._factor(value, sample) for value in self._slope(_float64(sigma)))
+        return pull * sample.to(pull.dtype) - gain * model_output.to(pull.dtype)
+
+    def _slope(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pull and the gain of `velocity` at t."""
+        prediction, norm = self.input.prediction, self.input.norm(t)
+        if prediction == "flow":
+            return 1 / norm, -1 / norm
+        if prediction == "epsilon":
+            return torch.zeros_like(t), -torch.ones_like(t)
+        gain = self.input.spread / norm
+        return t / norm**2, -gain if prediction == "v_prediction" else gain
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """`sample` divided by sqrt(sigma^2 + sigma_data^2), the network's input at `timestep`."""

@@ -6,15 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
+from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-
-# time labels of each prediction, the default one first
-CONSISTENCY_LABELS = {"edm": ("log_sigma", "quarter_log_sigma", "angle"), "flow": ("flow_time",)}
-CONSISTENCY_LABELS |= {"epsilon": ("timestep",), "v_prediction": ("timestep",)}
+from .network_input import NetworkInput
 
 
 @dataclass
@@ -82,27 +79,14 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         noise_schedule: dict[str, Any] | None = None,
         default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
-        if prediction not in CONSISTENCY_LABELS:
-            raise ValueError(f"prediction must be one of {', '.join(CONSISTENCY_LABELS)}; got {prediction!r}.")
-        labels = CONSISTENCY_LABELS[prediction]
-        if time_label is None:
-            time_label = labels[0]
-            self.register_to_config(time_label=time_label)
-        if time_label not in labels:
-            raise ValueError(
-                f"time_label of the prediction {prediction!r} must be one of {', '.join(labels)}; got {time_label!r}."
-            )
-        if (time_label == "timestep") != (noise_schedule is not None):
-            raise ValueError("noise_schedule is for the predictions 'epsilon' and 'v_prediction', which need it.")
+        self.input = NetworkInput(prediction, time_label, sigma_data, time_scale, noise_schedule)
+        self.register_to_config(time_label=self.input.time_label)
         if renoise not in ("floor", "full"):
             raise ValueError(f"renoise must be 'floor' or 'full', got {renoise!r}.")
         if not 0 <= sigma_min < sigma_max:
             raise ValueError(f"sigma_min must lie in [0, sigma_max), got {sigma_min} and {sigma_max}.")
         if num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}.")
-        if noise_schedule is not None:
-            abar = DDPMScheduler(**noise_schedule).alphas_cumprod.double().numpy()
-            self._angles = np.arctan2(np.sqrt(1 - abar), np.sqrt(abar))
         self._check_default_sigmas()
         self.num_inference_steps = None
         self._set_sigmas(self._karras(np.linspace(0, 1, num_train_timesteps)), None)
@@ -135,29 +119,11 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
         """The network's time input at `sigmas`."""
-        label = self.config.time_label
-        if label == "angle":
-            return np.arctan(sigmas / self.config.sigma_data)
-        if label == "flow_time":
-            return self.config.time_scale * sigmas / (1 + sigmas)
-        if label == "timestep":
-            return np.interp(np.arctan(sigmas), self._angles, np.arange(len(self._angles)))
-        return self._label_factor * np.log(sigmas + 1e-44)
+        return self.input.label(sigmas)
 
     def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
         """The noise levels whose time input `timesteps` is."""
-        label = self.config.time_label
-        if label == "angle":
-            return np.tan(timesteps) * self.config.sigma_data
-        if label == "flow_time":
-            return timesteps / (self.config.time_scale - timesteps)
-        if label == "timestep":
-            return np.tan(np.interp(timesteps, np.arange(len(self._angles)), self._angles))
-        return np.exp(timesteps / self._label_factor)
-
-    @property
-    def _label_factor(self) -> float:
-        return 250.0 if self.config.time_label == "log_sigma" else 0.25
+        return self.input.sigma(timesteps)
 
     def set_timesteps(
         self,
@@ -259,11 +225,7 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """`sample` in the scale of the network's input at `timestep`: for "edm" / sqrt(sigma^2 + sigma_data^2)."""
         if self._step_index is None:
             self._step_index = self._index_of(timestep)
-        sigma = self._sigma(sample, self._step_index)
-        if self.config.prediction == "flow":
-            return sample / (1 + sigma)
-        spread = self.config.sigma_data if self.config.prediction == "edm" else 1.0
-        return sample / ((sigma**2 + spread**2) ** 0.5)
+        return sample / self.input.norm(self._sigma(sample, self._step_index))
 
     def _denoised(self, output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """The estimate of the clean sample from the network's output."""

@@ -15,7 +15,7 @@ from cm_diffusers import EDMUNet2DModel
 from cm_diffusers.convert import Options, convert_checkpoint
 from cm_diffusers.convert.accounting import ordered_qkv
 from cm_diffusers.engine.models import denoiser_of, load_pipeline
-from cm_diffusers.objectives import OBJECTIVES
+from cm_diffusers.objectives import OBJECTIVES, ModelSpec
 
 
 CASES = list(foreign.DENOISED)
@@ -345,7 +345,7 @@ def test_a_converted_model_is_a_teacher(tmp_path):
 def test_a_converted_trajectory_model_is_trained_as_it_is(tmp_path):
     path, options = foreign.write("ctm", tmp_path)
     network = convert(path, **options).result.unet
-    assert OBJECTIVES["ctm"].adapt(network, "log_sigma") is network
+    assert OBJECTIVES["ctm"].adapt(network, ModelSpec(0.5)) is network
 
 
 # the script

@@ -1,11 +1,14 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from cm_diffusers import CTMScheduler
-from cm_diffusers.core.denoisers import EDMDenoiser, TrajectoryDenoiser, edm_scalings
+from cm_diffusers.core.denoisers import EDMDenoiser, TrajectoryDenoiser, edm_scalings, to_denoised
+from cm_diffusers.core.interpolants import VP, LinearFlow
 from cm_diffusers.core.time_labels import TIME_LABELS
 from cm_diffusers.core.weightings import edm_weight, inverse_gap
 
@@ -120,6 +123,35 @@ def test_a_jump_is_equation_9():
     share = (s / t).reshape(-1, 1, 1, 1)
     moved = TrajectoryDenoiser(two_time_network, 0.5).jump(x, t, s, CLASSES)
     torch.testing.assert_close(moved, share * x + (1 - share) * g, rtol=1e-10, atol=1e-10)
+
+
+SCHEDULE = {"beta_schedule": "linear"}
+ABAR = DDPMScheduler(**SCHEDULE).alphas_cumprod.double()
+PROCESSES = {"flow": (LinearFlow(), {"time_scale": 1000.0}), "epsilon": (VP(ABAR), {"noise_schedule": SCHEDULE})}
+PROCESSES["v_prediction"] = (VP(ABAR), {"noise_schedule": SCHEDULE})
+
+
+@pytest.mark.parametrize("prediction", PROCESSES)
+def test_jumps_of_other_predictions_are_equation_9_and_those_of_the_scheduler(prediction):
+    """g is what `to_denoised` makes of the network's output on its own process."""
+    process, config = PROCESSES[prediction]
+    x, t, s = torch.randn(6, 1, 4, 4).double(), LEVELS, LEVELS.flip(0) / 2
+    time_scale = config.get("time_scale", 1.0)
+    model = TrajectoryDenoiser(two_time_network, 0.5, 0.002, "", prediction, process, time_scale)
+    x_t = process.alpha(t).reshape(-1, 1, 1, 1) * x
+    output = two_time_network(x_t, time_scale * process.time(t), time_scale * process.time(s), CLASSES).sample
+    g = to_denoised(prediction, output, x_t, t, process)
+    share = (s / t).reshape(-1, 1, 1, 1)
+    moved = model.jump(x, t, s, CLASSES)
+    torch.testing.assert_close(moved, share * x + (1 - share) * g, rtol=1e-9, atol=1e-9)
+    assert model.jump(x, t, t, CLASSES).equal(x)
+
+    scheduler = CTMScheduler(sigma_data=0.5, prediction=prediction, **config)
+    torch.testing.assert_close(scheduler.precondition_inputs(x, t), x_t)
+    np.testing.assert_allclose(scheduler.labels(t), time_scale * process.time(t), rtol=1e-9)
+    torch.testing.assert_close(scheduler.jump(output, x, t, s), moved, rtol=1e-9, atol=1e-9)
+    slope = (x - scheduler.jump(output, x, t, torch.zeros_like(t))) / t.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(scheduler.velocity(output, x, t), slope, rtol=1e-9, atol=1e-9)
 
 
 def test_jumps_and_denoiser_of_a_gaussian():

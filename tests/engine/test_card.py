@@ -31,7 +31,8 @@ def card_of(folder, method="ect", metrics="absent.json", repo="user/digits", **s
     config = parse_config(flags(folder, method, **settings), [method], "")
     pipeline = load_pipeline(str(folder / "pipeline"))
     cls = OBJECTIVES[method]
-    objective = cls(cls.adapt(pipeline.unet, "log_sigma"), ModelSpec(0.85), config.options, 6)
+    spec = ModelSpec(0.85)
+    objective = cls(cls.adapt(pipeline.unet, spec), spec, config.options, 6)
     made = objective.pipeline(objective.network)
     return model_card(card_facts(config, objective, made, AROUND, GRIDS), repo, Path(folder) / metrics)
 

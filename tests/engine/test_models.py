@@ -18,7 +18,7 @@ from cm_diffusers import (
 from cm_diffusers.core.denoisers import TrajectoryDenoiser
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.models import build_start, denoiser_of, load_pipeline, load_teacher
-from cm_diffusers.objectives import OBJECTIVES, Objective
+from cm_diffusers.objectives import OBJECTIVES, ModelSpec, Objective
 
 
 DATA = SimpleNamespace(channels=1, resolution=(8, 8), num_classes=10)
@@ -31,8 +31,8 @@ class AnyTwoTimes(Objective):
     told = None
 
     @classmethod
-    def adapt(cls, network: nn.Module, time_label: str = "angle") -> nn.Module:
-        cls.told = time_label
+    def adapt(cls, network: nn.Module, spec: ModelSpec) -> nn.Module:
+        cls.told = spec.time_label
         return network if isinstance(network, TwoTimeModel) else TwoTimeModel.from_network(network)
 
 

@@ -346,6 +346,15 @@ def test_what_can_t_be_read_is_refused_with_what_can(make, message, tmp_path):
     refused(make(), tmp_path, message)
 
 
+def test_a_dit_that_older_diffusers_saved_is_read(tmp_path):
+    """As facebook/DiT-XL-2-256 is: by the name that its class had."""
+    save("dit", tmp_path)
+    index, config = tmp_path / "model_index.json", tmp_path / "transformer" / "config.json"
+    for path in (index, config):
+        path.write_text(path.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
+    assert str(load_teacher(str(tmp_path), ModelArguments())).startswith("DiTTransformer2DModel, ")
+
+
 def test_a_text_conditional_pipeline_is_refused_with_the_reason(tmp_path):
     (tmp_path / "model_index.json").write_text(
         '{"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}'

@@ -156,7 +156,7 @@ def random(tiny_unet):
     """A maker of the objective on a random U-Net in float64, whose average is another random one."""
 
     def make(**options):
-        network = CTM.adapt(tiny_unet(num_classes=None).double(), "log_sigma").train()
+        network = CTM.adapt(tiny_unet(num_classes=None).double(), SPEC).train()
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
         options = CTM.Options(**{"solver_steps": 2, **options})
@@ -282,12 +282,12 @@ def test_the_hinge_loss_of_a_discriminator_that_knows(random):
 def test_training_starts_as_the_teacher(tiny_unet, time_label):
     """The teacher's weights and the zero branch of the second time; the same output for any s."""
     unet = tiny_unet(num_classes=None)
-    network = CTM.adapt(unet, time_label)
+    spec = ModelSpec(SIGMA_DATA, time_label)
+    network = CTM.adapt(unet, spec)
     ours, theirs = network.state_dict(), unet.state_dict()
     added = {key for key in ours if key.removeprefix("network.") not in theirs}
     assert {key.split(".")[0] for key in added} == {"target_time_embedding"}
     assert all(torch.equal(ours[f"network.{key}"], value) for key, value in theirs.items())
-    spec = ModelSpec(SIGMA_DATA, time_label)
     objective = CTM(network, spec, CTM.Options(), total_steps=10)
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([0.01, 0.5, 3.0, 80.0])
     teacher = EDMDenoiser(unet, SIGMA_DATA, time_label=time_label)(x, t)
@@ -296,7 +296,7 @@ def test_training_starts_as_the_teacher(tiny_unet, time_label):
         ratio = (s / t).reshape(-1, 1, 1, 1)
         jump = objective.denoiser().jump(x, t, torch.full((4,), s))
         torch.testing.assert_close(jump, ratio * x + (1 - ratio) * teacher, rtol=0, atol=1e-6)
-    assert CTM.adapt(network, time_label) is network and isinstance(network, TwoTimeModel)
+    assert CTM.adapt(network, spec) is network and isinstance(network, TwoTimeModel)
 
 
 @pytest.mark.parametrize(
@@ -316,4 +316,4 @@ def test_training_starts_as_the_teacher(tiny_unet, time_label):
 )
 def test_bad_options_are_named(tiny_unet, options, message):
     with pytest.raises(ValueError, match=message):
-        CTM(CTM.adapt(tiny_unet(), "log_sigma"), SPEC, CTM.Options(**options), total_steps=1)
+        CTM(CTM.adapt(tiny_unet(), SPEC), SPEC, CTM.Options(**options), total_steps=1)

@@ -32,7 +32,7 @@ OPTIONS = {
 
 # Students that keep the process of another diffusion model: every method that has such, and every kind once or more.
 STUDENTS = {"ct": "epsilon", "ict": "v_prediction", "cd": "epsilon", "ect": "v_prediction", "ecd": "flow"}
-STUDENTS |= {"sct": "flow", "scd": "flow"}
+STUDENTS |= {"sct": "flow", "scd": "flow", "mean_flow": "flow", "ctm": "v_prediction"}
 SPECS = {"flow": {"time_scale": 1000.0}, "epsilon": {"noise_schedule": {"beta_schedule": "linear"}}}
 SPECS["v_prediction"] = {"noise_schedule": {"beta_schedule": "squaredcos_cap_v2"}}
 
@@ -64,7 +64,7 @@ def make(tiny_unet):
         teacher = None
         if "pretrained_teacher_model" in vars(options):
             teacher = spec.denoiser(copy.deepcopy(network).eval().requires_grad_(False))
-        network = cls.adapt(network, label).train()
+        network = cls.adapt(network, spec).train()
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.05)
         objective = cls(network, spec, options, total_steps=1000, teacher=teacher)
