@@ -1,7 +1,7 @@
 """The library in some minutes on a CPU: train, reload with nothing but diffusers, sample, judge.
 
 Trains a class-conditional ECT model on the handwritten digits that ship inside scikit-learn and leaves in
-runs/quickstart: pipeline/ (the model), samples.png (samples beside real images) and report.json (distances, times).
+runs/quickstart: pipeline/ (the model), samples.png (samples beside real images) and metrics.json (distances, times).
 Run again, it goes on where it stopped.
 """
 
@@ -79,8 +79,8 @@ def judge(samples: dict[int, np.ndarray], data: ImageData) -> dict[str, float]:
     distances = {}
     for n, made in samples.items():
         features = classifier.features(torch.from_numpy(made).permute(0, 3, 1, 2))
-        distances[f"{n}_step{'s' if n > 1 else ''}"] = frechet_distance(features, one)
-    distances["real_half_against_real_half"] = frechet_distance(other, one)
+        distances[f"{n} step{'s' if n > 1 else ''}"] = frechet_distance(features, one)
+    distances["real half against real half"] = frechet_distance(other, one)
     return {name: round(value, 3) for name, value in distances.items()}
 
 
@@ -107,8 +107,8 @@ def main() -> None:
     names = ("training_seconds", "sampling_seconds", "judging_seconds")
     report = {
         "dataset": "digits (scikit-learn), 8x8",
-        "frechet_distance": distances,
-        "features": "small classifier trained on the same images (not FID)",
+        "results": [{"name": name, "frechet_distance": distance} for name, distance in distances.items()],
+        "extractor": {"name": "a small classifier, trained on the same images"},
         "num_samples": len(data.images) // 2,
         "steps": {"training": config["max_train_steps"], "pretraining": config["pretrain_steps"]},
         "seed": 0,
@@ -119,7 +119,7 @@ def main() -> None:
 
     print("\nFréchet distance to real digits, in the features of a small classifier (less is better):")
     for name, distance in distances.items():
-        print(f"  {name.replace('_', ' '):28} {distance:8.3f}")
+        print(f"  {name:28} {distance:8.3f}")
     folder = FOLDER.relative_to(ROOT)
     print(f"\nLook at {folder}/samples.png; the model is {folder}/pipeline. Try next:")
     print(f"  .venv/bin/python training/sample.py --pretrained_model_name_or_path {folder}/pipeline --class_labels 3")

@@ -45,7 +45,8 @@ NO_RECIPE = (
     "dry_run",
 )
 FACTS = "card.json"  # beside a saved model: all that its card says, but for what was measured of it
-METRICS = "report.json"  # beside it, where something was measured
+METRICS = "metrics.json"  # beside it, where something was measured
+HOW = ("name", "step", "num_inference_steps", "sigmas")  # what a result in it has that is no metric
 
 
 @dataclass(frozen=True)
@@ -100,19 +101,23 @@ def licence_of(teacher: str | None, revision: str | None = None) -> str | None:
 
 
 def read_metrics(file: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """Numbers of a report or metrics file beside a model, by name, and how they were taken."""
+    """The numbers of a metrics.json by name, those of its last step of training, and how they were taken."""
     if not file.is_file():
         return {}, {}
     report = json.loads(file.read_text())
+    last = max(row.get("step", 0) for row in report["results"])
     numbers = {
-        f"{group.replace('_', ' ')}, {name.replace('_', ' ')}": value
-        for group, values in report.items()
-        if isinstance(values, dict) and group not in ("time", "steps")
-        for name, value in values.items()
-        if isinstance(value, (int, float))
+        f"{key.replace('_', ' ')}, {row['name']}": float(f"{value:.5g}")
+        for row in report["results"]
+        if row.get("step", 0) == last
+        for key, value in row.items()
+        if key not in HOW
     }
-    notes = {name: str(report[name]) for name in ("dataset", "features", "num_samples") if name in report}
-    return numbers, notes
+    notes = {key: str(report[key]) for key in ("dataset", "split", "num_samples") if key in report}
+    notes["features"] = report["extractor"]["name"] + (
+        "" if any("fid" in row for row in report["results"]) else " (not FID)"
+    )
+    return numbers, notes | ({"step": str(last)} if last else {})
 
 
 def snippet(facts: Mapping[str, Any], repo: str, trusting: bool = False) -> str:

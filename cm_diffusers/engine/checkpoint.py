@@ -93,7 +93,7 @@ def save_checkpoint(
         shutil.rmtree(final)
     os.rename(folder, final)
     fsync_folder(root)
-    for _, old in _listed(root)[keep:]:
+    for _, old in list_checkpoints(root)[keep:]:
         shutil.rmtree(old)
     return final
 
@@ -124,8 +124,8 @@ def copy_checkpoint(source: Path, folder: Path, settings: Mapping[str, Any]) -> 
     _seal(folder, manifest)
 
 
-def _listed(root: Path) -> list[tuple[int, Path]]:
-    """Checkpoints, newest first."""
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints, newest first."""
     found = [(int(m[1]), path) for path in root.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
@@ -179,7 +179,7 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
         DamagedCheckpoint: there are checkpoints, but none verifies.
     """
     faults = []
-    for _, path in _listed(root):
+    for _, path in list_checkpoints(root):
         try:
             return load_checkpoint(path), faults
         except DamagedCheckpoint as error:
@@ -195,7 +195,7 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def set_aside_newer(root: Path, step: int) -> None:
     """Rename the checkpoints after `step`, which were found damaged, so that they never count as ones to keep."""
-    for number, path in _listed(root):
+    for number, path in list_checkpoints(root):
         if number > step:
             aside = root / f"damaged-{path.name}"
             shutil.rmtree(aside, ignore_errors=True)

@@ -275,6 +275,20 @@ def _parse(parser: _Parser, flags: list[str], methods: Sequence[str], method: st
     return namespace
 
 
+def parse_groups(argv: Sequence[str], groups: Sequence[type], description: str) -> tuple[Any, ...]:
+    """Read one dataclass of settings for each of `groups`. Raises ValueError for flags and values that can't be."""
+    parser = _Parser(groups, description=description, allow_abbrev=False)
+    parser.formatter_class = _HelpFormatter
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        known = [f"--{f.name}" for cls in groups for f in fields(cls)]
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ValueError(
+            f"Unknown option {unknown[0]!r}." + (f" Did you mean {near[0]!r}?" if near else " See --help.")
+        )
+    return tuple(cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in groups)
+
+
 def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) -> Config:
     """Read the settings of a training script from its command line.
 

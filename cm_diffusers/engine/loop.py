@@ -200,13 +200,17 @@ class Trainer:
                 " are shares of the run move."
             )
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        tensors, state = checkpoint.tensors, checkpoint.state
-        self.objective.network.load_state_dict(tensors["model"])
-        load_optimizer_tensors(self.optimizer.optimizer, tensors["optimizer"])
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """The network and its averages, which is what `exported` takes."""
+        self.objective.network.load_state_dict(checkpoint.tensors["model"])
         for name, shadow in self.ema.shadows.items():
             for key, value in shadow.items():
-                value.copy_(tensors[name][key])
+                value.copy_(checkpoint.tensors[name][key])
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self.load_weights(checkpoint)
+        tensors, state = checkpoint.tensors, checkpoint.state
+        load_optimizer_tensors(self.optimizer.optimizer, tensors["optimizer"])
         for name, module in self.objective.auxiliary.items():
             module.load_state_dict(tensors[f"auxiliary.{name}"])
         if self.adversary is not None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -51,3 +52,41 @@ def plot_losses(log: Path, picture: Path) -> None:
         axis.set(xlabel="step", yscale="symlog")
         axis.legend(fontsize="small", ncols=2)
     figure.savefig(picture, dpi=110)
+
+
+def plot_quality(results: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Draw the results of a metrics.json against the number of steps or, of a watched run, the step of training."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    training = any("step" in row for row in results)
+    for axes, (title, *metrics) in zip(figure.subplots(2, 2).flat, QUALITIES):
+        for metric, style in zip(metrics, ("o-", "s--")):
+            for i, (label, rows) in enumerate(_curves(results, training).items()):
+                x = [row.get("step") if training else row.get("num_inference_steps", 0) for row in rows]
+                y, errors = [row[metric] for row in rows], [row.get(f"{metric}_std", 0) for row in rows]
+                label = f"{metric}, {label}" if len(metrics) > 1 else label
+                axes.errorbar(x, y, errors if any(errors) else None, fmt=style, color=f"C{i}", capsize=3, label=label)
+        axes.set(xlabel="step of training" if training else "steps", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize="small")
+    figure.savefig(picture, dpi=110)
+
+
+QUALITIES = (
+    ("Fréchet distance", "frechet_distance"),
+    ("Kernel distance", "kernel_distance"),
+    ("Precision and recall", "precision", "recall"),
+    ("Density and coverage", "density", "coverage"),
+)
+
+
+def _curves(results: Sequence[dict[str, Any]], training: bool) -> dict[str, list[dict[str, Any]]]:
+    """Results that a line joins: each way to sample over training, or all numbers of steps; levels stand alone."""
+    curves = {}
+    for row in results:
+        joined = not training and row["name"].endswith(("step", "steps"))
+        curves.setdefault("the model's levels" if joined else row["name"], []).append(row)
+    return curves

@@ -26,7 +26,11 @@ from cm_diffusers.engine.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publish
 from cm_diffusers.engine.latents import LatentData
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, guided, load_teacher, load_vae
+from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.objectives import OBJECTIVES
+
+
+LOCK = ".lock"  # the file in its folder that a run holds while it lives
 
 
 def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
@@ -49,7 +53,7 @@ def train(config: Config) -> Path:
     run = config.run
     folder = Path(run.output_dir)
     disable_progress_bar()
-    accelerator = Accelerator(
+    accelerator = start_accelerator(
         mixed_precision=run.mixed_precision,
         log_with=run.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tracker")),
@@ -61,7 +65,7 @@ def train(config: Config) -> Path:
             publisher = Publisher(run.hub_model_id or folder.resolve().name, run.hub_private_repo, tqdm.write)
             publisher.check()
             shutil.rmtree(folder / ".hub", ignore_errors=True)  # copies for pushes of a run that was killed
-        trainer = _prepare(config, accelerator)
+        trainer = build_trainer(config, accelerator)
         if accelerator.is_main_process:
             _check_card(trainer, publisher)
             if run.resume_from_hub and not any(folder.glob("checkpoint-*")):
@@ -155,7 +159,8 @@ def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
         )
 
 
-def _prepare(config: Config, accelerator: Accelerator) -> Trainer:
+def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
+    """The run that `config` describes, at its start. Raises ValueError for settings that can't be met."""
     main, folder = accelerator.is_main_process, Path(config.run.output_dir)
     with accelerator.main_process_first():
         data = ImageData(config.data, config.model.class_conditional, folder / "images_checked", show_progress=main)
@@ -207,9 +212,9 @@ def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator
 def lock_folder(folder: Path) -> FileLock:
     """Take a folder for this process. The system frees it when the process ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder / ".lock"), folder / ".owner"
+    lock, owner = FileLock(folder / LOCK), folder / ".owner"
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # evaluate.py --watch holds it for a moment, to see whether it is free
     except Timeout:
         by = owner.read_text() if owner.exists() else "another process"
         raise ValueError(f"output_dir {str(folder)!r} is in use by {by}; choose another, or stop that run.") from None

@@ -1,5 +1,8 @@
 """All metrics of a set of samples, by the names that metrics.json has."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 from torch import Tensor
 
 from cm_diffusers.core.draws import permutation
@@ -12,7 +15,12 @@ from cm_diffusers.evaluation.reference import Reference
 FID_SAMPLES = 50_000  # what is called FID is by the Inception of FID and by at least so many samples
 
 
-def measure(made: Tensor, reference: Reference, seed: int = 0) -> dict[str, float]:
+def measure(
+    made: Tensor,
+    reference: Reference,
+    seed: int = 0,
+    clock: Callable[[str], AbstractContextManager] = nullcontext,
+) -> dict[str, float]:
     """`frechet_distance` and, where it may be called so, `fid`; `kernel_distance` and its `kernel_distance_std`;
     `precision`, `recall`, `density`, `coverage`.
 
@@ -23,6 +31,7 @@ def measure(made: Tensor, reference: Reference, seed: int = 0) -> dict[str, floa
         made: features (N, d) of the samples, on any device: the metrics are computed there.
         reference: of the same extractor.
         seed: of the subsets of the kernel distance.
+        clock: entered around the Fréchet distance with its name.
 
     Raises:
         ValueError: features of another extractor, not finite, or of too few images for a covariance.
@@ -30,7 +39,8 @@ def measure(made: Tensor, reference: Reference, seed: int = 0) -> dict[str, floa
     check_samples(len(made), reference)
     made = made.cpu() if made.device.type == "mps" else made  # it has no float64
     real = reference.features.to(made.device)
-    distance = frechet_distance(made, reference.moments.to(made.device))
+    with clock("frechet_distance"):
+        distance = frechet_distance(made, reference.moments.to(made.device))
     smaller = min(len(made), len(real))
     kernel, deviation = kernel_distance(made, real, subset_size=min(1000, smaller // 2), seed=seed)
     few = [f[permutation(len(f), "neighbours")[:smaller].to(f.device)] for f in (real, made)]

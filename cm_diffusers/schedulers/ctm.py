@@ -55,6 +55,8 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         prediction: what the network predicts: "edm" (F), "flow", "epsilon" or "v_prediction".
         time_scale: factor of the time label of "flow".
         noise_schedule: for "epsilon" and "v_prediction" the settings of diffusers' `DDPMScheduler`.
+        default_sigmas: the levels of `num_inference_steps`, by that number as a string, where they are not to be those
+            of the grid: {"2": [80.0, 0.8]}, as `training/evaluate.py --search_sigmas` finds them.
 
     Raises:
         ValueError: an unknown label or rule, or numbers outside their range.
@@ -79,6 +81,7 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         prediction: str = "edm",
         time_scale: float = 1.0,
         noise_schedule: dict[str, Any] | None = None,
+        default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
         self.input = NetworkInput(prediction, time_label, sigma_data, time_scale, noise_schedule)
         self.register_to_config(time_label=self.input.time_label)
@@ -94,6 +97,7 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         if num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}.")
         self._check_gamma(gamma)
+        self._check_default_sigmas()
         self.num_inference_steps = None
         self._set_sigmas(self.karras_sigmas(num_train_timesteps), gamma, None)
 
@@ -147,7 +151,8 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         """Choose the noise levels, by exactly one of the three.
 
         Args:
-            num_inference_steps: 1 to `num_train_timesteps` levels, evenly spaced on the Karras grid from sigma_max.
+            num_inference_steps: 1 to `num_train_timesteps` levels: those of `default_sigmas`, else evenly spaced on
+                the Karras grid from sigma_max.
             device: where `timesteps` and `target_timesteps` go.
             timesteps: time labels as in `.timesteps`, falling. Grid indices are refused.
             sigmas: noise levels in (sigma_min, sigma_max], falling; sampling starts from noise of the first.
@@ -161,7 +166,7 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
         gamma = self._check_gamma(self.config.gamma if gamma is None else gamma)
         if num_inference_steps is not None:
-            levels = self._grid_levels(num_inference_steps)
+            levels = self._default_levels(num_inference_steps)
         elif sigmas is not None:
             levels = self._check_levels("sigmas", np.array([float(s) for s in sigmas]))
         else:
@@ -176,10 +181,12 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"gamma must lie in [0, 1], got {gamma}.")
         return float(gamma)
 
-    def _grid_levels(self, n: int) -> np.ndarray:
+    def _default_levels(self, n: int) -> np.ndarray:
         total = self.config.num_train_timesteps
         if not 1 <= n <= total:
             raise ValueError(f"num_inference_steps must lie in [1, num_train_timesteps={total}], got {n}.")
+        if str(n) in (self.config.default_sigmas or {}):
+            return np.array(self.config.default_sigmas[str(n)])
         return self._karras(np.arange(n) * (total // n) / (total - 1), self.config.sigma_max)
 
     def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
@@ -192,6 +199,12 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         if levels[-1] <= self.config.sigma_min:
             raise ValueError(f"`{name}` must stay above sigma_min={self.config.sigma_min}, got {levels[-1]:g}.")
         return levels
+
+    def _check_default_sigmas(self) -> None:
+        for steps, sigmas in (self.config.default_sigmas or {}).items():
+            levels = self._check_levels(f"default_sigmas[{steps!r}]", np.array(sigmas, dtype=float))
+            if str(len(levels)) != steps:
+                raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels, got {len(levels)}.")
 
     def _refuse_indices(self, timesteps: Sequence[float]) -> None:
         values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)

@@ -52,6 +52,11 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         time_scale: factor of the time label of "flow" (1000 for diffusers' flow models).
         noise_schedule: for "epsilon" and "v_prediction" the settings of diffusers' `DDPMScheduler` that make the table
             of alpha^2, such as {"beta_schedule": "linear"}.
+        default_sigmas: the levels of `num_inference_steps`, by that number as a string, where they are not to be those
+            of the grid: {"2": [80.0, 0.8]}, as `training/evaluate.py --search_sigmas` finds them.
+
+    Raises:
+        ValueError: a setting outside its range, or that does not go with another.
     """
 
     order = 1
@@ -72,6 +77,7 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         prediction: str = "edm",
         time_scale: float = 1.0,
         noise_schedule: dict[str, Any] | None = None,
+        default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
         self.input = NetworkInput(prediction, time_label, sigma_data, time_scale, noise_schedule)
         self.register_to_config(time_label=self.input.time_label)
@@ -81,6 +87,7 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"sigma_min must lie in [0, sigma_max), got {sigma_min} and {sigma_max}.")
         if num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}.")
+        self._check_default_sigmas()
         self.num_inference_steps = None
         self._set_sigmas(self._karras(np.linspace(0, 1, num_train_timesteps)), None)
 
@@ -128,7 +135,8 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         """Choose the noise levels, by exactly one of the three.
 
         Args:
-            num_inference_steps: 1 to `num_train_timesteps` levels, evenly spaced on the Karras grid from sigma_max.
+            num_inference_steps: 1 to `num_train_timesteps` levels: those of `default_sigmas`, else evenly spaced on
+                the Karras grid from sigma_max.
             device: where `timesteps` go.
             timesteps: time labels as in `.timesteps`, falling. Grid indices are refused.
             sigmas: noise levels in (sigma_min, sigma_max], falling; sampling starts from noise of the first.
@@ -140,7 +148,7 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
         if num_inference_steps is not None:
-            levels = self._grid_levels(num_inference_steps)
+            levels = self._default_levels(num_inference_steps)
         elif sigmas is not None:
             levels = self._check_levels("sigmas", np.array([float(s) for s in sigmas]))
         else:
@@ -150,10 +158,12 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(levels)
         self._set_sigmas(levels, device)
 
-    def _grid_levels(self, n: int) -> np.ndarray:
+    def _default_levels(self, n: int) -> np.ndarray:
         total = self.config.num_train_timesteps
         if not 1 <= n <= total:
             raise ValueError(f"num_inference_steps must lie in [1, num_train_timesteps={total}], got {n}.")
+        if str(n) in (self.config.default_sigmas or {}):
+            return np.array(self.config.default_sigmas[str(n)])
         return self._karras(np.arange(n) * (total // n) / (total - 1))
 
     def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
@@ -166,6 +176,12 @@ class MultistepConsistencyScheduler(SchedulerMixin, ConfigMixin):
         if levels[-1] <= self.config.sigma_min:
             raise ValueError(f"`{name}` must stay above sigma_min={self.config.sigma_min}, got {levels[-1]:g}.")
         return levels
+
+    def _check_default_sigmas(self) -> None:
+        for steps, sigmas in (self.config.default_sigmas or {}).items():
+            levels = self._check_levels(f"default_sigmas[{steps!r}]", np.array(sigmas, dtype=float))
+            if str(len(levels)) != steps:
+                raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels, got {len(levels)}.")
 
     def _refuse_indices(self, timesteps: Sequence[float]) -> None:
         values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)

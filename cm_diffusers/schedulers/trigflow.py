@@ -47,9 +47,12 @@ class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
         rho: exponent of the solvers' Karras grid.
         solver: "consistency" for consistency models, "euler" or "heun" for diffusion models.
         clip_denoised: clamp a consistency model's estimate of the clean sample to [-1, 1] (images; not latents).
+        default_sigmas: the levels of `num_inference_steps`, by that number as a string, where they are not to be those
+            of the grid: {"2": [80.0, 0.8]}, as `training/evaluate.py --search_sigmas` finds them.
 
     Raises:
-        ValueError: unknown solver; levels not in the order 0 < sigma_min < sigma_max < inf; sigma_data not positive.
+        ValueError: unknown solver; levels not in the order 0 < sigma_min < sigma_max < inf; sigma_data not positive;
+            `default_sigmas` that `set_timesteps` would refuse, or of another number.
     """
 
     _compatibles = []
@@ -63,6 +66,7 @@ class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
         rho: float = 7.0,
         solver: str = "consistency",
         clip_denoised: bool = True,
+        default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
@@ -70,9 +74,10 @@ class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"sigma_min must lie in (0, sigma_max), sigma_max in (0, inf): {sigma_min}, {sigma_max}.")
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be positive, got {sigma_data}.")
+        self._check_default_sigmas()
         self.num_inference_steps = None
         self.solver = solver
-        self._set_levels(self._grid(1 if solver == "consistency" else 18), None)
+        self._set_levels(self._default_angles(1 if solver == "consistency" else 18), None)
 
     @property
     def order(self) -> int:
@@ -125,9 +130,9 @@ class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
         """Choose the levels, by exactly one of the three.
 
         Args:
-            num_inference_steps: the number of levels n. For consistency models they are the angles
-                t_max sqrt(1 - k / n), of which the second of two is near the paper's 1.1; for the solvers the Karras
-                grid from sigma_max to sigma_min, n >= 2.
+            num_inference_steps: the number of levels n: those of `default_sigmas`, else for consistency models the
+                angles t_max sqrt(1 - k / n), of which the second of two is near the paper's 1.1; for the solvers the
+                Karras grid from sigma_max to sigma_min, n >= 2.
             device: where `timesteps` go.
             timesteps: angles in (0, pi/2], falling, each once.
             sigmas: noise levels in (0, sigma_max], falling; the first may be inf.
@@ -141,13 +146,9 @@ class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
         self._check_solver(solver or self.config.solver)
         if num_inference_steps is not None:
-            angles = self._grid(num_inference_steps)
+            angles = self._default_angles(num_inference_steps)
         elif sigmas is not None:
-            levels = np.array([float(s) for s in sigmas])
-            self._check_fall("sigmas", levels)
-            if levels[0] > self.config.sigma_max * (1 + 1e-6) and levels[0] != math.inf:
-                raise ValueError(f"`sigmas` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
-            angles = self.sigma_to_timestep(levels)
+            angles = self.sigma_to_timestep(self._check_levels("sigmas", np.array([float(s) for s in sigmas])))
         else:
             angles = self._check_angles(timesteps)
         self.solver = solver or self.config.solver
@@ -166,10 +167,12 @@ class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
             )
             raise ValueError(f"The solver {solver!r} does not fit a model of the solver {configured!r}: {reason}.")
 
-    def _grid(self, n: int) -> np.ndarray:
+    def _default_angles(self, n: int) -> np.ndarray:
         fewest = 1 if self.config.solver == "consistency" else 2
         if n < fewest:
             raise ValueError(f"num_inference_steps must be at least {fewest}, got {n}.")
+        if str(n) in (self.config.default_sigmas or {}):
+            return self.sigma_to_timestep(np.array(self.config.default_sigmas[str(n)]))
         sigma_min, sigma_max, rho = self.config.sigma_min, self.config.sigma_max, self.config.rho
         if self.config.solver == "consistency":
             return self.sigma_to_timestep(sigma_max) * np.sqrt(1 - np.arange(n) / n)
@@ -183,6 +186,18 @@ class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`{name}` must fall strictly, got {levels.tolist()}.")
         if levels[-1] <= 0:
             raise ValueError(f"`{name}` must be above 0, got {levels[-1]:g}; the step to 0 comes by itself.")
+
+    def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
+        self._check_fall(name, levels)
+        if levels[0] > self.config.sigma_max * (1 + 1e-6) and levels[0] != math.inf:
+            raise ValueError(f"`{name}` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
+        return levels
+
+    def _check_default_sigmas(self) -> None:
+        for steps, sigmas in (self.config.default_sigmas or {}).items():
+            levels = self._check_levels(f"default_sigmas[{steps!r}]", np.array(sigmas, dtype=float))
+            if str(len(levels)) != steps:
+                raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels, got {len(levels)}.")
 
     def _check_angles(self, timesteps: Sequence[float]) -> np.ndarray:
         values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)

@@ -76,22 +76,32 @@ def test_the_data_on_the_hub_is_linked(model):
     assert hub_id("ylecun/mnist") and not hub_id("digits") and not hub_id(str(model)) and not hub_id(None)
 
 
-def test_numbers_are_those_of_the_runs_report(model):
-    report = {
-        "dataset": "digits",
-        "features": "a small classifier (not FID)",
-        "frechet_distance": {"1_step": 1.523, "2_steps": 1.326},
-        "steps": {"training": 6},
-        "time": {"training_seconds": 3.1},
-    }
-    (model / "report.json").write_text(json.dumps(report))
-    card = card_of(model, metrics="report.json")
+def test_numbers_are_those_measured(model):
+    results = [
+        {"name": "1 step", "num_inference_steps": 1, "sigmas": [80.0], "frechet_distance": 1.5231239},
+        {"name": "2 steps", "num_inference_steps": 2, "sigmas": [80.0, 0.8], "frechet_distance": 1.326},
+    ]
+    report = {"dataset": "digits", "extractor": {"name": "a small classifier"}, "results": results}
+    report["time"] = {"sampling": 3.1}
+    (model / "metrics.json").write_text(json.dumps(report))
+    card = card_of(model, metrics="metrics.json")
     assert {result.metric_type for result in card.data.eval_results} == {"frechet_distance"}
-    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert results == {"frechet distance, 1 step": 1.523, "frechet distance, 2 steps": 1.326}
-    assert "| frechet distance, 1 step | 1.523 |" in card.text and "not FID" in card.text and "3.1" not in card.text
-    (model / "report.json").unlink()
+    assert {result.dataset_name for result in card.data.eval_results} == {"digits"}
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found == {"frechet distance, 1 step": 1.5231, "frechet distance, 2 steps": 1.326}
+    assert "| frechet distance, 1 step | 1.5231 |" in card.text and "3.1" not in card.text
+    assert "features: a small classifier (not FID)." in card.text
+    (model / "metrics.json").unlink()
     assert "## Measured" not in card_of(model).text
+
+
+def test_of_a_watched_run_the_last_numbers_count(model):
+    results = [{"name": "1 step", "step": step, "frechet_distance": 9.0 - step} for step in (2, 4)]
+    (model / "metrics.json").write_text(json.dumps({"extractor": {"name": "inception"}, "results": results}))
+    card = card_of(model, metrics="metrics.json")
+    (model / "metrics.json").unlink()
+    assert [result.metric_value for result in card.data.eval_results] == [5.0]
+    assert "step: 4." in card.text
 
 
 @pytest.mark.parametrize("licence, warns", [("cc-by-nc-sa-4.0", True), ("apache-2.0", False), (None, False)])

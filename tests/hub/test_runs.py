@@ -209,7 +209,9 @@ def test_a_non_commercial_teacher_is_warned_of_before_training(tmp_path, capsys)
 def test_a_later_push_has_its_own_name_and_what_was_measured_since_on_the_card(hub, client, tmp_path, quick):  # noqa: F811
     folder = run(tmp_path / "digits", "ect", max_train_steps=1)
     assert "frechet" not in (folder / "pipeline/README.md").read_text()
-    (folder / "report.json").write_text(json.dumps({"dataset": "digits", "frechet_distance": {"1_step": 1.523}}))
+    report = {"dataset": "digits", "extractor": {"name": "inception"}}
+    report["results"] = [{"name": "1 step", "frechet_distance": 1.523}]
+    (folder / "metrics.json").write_text(json.dumps(report))
     push(["--model_dir", str(folder / "pipeline"), "--hub_model_id", "lab/renamed"])
     card = ModelCard(pushed(hub, "lab/renamed")["README.md"].decode())
     assert 'from_pretrained("lab/renamed")' in card.text and "frechet distance, 1 step | 1.523" in card.text

@@ -225,3 +225,30 @@ def test_a_saved_scheduler_is_the_same_scheduler(build, tmp_path):
     for one in (scheduler, again):
         one.set_timesteps(5)
     assert torch.equal(run(again), run(scheduler))
+
+
+def test_default_sigmas_are_the_levels_of_their_number_of_steps_and_are_saved(build, tmp_path):
+    build(default_sigmas={"2": [80.0, 0.8]}).save_pretrained(tmp_path)
+    scheduler = type(build()).from_pretrained(tmp_path)
+    told, plain = build(), build()
+    told.set_timesteps(sigmas=[80, 0.8])
+    scheduler.set_timesteps(2)
+    assert torch.equal(scheduler.sigmas, told.sigmas) and torch.equal(run(scheduler), run(told))
+    for one in (scheduler, plain):
+        one.set_timesteps(3)
+    assert torch.equal(scheduler.sigmas, plain.sigmas)
+
+
+@pytest.mark.parametrize(
+    "stored, message",
+    [
+        ({"2": [80.0]}, r"default_sigmas\['2'\] must hold as many"),
+        ({"two": [80.0, 0.8]}, "must hold as many"),
+        ({"2": [0.8, 80.0]}, "must fall strictly"),
+        ({"2": [90.0, 0.8]}, "exceed sigma_max"),
+        ({"2": [80.0, 0.0]}, "above"),
+    ],
+)
+def test_default_sigmas_that_can_not_be_are_refused(build, stored, message):
+    with pytest.raises(ValueError, match=message):
+        build(default_sigmas=stored)

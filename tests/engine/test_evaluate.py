@@ -1,0 +1,292 @@
+"""Evaluations of tiny models of the digits: the numbers, what is refused, cards, the search of levels, watching."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from filelock import FileLock
+from huggingface_hub import ModelCard
+from training_runs import run
+
+import cm_diffusers.engine.judge
+from cm_diffusers.engine import watch
+from cm_diffusers.engine.config import DataArguments, parse_groups
+from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.evaluate import evaluate
+from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
+from cm_diffusers.evaluation import load_extractor, measure, reference_features
+from cm_diffusers.sampling import load_pipeline, sample_images, to_pil
+
+
+SCRIPT = str(Path(__file__).parents[2] / "training" / "evaluate.py")
+DATA = {"dataset_name": "digits", "max_train_samples": 200}
+METRICS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("runs") / "ect", max_train_steps=6, checkpoints_total_limit=9) / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def flow_model(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("runs") / "diffusion", "diffusion", max_train_steps=1) / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.fixture
+def words(model, cache, tmp_path):
+    """A maker of command lines; None takes a default away."""
+
+    def make(**settings):
+        values = {**DATA, "num_samples": 50, "batch_size": 16, "feature_extractor": "classifier"}
+        values |= {"reference_cache": cache, "output_dir": tmp_path / "out", **settings}
+        if not values.keys() & {"images_dir", "watch", "pretrained_model_name_or_path"}:
+            values["pretrained_model_name_or_path"] = model
+        lists = {key: value if isinstance(value, list) else [value] for key, value in values.items()}
+        return [str(word) for key, items in lists.items() if items != [None] for word in (f"--{key}", *items)]
+
+    return make
+
+
+@pytest.fixture
+def judged(words):
+    """Run an evaluation in this process."""
+
+    def judged(**settings):
+        return evaluate(*parse_groups(words(**settings), (EvaluationArguments, DataArguments), ""))
+
+    return judged
+
+
+def features_by_hand(pipeline, seeds, extractor, **how):
+    images = sample_images(pipeline, seeds, batch_size=16, **how)
+    return extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+def test_the_numbers_are_those_of_the_parts(judged, model, tmp_path):
+    report = judged(num_inference_steps=[1, 2], sigmas=["80,0.8"])
+    data = ImageData(DataArguments(**DATA), True, show_progress=False)
+    images = data.images.float() / 255
+    extractor = load_extractor("classifier", None, (images, data.labels))
+    reference = reference_features(images, extractor)
+    pipeline = load_pipeline(str(model))
+    pipeline.set_progress_bar_config(disable=True)
+    by = [{"num_inference_steps": 1}, {"num_inference_steps": 2}, {"sigmas": [80, 0.8]}]
+    assert [row["name"] for row in report["results"]] == ["1 step", "2 steps", "sigmas 80, 0.8"]
+    assert [row["num_inference_steps"] for row in report["results"]] == [1, 2, 2]
+    assert report["results"][2]["sigmas"] == [80, 0.8] and report["results"][1]["sigmas"][1] != 0.8
+    for how, row in zip(by, report["results"]):
+        expected = measure(features_by_hand(pipeline, range(50), extractor, **how), reference)
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+        assert set(METRICS) <= expected.keys()
+    assert len({row["frechet_distance"] for row in report["results"]}) == 3
+    assert report["extractor"] == {"name": "classifier", "fingerprint": extractor.fingerprint}
+    assert report["reference"]["data_hash"] == reference.facts["data_hash"] and report["dataset"] == "digits"
+    assert not any("fid" in row for row in report["results"])  # by 50 images and another network
+    spent = report["time"]
+    assert spent.pop("processes") == 1
+    assert spent.keys() == {"sampling", "features", "metrics", "frechet_distance", "reference", "total"}
+
+
+def test_the_file_is_the_same_again_but_for_the_time_and_names_no_folder(judged, model, tmp_path):
+    texts = []
+    for _ in range(2):
+        report = judged(num_inference_steps=[1])
+        text = (tmp_path / "out" / "metrics.json").read_text()
+        assert json.loads(text) == report
+        texts.append(text[: text.index('"time"')])
+        assert str(model.parent) not in text
+    assert texts[0] == texts[1]
+    assert (tmp_path / "out" / "quality.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_folder_of_images_measures_as_the_model_that_made_them(judged, model, tmp_path):
+    made = sample_images(load_pipeline(str(model)), range(50), batch_size=16, num_inference_steps=1)
+    (tmp_path / "made").mkdir()
+    for i, image in enumerate(made):
+        to_pil(image).save(tmp_path / "made" / f"{i:03d}.png")
+    [row] = judged(num_inference_steps=[1])["results"]
+    [again] = judged(images_dir=tmp_path / "made", num_samples=None)["results"]
+    assert again["name"] == "images" and all(again[key] == row[key] for key in METRICS)
+
+
+def test_other_seeds_make_other_images(judged):
+    one, other = (judged(num_inference_steps=[1], seed=seed)["results"][0] for seed in (0, 50))
+    assert one["frechet_distance"] != other["frechet_distance"]
+
+
+def test_two_processes_measure_what_one_does(judged, words, tmp_path):
+    one = judged(num_inference_steps=[1, 2], output_dir=tmp_path / "one")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, SCRIPT, *words(num_inference_steps=[1, 2], output_dir=tmp_path / "two")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("50 samples against 200 images") == 1
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["time"]["processes"] == 2 and one["time"]["processes"] == 1
+    for a, b in zip(one["results"], two["results"]):
+        assert a["name"] == b["name"]
+        assert [a[key] for key in METRICS] == pytest.approx([b[key] for key in METRICS], rel=1e-6, abs=1e-6)
+
+
+def test_processes_that_do_not_know_of_each_other_are_told(judged, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, and Accelerate knows of 1"):
+        judged()
+
+
+# --- what is refused, before sampling
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"resolution": [9]}, r"are 1 x 8 x 8, those of the dataset 1 x 9 x 9 .*--resolution 8 8 --channels 1"),
+        ({"channels": [3]}, "1 x 8 x 8, those of the dataset 3 x 8 x 8"),
+        ({"num_samples": [32]}, "32 images are too few for the covariance of 32 features"),
+        ({"search_sigmas": 2, "search_samples": 20}, "20 images are too few"),
+        ({"feature_extractor": "no_such:Network"}, "'no_such:Network' can't be imported"),
+        ({"sigmas": ["80", "0.8"]}, "80,0.8"),
+        ({"sigmas": ["80,x"]}, "lists of numbers"),
+        ({"sigmas": ["0.8,80"]}, "sigmas 0.8, 80: `sigmas` must fall"),
+        ({"num_inference_steps": [0]}, "0 step: num_inference_steps must"),
+        ({"streaming": True}, "streaming is for training"),
+        ({"pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
+        ({"watch": "runs/none", "pretrained_model_name_or_path": None}, "is not a run"),
+        ({"watch": "runs/none", "images_dir": "images", "pretrained_model_name_or_path": None}, "exactly one"),
+        ({"images_dir": "images", "num_inference_steps": [1]}, "are for models"),
+        ({"num_sample": 3}, "Did you mean '--num_samples'"),
+    ],
+)
+def test_what_can_not_be_measured_is_said_before_sampling(judged, monkeypatch, settings, message):
+    def sampled(*args):
+        raise AssertionError("images are made")
+
+    monkeypatch.setattr(cm_diffusers.engine.judge.Judge, "features", sampled)
+    with pytest.raises(ValueError, match=message):
+        judged(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"search_sigmas": 2}, "no place for noise levels"), ({"sigmas": ["80,1"]}, "unexpected keyword .*sigmas")],
+)
+def test_levels_that_a_diffusion_model_does_not_take(judged, flow_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        judged(pretrained_model_name_or_path=flow_model, **settings)
+
+
+def test_the_search_does_not_replace_the_model(judged, model):
+    with pytest.raises(ValueError, match="which is the model itself"):
+        judged(search_sigmas=2, output_dir=model.parent)
+
+
+# --- a card, a search, a run
+
+
+def test_the_numbers_go_on_the_card_of_the_run(judged, model):
+    report = judged(num_inference_steps=[1, 2], output_dir=None)
+    card = ModelCard.load(model / "README.md")
+    numbers = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert (model.parent / "metrics.json").exists()
+    for row in report["results"]:
+        assert numbers[f"frechet distance, {row['name']}"] == pytest.approx(row["frechet_distance"], rel=1e-4)
+    assert "classifier (not FID)" in card.text and "num_samples: 50" in card.text
+
+
+def test_numbers_do_not_go_on_the_card_of_another_model(judged, model, flow_model):
+    for settings in ({"pretrained_model_name_or_path": flow_model}, {"images_dir": "images"}, {"watch": "runs/other"}):
+        with pytest.raises(ValueError, match="is the folder of another model"):
+            judged(output_dir=model.parent, **settings)
+
+
+def test_the_search_saves_a_copy_that_takes_the_levels_it_found(judged, model, tmp_path):
+    before = (model / "scheduler" / "scheduler_config.json").read_bytes()
+    report = judged(search_sigmas=2, search_samples=40, batch_size=50, num_inference_steps=[1])
+    search, rows = report["search"], {row["name"]: row for row in report["results"]}
+    tried = search["levels_and_frechet_distances"]
+    assert tried[0][:2] == search["from"] and [*search["to"], min(row[2] for row in tried)] in tried
+    assert search["to"] != search["from"] and search["first_seed"] == 50  # seeds 0 to 49 are those of the results
+    assert rows.keys() == {"1 step", "2 steps", f"sigmas {', '.join(f'{s:g}' for s in search['from'])}"}
+    assert rows["2 steps"]["sigmas"] == search["to"]
+    copy = tmp_path / "out" / "pipeline"
+    pipeline = DiffusionPipeline.from_pretrained(copy)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.default_sigmas == {"2": search["to"]}
+    a, b = (sample_images(pipeline, range(3), **how) for how in ({"num_inference_steps": 2}, {"sigmas": search["to"]}))
+    assert (a == b).all()
+    assert (model / "scheduler" / "scheduler_config.json").read_bytes() == before
+    assert "frechet distance, 2 steps" in (copy / "README.md").read_text()
+
+
+def test_watching_measures_each_checkpoint_as_its_export(judged, model, tmp_path):
+    report = judged(watch=model.parent, num_inference_steps=[1])
+    assert [row["step"] for row in report["results"]] == [3, 6]
+    [last] = judged(num_inference_steps=[1], output_dir=tmp_path / "other")["results"]
+    assert all(report["results"][1][key] == last[key] for key in METRICS)
+    assert report["results"][0]["frechet_distance"] != last["frechet_distance"]
+    assert not (tmp_path / "out" / ".watched").exists()
+    before = (tmp_path / "out" / "metrics.json").read_text()
+    assert judged(watch=model.parent, num_inference_steps=[1])["results"] == report["results"]
+    assert (tmp_path / "out" / "metrics.json").read_text() == before
+
+
+def test_a_watch_goes_on_with_the_run_and_not_by_other_rules(judged, model, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(model.parent, folder)
+    shutil.rmtree(folder / "checkpoint-6")
+    assert [row["step"] for row in judged(watch=folder, num_inference_steps=[1])["results"]] == [3]
+    assert "The run has stopped before its last step" in capsys.readouterr().out
+    shutil.copytree(model.parent / "checkpoint-6", folder / "checkpoint-6")
+    with pytest.raises(ValueError, match="results of another seed: 0, and here it is 1"):
+        judged(watch=folder, num_inference_steps=[1], seed=1)
+    assert [row["step"] for row in judged(watch=folder, num_inference_steps=[1])["results"]] == [3, 6]
+    assert "has stopped" not in capsys.readouterr().out
+
+
+def test_a_series_is_not_overwritten_and_does_not_overwrite(judged, model, tmp_path):
+    for file, row, settings in (("one", {}, {"watch": model.parent}), ("series", {"step": 3}, {})):
+        (tmp_path / file).mkdir()
+        (tmp_path / file / "metrics.json").write_text(json.dumps({"results": [{"name": "1 step", **row}]}))
+        with pytest.raises(ValueError, match="metrics.json holds .* watched run; choose another output_dir"):
+            judged(output_dir=tmp_path / file, **settings)
+
+
+def test_a_run_is_watched_until_it_ends(judged, model, tmp_path, monkeypatch):
+    folder, waited = tmp_path / "run", []
+    shutil.copytree(model.parent, folder)
+    shutil.move(folder / "checkpoint-6", tmp_path)
+    lock = FileLock(folder / ".lock")
+
+    def pause(seconds):  # the run goes on meanwhile
+        waited.append(seconds)
+        if len(waited) == 2:
+            shutil.move(tmp_path / "checkpoint-6", folder)
+        if len(waited) == 3:
+            lock.release()
+
+    monkeypatch.setattr(watch.time, "sleep", pause)
+    with lock:
+        report = judged(watch=folder, num_inference_steps=[1])
+    assert [row["step"] for row in report["results"]] == [3, 6] and len(waited) == 3
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(model, tmp_path, monkeypatch):
+    def deleted(folder, aside, settings):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(watch, "copy_checkpoint", deleted)
+    assert watch._next_step(model.parent, set(), tmp_path / "aside") is None

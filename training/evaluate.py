@@ -1,0 +1,76 @@
+"""Measure a model, a folder of images, or a training run while it goes on, against a dataset.
+
+    python training/evaluate.py --pretrained_model_name_or_path runs/mine/pipeline --dataset_name ylecun/mnist \\
+        --resolution 16 --num_samples 10000 --num_inference_steps 1 2 4 --output_dir runs/mine
+    accelerate launch training/evaluate.py ...          the same by several processes, with the same result
+    python training/evaluate.py --images_dir folder ... images instead of a model
+    python training/evaluate.py --watch runs/mine ...   each checkpoint of a run, until it ends
+    python training/evaluate.py --search_sigmas 2 ...   the best noise levels of two steps, and a copy with them
+
+Leaves metrics.json and quality.png in the output folder. Where that is the folder of a run, the numbers go on the card
+of its model. Image i is made from seed + i alone, so that the number of processes makes no difference.
+"""
+
+import os
+import sys
+from typing import Any
+
+from cm_diffusers.engine.config import DataArguments, parse_groups
+from cm_diffusers.engine.evaluate import PICTURE, evaluate
+from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
+
+
+COLUMNS = {
+    "frechet_distance": "Fréchet",
+    "kernel_distance": "kernel",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The results for people to read."""
+    names = [f"step {row['step']}, {row['name']}" if "step" in row else row["name"] for row in report["results"]]
+    width = max(map(len, names)) + 2
+    lines = [" " * width + "".join(f"{title:>11}" for title in COLUMNS.values())]
+    for name, row in zip(names, report["results"]):
+        lines.append(f"{name:{width}}" + "".join(f"{row[column]:11.4g}" for column in COLUMNS))
+    extractor, count = report["extractor"]["name"], report["num_samples"]
+    named = "FID-50k" if any("fid" in row for row in report["results"]) else "not FID-50k"
+    lines.append(f"\n{count} samples against {report['reference']['images']} images; features: {extractor} ({named}).")
+    spent = dict(report["time"])
+    processes = spent.pop("processes")
+    seconds = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in spent.items())
+    return "\n".join([*lines, f"Seconds: {seconds} ({processes} process{'es' * (processes > 1)})."])
+
+
+def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str:
+    """What to do with the results."""
+    model = args.folder / "pipeline"
+    if "search" in report:
+        steps = f"--num_inference_steps {args.search_sigmas}"
+        return f"python training/sample.py --pretrained_model_name_or_path {model} {steps}"
+    if model.is_dir():
+        return f"python training/push.py --model_dir {model}"
+    command = f"python training/evaluate.py --pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    return f"{command} --search_sigmas 2 ..."
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        args, data_args = parse_groups(argv, (EvaluationArguments, DataArguments), __doc__)
+        report = evaluate(args, data_args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n" + table(report))
+        print(f"Saved {args.folder / 'metrics.json'} and {args.folder / PICTURE}. Try next:")
+        print(f"  {next_command(args, report)}")
+
+
+if __name__ == "__main__":
+    main()
