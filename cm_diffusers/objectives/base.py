@@ -101,7 +101,7 @@ class Objective(ABC):
         self.teacher = teacher
         if spec.prediction != "edm":
             self.floor = 0.0  # only EDM's scalings can have another
-        self.auxiliary: Mapping[str, nn.Module] = {}  # other networks that are state: saved in checkpoints
+        self.auxiliary: dict[str, nn.Module] = {}  # other networks that are state: saved in checkpoints
         self.adversary = None  # an `Adversary`: a second player, with turns of its own
         self.average: Callable[[Tensor], Tensor] = lambda value: value  # over processes; the engine puts its own here
 

@@ -120,9 +120,7 @@ def consistency_pipeline(
     config |= {"num_train_timesteps": num_train_timesteps, "rho": rho}
     if spec.time_label == "log_sigma" and isinstance(network.config.sample_size, int):
         return ConsistencyModelPipeline(network, CMStochasticIterativeScheduler(**config))
-    config |= {"prediction": spec.prediction, "time_label": spec.time_label, "time_scale": spec.time_scale}
-    config["noise_schedule"] = spec.noise_schedule
-    return ConsistencyPipeline(network, MultistepConsistencyScheduler(**config))
+    return ConsistencyPipeline(network, MultistepConsistencyScheduler(**config, **spec.input_config))
 
 
 def trigflow_pipeline(network: nn.Module, spec: ModelSpec) -> DiffusionPipeline:

@@ -1,9 +1,9 @@
 """Consistency trajectory models, CTM (Kim et al. 2023, arXiv:2310.02279).
 
 The network has two times: one call jumps along a trajectory of the ODE from t to any s <= t, and for s = t it is a
-denoiser. Unlike CD, which compares two jumps to the data, CTM compares two jumps to any s, carried on from there to
-the data by an average of the network, and adds the losses of a diffusion model and of a discriminator. The point at u
-comes from a teacher's ODE, from the ODE of the model's own denoiser, or from the data.
+denoiser. Where CD compares two jumps to the data, CTM compares two to any s, carried on to the data by an average of
+the network, and adds the losses of a diffusion model and of a discriminator. The point at u comes from the ODE of a
+teacher or of the model's own denoiser, or from the data.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.core.denoisers import TrajectoryDenoiser, jump_scalings
-from cm_diffusers.core.distances import l2
+from cm_diffusers.core.denoisers import TrajectoryDenoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.noise_levels import draw_bins, linear_law, lognormal
@@ -24,6 +23,7 @@ from cm_diffusers.objectives.balance import Cut, Part, balanced, last_layer
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import distance, follow, moving_target, teacher_step
 from cm_diffusers.objectives.ctm_options import CTMOptions
+from cm_diffusers.objectives.diffusion import denoising_error
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS, ModelSpec
 from cm_diffusers.pipelines import CTMPipeline
 from cm_diffusers.schedulers import CTMScheduler
@@ -55,8 +55,7 @@ class CTM(Objective):
     def __init__(self, *args, discriminator: nn.Module | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.floor = self.sigma_min  # stands for clean data whatever the network predicts
-        self.target = moving_target(self.network)
-        self.auxiliary = {"target": self.target}
+        self.target = self.auxiliary["target"] = moving_target(self.network)
         self.sigmas = karras_sigmas(self.options.num_scales, self.sigma_min, self.spec.sigma_max)
         if self.options.gan_weight:
             config = self.network.config
@@ -108,9 +107,7 @@ class CTM(Objective):
         x = VE().add_noise(x0, draws.normal("dsm_noise", x0.shape[1:]), sigma)
         with draws.dropout():
             denoised = self.denoiser().denoise(x, sigma, labels)
-        # the square of the network's own error, as in EDM
-        gain = jump_scalings(self.spec.prediction, sigma, torch.zeros_like(sigma), self.spec.sigma_data)[1]
-        return gain**-2 * l2(denoised, x0), sigma
+        return denoising_error(denoised, x0, sigma, self.spec), sigma
 
     def fakes(self, batch: Batch, draws: Draws) -> Tensor:
         """The estimates alone, for the discriminator's turn."""
@@ -149,7 +146,5 @@ class CTM(Objective):
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         spec = self.spec
-        config = {"sigma_min": self.sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
-        config |= {"prediction": spec.prediction, "time_label": spec.time_label, "time_scale": spec.time_scale}
-        config["noise_schedule"] = spec.noise_schedule
-        return CTMPipeline(network, CTMScheduler(self.options.num_scales, **config))
+        levels = {"sigma_min": self.sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
+        return CTMPipeline(network, CTMScheduler(self.options.num_scales, **levels, **spec.input_config))

@@ -66,8 +66,7 @@ def denoising_pipeline(network: nn.Module, spec: ModelSpec, sigma_min: float) ->
     levels = {"sigma_min": sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
     if spec.prediction == "trigflow":
         return TrigFlowPipeline(network, TrigFlowScheduler(solver="heun", **levels))
-    config = {"prediction": spec.prediction, "time_label": spec.time_label, "time_scale": spec.time_scale}
-    return DenoisingPipeline(network, EDMEulerScheduler(**levels), **config, noise_schedule=spec.noise_schedule)
+    return DenoisingPipeline(network, EDMEulerScheduler(**levels), **spec.input_config)
 
 
 class Diffusion(Objective):

@@ -2,9 +2,8 @@
 
 The limit of CT and CD for neighbouring times: instead of a difference of two outputs the network follows the tangent
 df/dt of its consistency function f(x_t, t) = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t) along the
-trajectory. sCT takes the trajectory's velocity from the data, sCD from a teacher. TrigFlow throughout:
-x_t = cos(t) x0 + sin(t) z with z ~ N(0, sigma_data^2), t = atan(sigma / sigma_data) in (0, pi/2). A flow model is
-trained as it is, read as TrigFlow's by a change of variables that is exact.
+trajectory. sCT takes the trajectory's velocity from the data, sCD from a teacher. TrigFlow throughout, a flow model by
+an exact change of variables: x_t = cos(t) x0 + sin(t) z, z ~ N(0, sigma_data^2), t = atan(sigma / sigma_data).
 """
 
 from dataclasses import dataclass, replace

@@ -49,6 +49,12 @@ class ModelSpec:
             return LinearFlow()
         return VP(DDPMScheduler(**self.noise_schedule).alphas_cumprod)
 
+    @property
+    def input_config(self) -> dict[str, Any]:
+        """What schedulers and pipelines of the library are told of the network's input and prediction."""
+        names = ("prediction", "time_label", "time_scale", "noise_schedule")
+        return {name: getattr(self, name) for name in names}
+
     def denoiser(self, network: Callable, floor: float = 0.0) -> Denoiser:
         """D of `network`; the identity at `floor` under EDM's scalings, at 0 otherwise."""
         if self.prediction == "edm":

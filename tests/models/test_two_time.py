@@ -3,7 +3,6 @@ import importlib
 import inspect
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,11 @@ from cm_diffusers.models import (
     build_unet,
     jvp_unet,
     keep_time_embedding_in_float32,
+    keyed_dropout,
     two_time,
 )
 from cm_diffusers.models.two_time import TargetTimeEmbedding, _class_named
+from cm_diffusers.pipelines.travel import bundle
 
 
 PRESETS = ("jvp_tiny", "tiny")
@@ -284,10 +285,11 @@ def test_what_the_network_lacks_is_lacking():
 
 
 @torch.no_grad()
-def test_the_two_files_in_one_stand_alone(tmp_path, monkeypatch):
+def test_the_files_in_one_stand_alone(tmp_path, monkeypatch):
     """As in the folder of a saved model."""
-    sources = [Path(inspect.getfile(module)).read_text() for module in (jvp_unet, two_time)]
-    (tmp_path / "exported_networks.py").write_text("\n".join(sources))
+    files = (keyed_dropout, jvp_unet, two_time)
+    sources = {module.__name__: inspect.getsource(module) for module in files}
+    (tmp_path / "exported_networks.py").write_text(bundle(sources, "networks", "0"))
     monkeypatch.syspath_prepend(tmp_path)
     exported = importlib.import_module("exported_networks")
     model, (x, t, s, labels) = trained(), inputs()
