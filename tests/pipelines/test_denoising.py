@@ -339,7 +339,12 @@ def test_bad_arguments(network, arguments, message):
     [
         ({"time_label": "sigma"}, "log_sigma, angle; got 'sigma'"),
         ({"time_label": "angle", "prediction": "flow"}, "'flow' must be one of flow_time; got 'angle'"),
-        ({"prediction": "epsilon"}, "edm, flow; got 'epsilon'"),
+        ({"prediction": "sample"}, "edm, flow, epsilon, v_prediction; got 'sample'"),
+        (
+            {"prediction": "epsilon"},
+            "noise_schedule is for the predictions 'epsilon' and 'v_prediction', which need it",
+        ),
+        ({"noise_schedule": {"beta_schedule": "linear"}}, "noise_schedule is for"),
     ],
 )
 def test_bad_configurations(network, config, message):
