@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .karras_levels import KarrasLevels, as_float64
 from .network_input import NetworkInput
 
 
@@ -27,7 +28,7 @@ class CTMSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class CTMScheduler(SchedulerMixin, ConfigMixin):
+class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
     """Gamma sampling: from sigma_i jump below sigma_{i+1}, then add noise up to sigma_{i+1}.
 
     The samples are x0 + sigma noise. The network F has two times, the level t of its input and the level s to jump to
@@ -101,44 +102,13 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = None
         self._set_sigmas(self.karras_sigmas(num_train_timesteps), gamma, None)
 
-    @property
-    def init_noise_sigma(self) -> float:
-        """The factor of unit noise at the first step."""
-        return float(self.sigmas[0])
-
-    @property
-    def step_index(self) -> int | None:
-        """Index of the current step, or None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index to start from, or None for the first step that is asked for."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start from step `begin_index`."""
-        self._begin_index = begin_index
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
-
     def karras_sigmas(self, n: int, sigma_max: float | None = None) -> np.ndarray:
         """`n` levels (n,) from `sigma_max`, by default the configured one, down to the floor."""
-        return self._karras(np.linspace(0, 1, n), sigma_max or self.config.sigma_max)
+        return self._karras(np.linspace(0, 1, n), sigma_max)
 
-    def _karras(self, ramp: np.ndarray, sigma_max: float) -> np.ndarray:
-        high, low = sigma_max ** (1 / self.config.rho), self.config.sigma_min ** (1 / self.config.rho)
-        sigmas = (high + ramp * (low - high)) ** self.config.rho
-        return np.where(ramp == 1, self.config.sigma_min, sigmas)  # the floor itself, not its neighbour
-
-    def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
-        """The network's time input at `sigmas`."""
-        return self.input.label(sigmas)
-
-    def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
-        """The noise levels whose time input `timesteps` is."""
-        return self.input.sigma(timesteps)
+    def _karras(self, ramp: np.ndarray, sigma_max: float | None = None) -> np.ndarray:
+        # the floor itself where jumps end, not its neighbour, which stock schedulers have
+        return np.where(ramp == 1, self.config.sigma_min, super()._karras(ramp, sigma_max))
 
     def set_timesteps(
         self,
@@ -162,17 +132,8 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: not exactly one was given, or levels that do not fall, or lie at or below the floor or beyond
                 sigma_max, or gamma outside [0, 1].
         """
-        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
-            raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
         gamma = self._check_gamma(self.config.gamma if gamma is None else gamma)
-        if num_inference_steps is not None:
-            levels = self._default_levels(num_inference_steps)
-        elif sigmas is not None:
-            levels = self._check_levels("sigmas", np.array([float(s) for s in sigmas]))
-        else:
-            self._refuse_indices(timesteps)
-            levels = self.timestep_to_sigma(np.array([float(t) for t in timesteps]))
-            self._check_levels("timesteps", levels)
+        levels = self._chosen_levels(num_inference_steps, timesteps, sigmas)
         self.num_inference_steps = len(levels)
         self._set_sigmas(np.append(levels, self.config.sigma_min), gamma, device)
 
@@ -180,39 +141,6 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must lie in [0, 1], got {gamma}.")
         return float(gamma)
-
-    def _default_levels(self, n: int) -> np.ndarray:
-        total = self.config.num_train_timesteps
-        if not 1 <= n <= total:
-            raise ValueError(f"num_inference_steps must lie in [1, num_train_timesteps={total}], got {n}.")
-        if str(n) in (self.config.default_sigmas or {}):
-            return np.array(self.config.default_sigmas[str(n)])
-        return self._karras(np.arange(n) * (total // n) / (total - 1), self.config.sigma_max)
-
-    def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
-        if levels.ndim != 1 or len(levels) == 0 or not np.isfinite(levels).all():
-            raise ValueError(f"`{name}` must be a non-empty list of finite numbers.")
-        if (np.diff(levels) >= 0).any():
-            raise ValueError(f"`{name}` must fall strictly, got the levels {levels.tolist()}.")
-        if levels[0] > self.config.sigma_max * (1 + 1e-6):
-            raise ValueError(f"`{name}` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
-        if levels[-1] <= self.config.sigma_min:
-            raise ValueError(f"`{name}` must stay above sigma_min={self.config.sigma_min}, got {levels[-1]:g}.")
-        return levels
-
-    def _check_default_sigmas(self) -> None:
-        for steps, sigmas in (self.config.default_sigmas or {}).items():
-            levels = self._check_levels(f"default_sigmas[{steps!r}]", np.array(sigmas, dtype=float))
-            if str(len(levels)) != steps:
-                raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels, got {len(levels)}.")
-
-    def _refuse_indices(self, timesteps: Sequence[float]) -> None:
-        values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-        if all(isinstance(t, (int, np.integer)) for t in values):
-            raise ValueError(
-                "`timesteps` are the network's time labels as in `.timesteps` (floats), not grid indices;"
-                f" got {values}. Pass `sigmas`, the noise levels, instead."
-            )
 
     def _set_sigmas(self, levels: np.ndarray, gamma: float, device: str | torch.device | None) -> None:
         """Keep levels that end with the floor, and where the calls jump to, in float64 on the CPU.
@@ -238,23 +166,6 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
             targets = kept * (following - floor) + floor
         return np.append(targets, floor)
 
-    def labels(self, sigmas: float | torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor:
-        """The network's time input at `sigmas`, any shape, on `device`: float64 where the device knows it."""
-        labels = torch.as_tensor(self.sigma_to_timestep(_float64(sigmas).numpy()))
-        lacks_float64 = device is not None and torch.device(device).type == "mps"
-        return labels.to(device, torch.float32 if lacks_float64 else torch.float64)
-
-    def _index_of(self, timestep: float | torch.Tensor) -> int:
-        if self.begin_index is not None:
-            return self.begin_index
-        if isinstance(timestep, int) or torch.is_tensor(timestep) and not timestep.is_floating_point():
-            raise ValueError(f"Pass one of `scheduler.timesteps` (floats), not the integer index {timestep}.")
-        gaps = (self.timesteps.double().cpu() - float(timestep)).abs()
-        index = int(gaps.argmin())
-        if gaps[index] > 1e-4 * max(1.0, abs(float(timestep))):
-            raise ValueError(f"{float(timestep):g} is not one of `scheduler.timesteps`: {self.timesteps.tolist()}.")
-        return index
-
     def _factor(self, values: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """`values` () or (B,) as a factor of `sample` (B, ...), in float32 for half-precision samples."""
         if values.ndim:
@@ -263,7 +174,7 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
 
     def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """The network's input, for "edm" c_in x: `sample` (B, ...) in its scale at `sigma`, () or (B,)."""
-        return sample / self._factor(self.input.norm(_float64(sigma)), sample)
+        return sample / self._factor(self.input.norm(as_float64(sigma)), sample)
 
     def jump(
         self,
@@ -283,7 +194,7 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
             sigma: t, () or (B,), 0 or above.
             sigma_to: s, () or (B,), 0 or above.
         """
-        t, s = _float64(sigma), _float64(sigma_to)
+        t, s = as_float64(sigma), as_float64(sigma_to)
         pull, gain = self._slope(t)
         keep, change = self._factor(1 + (s - t) * pull, sample), self._factor((t - s) * gain, sample)
         return keep * sample.to(keep.dtype) + change * model_output.to(keep.dtype)
@@ -293,7 +204,7 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
 
         Computed as pull x - gain F; for "edm" t / (t^2 + sigma_data^2) and sigma_data / sqrt(t^2 + sigma_data^2).
         """
-        pull, gain = (self._factor(value, sample) for value in self._slope(_float64(sigma)))
+        pull, gain = (self._factor(value, sample) for value in self._slope(as_float64(sigma)))
         return pull * sample.to(pull.dtype) - gain * model_output.to(pull.dtype)
 
     def _slope(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -350,31 +261,3 @@ class CTMScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return prev_sample, denoised
         return CTMSchedulerOutput(prev_sample, denoised)
-
-    def add_noise(
-        self,
-        original_samples: torch.Tensor,
-        noise: torch.Tensor,
-        timesteps: torch.Tensor | None = None,
-        *,
-        sigmas: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """original_samples + sigma noise, at any level of each sample.
-
-        Args:
-            original_samples: clean samples (B, ...).
-            noise: unit normal noise of the same shape.
-            timesteps: time labels (B,) or one for all; or else
-            sigmas: noise levels (B,) or one for all.
-        """
-        if (timesteps is None) == (sigmas is None):
-            raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
-        if sigmas is None:
-            sigmas = self.timestep_to_sigma(_float64(timesteps).numpy())
-        sigmas = _float64(sigmas).reshape(-1, *[1] * (original_samples.ndim - 1))
-        return original_samples + sigmas.to(original_samples.device, original_samples.dtype) * noise
-
-
-def _float64(values: float | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """`values` on the CPU; not through float32, torch's type for a number."""
-    return values.cpu().double() if torch.is_tensor(values) else torch.as_tensor(values, dtype=torch.float64)

@@ -1,0 +1,155 @@
+"""What schedulers of a Karras grid share: the choice of noise levels, the current step, and noise at any level."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .network_input import NetworkInput
+
+
+class KarrasLevels:
+    """A part of a scheduler whose `config` has num_train_timesteps, sigma_min, sigma_max, rho and default_sigmas.
+
+    It sets `input`, and with each choice of levels `sigmas`, `timesteps` and `_step_index = _begin_index = None`.
+    """
+
+    input: NetworkInput
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    _step_index: int | None
+    _begin_index: int | None
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The factor of unit noise at the first step."""
+        return float(self.sigmas[0])
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the current step, or None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index to start from, or None for the first step that is asked for."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start from step `begin_index`."""
+        self._begin_index = begin_index
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
+        """The network's time input at `sigmas`."""
+        return self.input.label(sigmas)
+
+    def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
+        """The noise levels whose time input `timesteps` is."""
+        return self.input.sigma(timesteps)
+
+    def labels(self, sigmas: float | torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor:
+        """The network's time input at `sigmas`, any shape, on `device`: float64 where the device knows it."""
+        labels = torch.as_tensor(self.sigma_to_timestep(as_float64(sigmas).numpy()))
+        lacks_float64 = device is not None and torch.device(device).type == "mps"
+        return labels.to(device, torch.float32 if lacks_float64 else torch.float64)
+
+    def _karras(self, ramp: np.ndarray, sigma_max: float | None = None) -> np.ndarray:
+        rho = self.config.rho
+        high, low = (sigma_max or self.config.sigma_max) ** (1 / rho), self.config.sigma_min ** (1 / rho)
+        return (high + ramp * (low - high)) ** rho
+
+    def _chosen_levels(
+        self, num_inference_steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+    ) -> np.ndarray:
+        """The levels (n,) that the arguments of `set_timesteps` name; ValueError unless they do."""
+        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
+        if num_inference_steps is not None:
+            return self._default_levels(num_inference_steps)
+        if sigmas is not None:
+            return self._check_levels("sigmas", np.array([float(s) for s in sigmas]))
+        self._refuse_indices(timesteps)
+        levels = self.timestep_to_sigma(np.array([float(t) for t in timesteps]))
+        return self._check_levels("timesteps", levels)
+
+    def _default_levels(self, n: int) -> np.ndarray:
+        total = self.config.num_train_timesteps
+        if not 1 <= n <= total:
+            raise ValueError(f"num_inference_steps must lie in [1, num_train_timesteps={total}], got {n}.")
+        if str(n) in (self.config.default_sigmas or {}):
+            return np.array(self.config.default_sigmas[str(n)])
+        return self._karras(np.arange(n) * (total // n) / (total - 1))
+
+    def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
+        if levels.ndim != 1 or len(levels) == 0 or not np.isfinite(levels).all():
+            raise ValueError(f"`{name}` must be a non-empty list of finite numbers.")
+        if (np.diff(levels) >= 0).any():
+            raise ValueError(f"`{name}` must fall strictly, got the levels {levels.tolist()}.")
+        if levels[0] > self.config.sigma_max * (1 + 1e-6):
+            raise ValueError(f"`{name}` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
+        if levels[-1] <= self.config.sigma_min:
+            raise ValueError(f"`{name}` must stay above sigma_min={self.config.sigma_min}, got {levels[-1]:g}.")
+        return levels
+
+    def _check_default_sigmas(self) -> None:
+        for steps, sigmas in (self.config.default_sigmas or {}).items():
+            levels = self._check_levels(f"default_sigmas[{steps!r}]", np.array(sigmas, dtype=float))
+            if str(len(levels)) != steps:
+                raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels, got {len(levels)}.")
+
+    def _refuse_indices(self, timesteps: Sequence[float]) -> None:
+        values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+        if all(isinstance(t, (int, np.integer)) for t in values):
+            total = self.config.num_train_timesteps
+            hint = ""
+            if values and all(0 <= t < total for t in values):
+                # counted from sigma_max and sampled in rising order, as in diffusers' own scheduler
+                same = self._karras(np.array(sorted(set(values))) / (total - 1))
+                levels = [round(float(s), 6) for s in same if s > self.config.sigma_min * (1 + 1e-9)]
+                hint = f" As indices into its grid of {total} they mean sigmas={levels}."
+            raise ValueError(
+                "`timesteps` are the network's time labels as in `.timesteps` (floats), not grid indices;"
+                f" got {values}. Pass `sigmas`, the noise levels, instead.{hint}"
+            )
+
+    def _index_of(self, timestep: float | torch.Tensor) -> int:
+        if self.begin_index is not None:
+            return self.begin_index
+        if isinstance(timestep, int) or torch.is_tensor(timestep) and not timestep.is_floating_point():
+            raise ValueError(f"Pass one of `scheduler.timesteps` (floats), not the integer index {timestep}.")
+        gaps = (self.timesteps.double().cpu() - float(timestep)).abs()
+        index = int(gaps.argmin())
+        if gaps[index] > 1e-4 * max(1.0, abs(float(timestep))):
+            raise ValueError(f"{float(timestep):g} is not one of `scheduler.timesteps`: {self.timesteps.tolist()}.")
+        return index
+
+    def add_noise(
+        self,
+        original_samples: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor | None = None,
+        *,
+        sigmas: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """original_samples + sigma noise, at any level of each sample.
+
+        Args:
+            original_samples: clean samples (B, ...).
+            noise: unit normal noise of the same shape.
+            timesteps: time labels (B,) or one for all; or else
+            sigmas: noise levels (B,) or one for all.
+        """
+        if (timesteps is None) == (sigmas is None):
+            raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
+        if sigmas is None:
+            sigmas = self.timestep_to_sigma(as_float64(timesteps).numpy())
+        sigmas = as_float64(sigmas).reshape(-1, *[1] * (original_samples.ndim - 1))
+        return original_samples + sigmas.to(original_samples.device, original_samples.dtype) * noise
+
+
+def as_float64(values: float | np.ndarray | torch.Tensor) -> torch.Tensor:
+    """`values` on the CPU; not through float32, torch's type for a number."""
+    return values.cpu().double() if torch.is_tensor(values) else torch.as_tensor(values, dtype=torch.float64)
