@@ -18,7 +18,7 @@ $(STAMP): setup.py constraints.txt
 quickstart: venv  ## train a consistency model on handwritten digits, sample it, judge it (some minutes on a CPU)
 	$(RUN) training/quickstart.py
 
-test: venv quality  ## the tests, about nine minutes on two cores
+test: venv quality  ## the tests, about ten minutes on two cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL)
 
 test-slow: venv  ## the longer runs as well
