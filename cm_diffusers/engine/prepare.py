@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from cm_diffusers.engine.checkpoint import fsync_folder, write_file
 from cm_diffusers.engine.data import GREY_MODES
 from cm_diffusers.engine.image_sources import Source
-from cm_diffusers.engine.run import lock_folder
+from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.sampling import to_uint8
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,6 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.utils.logging import disable_progress_bar
-from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -24,13 +22,11 @@ from cm_diffusers.engine.discriminators import build_discriminator
 from cm_diffusers.engine.export import save_pipeline
 from cm_diffusers.engine.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
 from cm_diffusers.engine.latents import LatentData
+from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, guided, load_teacher, load_vae
 from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.objectives import OBJECTIVES
-
-
-LOCK = ".lock"  # the file in its folder that a run holds while it lives
 
 
 def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
@@ -207,19 +203,6 @@ def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator
     cache = Path(config.run.output_dir) / "latents.safetensors" if config.data.cache_latents else None
     with accelerator.main_process_first():
         return LatentData(data, vae, cache, accelerator.device, tqdm.write)
-
-
-def lock_folder(folder: Path) -> FileLock:
-    """Take a folder for this process. The system frees it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder / LOCK), folder / ".owner"
-    try:
-        lock.acquire(timeout=1)  # evaluate.py --watch holds it for a moment, to see whether it is free
-    except Timeout:
-        by = owner.read_text() if owner.exists() else "another process"
-        raise ValueError(f"output_dir {str(folder)!r} is in use by {by}; choose another, or stop that run.") from None
-    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    return lock
 
 
 def _holds(folder: Path, export: str) -> bool:

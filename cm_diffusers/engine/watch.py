@@ -8,12 +8,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, copy_checkpoint, list_checkpoints, load_checkpoint
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.run import LOCK, build_trainer
+from cm_diffusers.engine.lock import is_locked
+from cm_diffusers.engine.run import build_trainer
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import with_our_interface
@@ -63,7 +63,7 @@ def follow(
 def _next_step(run: Path, done: Collection[int], aside: Path) -> int | None:
     """The first checkpoint that is not `done`, linked to `aside`, as soon as there is one; None at the run's end."""
     while True:
-        running = _runs(run)  # asked first: what it saved before it ended is there then
+        running = is_locked(run)  # asked first: what it saved before it ended is there then
         for step, folder in reversed(list_checkpoints(run)):
             if step not in done:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -76,12 +76,3 @@ def _next_step(run: Path, done: Collection[int], aside: Path) -> int | None:
             shutil.rmtree(aside, ignore_errors=True)
             return None
         time.sleep(PAUSE)
-
-
-def _runs(run: Path) -> bool:
-    """Whether a process trains in this folder."""
-    try:
-        with FileLock(run / LOCK).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True

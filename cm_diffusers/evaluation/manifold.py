@@ -28,13 +28,7 @@ def precision_recall(real: Tensor, made: Tensor, k: int = 3) -> tuple[float, flo
     Raises:
         ValueError: other shapes, non-finite features, or not more than k samples.
     """
-    real, made = _centred(real, made, k)
-    radii, reach = _radii(real, k), _radii(made, k)
-    precise, recalled = torch.zeros(len(made), dtype=torch.bool, device=made.device), []
-    for rows, distances in _blocks(real, made):
-        precise |= (distances <= radii[rows, None]).any(0)
-        recalled.append((distances <= reach).any(1))
-    return float(precise.double().mean()), float(torch.cat(recalled).double().mean())
+    return neighbour_metrics(real, made, k, k)[:2]
 
 
 def density_coverage(real: Tensor, made: Tensor, k: int = 5) -> tuple[float, float]:
@@ -46,19 +40,34 @@ def density_coverage(real: Tensor, made: Tensor, k: int = 5) -> tuple[float, flo
 
     Args and raises: as precision_recall.
     """
-    real, made = _centred(real, made, k)
-    radii, inside = _radii(real, k), []
+    return neighbour_metrics(real, made, k, k)[2:]
+
+
+def neighbour_metrics(
+    real: Tensor, made: Tensor, precision_k: int = 3, density_k: int = 5
+) -> tuple[float, float, float, float]:
+    """Precision and recall by `precision_k` neighbours, density and coverage by `density_k`, in one pass.
+
+    Args and raises: as precision_recall.
+    """
+    real, made = _centred(real, made, precision_k, density_k)
+    (near, far), (reach,) = _radii(real, precision_k, density_k), _radii(made, precision_k)
+    precise, recalled, inside = torch.zeros(len(made), dtype=torch.bool, device=made.device), [], []
     for rows, distances in _blocks(real, made):
-        inside.append((distances <= radii[rows, None]).sum(1, dtype=torch.int32))
+        precise |= (distances <= near[rows, None]).any(0)
+        recalled.append((distances <= reach).any(1))
+        inside.append((distances <= far[rows, None]).sum(1, dtype=torch.int32))
+    precision, recall = precise.double().mean(), torch.cat(recalled).double().mean()
     inside = torch.cat(inside).double()
-    return float(inside.sum() / (k * len(made))), float((inside > 0).double().mean())
+    density, coverage = inside.sum() / (density_k * len(made)), (inside > 0).double().mean()
+    return float(precision), float(recall), float(density), float(coverage)
 
 
-def _centred(real: Tensor, made: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _centred(real: Tensor, made: Tensor, *ks: int) -> tuple[Tensor, Tensor]:
     """Checked sets about the real mean, which leaves distances as they are and keeps their rounding errors small."""
-    if k < 1:
-        raise ValueError(f"k must be >= 1; got {k}.")
-    real, made = checked(real, made, at_least=k + 1)
+    if min(ks) < 1:
+        raise ValueError(f"k must be >= 1; got {min(ks)}.")
+    real, made = checked(real, made, at_least=max(ks) + 1)
     centre = real.mean(0)
     return real - centre, made - centre
 
@@ -69,10 +78,11 @@ def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows, torch.cdist(a[rows], b)
 
 
-def _radii(features: Tensor, k: int) -> Tensor:
-    """Distances (N,) to the k-th neighbour."""
-    radii = []
+def _radii(features: Tensor, *ks: int) -> list[Tensor]:
+    """Distances (N,) to the k-th neighbour, for each of `ks`."""
+    nearest = []
     for rows, distances in _blocks(features, features):
         distances[torch.arange(len(rows), device=rows.device), rows] = torch.inf
-        radii.append(distances.topk(k, largest=False).values[:, -1])
-    return torch.cat(radii)
+        nearest.append(distances.topk(max(ks), largest=False).values)
+    nearest = torch.cat(nearest)
+    return [nearest[:, k - 1] for k in ks]

@@ -8,7 +8,7 @@ from torch import Tensor
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.evaluation.frechet import check_count, frechet_distance
 from cm_diffusers.evaluation.kernel import kernel_distance
-from cm_diffusers.evaluation.manifold import density_coverage, precision_recall
+from cm_diffusers.evaluation.manifold import neighbour_metrics
 from cm_diffusers.evaluation.reference import Reference
 
 
@@ -44,8 +44,7 @@ def measure(
     smaller = min(len(made), len(real))
     kernel, deviation = kernel_distance(made, real, subset_size=min(1000, smaller // 2), seed=seed)
     few = [f[permutation(len(f), "neighbours")[:smaller].to(f.device)] for f in (real, made)]
-    precision, recall = precision_recall(*few)
-    density, coverage = density_coverage(*few)
+    precision, recall, density, coverage = neighbour_metrics(*few)
     named = {"fid": distance} if reference.facts["extractor"] == "inception" and len(made) >= FID_SAMPLES else {}
     return {
         "frechet_distance": distance,

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .karras_levels import KarrasLevels, as_float64
+from .levels import KarrasLevels, as_float64
 from .network_input import NetworkInput
 
 

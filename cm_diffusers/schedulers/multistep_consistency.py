@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .karras_levels import KarrasLevels
+from .levels import KarrasLevels
 from .network_input import NetworkInput
 
 

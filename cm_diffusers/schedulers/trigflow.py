@@ -11,6 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .levels import Levels
+
 
 SOLVERS = ("consistency", "euler", "heun")
 
@@ -27,7 +29,7 @@ class TrigFlowSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
+class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
     """Samples x_t = cos(t) x0 + sin(t) sigma_data noise at the angle t = atan(sigma / sigma_data) in [0, pi/2].
 
     The network is called as F(x_t / sigma_data, t) and puts out the velocity over sigma_data, so that the estimate of
@@ -88,16 +90,6 @@ class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
     def init_noise_sigma(self) -> float:
         """The factor of unit noise at the first step: sin(t) sigma_data, which is sigma_data at infinite sigma."""
         return math.sin(self._angles[0]) * self.config.sigma_data
-
-    @property
-    def step_index(self) -> int | None:
-        """Index of the current network call, or None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index to start from, or None for the first step that is asked for."""
-        return self._begin_index
 
     @property
     def state_in_first_order(self) -> bool:
@@ -192,12 +184,6 @@ class TrigFlowScheduler(SchedulerMixin, ConfigMixin):
         if levels[0] > self.config.sigma_max * (1 + 1e-6) and levels[0] != math.inf:
             raise ValueError(f"`{name}` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
         return levels
-
-    def _check_default_sigmas(self) -> None:
-        for steps, sigmas in (self.config.default_sigmas or {}).items():
-            levels = self._check_levels(f"default_sigmas[{steps!r}]", np.array(sigmas, dtype=float))
-            if str(len(levels)) != steps:
-                raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels, got {len(levels)}.")
 
     def _check_angles(self, timesteps: Sequence[float]) -> np.ndarray:
         values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)

@@ -20,8 +20,8 @@ from training_runs import differences, flags, read_log, run, tensors
 import cm_diffusers.engine.loop as loop_module
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.models import load_pipeline
-from cm_diffusers.engine.run import lock_folder
 from cm_diffusers.objectives import ECT
 
 

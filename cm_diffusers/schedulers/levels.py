@@ -1,4 +1,4 @@
-"""What schedulers of a Karras grid share: the choice of noise levels, the current step, and noise at any level."""
+"""What schedulers share: the choice of noise levels, the current step, and for Karras grids noise at any level."""
 
 from collections.abc import Sequence
 
@@ -8,32 +8,50 @@ import torch
 from .network_input import NetworkInput
 
 
-class KarrasLevels:
-    """A part of a scheduler whose `config` has num_train_timesteps, sigma_min, sigma_max, rho and default_sigmas.
+class Levels:
+    """A part of a scheduler with levels of its choice, whose `config` has default_sigmas.
 
-    It sets `input`, and with each choice of levels `sigmas`, `timesteps` and `_step_index = _begin_index = None`.
+    It sets with each choice of levels `sigmas`, `timesteps` and `_step_index = _begin_index = None`.
     """
 
-    input: NetworkInput
     sigmas: torch.Tensor
     timesteps: torch.Tensor
     _step_index: int | None
     _begin_index: int | None
 
     @property
-    def init_noise_sigma(self) -> float:
-        """The factor of unit noise at the first step."""
-        return float(self.sigmas[0])
-
-    @property
     def step_index(self) -> int | None:
-        """Index of the current step, or None before the first."""
+        """Index of the current network call, or None before the first."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
         """Index to start from, or None for the first step that is asked for."""
         return self._begin_index
+
+    def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
+        """The levels (n,), which must be some that can be sampled at; ValueError, which calls them `name`, if not."""
+        raise NotImplementedError
+
+    def _check_default_sigmas(self) -> None:
+        for steps, sigmas in (self.config.default_sigmas or {}).items():
+            levels = self._check_levels(f"default_sigmas[{steps!r}]", np.array(sigmas, dtype=float))
+            if str(len(levels)) != steps:
+                raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels, got {len(levels)}.")
+
+
+class KarrasLevels(Levels):
+    """A part of a scheduler whose `config` has num_train_timesteps, sigma_min, sigma_max and rho as well.
+
+    It sets `input`, too.
+    """
+
+    input: NetworkInput
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The factor of unit noise at the first step."""
+        return float(self.sigmas[0])
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start from step `begin_index`."""
@@ -93,12 +111,6 @@ class KarrasLevels:
         if levels[-1] <= self.config.sigma_min:
             raise ValueError(f"`{name}` must stay above sigma_min={self.config.sigma_min}, got {levels[-1]:g}.")
         return levels
-
-    def _check_default_sigmas(self) -> None:
-        for steps, sigmas in (self.config.default_sigmas or {}).items():
-            levels = self._check_levels(f"default_sigmas[{steps!r}]", np.array(sigmas, dtype=float))
-            if str(len(levels)) != steps:
-                raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels, got {len(levels)}.")
 
     def _refuse_indices(self, timesteps: Sequence[float]) -> None:
         values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
