@@ -73,7 +73,7 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
 
 def _check_data(data_args: DataArguments) -> None:
     """Raise ValueError for what is for training only."""
-    given = [name for name in ("streaming", "random_flip", "cache_latents") if getattr(data_args, name)]
+    given = [name for name in ("streaming", "random_flip", "augment", "cache_latents") if getattr(data_args, name)]
     if given:
         raise ValueError(f"{given[0]} is for training; here the dataset is read as it is, and whole.")
 

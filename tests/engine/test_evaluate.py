@@ -164,6 +164,7 @@ def test_processes_that_do_not_know_of_each_other_are_told(judged, monkeypatch):
         ({"sigmas": ["0.8,80"]}, "sigmas 0.8, 80: `sigmas` must fall"),
         ({"num_inference_steps": [0]}, "0 step: num_inference_steps must"),
         ({"streaming": True}, "streaming is for training"),
+        ({"augment": 0.5}, "augment is for training"),
         ({"pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
         ({"watch": "runs/none", "pretrained_model_name_or_path": None}, "is not a run"),
         ({"watch": "runs/none", "images_dir": "images", "pretrained_model_name_or_path": None}, "exactly one"),
