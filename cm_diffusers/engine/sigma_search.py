@@ -18,7 +18,7 @@ def check_search(args: EvaluationArguments, pipeline: ImagePipeline) -> None:
     if "default_sigmas" not in scheduler.config:
         raise ValueError(
             f"search_sigmas: a {type(pipeline).__name__} samples by diffusers' {type(scheduler).__name__}, which has"
-            " no place for noise levels. Compare some by --sigmas, and pass the best to its calls."
+            " no place for noise levels; those of consistency and trajectory models have."
         )
     model, copy = Path(args.pretrained_model_name_or_path), args.folder / "pipeline"
     if model.exists() and copy.exists() and copy.samefile(model):
