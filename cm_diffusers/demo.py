@@ -20,7 +20,8 @@ from PIL import Image, ImageOps
 
 from cm_diffusers.pipelines import CTMPipeline
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
-from cm_diffusers.sampling import image_grid, levels_used, load_pipeline, sample_images, to_uint8
+from cm_diffusers.pixels import to_uint8
+from cm_diffusers.sampling import image_grid, levels_used, load_pipeline, sample_images
 
 
 try:

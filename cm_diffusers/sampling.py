@@ -111,17 +111,6 @@ def levels_used(pipeline: ImagePipeline) -> list[float]:
     return list(dict.fromkeys(levels.tolist()))  # Heun's method has some twice
 
 
-def to_uint8(image: Image.Image, channels: int) -> Image.Image:
-    """Grey or RGB of 8 bits: 16-bit grey is scaled rather than clipped, transparency is laid over white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
-
-
 def to_pil(image: np.ndarray) -> Image.Image:
     """A picture from an image (H, W, C) in [0, 1], C 1 or 3. Raises ValueError for other numbers of channels."""
     if image.shape[-1] not in (1, 3):

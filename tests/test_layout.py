@@ -22,7 +22,8 @@ PARTS = {
     "schedulers": ((), {"torch", "numpy", "diffusers"}),
     "pipelines": ((), {"torch", "numpy", "diffusers"}),
     "sampling": (("pipelines",), {"torch", "numpy", "diffusers", "PIL"}),
-    "demo": (("pipelines", "sampling"), {"torch", "numpy", "diffusers", "PIL", "gradio"}),
+    "pixels": ((), {"numpy", "PIL"}),
+    "demo": (("pipelines", "sampling", "pixels"), {"torch", "numpy", "diffusers", "PIL", "gradio"}),
     "convert": (("models", "schedulers", "pipelines"), {"torch", "diffusers", "safetensors"}),
     "evaluation": (("core", "convert"), {"torch", "safetensors", "transformers"}),
     "objectives": (("core", "models", "schedulers", "pipelines"), {"torch", "diffusers", "lpips"}),  # an extra

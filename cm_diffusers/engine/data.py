@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.sampling import to_uint8
+from cm_diffusers.pixels import to_uint8
 
 
 CACHE_BYTES = 4 << 30  # decoded datasets up to this size are kept in memory

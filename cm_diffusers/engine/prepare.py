@@ -23,7 +23,7 @@ from cm_diffusers.engine.checkpoint import fsync_folder, write_file
 from cm_diffusers.engine.data import GREY_MODES
 from cm_diffusers.engine.image_sources import Source
 from cm_diffusers.engine.lock import lock_folder
-from cm_diffusers.sampling import to_uint8
+from cm_diffusers.pixels import to_uint8
 
 
 SHARD_BYTES = 100 << 20  # of its pixels

@@ -12,7 +12,7 @@ import cm_diffusers.engine.data as data_module
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData, KeyedOrder, Spot, open_image, resize_and_crop
-from cm_diffusers.sampling import to_uint8
+from cm_diffusers.pixels import to_uint8
 
 
 def random_image(seed, size=(8, 8), mode="RGB"):
