@@ -9,6 +9,7 @@ from pathlib import Path
 _here = Path(__file__).resolve().parent
 __path__ = [str(folder) for folder in (_here / "pipelines", _here.parent / "pipelines") if folder.is_dir()][:1]
 
+from cm_diffusers.pipelines.class_names import name_classes  # noqa: E402
 from cm_diffusers.pipelines.consistency import ConsistencyPipeline  # noqa: E402
 from cm_diffusers.pipelines.ctm import CTMPipeline  # noqa: E402
 from cm_diffusers.pipelines.denoising import DenoisingPipeline  # noqa: E402
@@ -16,4 +17,11 @@ from cm_diffusers.pipelines.mean_flow import MeanFlowPipeline  # noqa: E402
 from cm_diffusers.pipelines.trigflow import TrigFlowPipeline  # noqa: E402
 
 
-__all__ = ["CTMPipeline", "ConsistencyPipeline", "DenoisingPipeline", "MeanFlowPipeline", "TrigFlowPipeline"]
+__all__ = [
+    "CTMPipeline",
+    "ConsistencyPipeline",
+    "DenoisingPipeline",
+    "MeanFlowPipeline",
+    "TrigFlowPipeline",
+    "name_classes",
+]

@@ -85,7 +85,7 @@ def sample_images(
     Args:
         pipeline: the model.
         seeds: one seed per image.
-        class_labels: one label per image; by default they go round the classes.
+        class_labels: one label per image; by default they go round the classes that have images.
         batch_size: how many are made at once.
         kwargs: steps of the sampler, `num_inference_steps`, `sigmas`, `solver`.
     """
@@ -94,8 +94,9 @@ def sample_images(
         part = seeds[start : start + batch_size]
         labels = None
         if pipeline.num_classes is not None:
+            classes = pipeline.classes
             labels = [
-                (class_labels[start + i] if class_labels else s % pipeline.num_classes) for i, s in enumerate(part)
+                (class_labels[start + i] if class_labels else classes[s % len(classes)]) for i, s in enumerate(part)
             ]
         generators = [torch.Generator().manual_seed(seed) for seed in part]
         output = pipeline(class_labels=labels, generator=generators, batch_size=len(part), output_type="np", **kwargs)

@@ -1,7 +1,7 @@
 """What the pipelines of this folder share: shapes, latents, labels and images."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from .class_names import class_names, labels_named
 from .travel import save_with_code
 
 
@@ -44,6 +45,24 @@ class ImagePipeline(DiffusionPipeline):
     def num_classes(self) -> int | None:
         """Number of classes, or None for an unconditional network."""
         return self.unet.config.num_class_embeds
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """What the classes are called, by label, where `name_classes` has told the network; None else."""
+        return class_names(self.unet)
+
+    @property
+    def classes(self) -> list[int] | None:
+        """The labels that can be drawn: those with a name, or all where none has one; None without classes."""
+        return None if self.num_classes is None else list(self.id2label or range(self.num_classes))
+
+    def get_label_ids(self, names: str | Sequence[str]) -> list[int]:
+        """The labels of classes by their names, as in diffusers' `DiTPipeline`.
+
+        Raises:
+            ValueError: a name that no class or that several have, or a model that does not know the names.
+        """
+        return labels_named(self.id2label, [names] if isinstance(names, str) else names)
 
     @property
     def default_steps(self) -> tuple[int, ...]:
@@ -110,11 +129,16 @@ class ImagePipeline(DiffusionPipeline):
         if class_labels is None:
             generators = generator if isinstance(generator, list) else [generator]
             share = batch_size // len(generators)
+            classes = torch.tensor(self.classes)
             drawn = [
-                torch.randint(self.num_classes, (share,), generator=g, device=g.device if g else "cpu").cpu()
+                torch.randint(len(classes), (share,), generator=g, device=g.device if g else "cpu").cpu()
                 for g in generators
             ]
-            return torch.cat(drawn).to(device)
+            return classes[torch.cat(drawn)].to(device)
+        if isinstance(class_labels, str):
+            class_labels = self.get_label_ids(class_labels)
+        elif isinstance(class_labels, (list, tuple, np.ndarray)) and any(isinstance(c, str) for c in class_labels):
+            class_labels = [self.get_label_ids(c)[0] if isinstance(c, str) else c for c in class_labels]
         labels = torch.as_tensor(class_labels)
         if labels.is_floating_point() or labels.min() < 0 or labels.max() >= self.num_classes:
             raise ValueError(f"class_labels must be integers in [0, {self.num_classes - 1}], got {labels.tolist()}.")
