@@ -117,7 +117,7 @@ class Objective(ABC):
 
     def denoiser(self, network: Callable | None = None) -> Denoiser:
         """D of the trained network, or of another one with the same parameterisation; the identity at the floor."""
-        return self.spec.denoiser(network or self.model, self.floor)
+        return self.spec.denoiser(self.model if network is None else network, self.floor)
 
     def model_for(self, batch: Batch) -> Callable:
         """`model`, told in every call how the images of `batch` were augmented, where they were."""

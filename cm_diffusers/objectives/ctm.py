@@ -58,8 +58,9 @@ class CTM(Objective):
         self.target = self.auxiliary["target"] = moving_target(self.network)
         self.sigmas = karras_sigmas(self.options.num_scales, self.sigma_min, self.spec.sigma_max)
         if self.options.gan_weight:
-            config = self.network.config
-            discriminator = discriminator or PatchDiscriminator(config.in_channels, config.num_class_embeds)
+            if discriminator is None:
+                config = self.network.config
+                discriminator = PatchDiscriminator(config.in_channels, config.num_class_embeds)
             self.adversary = Adversary(discriminator, self.options, self.fakes)
 
     @classmethod
@@ -69,7 +70,7 @@ class CTM(Objective):
         return TwoTimeModel.from_network(network, spec.frequency)
 
     def denoiser(self, network: Callable | None = None) -> TrajectoryDenoiser:
-        return self.spec.trajectories(network or self.model, self.floor)
+        return self.spec.trajectories(self.model if network is None else network, self.floor)
 
     def times(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Levels from t down to u, (k + 1, B), and s <= u (B,): all triples of the grid occur."""
@@ -84,7 +85,7 @@ class CTM(Objective):
         """Where the trajectory of x (B, ...) at levels[0] is at levels[-1], as far as it is known."""
         if self.options.trajectory == "data":
             return VE().add_noise(x0, noise, levels[-1])
-        denoise = self.teacher or self.denoiser(self.target).denoise
+        denoise = self.denoiser(self.target).denoise if self.teacher is None else self.teacher
         for t, u in zip(levels, levels[1:]):
             x = teacher_step(self.options.solver, denoise, x, t, u, labels)
         return x
@@ -121,8 +122,7 @@ class CTM(Objective):
         if draws.step < options.pretrain_steps:
             return Loss.mean(*self.diffusion_loss(x0, labels, draws))
         levels, s = (value.to(x0) for value in self.times(draws))
-        t, u = levels[0], levels[-1]
-        noise = draws.normal("noise", x0.shape[1:])
+        t, u, noise = levels[0], levels[-1], draws.normal("noise", x0.shape[1:])
         x_t = VE().add_noise(x0, noise, t)
         with torch.no_grad():
             x_u = self.point_at_u(x0, noise, x_t, levels, labels)

@@ -84,7 +84,7 @@ class MeanFlow(Objective):
         return network if isinstance(network, TwoTimeModel) else TwoTimeModel.from_network(network, spec.frequency)
 
     def denoiser(self, network: Callable | None = None) -> ProcessDenoiser:
-        return jump_to_zero(network or self.model, self.spec.time_scale)
+        return jump_to_zero(self.model if network is None else network, self.spec.time_scale)
 
     def times(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """t >= r (B,): two logit-normal draws, sorted, and then equal for a share of the samples."""

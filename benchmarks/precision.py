@@ -1,0 +1,222 @@
+"""How far the gradient of each method turns where its networks compute in lower precision.
+
+    python benchmarks/precision.py
+    python benchmarks/precision.py --device cuda --size 16 --preset small --pretrain 2000 --tune 100 --batch 512
+
+A small network is trained as a diffusion model on smooth random images, then as each method trains it, in float32 and
+through the method's stages. At each of the places in the table the gradient of one batch is taken anew in lower
+precision, with the same draws, and compared with that of float32: the cosine of the two, and the two losses. The
+networks of students, targets and teachers run under autocast, as in training; `tangent` says in what precision the
+tangents of a method are taken. With fp16 the loss is scaled as by a gradient scaler. TF32 needs CUDA. Without a GPU
+all takes some three minutes, most of them for fp16.
+"""
+
+import argparse
+import copy
+import platform
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cm_diffusers.core.draws import Draws
+from cm_diffusers.models import build_unet, keep_time_embedding_in_float32
+from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec, Objective
+
+
+SIGMA_DATA = 0.5
+LABELS = {"edm": "log_sigma", "trigflow": "angle", "flow": "flow_time"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ROWS = [  # networks, tangents
+    ("bf16", "low"),
+    ("bf16", "fp32"),
+    ("fp16", "low"),
+    ("fp16", "fp32"),
+    ("tf32", "low"),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method: its settings, the places of its run that are measured, by name, and what its network predicts."""
+
+    places: dict[str, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 1000
+    prediction: str = "edm"
+    method: str | None = None
+
+
+TEACHER = {"pretrained_teacher_model": "a copy of the start"}
+STAGES = {f"stage {stage}": 100 * stage for stage in (0, 3, 5, 7, 8, 9)}  # 7 is the last one of a default run
+WARMUP = {"tangent_warmup_steps": 100}
+ENDS = {"without tangent": 0, "full tangent": 100}
+CASES = {
+    "diffusion": Case({"any step": 0}),
+    "cdm": Case({"any step": 0}),
+    "ect": Case(STAGES, {"pretrain_steps": 0, "stage_steps": 100}),
+    "ecd": Case(STAGES, TEACHER | {"stage_steps": 100}),
+    "ict": Case({"N = 11": 0, "N = 161": 4000, "N = 1281": 7000}, steps=8000),
+    "ct": Case({"N = 2": 0, "N = 76": 250, "N = 151": 999}),
+    "cd": Case({"18 levels": 0}, TEACHER | {"num_scales": 18}),
+    "cd, 40": Case({"40 levels": 0}, TEACHER | {"num_scales": 40}, method="cd"),
+    "ctm": Case({"18 levels": 0}, TEACHER | {"num_scales": 18, "solver_steps": 1}),
+    "ctm, 40": Case({"40 levels": 0}, TEACHER | {"num_scales": 40, "solver_steps": 1}, method="ctm"),
+    "sct": Case(ENDS, WARMUP, prediction="trigflow"),
+    "scd": Case(ENDS, TEACHER | WARMUP, prediction="trigflow"),
+    "mean_flow": Case({"any step": 0}, prediction="flow"),
+}
+
+
+def smooth_images(count: int, size: int) -> Tensor:
+    """Grey images (count, 1, size, size) in [-1, 1] of three soft spots each."""
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.linspace(-1, 1, size)
+    x, y, width, height = torch.rand(4, count, 3, 1, 1, generator=generator)
+    across = (grid[None, None, None, :] - 2 * x + 1) ** 2 + (grid[None, None, :, None] - 2 * y + 1) ** 2
+    spots = (2 * height - 1) * (-across / (0.05 + 0.2 * width)).exp()
+    return (2 * spots.sum(1, keepdim=True)).tanh()
+
+
+class Data:
+    """Batches of smooth images on a device, with the root mean square SIGMA_DATA."""
+
+    def __init__(self, count: int, size: int, device: str):
+        images = smooth_images(count, size)
+        self.images = (images * SIGMA_DATA / images.square().mean().sqrt()).to(device)
+
+    def batch(self, size: int, seed: int) -> Batch:
+        """`size` images drawn by `seed`."""
+        rows = torch.randint(len(self.images), (size,), generator=torch.Generator().manual_seed(seed))
+        return Batch(self.images[rows.to(self.images.device)])
+
+
+def train(objective: Objective, data: Data, place: int, steps: int, batch: int, rate: float, seed: int) -> None:
+    """`steps` steps in float32, all as the method trains at its step `place`."""
+    optimizer = torch.optim.Adam(objective.network.parameters(), rate)
+    for step in range(steps):
+        draws = Draws(seed + step, place, range(batch), data.images.device)
+        optimizer.zero_grad()
+        objective.loss(data.batch(batch, seed + step), draws).total.backward()
+        optimizer.step()
+        objective.after_step(place)
+    optimizer.zero_grad()
+
+
+def diffusion_model(prediction: str, data: Data, args: argparse.Namespace) -> nn.Module:
+    """The network of a trained diffusion model that predicts this."""
+    torch.manual_seed(0)
+    preset = args.preset if prediction == "edm" else f"jvp_{args.preset}"
+    network = build_unet(preset, (args.size, args.size), 1).to(args.device)
+    keep_time_embedding_in_float32(network)
+    diffusion = OBJECTIVES["diffusion"]
+    spec, options = ModelSpec(SIGMA_DATA, LABELS[prediction], prediction=prediction), diffusion.Options(prediction)
+    objective = diffusion(network, spec, options, args.pretrain)
+    for part, rate in enumerate((2e-3, 5e-4)):
+        train(objective, data, 0, args.pretrain // 2, args.train_batch, rate, seed=part * args.pretrain)
+    return network
+
+
+def build(name: str, start: nn.Module) -> Objective:
+    """The method of a case on a copy of `start`, and with a frozen copy of it as teacher."""
+    case = CASES[name]
+    method = OBJECTIVES[case.method or name]
+    spec = ModelSpec(SIGMA_DATA, LABELS[case.prediction], prediction=case.prediction)
+    teacher = None
+    if "pretrained_teacher_model" in case.options:
+        teacher = spec.denoiser(copy.deepcopy(start).eval().requires_grad_(False))
+    network = method.adapt(copy.deepcopy(start), spec)
+    return method(network, spec, method.Options(**case.options), case.steps, pretrained=True, teacher=teacher)
+
+
+@contextmanager
+def precision(objective: Objective, kind: str, tangent: str) -> Iterator[None]:
+    """Inside, the networks compute in `kind`, and tangents as well if `tangent` is "low"."""
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for flag in flags:
+        flag.allow_tf32 = kind == "tf32"
+    network, changed = objective.network, list(objective.auxiliary.values())
+    if objective.teacher is not None:
+        changed.append(objective.teacher.network)
+    try:
+        if kind in DTYPES:
+            autocast = torch.autocast(next(network.parameters()).device.type, DTYPES[kind])
+            if tangent == "low":
+                changed.append(network)
+            else:
+                objective.model = autocast(network.forward)
+            for module in changed:
+                module.forward = autocast(module.forward)
+        yield
+    finally:
+        objective.model = network
+        for module in changed:
+            vars(module).pop("forward", None)
+
+
+def gradient(objective: Objective, batch: Batch, place: int, kind: str, tangent: str) -> tuple[float, Tensor]:
+    """The loss, and the gradient as one vector in float64."""
+    scale = 2.0**16 if kind == "fp16" else 1.0
+    while True:
+        draws = Draws(1 << 30, place, range(len(batch.images)), batch.images.device)
+        with precision(objective, kind, tangent):
+            loss = objective.loss(batch, draws).total
+            (scale * loss).backward()
+        found = [p.grad for p in objective.network.parameters() if p.grad is not None]
+        vector = torch.cat([grad.flatten().double() for grad in found])
+        objective.network.zero_grad()
+        if kind != "fp16" or vector.isfinite().all() or scale < 1e-3:
+            return loss.item(), vector
+        scale /= 2
+
+
+def measure(name: str, start: nn.Module, data: Data, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each place of a method and each lower precision."""
+    case = CASES[name]
+    objective = build(name, start)
+    tangents = objective.facts.jvp == "yes"
+    batch = data.batch(args.batch, seed=1 << 20)
+    for number, (place, step) in enumerate(case.places.items()):
+        train(objective, data, step, args.tune, args.train_batch, args.rate, seed=1000 * (number + 1))
+        loss, exact = gradient(objective, batch, step, "fp32", "fp32")
+        for kind, tangent in ROWS:
+            if (kind == "tf32" and args.device == "cpu") or (tangent == "fp32" and not tangents):
+                continue
+            lower, other = gradient(objective, batch, step, kind, tangent)
+            cosine = torch.nn.functional.cosine_similarity(exact, other, dim=0).item()
+            shown = {"low": kind, "fp32": "fp32"}[tangent] if tangents else "-"
+            row = {"method": name.split(",")[0], "place": place, "networks": kind, "tangent": shown}
+            yield row | {"cosine": cosine, "loss": lower, "loss_fp32": loss}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--methods", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    parser.add_argument("--preset", default="tiny", help="of the networks, without jvp_")
+    parser.add_argument("--size", type=int, default=8, help="of the images")
+    parser.add_argument("--pretrain", type=int, default=200, help="steps of the diffusion model")
+    parser.add_argument("--tune", type=int, default=10, help="steps at each place before it is measured")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of these")
+    parser.add_argument("--batch", type=int, default=64, help="images in the gradients that are compared")
+    parser.add_argument("--train_batch", type=int, default=64)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    began, cuda = time.perf_counter(), args.device.startswith("cuda")
+    data, starts = Data(2048, args.size, args.device), {}
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, python {platform.python_version()}, torch {torch.__version__}, {vars(args)}")
+    print(f"{'method':10} {'place':16} networks tangent  cosine     loss  in fp32", flush=True)
+    line = "{method:10} {place:16} {networks:8} {tangent:7} {cosine:7.4f} {loss:8.4g} {loss_fp32:8.4g}"
+    for name, case in CASES.items():
+        if (case.method or name) in args.methods:
+            if case.prediction not in starts:
+                starts[case.prediction] = diffusion_model(case.prediction, data, args)
+            for row in measure(name, starts[case.prediction], data, args):
+                print(line.format(**row), flush=True)
+    print(f"{time.perf_counter() - began:.0f} s")
