@@ -41,9 +41,7 @@ def run(args: argparse.Namespace) -> bool:
         publisher.check()
     datasets.disable_progress_bars()  # those of single files; the whole has one
     resolution = args.resolution and (args.resolution * 2)[:2]
-    if source.ignored:
-        names = ", ".join(source.ignored[:3]) + (", ..." if len(source.ignored) > 3 else "")
-        print(f"Passed over {len(source.ignored)} files that are no images: {names}")
+    print(*source.said, sep="\n", end="\n" if source.said else "")
     asked = Asked(source.fingerprint, resolution, args.transform, args.channels)
     plan = prepare(source, args.output, args.split, asked)
     say_what_is_there(plan, args)

@@ -1,7 +1,9 @@
 """Images from any source of the datasets library, checked before training, in an order that only the seed decides."""
 
-import io
-from collections.abc import Iterator, Sequence
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,51 +11,81 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import permutation
+from cm_diffusers.engine.columns import Rows, find_image_column, find_label_column, marks_of, paths_of, undecoded
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.pixels import to_uint8
+from cm_diffusers.engine.description import DataDescription
+from cm_diffusers.engine.image_sources import TABLES, load_local
+from cm_diffusers.engine.labels import read_labels
+from cm_diffusers.engine.records import name_in_messages, open_image, why
+from cm_diffusers.engine.scan import CACHE_BYTES, VERSION, DecodedImages, is_grey, load_scan, save_scan, scan
 
 
-CACHE_BYTES = 4 << 30  # decoded datasets up to this size are kept in memory
 SHUFFLE_BUFFER = 2_000
 SIGMA_DATA_SAMPLES = 10_000
-GREY_MODES = ("1", "L", "LA", "I", "F")
+FIRST = 100  # images that are tried for the size
 
 
-def load_source(args: DataArguments) -> datasets.Dataset | datasets.IterableDataset:
-    """The dataset that `args` name, images not decoded yet. Raises ValueError if it is not to be had or empty."""
+def load_source(
+    args: DataArguments, labelled: bool = True, say: Callable[[str], None] = lambda line: None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The dataset that `args` name, images not decoded yet.
+
+    Args:
+        args: which one.
+        labelled: with labels, where folders of images or metadata tell them.
+        say: gets a line that says what was read, and what was left out and why.
+
+    Raises:
+        ValueError: it is not to be had, or empty.
+    """
+    name = args.train_data_dir or args.dataset_name
     if args.dataset_name == "digits":
         source = _digits()
+    elif args.train_data_dir is not None and not Path(name).is_dir():
+        raise ValueError(f"train_data_dir {name!r} is not a folder.")
     else:
-        name, options = args.dataset_name, {}
-        if args.train_data_dir is not None:
-            name, options = "imagefolder", {"data_dir": args.train_data_dir}
-            if not Path(args.train_data_dir).is_dir():
-                raise ValueError(f"train_data_dir {args.train_data_dir!r} is not a folder.")
-        elif Path(name).suffix == ".parquet":
-            name, options = "parquet", {"data_files": {args.split: args.dataset_name}}
         try:
-            source = datasets.load_dataset(
-                name,
-                args.dataset_config_name,
-                split=args.split,
-                streaming=args.streaming,
-                revision=args.dataset_revision,
-                **options,
-            )
+            source = _load(args, Path(name), labelled, say)
         except Exception as error:  # the library raises many kinds; all mean that there is no dataset
-            what = args.dataset_name or args.train_data_dir
-            raise ValueError(f"dataset {what!r}, split {args.split!r}, can't be loaded: {error}") from error
+            raise ValueError(f"dataset {name!r}, split {args.split!r}, can't be loaded: {_causes(error)}") from error
     if args.max_train_samples is not None:
         source = source.take(args.max_train_samples)
     if not args.streaming and len(source) == 0:
-        raise ValueError(f"dataset {args.dataset_name or args.train_data_dir!r} is empty.")
+        raise ValueError(f"dataset {name!r} is empty.")
     return source
+
+
+def _load(args: DataArguments, path: Path, labelled: bool, say: Callable[[str], None]) -> Rows:
+    if path.exists() and args.dataset_config_name is None:
+        columns = {"labelled": labelled, "label_column": args.label_column, "image_column": args.image_column}
+        tables = args.train_data_dir is None
+        source = load_local(path, args.split, args.streaming, **columns, tables=tables, say=say)
+        if source is not None:
+            return source
+    elif path.suffix in TABLES or path.is_absolute():
+        raise ValueError("there is no such file or folder.")
+    return datasets.load_dataset(
+        str(path) if path.exists() else args.dataset_name,
+        args.dataset_config_name,
+        split=args.split,
+        streaming=args.streaming,
+        revision=args.dataset_revision,
+    )
+
+
+def _causes(error: BaseException) -> str:
+    """A message with those of what caused it, which the datasets library hides."""
+    lines = []
+    while error is not None:
+        lines += [why(error)] if why(error) not in " ".join(lines) else []
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return " - because: ".join(lines)
 
 
 def _digits() -> datasets.Dataset:
@@ -66,80 +98,6 @@ def _digits() -> datasets.Dataset:
     images = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
     return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
-
-
-def find_image_column(features: datasets.Features, asked: str | None) -> str:
-    """The column that was asked for, or the only one that holds images. Raises ValueError with the list of columns."""
-    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if asked is not None:
-        if asked not in features:
-            raise ValueError(f"image_column {asked!r} is not a column of the dataset; it has: {_described(features)}.")
-        return asked
-    if len(columns) != 1:
-        found = "no column" if not columns else f"several columns ({', '.join(columns)})"
-        raise ValueError(f"{found} of images found; give --image_column. The dataset has: {_described(features)}.")
-    return columns[0]
-
-
-def find_label_column(features: datasets.Features, asked: str | None) -> str:
-    """The column that was asked for, or the only one of class labels, or one called `label`."""
-    if asked is not None:
-        if asked not in features:
-            raise ValueError(f"label_column {asked!r} is not a column of the dataset; it has: {_described(features)}.")
-        return asked
-    columns = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    columns = columns if len(columns) == 1 else [name for name in ("label", "labels") if name in features]
-    if len(columns) != 1:
-        raise ValueError(f"no column of labels found; give --label_column. The dataset has: {_described(features)}.")
-    return columns[0]
-
-
-def _described(features: datasets.Features) -> str:
-    return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
-
-
-def open_image(record: dict) -> Image.Image:
-    """A PIL image from an undecoded record of the datasets library, upright, fully read."""
-    image = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"])
-    if image.format == "EPS":
-        raise ValueError("PostScript is a program, which would have to be run")
-    image.load()
-    return ImageOps.exif_transpose(image)
-
-
-def resize_and_crop(image: Image.Image, resolution: Sequence[int]) -> Image.Image:
-    """Resize (bicubic, antialiased) to cover (height, width), and crop the middle."""
-    height, width = resolution
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-
-
-class DecodedImages(Dataset):
-    """Decoded images (C, H, W), uint8, or the reason why one can't be read."""
-
-    def __init__(self, images: datasets.Dataset, column: str, channels: int, resolution: Sequence[int]):
-        self.images, self.column, self.channels, self.resolution = images, column, channels, resolution
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        record = self.images[index][self.column]
-        try:
-            return self.decode(record)
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            SyntaxError,
-            UnidentifiedImageError,
-            Image.DecompressionBombError,
-        ) as e:
-            name = (record or {}).get("path")
-            return f"row {index}{f' ({name})' if name else ''}: {e or type(e).__name__}"
-
-    def decode(self, record: dict) -> Tensor:
-        image = resize_and_crop(to_uint8(open_image(record), self.channels), self.resolution)
-        return torch.from_numpy(np.array(image)).reshape(*self.resolution, self.channels).permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -192,7 +150,7 @@ class _Rows(Dataset):
         if torch.is_tensor(self.images):
             images = self.images[indices]
         else:
-            images = torch.stack([self.images.decode(self.images.images[i][self.images.column]) for i in indices])
+            images = torch.stack([self.images.take(i) for i in indices])
         return {"images": images, "labels": None if self.labels is None else self.labels[indices]}
 
 
@@ -206,8 +164,8 @@ class ImageData:
     Args:
         args: which dataset, and how its images are prepared.
         class_conditional: read labels as well.
-        scanned: the file that remembers that all images were found readable.
-        show_progress: show bars.
+        scanned: the file that remembers what the pass over all images found, until the data change.
+        show_progress: show bars, and say what was read and what was left out.
 
     Raises:
         ValueError: no such dataset, column or label; an empty dataset; images that can't be read (all are listed).
@@ -219,90 +177,99 @@ class ImageData:
         self, args: DataArguments, class_conditional: bool, scanned: Path | None = None, show_progress: bool = True
     ):
         self.args, self.show_progress = args, show_progress
-        source = load_source(args)
+        source = load_source(args, class_conditional, self._say)
         features = source.features or source._resolve_features().features
         self.column = find_image_column(features, args.image_column)
         self.label_column = find_label_column(features, args.label_column) if class_conditional else None
-        self.source = source.cast_column(self.column, datasets.Image(decode=False))
-        self.channels, self.resolution = self._find_shape()
-        self.num_classes = self.labels = None
+        self.source = undecoded(source, self.column, features)
+        self.resolution = self._find_size()
+        self.num_classes = self.labels = self._classes = self._fingerprint = None
         if args.streaming:
             self._find_streamed_labels(features)
             self.images = None
+            self.channels = args.channels or self._find_streamed_channels()
         else:
             if self.label_column is not None:
                 self._read_labels(features)
-            self.images = self._check_all(scanned)
+            self._look_at_all(scanned)
 
-    def _find_shape(self) -> tuple[int, tuple[int, int]]:
-        """Channels and (height, width), as asked for, or as the first images have them."""
-        modes, size = [], None
-        for record in self.source.take(100):
+    def _say(self, line: str) -> None:
+        if self.show_progress:
+            tqdm.write(line)
+
+    def _find_size(self) -> tuple[int, int]:
+        """(height, width), as asked for, or as the first image that can be read has them."""
+        asked, faults = self.args.resolution, []
+        for i, row in enumerate(self.source.take(FIRST)):
             try:
-                image = open_image(record[self.column])
-            except Exception:  # whatever is wrong with it, the scan names it
+                image = open_image(row[self.column])
+            except Exception as error:  # whatever is wrong with it, the scan names it
+                faults.append(f"{name_in_messages(i, row[self.column])}: {why(error)}")
                 continue
-            modes.append(image.mode)
-            size = size or (image.height, image.width)
-        if not modes:
-            raise ValueError(f"none of the first images of column {self.column!r} can be read.")
-        grey = all(mode in GREY_MODES or mode.startswith("I;16") for mode in modes)
-        asked = self.args.resolution
-        resolution = size if asked is None else tuple(asked * 2 if len(asked) == 1 else asked)
-        return self.args.channels or (1 if grey else 3), resolution
+            return (image.height, image.width) if asked is None else tuple((asked * 2)[:2])
+        listed = "".join(f"\n  {fault}" for fault in faults[:5]) + ("\n  ..." if len(faults) > 5 else "")
+        raise ValueError(f"none of the first images of column {self.column!r} can be read:{listed}")
+
+    def _find_streamed_channels(self) -> int:
+        modes = []
+        for row in self.source.take(FIRST):
+            with contextlib.suppress(Exception):
+                modes.append(open_image(row[self.column]).mode)
+        return 1 if all(map(is_grey, modes)) else 3
 
     def _read_labels(self, features: datasets.Features) -> None:
-        if features[self.label_column].dtype == "string":
-            self.source = self.source.class_encode_column(self.label_column)
-            features = self.source.features
-        values = self.source[self.label_column][:]
-        wrong = [i for i, v in enumerate(values) if not isinstance(v, int) or isinstance(v, bool) or v < 0]
-        known = getattr(features[self.label_column], "num_classes", None)
-        if known is not None:
-            wrong += [i for i, v in enumerate(values) if isinstance(v, int) and v >= known]
-        if wrong:
-            allowed = f"integers in [0, {known - 1}]" if known else "integers from 0 up"
-            raise ValueError(
-                f"labels of column {self.label_column!r} must be {allowed}; row {wrong[0]} has {values[wrong[0]]!r}"
-                f" ({len(wrong)} of {len(values)} rows are wrong)."
-            )
-        self.labels = torch.tensor(values)
-        self.num_classes = known or int(self.labels.max()) + 1
+        labels = read_labels(self.source[self.label_column][:], features[self.label_column], self.label_column)
+        self.labels, self.num_classes, self._classes = labels.values, len(labels.names), labels.classes
+        if labels.gaps():
+            self._say(labels.gaps())
 
     def _find_streamed_labels(self, features: datasets.Features) -> None:
         if self.label_column is not None:
-            self.num_classes = getattr(features[self.label_column], "num_classes", None)
-            if self.num_classes is None:
+            names = getattr(features[self.label_column], "names", None)
+            if names is None:
                 raise ValueError(
                     f"a streamed dataset needs labels of the kind ClassLabel; {self.label_column!r} is not."
                 )
+            self.num_classes, self._classes = len(names), dict(enumerate(names))
 
     @property
-    def fingerprint(self) -> str:
-        """What tells this dataset from others, as the datasets library knows it."""
-        return f"{self.source._fingerprint} {self.column}"
+    def description(self) -> DataDescription:
+        """Number, shape, classes and fingerprint of the images, as far as they are known."""
+        number = None if self.images is None else len(self.images)
+        return DataDescription(
+            number, self.channels, self.resolution, self.num_classes, self._classes, self._fingerprint
+        )
 
-    def _check_all(self, scanned: Path | None) -> Tensor | DecodedImages:
-        """Decode every image once, so that bad ones are found before training; keep them if there is room."""
-        decoder = DecodedImages(self.source, self.column, self.channels, self.resolution)
-        keep = len(decoder) * self.channels * self.resolution[0] * self.resolution[1] <= CACHE_BYTES
-        if not keep and scanned is not None and scanned.exists() and scanned.read_text() == self.fingerprint:
-            return decoder
-        loader = DataLoader(decoder, batch_size=None, num_workers=self.args.dataloader_num_workers)
-        bar = tqdm(loader, desc="Reading images", disable=not self.show_progress, leave=False)
-        images = torch.empty(len(decoder) if keep else 0, self.channels, *self.resolution, dtype=torch.uint8)
-        faults = []
-        for i, image in enumerate(bar):
-            if isinstance(image, str):
-                faults.append(image)
-            elif keep:
-                images[i] = image
-        if faults:
-            listed = "".join(f"\n  {fault}" for fault in faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
-            raise ValueError(f"{len(faults)} of {len(decoder)} images can't be read; repair or remove them:{listed}")
-        if scanned is not None and not keep:
-            scanned.write_text(self.fingerprint)
-        return images if keep else decoder
+    def _look_at_all(self, scanned: Path | None) -> None:
+        """Decode every image once, or remember what that found; keep them if there is room."""
+        decoder = DecodedImages(self.source, self.column, self.args.channels, self.resolution)
+        keep = len(decoder) * (self.args.channels or 3) * self.resolution[0] * self.resolution[1] <= CACHE_BYTES
+        key = self._key(keep)
+        found = None if scanned is None else load_scan(scanned, key)
+        if found is None:
+            found = scan(decoder, keep, self.args.dataloader_num_workers, self.show_progress)
+            if scanned is not None:
+                scanned.parent.mkdir(parents=True, exist_ok=True)
+                save_scan(scanned, key, *found)
+        facts, images = found
+        self.channels = decoder.channels = self.args.channels or facts.channels
+        self.images = images if keep else decoder
+        labels = b"" if self.labels is None else self.labels.numpy().tobytes()
+        self._fingerprint = hashlib.sha256(facts.fingerprint.encode() + labels).hexdigest()
+        if self.args.resolution is None and len(facts.sizes) > 1:
+            own = "{} x {}".format(*self.resolution)
+            other = next(size for size in facts.sizes if size != own)
+            number = facts.sizes.total() - facts.sizes[own]
+            self._say(
+                f"WARNING: {number} of {len(decoder)} images are not of {own} pixels, as the first is, but for one of"
+                f" {other} ({facts.examples[other]}): they are resized and cropped. --resolution sets the size."
+            )
+
+    def _key(self, keep: bool) -> str:
+        """What tells this dataset and its shape from others without opening an image."""
+        marks = marks_of(paths_of(self.source, self.column))
+        facts = [VERSION, self.source._fingerprint, self.column, self.args.channels, self.resolution, keep, marks]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def measure_sigma_data(self) -> float:
         """Root mean square of (a sample of) the data scaled to [-1, 1]: what EDM's preconditioning assumes.
@@ -312,7 +279,7 @@ class ImageData:
         """
         if self.args.streaming:
             decoder = DecodedImages(self.source, self.column, self.channels, self.resolution)
-            images = torch.stack([decoder.decode(row[self.column]) for row in self.source.take(1000)])
+            images = torch.stack([decoder.decode(open_image(row[self.column])) for row in self.source.take(1000)])
         else:
             images = self.rows(permutation(len(self.images), "sigma_data")[:SIGMA_DATA_SAMPLES].tolist())
         return round((images.double() / 127.5 - 1).square().mean().sqrt().item(), 4)
@@ -338,7 +305,7 @@ class ImageData:
         while True:
             stream.set_epoch(epoch)
             for row in stream:
-                images.append(decoder.decode(row[self.column]))
+                images.append(decoder.decode(open_image(row[self.column])))
                 labels.append(row[self.label_column] if self.label_column else 0)
                 if len(images) == spot.batch_size:
                     yield {

@@ -20,9 +20,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.checkpoint import fsync_folder, write_file
-from cm_diffusers.engine.data import GREY_MODES
 from cm_diffusers.engine.image_sources import Source
 from cm_diffusers.engine.lock import lock_folder
+from cm_diffusers.engine.scan import is_grey
 from cm_diffusers.pixels import to_uint8
 
 
@@ -155,7 +155,7 @@ def _plan(source: Source, asked: Asked) -> Plan:
             to_uint8(image, 3)
         except Exception as error:  # of hostile files, too: whatever it is, it is named
             return f"{source.names[i]}: {error or type(error).__name__}"
-        return image.mode in GREY_MODES or image.mode.startswith("I;16"), (image.height, image.width)
+        return is_grey(image.mode), (image.height, image.width)
 
     count, faults, grey, sizes = len(source.names), [], True, {}  # numbers of the images of a size
     with tqdm(total=count, desc="Checking images", unit="image", leave=False) as bar:

@@ -11,7 +11,9 @@ from PIL import Image
 import cm_diffusers.engine.data as data_module
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData, KeyedOrder, Spot, open_image, resize_and_crop
+from cm_diffusers.engine.data import ImageData, KeyedOrder, Spot
+from cm_diffusers.engine.records import open_image
+from cm_diffusers.engine.scan import DecodedImages, resize_and_crop
 from cm_diffusers.pixels import to_uint8
 
 
@@ -150,7 +152,7 @@ def test_labels_outside_the_classes_are_refused(monkeypatch, wrong):
     columns = {"image": [random_image(i) for i in range(3)], "label": [0, 2, wrong]}
     source = datasets.Dataset.from_dict(columns, features=plain)
     source.info.features = features  # as a foreign file may claim
-    monkeypatch.setattr(data_module, "load_source", lambda args: source)
+    monkeypatch.setattr(data_module, "load_source", lambda *args: source)
     with pytest.raises(ValueError, match=rf"integers in \[0, 2\]; row 2 has {wrong}"):
         ImageData(DataArguments(dataset_name="any"), True, show_progress=False)
 
@@ -219,8 +221,8 @@ def test_a_dataset_without_one_good_image_is_refused(tmp_path):
 def test_a_checked_dataset_is_not_checked_again_unless_it_changed(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(data_module, "CACHE_BYTES", 0)
     decoded = []
-    decode = data_module.DecodedImages.decode
-    monkeypatch.setattr(data_module.DecodedImages, "decode", lambda *a: decoded.append(1) or decode(*a))
+    decode = DecodedImages.decode
+    monkeypatch.setattr(DecodedImages, "decode", lambda *a: decoded.append(1) or decode(*a))
     read_folder(image_folder, scanned=tmp_path / "images_checked")
     assert len(decoded) == 12 and (tmp_path / "images_checked").exists()
     read_folder(image_folder, scanned=tmp_path / "images_checked")

@@ -103,7 +103,8 @@ def test_a_folder_of_class_folders_and_what_training_makes_of_it(tmp_path, capsy
     assert isinstance(features["image"], datasets.Image) and features["label"].names == ["cat", "dog"]
     assert same(images, arrays) and found == labels
     said = capsys.readouterr().out
-    assert "Passed over 1 files that are no images: notes.txt" in said and "7 images of 3 x 8 x 8 in 2 classes" in said
+    assert "Read 7 images in 2 classes (cat, dog)" in said and "7 images of 3 x 8 x 8 in 2 classes" in said
+    assert "; left out 2: 1 .txt (notes.txt), 1 hidden (.DS_Store)." in said
 
     command = shlex.split(re.search("Train on it: (.*)", said)[1])
     assert command[:3] == ["accelerate", "launch", "training/train_consistency.py"]

@@ -1,0 +1,211 @@
+"""Which files of a folder are its images, and of which classes: one listing, for training and prepare_data.py alike.
+
+An image is a file whose name ends as those of a format that Pillow reads, wherever below the folder it lies and
+whatever else its name and path hold; links are followed. The members of a .zip count as files of the folder that the
+.zip lies in. Left out, and counted, are hidden files and folders and everything else.
+
+The class of an image is the first folder on its way, behind those that all images share: of mine/cat/0.png,
+mine/cat/more/1.png and mine/dog/2.png the classes are cat and dog. Images that all lie in one folder have no classes.
+"""
+
+import os
+import re
+import stat
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+
+TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl")
+METADATA = re.compile(r"metadata\.(csv|tsv|jsonl|parquet)")
+LABELS = "dataset.json"  # where EDM and StyleGAN keep them: {"labels": [["folder/image.png", 3], ...]}
+SPLITS = {"train", "test", "val", "valid", "validation"}
+UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow only recognises
+
+
+def natural_key(text: str) -> tuple:
+    """For sorting: runs of digits count as numbers, so that "9" comes before "10"."""
+    parts = re.split("([0-9]+)", text)
+    digits = [part.lstrip("0") for part in parts[1::2]]
+    parts[1::2] = [(len(part), part) for part in digits]
+    return *parts, text
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """An image of a folder.
+
+    Args:
+        name: its path below the folder, with "/"; that of a member leads through its archive, as in a.zip/0.png.
+        place: the same without the archive: where the image would lie if it were unpacked.
+        path: what `records.open_image` opens.
+        mark: changes when the image does: size and time of its last change, or the checksum of a member.
+    """
+
+    name: str
+    place: str
+    path: str
+    mark: tuple[int, int]
+
+
+@dataclass
+class Listing:
+    """The images of a folder or a zip in natural order, and what was left out.
+
+    Args:
+        root: the folder or zip.
+        images: in natural order of their places.
+        metadata: files like metadata.csv, which describe images by their names.
+        tables: other files that may hold a dataset, by their names.
+        labels: EDM's dataset.json at the top, as its bytes.
+        left_out: names of files and folders by the reason.
+    """
+
+    root: Path
+    images: list[ListedImage] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    labels: bytes | None = None
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, name: str) -> None:
+        self.left_out.setdefault(reason, []).append(name)
+
+    def summary(self) -> str:
+        """How many files were left out and why, or nothing: "; left out 3: 2 hidden (.a, .b), 1 .txt (a.txt)"."""
+        left_out = {**self.left_out, **({"tables": self.tables} if self.tables else {})}
+        if not left_out:
+            return ""
+        parts = []
+        for reason, names in sorted(left_out.items()):
+            examples = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+            parts.append(f"{len(names)} {reason} ({examples})")
+        return f"; left out {sum(map(len, left_out.values()))}: {', '.join(parts)}"
+
+    def classes(self) -> tuple[list[int], list[str]] | None:
+        """The label of every image and the names of the classes, in natural order; None where folders tell nothing
+        apart. Raises ValueError for images beside folders of images."""
+        paths = [image.place.split("/") for image in self.images]
+        shared = 0
+        while all(len(path) > shared + 1 for path in paths) and len({path[shared] for path in paths}) == 1:
+            shared += 1
+        loose = [image.name for image, path in zip(self.images, paths) if len(path) == shared + 1]
+        if len(loose) == len(paths):
+            return None
+        if loose:
+            raise ValueError(f"{loose[0]!r} lies beside folders of images; give every class a folder, or none.")
+        classes = sorted({path[shared] for path in paths}, key=natural_key)
+        if {name.lower() for name in classes} <= SPLITS:
+            raise ValueError(
+                f"its folders {', '.join(classes)} are splits, not classes; give one of them, as"
+                f" {self.root.joinpath(*paths[0][:shared], classes[-1])}."
+            )
+        numbers = {name: i for i, name in enumerate(classes)}
+        return [numbers[path[shared]] for path in paths], classes
+
+    @property
+    def tells_splits(self) -> bool:
+        """Whether the first folders are called like splits, all of them."""
+        tops = {image.place.split("/")[0].lower() for image in self.images if "/" in image.place}
+        return len(tops) > 1 and tops <= SPLITS and all("/" in image.place for image in self.images)
+
+
+def list_images(root: Path) -> Listing:
+    """The listing of a folder or of a zip.
+
+    Raises:
+        ValueError: a zip is damaged, encrypted or leads out of itself; a name is no UTF-8.
+        OSError: a folder can't be read.
+    """
+    listing = Listing(root)
+    if root.is_dir():
+        _list_folder(listing)
+    else:
+        _list_members(listing, root, "")
+    listing.images.sort(key=lambda image: [natural_key(part) for part in image.place.split("/")])
+    return listing
+
+
+def _list_folder(listing: Listing) -> None:
+    known = _suffixes()
+    waiting = [(str(listing.root), "", ())]
+    while waiting:
+        folder, place, above = waiting.pop()
+        status = os.stat(folder)
+        above = (*above, (status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        for entry in entries:
+            name = place + entry.name
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"the name {os.fsencode(name)!r} is no UTF-8; rename it.") from None
+            if _is_hidden(entry.name):
+                listing.leave_out("hidden", name)
+                continue
+            try:
+                status = entry.stat()
+            except OSError:  # a link that leads nowhere: if it should be an image, opening it says so
+                status = None
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                if (status.st_dev, status.st_ino) in above:
+                    listing.leave_out("links to a folder above", name)
+                else:
+                    waiting.append((entry.path, f"{name}/", above))
+            elif status is not None and not stat.S_ISREG(status.st_mode):
+                listing.leave_out("that are no plain files", name)
+            elif METADATA.fullmatch(entry.name):
+                listing.metadata.append(name)
+            elif _suffix(name) in TABLES:
+                listing.tables.append(name)
+            elif name == LABELS:
+                listing.labels = Path(entry.path).read_bytes()
+            elif entry.name.lower().endswith(".zip"):
+                _list_members(listing, Path(entry.path), place)
+            elif _suffix(name) in known:
+                mark = (-1, -1) if status is None else (status.st_size, status.st_mtime_ns)
+                listing.images.append(ListedImage(name, name, os.path.abspath(entry.path), mark))
+            else:
+                listing.leave_out(_suffix(name) or "without an ending", name)
+
+
+def _list_members(listing: Listing, path: Path, place: str) -> None:
+    """The members of a zip, as if they were unpacked to the folder `place`."""
+    known, prefix = _suffixes(), f"{place}{path.name}/" if path != listing.root else ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if not info.is_dir()]
+            if path == listing.root and LABELS in archive.NameToInfo:
+                listing.labels = archive.read(LABELS)
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+        raise ValueError(f"the archive {path.name!r} can't be read: {error}; unpack or remove it.") from None
+    for info in members:
+        name, parts = info.filename, re.split(r"[/\\]", info.filename)
+        if name.startswith(("/", "\\")) or ".." in parts:
+            raise ValueError(f"it is refused: its member {name!r} would lie outside of it.")
+        if any(map(_is_hidden, parts)):
+            listing.leave_out("hidden", prefix + name)
+        elif _suffix(name) in known:
+            if info.flag_bits & 1:
+                raise ValueError(f"the archive {path.name!r} is encrypted; unpack it.")
+            where = f"zip://{name}::{os.path.abspath(path)}"
+            image = ListedImage(prefix + name, place + name, where, (info.file_size, info.CRC))
+            listing.images.append(image)
+        elif name != LABELS or path != listing.root:
+            listing.leave_out(_suffix(name) or "without an ending", prefix + name)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _suffixes() -> set[str]:
+    """How the names of files end that Pillow reads."""
+    return {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - UNREADABLE}

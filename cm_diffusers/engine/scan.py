@@ -1,0 +1,188 @@
+"""The first pass over all images of a dataset: every one is decoded once, so that bad ones are found before training,
+and what has to be known of all of them is. A file beside the run remembers it until the data change."""
+
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from cm_diffusers.engine.records import Content, decode_content, name_in_messages, open_image, read_content, why
+from cm_diffusers.pixels import to_uint8
+
+
+CACHE_BYTES = 4 << 30  # decoded datasets up to this size are kept in memory
+GREY_MODES = ("1", "L", "LA", "I", "F")
+LISTED_FAULTS = 20
+VERSION = 1  # of what the file of a scan holds, and of how images are decoded
+
+
+def is_grey(mode: str) -> bool:
+    """Whether images of this mode have no colours."""
+    return mode in GREY_MODES or mode.startswith("I;16")
+
+
+def resize_and_crop(image: Image.Image, resolution: Sequence[int]) -> Image.Image:
+    """Resize (bicubic, antialiased) to cover (height, width), and crop the middle."""
+    height, width = resolution
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def digest_of(content: Content) -> bytes:
+    """What tells the content of an image from that of another."""
+    if isinstance(content, Image.Image):
+        content = np.asarray(content)
+    if isinstance(content, np.ndarray):
+        content = f"{content.dtype} {content.shape}".encode() + content.tobytes()
+    return hashlib.sha256(content).digest()
+
+
+@dataclass
+class Facts:
+    """What a dataset was found to be.
+
+    Args:
+        modes: numbers of images by the modes of PIL.
+        sizes: numbers of images by their size, "height x width".
+        examples: an image of each size.
+        fingerprint: of the contents of all images in their order.
+    """
+
+    modes: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    @property
+    def channels(self) -> int:
+        """1 where all images are grey, else 3."""
+        return 1 if all(map(is_grey, self.modes)) else 3
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image as the scan saw it: `pixels` (C, H, W), uint8; mode and (height, width) that it came with."""
+
+    pixels: Tensor
+    mode: str
+    size: tuple[int, int]
+    digest: bytes
+
+
+class DecodedImages(Dataset):
+    """The images of a dataset, decoded.
+
+    Args:
+        rows: the dataset, its images not decoded.
+        column: which holds them.
+        channels: 1 or 3, or None for those of each image.
+        resolution: (height, width) that they get.
+    """
+
+    def __init__(self, rows: Dataset, column: str, channels: int | None, resolution: Sequence[int]):
+        self.rows, self.column, self.channels, self.resolution = rows, column, channels, resolution
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Seen | str:
+        """An image, or the reason why it can't be read."""
+        record = self.rows[index][self.column]
+        try:
+            content = read_content(record)
+            image = decode_content(content)
+            return Seen(self.decode(image), image.mode, (image.height, image.width), digest_of(content))
+        except Exception as error:  # of hostile files, too: whatever it is, it is named
+            return f"{name_in_messages(index, record)}: {why(error)}"
+
+    def take(self, index: int) -> Tensor:
+        """The image (C, H, W) at a place."""
+        return self.decode(open_image(self.rows[index][self.column]))
+
+    def decode(self, image: Image.Image) -> Tensor:
+        """(C, H, W), uint8, from an upright image of any mode and size."""
+        channels = self.channels or (1 if is_grey(image.mode) else 3)
+        image = resize_and_crop(to_uint8(image, channels), self.resolution)
+        return torch.from_numpy(np.array(image)).reshape(*self.resolution, channels).permute(2, 0, 1).contiguous()
+
+
+def scan(decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bool = True) -> tuple[Facts, Tensor]:
+    """Look at every image once.
+
+    Args:
+        decoder: gives them.
+        keep: keep them in memory.
+        workers: processes that decode.
+        show_progress: show a bar.
+
+    Returns:
+        What was found, and the images (N, C, H, W), N = 0 unless they are kept.
+
+    Raises:
+        ValueError: images that can't be read; all are counted, and the first ones named with the reason.
+    """
+    facts, digest, faults, images = Facts(), hashlib.sha256(), [], torch.empty(0, 1, *decoder.resolution)
+    loader = DataLoader(decoder, batch_size=None, num_workers=workers, collate_fn=_identity)
+    for i, seen in enumerate(tqdm(loader, desc="Reading images", disable=not show_progress, leave=False)):
+        if isinstance(seen, str):
+            faults.append(seen)
+            continue
+        size = "{} x {}".format(*seen.size)
+        facts.modes[seen.mode] += 1
+        facts.sizes[size] += 1
+        facts.examples.setdefault(size, f"row {i}")
+        digest.update(seen.digest)
+        if keep:
+            if not len(images) or len(seen.pixels) > images.shape[1]:  # the first one, or colour after grey
+                before = images
+                images = torch.empty(len(decoder), len(seen.pixels), *decoder.resolution, dtype=torch.uint8)
+                images[: len(before)] = before
+            images[i] = seen.pixels
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults[:LISTED_FAULTS])
+        more = "\n  ..." if len(faults) > LISTED_FAULTS else ""
+        raise ValueError(f"{len(faults)} of {len(decoder)} images can't be read; repair or remove them:{listed}{more}")
+    facts.fingerprint = digest.hexdigest()
+    return facts, images
+
+
+def _identity(seen: Seen | str) -> Seen | str:
+    return seen
+
+
+def save_scan(file: Path, key: str, facts: Facts, images: Tensor) -> None:
+    """Write what was found and the images that are kept, behind a line that says of which data they are."""
+    pixels = memoryview(images.numpy()).cast("B") if len(images) else b""
+    head = {"key": key, "facts": vars(facts), "shape": list(images.shape), "check": zlib.crc32(pixels)}
+    aside = file.with_name(f".tmp-{file.name}-{os.getpid()}")
+    with open(aside, "wb") as out:
+        out.write(json.dumps(head).encode() + b"\n")
+        out.write(pixels)
+    os.replace(aside, file)
+
+
+def load_scan(file: Path, key: str) -> tuple[Facts, Tensor] | None:
+    """What `save_scan` wrote; None where there is nothing, of other data, or damaged."""
+    try:
+        with open(file, "rb") as source:
+            head = json.loads(source.readline())
+            if head["key"] != key:
+                return None
+            pixels = np.fromfile(source, np.uint8)
+        if zlib.crc32(pixels) != head["check"]:
+            return None
+        facts = Facts(**head["facts"])
+        facts.modes, facts.sizes = Counter(facts.modes), Counter(facts.sizes)
+        return facts, torch.from_numpy(pixels.reshape(head["shape"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
