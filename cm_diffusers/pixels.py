@@ -96,6 +96,11 @@ class Extrema:
         return self.high <= (scale if self.whole else scale * (1 + SLACK))
 
     @property
+    def scale(self) -> int:
+        """The smallest scale that holds the values."""
+        return next(scale for scale in SCALES if self.within(scale))
+
+    @property
     def dim(self) -> bool:
         """Whether it can only be an image in 0 to 1, or one that is nearly black."""
         return not self.whole and self.within(1)
@@ -158,7 +163,7 @@ class Ranges:
                 f"the images hold {seen.range} ({self._brightest[type]}), a little more than a range that is known."
                 f" Allowed are {ALLOWED}; clip or scale the images."
             )
-        return next(scale for scale in SCALES if seen.within(scale))
+        return seen.scale
 
     def describe(self) -> list[str]:
         """A line for each type that says how its values are read."""

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from cm_diffusers.engine.config import DataArguments, ModelArguments
-from cm_diffusers.engine.data import ImageData, Spot
+from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.diagnostics import save_diagnostics
 from cm_diffusers.engine.models import check_fit, denoiser_of, load_pipeline, load_teacher
+from cm_diffusers.engine.order import Spot
 
 
 def diagnose(args: argparse.Namespace) -> dict[str, float]:

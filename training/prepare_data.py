@@ -60,6 +60,8 @@ def say_what_is_there(plan: Plan, args: argparse.Namespace) -> None:
     channels, height, width = plan.shape
     classes = f" in {len(plan.classes)} classes" if plan.classes else ""
     print(f"{args.output / args.split}: {plan.count} images of {channels} x {height} x {width}{classes}")
+    for line in plan.ranges:
+        print(line)
     if plan.enlarged:
         print(f"WARNING: {plan.enlarged} of them were smaller, and are enlarged.")
     split = "" if args.split == "train" else f" --split {args.split}"

@@ -91,7 +91,7 @@ class DataArguments:
         f" shifted); 0 for none. For {', '.join(EDM_PRESETS)}.",
     )
     max_train_samples: int | None = option(None, "Use only the first samples.")
-    streaming: bool = option(False, "Stream the dataset. Such a run can't be resumed bit for bit.")
+    streaming: bool = option(False, "Read the dataset row by row in training, not as a whole before it.")
     cache_latents: bool = option(False, "Keep the latents that images are encoded to in a file beside the run.")
     dataloader_num_workers: int = option(0, "Processes that load images.")
 

@@ -1,19 +1,16 @@
 """Images from any source of the datasets library, checked before training, in an order that only the seed decides."""
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import permutation
@@ -22,11 +19,14 @@ from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.image_sources import TABLES, load_local
 from cm_diffusers.engine.labels import read_labels
+from cm_diffusers.engine.order import KeyedOrder, Spot
 from cm_diffusers.engine.records import name_in_messages, open_image, why
-from cm_diffusers.engine.scan import CACHE_BYTES, VERSION, DecodedImages, is_grey, load_scan, save_scan, scan
+from cm_diffusers.engine.scan import CACHE_BYTES, VERSION, DecodedImages, Facts, load_scan, save_scan, scan
+from cm_diffusers.engine.streams import StreamedRows, StreamOrder, stream_batches
+from cm_diffusers.pixels import size_of
 
 
-SHUFFLE_BUFFER = 2_000
+FIRST_ROWS = 1_000  # of a stream, which tell what all have to be
 SIGMA_DATA_SAMPLES = 10_000
 FIRST = 100  # images that are tried for the size
 
@@ -100,46 +100,6 @@ def _digits() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
 
 
-@dataclass(frozen=True)
-class Spot:
-    """Where a process stands: what it takes of each global batch."""
-
-    batch_size: int
-    accumulation: int = 1
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def global_batch(self) -> int:
-        return self.batch_size * self.accumulation * self.world
-
-    def rows(self, micro: int) -> range:
-        """Rows of the global batch that this process takes in its forward pass number `micro`."""
-        start = (micro * self.world + self.rank) * self.batch_size
-        return range(start, start + self.batch_size)
-
-
-class KeyedOrder(Sampler):
-    """Lists of dataset indices, one per forward pass, from `step` on: a function of (seed, epoch) and nothing else."""
-
-    def __init__(self, n: int, spot: Spot, seed: int, step: int = 0):
-        self.n, self.spot, self.seed, self.step = n, spot, seed, step
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step, orders = self.step, {}
-        while True:
-            for micro in range(self.spot.accumulation):
-                indices = []
-                for row in self.spot.rows(micro):
-                    epoch, offset = divmod(step * self.spot.global_batch + row, self.n)
-                    if epoch not in orders:
-                        orders = {e: o for e, o in orders.items() if e >= epoch - 1}
-                        orders[epoch] = permutation(self.n, self.seed, "epoch", epoch)
-                    indices.append(int(orders[epoch][offset]))
-                yield indices
-            step += 1
-
-
 class _Rows(Dataset):
     """Batches by lists of indices: {"images": uint8 (B, C, H, W), "labels": int64 (B,) or None}."""
 
@@ -156,6 +116,11 @@ class _Rows(Dataset):
 
 def _identity(batch: dict) -> dict:
     return batch
+
+
+def _root_mean_square(images: Tensor) -> float:
+    """Of images, uint8, in [-1, 1]."""
+    return round((images.double() / 127.5 - 1).square().mean().sqrt().item(), 4)
 
 
 class ImageData:
@@ -187,7 +152,7 @@ class ImageData:
         if args.streaming:
             self._find_streamed_labels(features)
             self.images = None
-            self.channels = args.channels or self._find_streamed_channels()
+            self._look_at_first()
         else:
             if self.label_column is not None:
                 self._read_labels(features)
@@ -206,16 +171,11 @@ class ImageData:
             except Exception as error:  # whatever is wrong with it, the scan names it
                 faults.append(f"{name_in_messages(i, row[self.column])}: {why(error)}")
                 continue
-            return (image.height, image.width) if asked is None else tuple((asked * 2)[:2])
+            return size_of(image) if asked is None else tuple((asked * 2)[:2])
+        if not faults:
+            raise ValueError(f"dataset {self.args.train_data_dir or self.args.dataset_name!r} is empty.")
         listed = "".join(f"\n  {fault}" for fault in faults[:5]) + ("\n  ..." if len(faults) > 5 else "")
         raise ValueError(f"none of the first images of column {self.column!r} can be read:{listed}")
-
-    def _find_streamed_channels(self) -> int:
-        modes = []
-        for row in self.source.take(FIRST):
-            with contextlib.suppress(Exception):
-                modes.append(open_image(row[self.column]).mode)
-        return 1 if all(map(is_grey, modes)) else 3
 
     def _read_labels(self, features: datasets.Features) -> None:
         labels = read_labels(self.source[self.label_column][:], features[self.label_column], self.label_column)
@@ -252,10 +212,29 @@ class ImageData:
                 scanned.parent.mkdir(parents=True, exist_ok=True)
                 save_scan(scanned, key, *found)
         facts, images = found
-        self.channels = decoder.channels = self.args.channels or facts.channels
+        self._use(facts, decoder)
         self.images = images if keep else decoder
         labels = b"" if self.labels is None else self.labels.numpy().tobytes()
         self._fingerprint = hashlib.sha256(facts.fingerprint.encode() + labels).hexdigest()
+
+    def _look_at_first(self) -> None:
+        """Decode the first rows of a stream for what has to be known of all; the others are checked as they come."""
+        first = list(self.source.take(FIRST_ROWS))
+        decoder = DecodedImages(first, self.column, self.args.channels, self.resolution)
+        facts, images = scan(decoder, True, self.args.dataloader_num_workers, self.show_progress)
+        self._use(facts, decoder)
+        grey = self.args.channels is None and self.channels == 1
+        self._streamed = StreamedRows(decoder, self.label_column, self.num_classes, refuse_colours=grey)
+        self._streamed.check_labels(enumerate(first))
+        self._first_sigma_data = _root_mean_square(images)
+        decoder.rows = []
+
+    def _use(self, facts: Facts, decoder: DecodedImages) -> None:
+        """Decode all images by what was found, and say so."""
+        self.channels = decoder.channels = self.args.channels or facts.channels
+        decoder.scales = facts.scales
+        for line in facts.ranges:
+            self._say(line)
         if self.args.resolution is None and len(facts.sizes) > 1:
             own = "{} x {}".format(*self.resolution)
             other = next(size for size in facts.sizes if size != own)
@@ -278,11 +257,8 @@ class ImageData:
         minimises the error of c_skip x against the data for s^2 = E[x0^2].
         """
         if self.args.streaming:
-            decoder = DecodedImages(self.source, self.column, self.channels, self.resolution)
-            images = torch.stack([decoder.decode(open_image(row[self.column])) for row in self.source.take(1000)])
-        else:
-            images = self.rows(permutation(len(self.images), "sigma_data")[:SIGMA_DATA_SAMPLES].tolist())
-        return round((images.double() / 127.5 - 1).square().mean().sqrt().item(), 4)
+            return self._first_sigma_data
+        return _root_mean_square(self.rows(permutation(len(self.images), "sigma_data")[:SIGMA_DATA_SAMPLES].tolist()))
 
     def rows(self, indices: list[int]) -> Tensor:
         """The images (B, C, H, W) at these places of the dataset."""
@@ -291,26 +267,10 @@ class ImageData:
     def batches(self, spot: Spot, seed: int, step: int = 0) -> Iterator[dict[str, Tensor | None]]:
         """Batches for the forward passes of this process from training step `step` on, without end."""
         if self.args.streaming:
-            return self._streamed(spot, seed, step)
+            return stream_batches(
+                StreamOrder(self.source, spot, seed, step), self._streamed, self.args.dataloader_num_workers
+            )
         order = KeyedOrder(len(self.images), spot, seed, step)
         workers = 0 if torch.is_tensor(self.images) else self.args.dataloader_num_workers
         rows = _Rows(self.images, self.labels)
         return iter(DataLoader(rows, batch_sampler=order, num_workers=workers, collate_fn=_identity))
-
-    def _streamed(self, spot: Spot, seed: int, step: int) -> Iterator[dict[str, Tensor | None]]:
-        decoder = DecodedImages(self.source, self.column, self.channels, self.resolution)
-        stream = self.source.shuffle(seed=seed + step, buffer_size=SHUFFLE_BUFFER)
-        stream = split_dataset_by_node(stream, spot.rank, spot.world)
-        images, labels, epoch = [], [], 0
-        while True:
-            stream.set_epoch(epoch)
-            for row in stream:
-                images.append(decoder.decode(open_image(row[self.column])))
-                labels.append(row[self.label_column] if self.label_column else 0)
-                if len(images) == spot.batch_size:
-                    yield {
-                        "images": torch.stack(images),
-                        "labels": torch.tensor(labels) if self.label_column else None,
-                    }
-                    images, labels = [], []
-            epoch += 1

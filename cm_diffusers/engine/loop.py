@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,7 +29,7 @@ from cm_diffusers.engine.checkpoint import (
     set_aside_newer,
 )
 from cm_diffusers.engine.config import Config
-from cm_diffusers.engine.data import ImageData, Spot
+from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.diagnostics import save_diagnostics
 from cm_diffusers.engine.meter import LossMeter
 from cm_diffusers.engine.optimization import (
@@ -38,9 +38,11 @@ from cm_diffusers.engine.optimization import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from cm_diffusers.engine.order import Spot
 from cm_diffusers.engine.pictures import plot_losses
 from cm_diffusers.engine.preview import save_preview, with_vae
 from cm_diffusers.engine.stock import null_class
+from cm_diffusers.engine.streams import StreamFault
 from cm_diffusers.objectives import Batch, Objective
 
 
@@ -98,6 +100,7 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.meter = LossMeter(self.objective.terms)
         self._signal = 0
+        self._shown: dict[str, Tensor | None] | None = None  # images for the diagnostics, read once
         self.on_save: Callable[[], None] = lambda: None  # called on the main process after each checkpoint
 
     def surroundings(self) -> Surroundings:
@@ -175,8 +178,6 @@ class Trainer:
             set_aside_newer(self.folder, self.step)
         self._cut_log(self.step)
         self._say(f"Resumed from step {self.step} of {self.run.max_train_steps}.")
-        if self.config.data.streaming:
-            self._say("A streamed dataset is shuffled anew: this run is not bit for bit that without the stop.")
         return True
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
@@ -258,6 +259,26 @@ class Trainer:
             labels = labels.masked_fill(dropped, null_class(self.objective.network))
         return Batch(images, labels, augment_labels)
 
+    def _next(self, batches) -> list[dict[str, Tensor | None]]:
+        """What the forward passes of a step take.
+
+        Raises ValueError on all processes where the stream of one fails, once a checkpoint is written.
+        """
+        raw, fault = [], None
+        try:
+            raw = [next(batches) for _ in range(self.spot.accumulation)]
+        except StreamFault as error:
+            fault = str(error)
+        if self.config.data.streaming and self._agree(fault is not None)[0]:
+            fault = next(filter(None, gather_object([fault])))
+            if not self.step:
+                raise ValueError(f"{fault} Nothing is trained yet: repair the dataset, and start again.")
+            self.save()
+            raise ValueError(
+                f"{fault} The run is saved at step {self.step}: repair the dataset, and the same command resumes it."
+            )
+        return raw
+
     def _train_step(self, batches) -> tuple[float, bool]:
         """Forward and backward passes and an optimiser's step; gives the gradient norm, and whether to stop."""
         accelerator, passes = self.accelerator, self.spot.accumulation
@@ -265,12 +286,12 @@ class Trainer:
         if self.adversary is not None and self.adversary.has_turn(self.step):
             player, optimizer = self.adversary, self.adversary_optimizer
         losses = []
-        for micro in range(passes):
+        for micro, raw in enumerate(self._next(batches)):
             draws = Draws(self.run.seed, self.step, self.spot.rows(micro), accelerator.device)
             self.objective.key_dropout(draws)
             last = micro == passes - 1
             with nullcontext() if last else accelerator.no_sync(player.model):
-                loss = player.loss(self._batch(next(batches), draws), draws)
+                loss = player.loss(self._batch(raw, draws), draws)
                 accelerator.backward(loss.total / passes)
             losses.append(loss)
         accelerator.unscale_gradients(optimizer)
@@ -368,7 +389,9 @@ class Trainer:
         """Pictures of the model as it would be exported now: samples, what it makes of noise, losses."""
         pipeline, name = self.exported(), self.folder / "samples" / f"step-{self.step:07d}"
         save_preview(pipeline, name.with_suffix(".png"))
-        batch = self._batch(next(self.data.batches(Spot(8, 1, 0, 1), self.run.seed)))
+        if self._shown is None:
+            self._shown = next(self.data.batches(Spot(8, 1, 0, 1), self.run.seed))
+        batch = self._batch(self._shown)
         if self.data.vae is None and batch.images.shape[1] in (1, 3):
             numbers = save_diagnostics(
                 self.objective.denoiser(pipeline.unet),

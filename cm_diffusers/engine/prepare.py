@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from tqdm.auto import tqdm
 from cm_diffusers.engine.checkpoint import fsync_folder, write_file
 from cm_diffusers.engine.image_sources import Source
 from cm_diffusers.engine.lock import lock_folder
-from cm_diffusers.engine.scan import is_grey
-from cm_diffusers.pixels import to_uint8
+from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_uint8
 
 
 SHARD_BYTES = 100 << 20  # of its pixels
@@ -63,6 +62,8 @@ class Plan:
     channels: int
     classes: list[str] | None
     enlarged: int  # images that had fewer pixels than they get
+    scales: dict[str, int] = field(default_factory=dict)  # what white is in images of more than 8 bits
+    ranges: list[str] = field(default_factory=list)  # lines that say so
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,7 +81,7 @@ def crop_middle(image: Image.Image, height: int, width: int) -> Image.Image:
 def fit(image: Image.Image, plan: Plan) -> Image.Image:
     """The image as the dataset has it: 8 bits, grey or RGB; cropped or stretched by Lanczos' filter, as EDM's datasets
     are, with antialiasing; without what was attached to its pixels (EXIF, a colour profile)."""
-    image = to_uint8(image, plan.channels)
+    image = to_uint8(image, plan.channels, plan.scales)
     if plan.asked.transform == "center_crop":
         image = crop_middle(image, plan.height, plan.width)
     image = image.resize((plan.width, plan.height), Image.Resampling.LANCZOS)
@@ -149,15 +150,16 @@ def _in_threads(work: Callable[[int], Any], numbers: range, bar: tqdm) -> Iterat
 def _plan(source: Source, asked: Asked) -> Plan:
     """Read every image once; raises ValueError with all that is wrong with them."""
 
-    def look(i: int) -> tuple[bool, tuple[int, int]] | str:
+    def look(i: int) -> tuple[bool, tuple[int, int], Extrema | None] | str:
         try:
             image = source.read(i)
-            to_uint8(image, 3)
+            seen = extrema(image)
+            to_uint8(image, 3, {} if seen is None else {seen.type: seen.scale})
         except Exception as error:  # of hostile files, too: whatever it is, it is named
             return f"{source.names[i]}: {error or type(error).__name__}"
-        return is_grey(image.mode), (image.height, image.width)
+        return is_grey(image), size_of(image), seen
 
-    count, faults, grey, sizes = len(source.names), [], True, {}  # numbers of the images of a size
+    count, faults, grey, ranges, sizes = len(source.names), [], True, Ranges(), {}  # numbers of the images of a size
     with tqdm(total=count, desc="Checking images", unit="image", leave=False) as bar:
         for i, found in enumerate(_in_threads(look, range(count), bar)):
             if isinstance(found, str):
@@ -165,6 +167,7 @@ def _plan(source: Source, asked: Asked) -> Plan:
             else:
                 grey &= found[0]
                 sizes.setdefault(found[1], []).append(i)
+                ranges.add(source.names[i], found[2])
     if faults:
         listed = "".join(f"\n  {fault}" for fault in faults)
         raise ValueError(
@@ -175,7 +178,8 @@ def _plan(source: Source, asked: Asked) -> Plan:
         raise ValueError(f"the images have {len(sizes)} sizes, as {' and '.join(examples[:2])}; give --resolution.")
     height, width = asked.resolution or next(iter(sizes))
     enlarged = sum(len(some) for (h, w), some in sizes.items() if h < height or w < width)
-    return Plan(asked, count, height, width, asked.channels or (1 if grey else 3), source.classes, enlarged)
+    channels, scales = asked.channels or (1 if grey else 3), ranges.scales
+    return Plan(asked, count, height, width, channels, source.classes, enlarged, scales, ranges.describe())
 
 
 def _write_shards(source: Source, plan: Plan, folder: Path, split: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cm_diffusers.engine.image_archives import check_size
+from cm_diffusers.pixels import from_array
 
 
 Content = bytes | np.ndarray | Image.Image
@@ -41,14 +42,14 @@ def read_content(record: Any) -> Content:
     if isinstance(record, Image.Image):
         return record
     if isinstance(record, (list, np.ndarray)):
-        return _checked(np.asarray(record))
+        return np.asarray(record)
     raise TypeError(f"{record!r:.40} is no image: it is of the type {type(record).__name__}")
 
 
-def decode_content(content: Content) -> Image.Image:
-    """A PIL image from what `read_content` gave, upright, fully read."""
+def decode_content(content: Content) -> Image.Image | np.ndarray:
+    """An image, upright, fully read, as `pixels.to_uint8` takes it, from what `read_content` gave."""
     if isinstance(content, np.ndarray):
-        return Image.fromarray(content)
+        return from_array(content)
     image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
     if image.format == "EPS":
         raise ValueError("PostScript is a program, which would have to be run")
@@ -56,8 +57,8 @@ def decode_content(content: Content) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def open_image(record: Any) -> Image.Image:
-    """A PIL image from a record, upright, fully read; see `read_content` for the records and errors."""
+def open_image(record: Any) -> Image.Image | np.ndarray:
+    """An image from a record, upright, fully read; see `read_content` for the records and errors."""
     return decode_content(read_content(record))
 
 
@@ -112,24 +113,3 @@ def _read_address(path: str) -> bytes:
 
     with xopen(path, "rb") as file:  # it brings the token of the Hub
         return file.read()
-
-
-def _checked(values: np.ndarray) -> np.ndarray:
-    """Pixels as (H, W) or (H, W, C) in the types of PIL."""
-    if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (1, 3, 4):
-        values = values.transpose(1, 2, 0)
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[..., 0]
-    if values.dtype.kind not in "buif" or not values.size or values.ndim not in (2, 3):
-        raise TypeError(f"an array {values.shape} of {values.dtype} is no image (H, W) or (H, W, C)")
-    if values.dtype.kind in "ui" and values.itemsize > 1:
-        low, high = values.min(), values.max()
-        fit = np.uint8 if low >= 0 and high < 256 else np.uint16 if low >= 0 and high < 65536 else np.int32
-        values = values.astype(fit)
-    elif values.dtype.kind == "f":
-        values = values.astype(np.float32)
-    if values.ndim == 3 and (values.dtype != np.uint8 or values.shape[2] not in (3, 4)):
-        raise TypeError(
-            f"an array {values.shape} of {values.dtype} is no image; colours are 0 to 255, in 3 or 4 channels"
-        )
-    return np.ascontiguousarray(values)

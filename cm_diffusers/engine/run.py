@@ -178,8 +178,6 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         count = sum(p.numel() for p in start.network.parameters())
         number = "a stream" if data.images is None else len(data.images)
         trainer._say(f"Data: {number} of images, {trainer.surroundings().shape}")
-        if data.images is None:
-            trainer._say("A stream has no fixed order: stopped and resumed, this run is not bit for bit the same.")
         if saved is not None:
             trainer._say(f"Teacher: {saved}")
         what = "images in [-1, 1]" if data.vae is None else "latents"

@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,18 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.records import Content, decode_content, name_in_messages, open_image, read_content, why
-from cm_diffusers.pixels import to_uint8
+from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_uint8
 
 
 CACHE_BYTES = 4 << 30  # decoded datasets up to this size are kept in memory
-GREY_MODES = ("1", "L", "LA", "I", "F")
 LISTED_FAULTS = 20
 VERSION = 1  # of what the file of a scan holds, and of how images are decoded
-
-
-def is_grey(mode: str) -> bool:
-    """Whether images of this mode have no colours."""
-    return mode in GREY_MODES or mode.startswith("I;16")
 
 
 def resize_and_crop(image: Image.Image, resolution: Sequence[int]) -> Image.Image:
@@ -52,30 +46,31 @@ class Facts:
     """What a dataset was found to be.
 
     Args:
-        modes: numbers of images by the modes of PIL.
+        channels: 1 where all images are grey, else 3.
         sizes: numbers of images by their size, "height x width".
         examples: an image of each size.
+        scales: what white is in images of more than 8 bits (`pixels.Ranges`).
+        ranges: lines that say so.
         fingerprint: of the contents of all images in their order.
     """
 
-    modes: Counter[str] = field(default_factory=Counter)
+    channels: int = 1
     sizes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    scales: dict[str, int] = field(default_factory=dict)
+    ranges: list[str] = field(default_factory=list)
     fingerprint: str = ""
-
-    @property
-    def channels(self) -> int:
-        """1 where all images are grey, else 3."""
-        return 1 if all(map(is_grey, self.modes)) else 3
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An image as the scan saw it: `pixels` (C, H, W), uint8; mode and (height, width) that it came with."""
+    """An image as the scan saw it: `pixels` (C, H, W), uint8, in its own range; whether it is grey, (height, width)
+    and the range that it came with."""
 
     pixels: Tensor
-    mode: str
+    grey: bool
     size: tuple[int, int]
+    extrema: Extrema | None
     digest: bytes
 
 
@@ -87,10 +82,14 @@ class DecodedImages(Dataset):
         column: which holds them.
         channels: 1 or 3, or None for those of each image.
         resolution: (height, width) that they get.
+
+    Attributes:
+        scales: what white is in images of more than 8 bits.
     """
 
     def __init__(self, rows: Dataset, column: str, channels: int | None, resolution: Sequence[int]):
         self.rows, self.column, self.channels, self.resolution = rows, column, channels, resolution
+        self.scales: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,18 +100,20 @@ class DecodedImages(Dataset):
         try:
             content = read_content(record)
             image = decode_content(content)
-            return Seen(self.decode(image), image.mode, (image.height, image.width), digest_of(content))
+            seen = extrema(image)
+            pixels = self.decode(image, {} if seen is None else {seen.type: seen.scale})
+            return Seen(pixels, is_grey(image), size_of(image), seen, digest_of(content))
         except Exception as error:  # of hostile files, too: whatever it is, it is named
             return f"{name_in_messages(index, record)}: {why(error)}"
 
     def take(self, index: int) -> Tensor:
         """The image (C, H, W) at a place."""
-        return self.decode(open_image(self.rows[index][self.column]))
+        return self.decode(open_image(self.rows[index][self.column]), self.scales)
 
-    def decode(self, image: Image.Image) -> Tensor:
-        """(C, H, W), uint8, from an upright image of any mode and size."""
-        channels = self.channels or (1 if is_grey(image.mode) else 3)
-        image = resize_and_crop(to_uint8(image, channels), self.resolution)
+    def decode(self, image: Image.Image | np.ndarray, scales: Mapping[str, int]) -> Tensor:
+        """(C, H, W), uint8, from an upright image of any type and size."""
+        channels = self.channels or (1 if is_grey(image) else 3)
+        image = resize_and_crop(to_uint8(image, channels, scales), self.resolution)
         return torch.from_numpy(np.array(image)).reshape(*self.resolution, channels).permute(2, 0, 1).contiguous()
 
 
@@ -132,13 +133,17 @@ def scan(decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bo
         ValueError: images that can't be read; all are counted, and the first ones named with the reason.
     """
     facts, digest, faults, images = Facts(), hashlib.sha256(), [], torch.empty(0, 1, *decoder.resolution)
+    ranges, own = Ranges(), {}  # the scales that images were decoded by
     loader = DataLoader(decoder, batch_size=None, num_workers=workers, collate_fn=_identity)
     for i, seen in enumerate(tqdm(loader, desc="Reading images", disable=not show_progress, leave=False)):
         if isinstance(seen, str):
             faults.append(seen)
             continue
         size = "{} x {}".format(*seen.size)
-        facts.modes[seen.mode] += 1
+        facts.channels = facts.channels if seen.grey else 3
+        ranges.add(f"row {i}", seen.extrema)
+        if seen.extrema is not None:
+            own[i] = seen.extrema
         facts.sizes[size] += 1
         facts.examples.setdefault(size, f"row {i}")
         digest.update(seen.digest)
@@ -152,7 +157,12 @@ def scan(decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bo
         listed = "".join(f"\n  {fault}" for fault in faults[:LISTED_FAULTS])
         more = "\n  ..." if len(faults) > LISTED_FAULTS else ""
         raise ValueError(f"{len(faults)} of {len(decoder)} images can't be read; repair or remove them:{listed}{more}")
-    facts.fingerprint = digest.hexdigest()
+    facts.scales, facts.ranges, facts.fingerprint = ranges.scales, ranges.describe(), digest.hexdigest()
+    if keep:
+        decoder.scales = facts.scales
+        for i, seen in own.items():
+            if seen.scale != facts.scales[seen.type]:
+                images[i] = decoder.take(i)
     return facts, images
 
 
@@ -182,7 +192,7 @@ def load_scan(file: Path, key: str) -> tuple[Facts, Tensor] | None:
         if zlib.crc32(pixels) != head["check"]:
             return None
         facts = Facts(**head["facts"])
-        facts.modes, facts.sizes = Counter(facts.modes), Counter(facts.sizes)
+        facts.sizes = Counter(facts.sizes)
         return facts, torch.from_numpy(pixels.reshape(head["shape"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

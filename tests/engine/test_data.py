@@ -11,7 +11,8 @@ from PIL import Image
 import cm_diffusers.engine.data as data_module
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData, KeyedOrder, Spot
+from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.order import KeyedOrder, Spot
 from cm_diffusers.engine.records import open_image
 from cm_diffusers.engine.scan import DecodedImages, resize_and_crop
 from cm_diffusers.pixels import to_uint8

@@ -1,14 +1,22 @@
 """Two processes compute what one does: the same data, the same noise, the same weights."""
 
+import io
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from training_runs import flags, read_log, run, tensors
 
+from cm_diffusers.engine.data import FIRST_ROWS
+from cm_diffusers.engine.order import Spot
+from cm_diffusers.engine.streams import StreamOrder
 from cm_diffusers.objectives import OBJECTIVES
 
 
@@ -109,9 +117,59 @@ def test_augmented_images_and_dropout_of_features_and_labels_are_the_same_on_two
     assert_agree(two, one, steps=8)
 
 
-def test_another_order_of_the_data_gives_other_losses(one, tmp_path, monkeypatch):
-    import cm_diffusers.engine.data as data
+def write_stream(folder, n, broken=()):
+    """Parquet in two files, some of whose images can't be read; gives the folder."""
+    folder.mkdir()
+    images = [{"bytes": b"nothing" if i in broken else as_png(i), "path": None} for i in range(n)]
+    for number, part in enumerate((images[: n // 3], images[n // 3 :])):
+        rows = datasets.Dataset.from_dict({"image": part}, datasets.Features({"image": datasets.Image()}))
+        rows.to_parquet(folder / f"train-{number:05d}-of-00002.parquet")
+    return folder
 
-    monkeypatch.setattr(data, "permutation", lambda n, *key: data.torch.arange(n))
+
+def as_png(seed):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+STREAM = {"streaming": True, "max_train_steps": 8, "class_conditional": None, "max_train_samples": 50}
+
+
+def test_a_stream_has_the_same_images_on_two_processes(server, tmp_path):
+    one, two, settings = (
+        tmp_path / "one",
+        tmp_path / "two",
+        {"dataset_name": write_stream(tmp_path / "d", 60), **STREAM},
+    )
+    server.run(one, train_batch_size=16, **settings)
+    server.run(two, processes=2, train_batch_size=8, dataloader_num_workers=1, **settings)
+    assert_agree(two, one, steps=8)
+
+
+def test_more_processes_than_images_wait_for_nothing(server, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = {"dataset_name": write_stream(tmp_path / "d", 60), **STREAM, "max_train_samples": 1}
+    server.run(one, train_batch_size=2, **settings)
+    server.run(two, processes=2, train_batch_size=1, **settings)
+    assert_agree(two, one, steps=8)
+
+
+def test_a_row_that_one_process_can_not_read_is_the_end_of_both_and_all_is_saved(server, tmp_path):
+    n = FIRST_ROWS + 10
+    folder, settings = tmp_path / "run", {**STREAM, "dataset_name": write_stream(tmp_path / "d", n, [n - 5])}
+    settings |= {"max_train_samples": None, "max_train_steps": 70, "train_batch_size": 8, "checkpointing_steps": 500}
+    server.start(folder, processes=2, **settings)
+    assert 1 in server.wait()
+    batches = iter(StreamOrder(range(n), Spot(16), seed=0))
+    step = next(step for step, batch in enumerate(batches) if any(number == n - 5 for number, _ in batch))
+    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert [row["step"] for row in read_log(folder)] == list(range(1, step + 1))
+
+
+def test_another_order_of_the_data_gives_other_losses(one, tmp_path, monkeypatch):
+    import cm_diffusers.engine.order as order
+
+    monkeypatch.setattr(order, "permutation", lambda n, *key: torch.arange(n))
     other = on_one(tmp_path, max_train_steps=3)
     assert all(abs(a / b - 1) > 1e-3 for a, b in zip(losses(other), losses(one)))

@@ -1,0 +1,304 @@
+"""Streams: the same images for any number of processes and workers, from any step on; faults named with their row."""
+
+import io
+import itertools
+import os
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_runs import differences, flags, read_log, run
+
+import cm_diffusers.engine.data as data_module
+import cm_diffusers.engine.streams as streams
+from cm_diffusers.engine.config import DataArguments
+from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.order import Spot
+from cm_diffusers.engine.run import main
+from cm_diffusers.engine.scan import DecodedImages
+from cm_diffusers.engine.streams import StreamedRows, StreamFault, StreamOrder, shuffled, stream_batches
+
+
+@pytest.fixture(autouse=True)
+def own_cache_and_small_buffers(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(streams, "SHUFFLE_BUFFER", 6)
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+# --- order ---------------------------------------------------------------------------------------------------------
+
+
+def order(n, spot, seed=0, step=0):
+    """The numbers of rows of each forward pass."""
+    stream = StreamOrder([{"image": i} for i in range(n)], spot, seed, step)
+    return ([number for number, row in batch] for batch in stream)
+
+
+def flat(lists):
+    return [number for part in lists for number in part]
+
+
+@pytest.mark.parametrize("n, batch", [(20, 6), (20, 20), (5, 16), (1, 4)])
+def test_each_epoch_has_every_row_once_and_no_two_are_alike(n, batch):
+    numbers = flat(take(order(n, Spot(batch)), 8 * n))
+    epochs = [numbers[e * n : (e + 1) * n] for e in range(6)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n > 1:
+        assert len({tuple(epoch) for epoch in epochs}) > 3
+
+
+def test_rows_move_by_about_the_size_of_the_buffer():
+    numbers = flat(take(order(600, Spot(600)), 1))
+    assert all(number <= place + 6 for place, number in enumerate(numbers))  # none before it is read
+    assert sum(number != place for place, number in enumerate(numbers)) > 400
+
+
+def test_the_order_depends_on_the_seed_alone():
+    assert take(order(20, Spot(6)), 9) == take(order(20, Spot(6)), 9) != take(order(20, Spot(6), seed=1), 9)
+    rows = [(i, {}) for i in range(20)]
+    assert list(shuffled(rows, 0, 3)) == list(shuffled(rows, 0, 3)) != list(shuffled(rows, 0, 4))
+
+
+@pytest.mark.parametrize("world, accumulation, batch", [(2, 1, 6), (1, 3, 4), (2, 3, 2), (3, 1, 4), (12, 1, 1)])
+def test_processes_and_forward_passes_share_the_rows_of_one_order(world, accumulation, batch):
+    whole = take(order(20, Spot(12)), 10)
+    ranks = [take(order(20, Spot(batch, accumulation, rank, world)), 10 * accumulation) for rank in range(world)]
+    for step in range(10):
+        parts = [ranks[rank][step * accumulation + micro] for micro in range(accumulation) for rank in range(world)]
+        assert flat(parts) == whole[step]
+
+
+@pytest.mark.parametrize("spot", [Spot(6), Spot(2, 3), Spot(3, 1, 1, 2), Spot(32)])
+@pytest.mark.parametrize("n", [1, 7, 20, 100])
+@pytest.mark.parametrize("step", [1, 9, 40])
+def test_starting_at_a_step_is_skipping_the_steps_before(spot, n, step):
+    skipped = take(order(n, spot), (step + 6) * spot.accumulation)[step * spot.accumulation :]
+    assert take(order(n, spot, step=step), 6 * spot.accumulation) == skipped
+
+
+def test_to_start_far_on_at_most_two_epochs_are_read_before():
+    read = []
+
+    class Stream:
+        def __iter__(self):
+            for i in range(50):
+                read.append(i)
+                yield {"image": i}
+
+    next(iter(StreamOrder(Stream(), Spot(10), 0, step=1001)))
+    assert len(read) < 100
+
+
+# --- whole datasets ------------------------------------------------------------------------------------------------
+
+
+def grey_images(n):
+    """Images of one value each: 0, 1, 2, ..."""
+    return [Image.new("L", (8, 8), i) for i in range(n)]
+
+
+def write_shards(folder, *shards, classes=4):
+    """Shards of parquet, each a list of (image, label); an image may be bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=classes)})
+    plain = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for number, rows in enumerate(shards):
+        images = [{"bytes": image, "path": None} if isinstance(image, bytes) else image for image, _ in rows]
+        shard = datasets.Dataset.from_dict({"image": images, "label": [label for _, label in rows]}, plain)
+        shard.info.features = features  # labels outside of it are not looked at
+        shard.to_parquet(folder / f"train-{number:05d}-of-{len(shards):05d}.parquet")
+    return folder
+
+
+def open_stream(folder, conditional=False, **settings):
+    args = DataArguments(dataset_name=str(folder), streaming=True, **settings)
+    return ImageData(args, conditional, show_progress=False)
+
+
+def values_of(batches):
+    return [batch["images"][:, 0, 0, 0].tolist() for batch in batches]
+
+
+@pytest.fixture
+def three_shards(tmp_path):
+    rows = [(image, i % 4) for i, image in enumerate(grey_images(23))]
+    return write_shards(tmp_path / "d", rows[:9], rows[9:10], rows[10:])
+
+
+@pytest.mark.parametrize("samples", [None, 10, 1])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_subset_is_the_same_images_for_any_number_of_processes_and_workers(three_shards, samples, workers):
+    whole = values_of(take(open_stream(three_shards, max_train_samples=samples).batches(Spot(6), 0), 8))
+    assert sorted(set(flat(whole))) == list(range(samples or 23))
+    data = open_stream(three_shards, max_train_samples=samples, dataloader_num_workers=workers)
+    for world in (1, 2, 3):
+        ranks = [values_of(take(data.batches(Spot(6 // world, 1, rank, world), 0), 8)) for rank in range(world)]
+        assert [flat(parts) for parts in zip(*ranks)] == whole
+
+
+def test_labels_stay_with_their_images(three_shards):
+    data = open_stream(three_shards, conditional=True)
+    assert data.num_classes == 4
+    for batch in take(data.batches(Spot(5), 0), 9):
+        assert batch["labels"].dtype == torch.int64
+        assert torch.equal(batch["labels"], batch["images"][:, 0, 0, 0].long() % 4)
+
+
+@pytest.mark.parametrize("workers, here", [(0, True), (2, False)])
+def test_workers_decode(three_shards, monkeypatch, workers, here):
+    data = open_stream(three_shards, dataloader_num_workers=workers)
+    trainer, decode = os.getpid(), DecodedImages.decode
+    monkeypatch.setattr(DecodedImages, "decode", lambda *args: decode(*args) * 0 + (os.getpid() == trainer))
+    [batch] = take(data.batches(Spot(4), 0), 1)
+    assert (batch["images"] == here).all()
+
+
+def test_rows_before_the_step_are_not_decoded(three_shards, monkeypatch):
+    data = open_stream(three_shards)
+    decoded, decode = [], DecodedImages.decode
+    monkeypatch.setattr(DecodedImages, "decode", lambda *args: decoded.append(1) or decode(*args))
+    assert values_of(take(data.batches(Spot(4), 0, step=30), 1)) == values_of(take(data.batches(Spot(4), 0), 31))[30:]
+    assert len(decoded) == 4 + 31 * 4
+
+
+def test_digits_can_be_streamed():
+    args = {"dataset_name": "digits", "max_train_samples": 30}
+    whole = ImageData(DataArguments(**args), True, show_progress=False)
+    data = ImageData(DataArguments(**args, streaming=True), True, show_progress=False)
+    assert (data.channels, data.resolution, data.num_classes) == (1, (8, 8), 10)
+    [batch] = take(data.batches(Spot(30), 0), 1)
+    numbers = next(order(30, Spot(30)))
+    assert torch.equal(batch["images"], whole.images[numbers])
+    assert torch.equal(batch["labels"], whole.labels[numbers])
+
+
+def test_a_folder_of_images_can_be_streamed(tmp_path):
+    for i, image in enumerate(grey_images(12)):
+        (tmp_path / "d" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "d" / "ab"[i % 2] / f"{i}.png")
+    args = {"train_data_dir": str(tmp_path / "d")}
+    whole = ImageData(DataArguments(**args), True, show_progress=False)
+    data = ImageData(DataArguments(**args, streaming=True), True, show_progress=False)
+    [batch] = take(data.batches(Spot(12), 0), 1)
+    numbers = next(order(12, Spot(12)))
+    assert torch.equal(batch["images"], whole.images[numbers])
+    assert torch.equal(batch["labels"], whole.labels[numbers])
+
+
+# --- faults --------------------------------------------------------------------------------------------------------
+
+
+def deep(values):
+    """The bytes of a TIFF."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.resize(values, (8, 8))).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+def floats(high):
+    return deep(np.linspace(0.1, high, 64, dtype=np.float32))
+
+
+GREY = [(image, 0) for image in grey_images(12)]
+FLOATS = [(floats(1), 0) for _ in range(12)]
+LATE_FAULTS = {
+    "broken": (GREY, (b"GIF89a, and no more", 0), "row 12.*cannot identify"),
+    "missing": (GREY, (None, 0), "row 12.*no image"),
+    "coloured": (GREY, (Image.new("RGB", (8, 8), "red"), 0), "row 12.*has colours.*--channels 3"),
+    "negative": (GREY, (deep(np.int32([-5, 9])), 0), "row 12.*int32 values from -5 to 9; allowed"),
+    "not a number": (FLOATS, (floats(np.nan), 0), "row 12.*NaN"),
+    "in another range": (FLOATS, (floats(250), 0), "row 12.*float32 values from 0.1 to 250.*in 0 to 1"),
+    "of another type": (FLOATS, (deep(np.int32([0, 200])), 0), "row 12.*int32 values from 0 to 200.*only float32"),
+    "a label below": (GREY, (Image.new("L", (8, 8)), -1), r"row 12.*'label'.*integers in \[0, 3\].*-1"),
+    "a label above": (GREY, (Image.new("L", (8, 8)), 4), r"row 12.*integers in \[0, 3\].*4"),
+    "no label": (GREY, (Image.new("L", (8, 8)), None), r"row 12.*integers in \[0, 3\].*None"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", LATE_FAULTS)
+def test_what_a_scan_would_find_is_found_in_the_stream_with_its_row(tmp_path, monkeypatch, fault, workers):
+    monkeypatch.setattr(data_module, "FIRST_ROWS", 10)
+    before, row, message = LATE_FAULTS[fault]
+    folder = write_shards(tmp_path / "d", before, [row])
+    data = open_stream(folder, conditional=True, dataloader_num_workers=workers)
+    with pytest.raises(StreamFault, match=message):
+        take(data.batches(Spot(4), 0), 5)
+
+
+def test_what_is_wrong_with_the_first_rows_is_found_before_training(tmp_path):
+    folder = write_shards(tmp_path / "d", [*GREY, (b"GIF89a, and no more", 0), (None, 0)])
+    with pytest.raises(ValueError, match=r"(?s)2 of 14 images can't be read.*row 12.*row 13"):
+        open_stream(folder)
+
+
+def test_a_row_without_the_column_is_named():
+    rows = StreamedRows(DecodedImages([], "image", 1, (8, 8)))
+    fault = rows.__getitems__([(7, {"picture": None})])
+    assert isinstance(fault, StreamFault) and str(fault) == "row 7 has no column 'image', only picture."
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_ends_in_an_error_gives_all_before_it(workers):
+    def rows():
+        for i, image in enumerate(grey_images(30)):
+            if i == 25:
+                raise ConnectionError("the server is away")
+            yield {"image": image}
+
+    class Stream:
+        __iter__ = staticmethod(rows)
+
+    batches = stream_batches(
+        StreamOrder(Stream(), Spot(4), 0), StreamedRows(DecodedImages([], "image", 1, (8, 8))), workers
+    )
+    assert len({value for batch in values_of(take(batches, 4)) for value in batch}) == 16
+    with pytest.raises(StreamFault, match="after row 24: the server is away"):
+        next(batches)
+
+
+def test_a_stream_without_rows_ends_at_once():
+    batches = stream_batches(StreamOrder([], Spot(4), 0), StreamedRows(DecodedImages([], "image", 1, (8, 8))))
+    with pytest.raises(StreamFault, match="no rows"):
+        next(batches)
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def settings_of(folder, **settings):
+    return {"dataset_name": folder, "streaming": True, "max_train_samples": None, "train_batch_size": 4, **settings}
+
+
+def test_a_stopped_run_goes_on_to_the_bit(three_shards, tmp_path):
+    settings = settings_of(three_shards, max_train_steps=8)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(whole, **settings)
+    run(stopped, **settings_of(three_shards, max_train_steps=3))
+    run(stopped, **settings)
+    assert differences(whole, stopped) == [] and read_log(whole) == read_log(stopped)
+
+
+def test_a_fault_in_the_middle_saves_first_and_a_repaired_stream_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data_module, "FIRST_ROWS", 10)
+    sound = [(image, 0) for image in grey_images(30)]
+    settings = settings_of(tmp_path / "d", max_train_steps=9, checkpointing_steps=100)
+    write_shards(tmp_path / "d", [*sound[:20], (b"GIF89a, and no more", 0), *sound[21:]])
+    with pytest.raises(SystemExit) as stop:
+        main(flags(tmp_path / "broken", **settings), ["ect"], "")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    [saved] = (tmp_path / "broken").glob("checkpoint-*")
+    step = int(saved.name.split("-")[1])
+    assert error.startswith("error: row 20") and f"saved at step {step}" in error and "same command" in error
+    assert [row["step"] for row in read_log(tmp_path / "broken")] == list(range(1, step + 1))
+    write_shards(tmp_path / "d", sound)
+    run(tmp_path / "broken", **settings)
+    run(tmp_path / "whole", **settings)
+    assert differences(tmp_path / "broken", tmp_path / "whole") == []
