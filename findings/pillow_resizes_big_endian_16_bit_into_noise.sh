@@ -6,7 +6,7 @@
 # thumbnail() and ImageOps.fit(), which use them. NEAREST is right. The same values as a little-endian file (I;16) are
 # right to one level (BICUBIC rounds down there). Microscopes, astronomy and ImageJ write big-endian TIFF.
 #
-# What we do: engine/pixels.py turns 16-bit images into native integers before anything resizes them.
+# What we do: cm_diffusers/pixels.py brings every image to 8 bits before anything resizes it (tests/test_pixels.py).
 # Output seen (2026-11-28, Python 3.11, Linux x86-64):
 #   I;16B opens right: True, convert('I') right: True
 #   largest error of 65535, little-endian: BOX 0.8 BILINEAR 0.7 HAMMING 0.9 BICUBIC 0.7 LANCZOS 0.8 NEAREST 0.0
