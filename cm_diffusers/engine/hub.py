@@ -14,7 +14,6 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -23,6 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx  # the library's client: httpx in 1.x, httpx2 in 2.x
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint
 
@@ -48,7 +48,7 @@ def is_passing(error: BaseException) -> bool:
         return status in (408, 409, 412, 429) or status >= 500
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return is_passing(error.__cause__)
-    return isinstance(error, (httpx2.TransportError, ConnectionError, TimeoutError, JSONDecodeError))
+    return isinstance(error, (httpx.TransportError, ConnectionError, TimeoutError, JSONDecodeError))
 
 
 def pause_asked_for(error: BaseException) -> float | None:

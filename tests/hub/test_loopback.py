@@ -19,7 +19,7 @@ second more than Retry-After says, with any of these statuses. A HEAD that fails
     download: HEAD of a file                   6     6       0        0   "
     download: GET of a file                    0     5       0        5   503: HfHubHTTPError
 
-A status is raised as HfHubHTTPError (an OSError), a cut or refused connection as an error of httpx2 (no OSError). A
+A status is raised as HfHubHTTPError (an OSError), a cut or refused connection as one of httpx (no OSError). A
 Hub that is away for more than 23 s ends even the calls that are retried. With `parent_commit` a commit can safely be
 repeated: if the first one arrived, the second is refused with 412.
 """
@@ -33,7 +33,6 @@ import threading
 import urllib.error
 import urllib.request
 
-import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, ModelCard, constants
 from huggingface_hub.errors import (
@@ -43,6 +42,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx
 from loopback import LFS_SUFFIXES, TOKEN, User
 
 
@@ -238,7 +238,7 @@ ASKED = {  # of a Hub to which the folder has been pushed; the other calls are m
 @pytest.mark.parametrize("name", CALLS)
 def test_what_the_client_retries(hub, api, folder, monkeypatch, sleeps, name):
     pattern, survived, error = CALLS[name]
-    errors = (error, httpx2.TransportError, RuntimeError, LocalEntryNotFoundError, HfHubHTTPError)
+    errors = (error, httpx.TransportError, RuntimeError, LocalEntryNotFoundError, HfHubHTTPError)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", name != "commit with hf_xet")
     for fault, survives in zip(FAULTS, survived, strict=True):
 
@@ -274,7 +274,7 @@ def test_a_commit_whose_answer_is_lost(hub, api, folder, monkeypatch, sleeps, xe
         push(api, folder)
         assert hub.repository(REPO).messages == ["A push", "A push"]
     else:
-        with pytest.raises(httpx2.ReadError):
+        with pytest.raises(httpx.ReadError):
             push(api, folder)
         push(api, folder)  # finds that nothing changed
         assert hub.repository(REPO).messages == ["A push"]
@@ -298,7 +298,7 @@ def test_a_blackout(hub, api, folder, monkeypatch, seconds, survives):
         push(api, folder)
         assert hub.repository(REPO).messages == ["A push"]
     else:
-        with pytest.raises(httpx2.ConnectError):
+        with pytest.raises(httpx.ConnectError):
             push(api, folder)
         assert not hub.repository(REPO).messages
 
