@@ -1,0 +1,92 @@
+"""How long the first pass over a folder of PNG images takes and how much memory, and a second start of the same run.
+
+    python benchmarks/scan.py [--against CHECKOUT] [--images 5000] [--side 64] [--runs 5]
+
+Every run is a fresh process, and has a folder of its own for what is remembered (the run's, and the cache of the
+datasets library). With --against the two checkouts take turns, and the ratios of their medians are printed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+ROOT = Path(__file__).resolve().parent.parent
+READ = """
+import json, resource, sys, time
+from pathlib import Path
+import datasets
+datasets.disable_progress_bars()
+from cm_diffusers.engine.config import DataArguments
+from cm_diffusers.engine.data import ImageData
+folder, scanned = sys.argv[1:]
+start = time.perf_counter()
+data = ImageData(DataArguments(train_data_dir=folder), True, Path(scanned), show_progress=False)
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, peak / 1024, len(data.images), data.num_classes]))
+"""
+
+
+def make_images(folder: Path, number: int, side: int) -> None:
+    """Noise over a ramp, in ten class folders."""
+    rng = np.random.default_rng(0)
+    ramp = np.indices((side, side)).sum(0)[..., None] * (128 / side)
+    for i in range(number):
+        file = folder / f"class {i % 10}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise = rng.integers(0, 64, (side, side, 3)) + ramp * rng.random(3)
+        Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(file)
+
+
+def read(checkout: Path, folder: Path, home: Path) -> tuple[float, float]:
+    """Seconds of the pass, and the peak of memory in MiB of the process."""
+    env = {**os.environ, "PYTHONPATH": str(checkout), "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", READ, str(folder), str(home / "images_checked")]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=checkout)
+    seconds, peak, *found = json.loads(run.stdout.splitlines()[-1])
+    assert found == [sum(1 for _ in folder.rglob("*.png")), 10], found
+    return seconds, peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, help="another checkout of the project, to compare with")
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    checkouts = {"this": ROOT, **({"other": args.against.resolve()} if args.against else {})}
+    found = {(name, start): [] for name in checkouts for start in ("first", "second")}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "images"
+        make_images(folder, args.images, args.side)
+        for run in range(args.runs + 1):
+            for name, checkout in checkouts.items():
+                home = Path(temporary) / f"{name}-{run}"
+                home.mkdir()
+                for start in ("first", "second"):
+                    figures = read(checkout, folder, home)
+                    if run:  # the first one warms the machine's cache of files
+                        found[name, start].append(figures)
+    medians = {}
+    for (name, start), figures in found.items():
+        seconds, peaks = zip(*figures)
+        median, peak = medians[name, start] = statistics.median(seconds), statistics.median(peaks)
+        print(f"{name:>5}, {start:>6}: {median:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), {peak:.0f} MiB")
+    print(f"second start / first start: {medians['this', 'second'][0] / medians['this', 'first'][0]:.2f}")
+    if args.against:
+        times, peaks = (medians["this", "first"][i] / medians["other", "first"][i] for i in (0, 1))
+        print(f"first start, this / other: time {times:.2f}, memory {peaks:.2f}")
+
+
+if __name__ == "__main__":
+    main()
