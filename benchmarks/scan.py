@@ -28,11 +28,11 @@ datasets.disable_progress_bars()
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData
 folder, scanned = sys.argv[1:]
-start = time.perf_counter()
+start, used = time.perf_counter(), time.process_time()
 data = ImageData(DataArguments(train_data_dir=folder), True, Path(scanned), show_progress=False)
-seconds = time.perf_counter() - start
+seconds, used = time.perf_counter() - start, time.process_time() - used
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([seconds, peak / 1024, len(data.images), data.num_classes]))
+print(json.dumps([seconds, used, peak / 1024, len(data.images), data.num_classes]))
 """
 
 
@@ -47,14 +47,14 @@ def make_images(folder: Path, number: int, side: int) -> None:
         Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(file)
 
 
-def read(checkout: Path, folder: Path, home: Path) -> tuple[float, float]:
-    """Seconds of the pass, and the peak of memory in MiB of the process."""
+def read(checkout: Path, folder: Path, home: Path) -> list[float]:
+    """Seconds of the pass, those of the processor, and the peak of memory in MiB of the process."""
     env = {**os.environ, "PYTHONPATH": str(checkout), "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", READ, str(folder), str(home / "images_checked")]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=checkout)
-    seconds, peak, *found = json.loads(run.stdout.splitlines()[-1])
-    assert found == [sum(1 for _ in folder.rglob("*.png")), 10], found
-    return seconds, peak
+    *figures, number, classes = json.loads(run.stdout.splitlines()[-1])
+    assert (number, classes) == (sum(1 for _ in folder.rglob("*.png")), 10), (number, classes)
+    return figures
 
 
 def main() -> None:
@@ -79,13 +79,16 @@ def main() -> None:
                         found[name, start].append(figures)
     medians = {}
     for (name, start), figures in found.items():
-        seconds, peaks = zip(*figures)
-        median, peak = medians[name, start] = statistics.median(seconds), statistics.median(peaks)
-        print(f"{name:>5}, {start:>6}: {median:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), {peak:.0f} MiB")
-    print(f"second start / first start: {medians['this', 'second'][0] / medians['this', 'first'][0]:.2f}")
+        wall, used, peak = medians[name, start] = [statistics.median(column) for column in zip(*figures)]
+        print(f"{name:>5}, {start:>6} start: {wall:.2f} s, {used:.2f} s of the processor, {peak:.0f} MiB")
+    compare("second start / first start", medians["this", "second"], medians["this", "first"])
     if args.against:
-        times, peaks = (medians["this", "first"][i] / medians["other", "first"][i] for i in (0, 1))
-        print(f"first start, this / other: time {times:.2f}, memory {peaks:.2f}")
+        compare("first start, this / other", medians["this", "first"], medians["other", "first"])
+
+
+def compare(what: str, a: list[float], b: list[float]) -> None:
+    wall, used, peak = (x / y for x, y in zip(a, b))
+    print(f"{what}: time {wall:.2f}, of the processor {used:.2f}, memory {peak:.2f}")
 
 
 if __name__ == "__main__":
