@@ -26,6 +26,7 @@ from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, guided, load_teacher, load_vae
 from cm_diffusers.engine.processes import start_accelerator
+from cm_diffusers.engine.tracking import check_tracker, start_trackers
 from cm_diffusers.objectives import OBJECTIVES
 
 
@@ -49,6 +50,7 @@ def train(config: Config) -> Path:
     run = config.run
     folder = Path(run.output_dir)
     disable_progress_bar()
+    check_tracker(run.report_to)
     accelerator = start_accelerator(
         mixed_precision=run.mixed_precision,
         log_with=run.report_to,
@@ -75,10 +77,7 @@ def train(config: Config) -> Path:
             trainer._say(f"This run is finished: {folder / 'pipeline'} holds its model.")
         else:
             if run.report_to:
-                scalars = {
-                    k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.to_dict().items()
-                }
-                accelerator.init_trackers("cm_diffusers", config=scalars)
+                start_trackers(accelerator, config, trainer.step)
             if publisher is not None and run.hub_strategy == "every_save":
                 trainer.on_save = lambda: _publish_checkpoint(trainer, publisher, folder)
             trainer.fit()
