@@ -63,13 +63,13 @@ def _digest(value: Any) -> str:
 def save_checkpoint(
     root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Write `checkpoint-<step>` under `root` and delete all but the newest `keep`.
+    """Write `checkpoint-<step>` under `root` and delete all but the newest `keep` and the newest sound one.
 
     Args:
         root: the folder of checkpoints.
         step: the training step that it was taken after.
         tensors: groups of tensors; each group becomes a safetensors file.
-        state: values that JSON can hold.
+        state: values that JSON can hold; "sound" says whether a run that diverged can go on from it (by default yes).
         keep: how many checkpoints stay, at least 2.
     """
     assert keep >= 2
@@ -93,9 +93,19 @@ def save_checkpoint(
         shutil.rmtree(final)
     os.rename(folder, final)
     fsync_folder(root)
-    for _, old in list_checkpoints(root)[keep:]:
-        shutil.rmtree(old)
+    paths = [path for _, path in list_checkpoints(root)]
+    sound = next(filter(_says_sound, paths), None)
+    for old in paths[keep:]:
+        if old != sound:
+            shutil.rmtree(old)
     return final
+
+
+def _says_sound(path: Path) -> bool:
+    try:
+        return json.loads((path / "state.json").read_bytes()).get("sound", True)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _add(folder: Path, manifest: dict[str, Any], name: str, data: bytes) -> None:
@@ -193,10 +203,10 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
-def set_aside_newer(root: Path, step: int) -> None:
-    """Rename the checkpoints after `step`, which were found damaged, so that they never count as ones to keep."""
+def set_aside_newer(root: Path, step: int, why: str = "damaged") -> None:
+    """Rename the checkpoints after `step` to `<why>-checkpoint-<step>`, so that they never count as ones to keep."""
     for number, path in list_checkpoints(root):
         if number > step:
-            aside = root / f"damaged-{path.name}"
+            aside = root / f"{why}-{path.name}"
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)

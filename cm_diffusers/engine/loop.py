@@ -31,6 +31,7 @@ from cm_diffusers.engine.checkpoint import (
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.diagnostics import save_diagnostics
+from cm_diffusers.engine.divergence import ADVISED, Diverged, advice, go_back, is_sound, norm, read_note
 from cm_diffusers.engine.meter import LossMeter
 from cm_diffusers.engine.optimization import (
     LearningRate,
@@ -97,6 +98,7 @@ class Trainer:
         profiles = [HalfLife(kimg, run.ema_rampup) for kimg in run.ema_half_life or []]
         profiles += [ConstantDecay(decay) for decay in run.ema_decay or []]
         self.ema = EMA(network, profiles or [HalfLife(DEFAULT_HALF_LIFE, run.ema_rampup)])
+        self._start_norm = norm(network.state_dict())
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.meter = LossMeter(self.objective.terms)
         self._signal = 0
@@ -143,8 +145,9 @@ class Trainer:
         """Write a checkpoint of the present step; the log and the meter are complete up to it."""
         self._gather_meter()
         if self.accelerator.is_main_process:
-            keep = self.run.checkpoints_total_limit
-            save_checkpoint(self.folder, self.step, self._tensors(), self._state(), keep)
+            tensors, keep = self._tensors(), self.run.checkpoints_total_limit
+            self.sound = is_sound(tensors, next(iter(self.ema.shadows)), self._start_norm, self.skipped_in_a_row)
+            save_checkpoint(self.folder, self.step, tensors, {**self._state(), "sound": self.sound}, keep)
         self.accelerator.wait_for_everyone()
 
     def _gather_meter(self) -> None:
@@ -157,6 +160,9 @@ class Trainer:
     def resume(self) -> bool:
         """Go to the newest checkpoint that verifies; say so. False where the run is new."""
         checkpoint, step, error = None, None, None
+        diverged = read_note(self.folder)
+        if diverged and all(getattr(self.run, key) == value for key, value in diverged["settings"].items()):
+            self._say(f"WARNING: with these settings this run diverged at step {diverged['step']}.")
         if self.accelerator.is_main_process:
             try:
                 checkpoint, faults = newest_checkpoint(self.folder)
@@ -184,6 +190,10 @@ class Trainer:
         now = self.config.to_dict()
         before = self.config.defaults() | state["config"]  # a setting that is newer than the run had its default
         changed = [key for key in now if key not in FREE_TO_CHANGE and before.get(key) not in (now[key], HERE)]
+        if read_note(self.folder) is not None:
+            for key in [key for key in changed if key in ADVISED]:
+                changed.remove(key)
+                self._say(f"{key} was {before.get(key)!r}, is {now[key]!r} from here on, as this run once diverged.")
         if changed:
             differences = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
             raise ValueError(
@@ -193,7 +203,8 @@ class Trainer:
         if state["global_batch"] != self.spot.global_batch:
             raise ValueError(
                 f"{self.folder} holds a run with {state['global_batch']} images per step, but processes x"
-                f" train_batch_size x gradient_accumulation_steps is {self.spot.global_batch} now."
+                f" train_batch_size x gradient_accumulation_steps is {self.spot.global_batch} now. Choose them so that"
+                f" it is {state['global_batch']} again, or another --output_dir."
             )
         if before["max_train_steps"] != self.run.max_train_steps:
             self._say(
@@ -330,10 +341,12 @@ class Trainer:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.run.max_skipped_steps:
-            raise RuntimeError(
+            sound = [go_back(self.folder, self.step, self.run) if self.accelerator.is_main_process else None]
+            (sound,) = broadcast_object_list(sound)
+            raise Diverged(
                 f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or a gradient that is not"
-                " finite; the run ends. The last checkpoint is sound. Lower --learning_rate, set --max_grad_norm, or"
-                " use --mixed_precision bf16 or no."
+                " finite; the run ends. "
+                + advice(self.run, self.accelerator.mixed_precision, sound, self.skipped <= self.step)
             )
 
     # --- the run -----------------------------------------------------------------------------------------------
@@ -373,7 +386,7 @@ class Trainer:
                     bar.set_postfix(loss=row["loss"], skipped=self.skipped, **self.objective.describe(self.step - 1))
                 if stop or last or self.step % run.checkpointing_steps == 0:
                     self.save()
-                    if main and not last:  # the last step is exported anyway
+                    if main and not last and self.sound:  # the last step is exported anyway
                         self.on_save()
                 if stop and not last:
                     self._say(f"Stopped by a signal at step {self.step}; the same command resumes.")

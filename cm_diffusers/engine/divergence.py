@@ -1,0 +1,105 @@
+"""Runs that diverge: which checkpoints are sound, and what the user can do so that the run goes on."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cm_diffusers.engine.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint, set_aside_newer
+from cm_diffusers.engine.config import RunArguments
+
+
+ADVISED = ("learning_rate", "max_grad_norm", "mixed_precision")  # what a run that diverged may be resumed with changed
+NOTE = "diverged.json"  # in the run's folder, once it has diverged: at which step, with which of these settings
+FAR = 10.0
+
+
+class Diverged(ValueError):
+    """Too many steps in a row had no finite loss or gradient."""
+
+
+def norm(values: Mapping[str, Tensor]) -> float:
+    """Root of the sum of squares of all floating-point values."""
+    return math.sqrt(sum(v.double().square().sum().item() for v in values.values() if v.is_floating_point()))
+
+
+def is_sound(tensors: Mapping[str, Mapping[str, Tensor]], average: str, start: float, skipped_in_a_row: int) -> bool:
+    """Whether a run can go on from a state.
+
+    Its last step had a finite loss and gradient; all of it is finite; and the weights are near their average, which
+    is of the size that weights had at the start: both within a factor of 10, where those of a broken network are off
+    by hundreds.
+
+    Args:
+        tensors: groups of tensors as a checkpoint holds them, with the weights in "model".
+        average: the group of an average of the weights.
+        start: the norm of the weights at the start of the run.
+        skipped_in_a_row: how many steps up to now were not finite.
+    """
+    if skipped_in_a_row or not all(
+        v.isfinite().all() for group in tensors.values() for v in group.values() if v.is_floating_point()
+    ):
+        return False
+    mean = tensors[average]
+    gap = norm({key: value - mean[key] for key, value in tensors["model"].items()})
+    return gap <= FAR * norm(mean) and norm(mean) <= FAR * start
+
+
+def go_back(root: Path, step: int, run: RunArguments) -> int | None:
+    """Set all checkpoints after the newest sound one aside as diverged-checkpoint-<step>; gives its step.
+
+    None where no checkpoint is sound: all are set aside, and the run starts anew. A note in `root` says that it
+    diverged at `step`, and with which settings.
+    """
+    sound = None
+    for number, path in list_checkpoints(root):
+        try:
+            if load_checkpoint(path).state.get("sound", True):
+                sound = number
+                break
+        except DamagedCheckpoint:
+            continue
+    set_aside_newer(root, -1 if sound is None else sound, "diverged")
+    root.mkdir(parents=True, exist_ok=True)
+    note = {"step": step, "settings": {name: getattr(run, name) for name in ADVISED}}
+    (root / NOTE).write_text(json.dumps(note, indent=1))
+    return sound
+
+
+def read_note(root: Path) -> dict[str, Any] | None:
+    """What `go_back` noted: {"step": ..., "settings": {...}}; None in a run that never diverged."""
+    file = root / NOTE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def advice(run: RunArguments, precision: str, sound: int | None, weights_moved: bool) -> str:
+    """What to do after a divergence.
+
+    Args:
+        run: the settings of the run.
+        precision: in which it was computed: no, fp16 or bf16.
+        sound: the step of the newest sound checkpoint, or None.
+        weights_moved: whether any step was finite; where none was, the pace of training is not what is wrong.
+    """
+    ways = []
+    if weights_moved:
+        ways.append(f"a lower --learning_rate (it is {run.learning_rate:g})")
+        clipped = run.max_grad_norm
+        ways.append(f"a lower --max_grad_norm (it is {clipped:g})" if clipped else "--max_grad_norm 1")
+    if precision != "no":
+        ways.append(f"--mixed_precision no (it is {precision})")
+    if not ways:
+        return (
+            "No step of the run was finite, so that no setting of the training helps: look at the images, and at the"
+            " model that it starts from."
+        )
+    choice = f"Give the same command with {' or '.join(ways)}: "
+    if sound is None:
+        return f"No checkpoint is sound. {choice}the run then starts anew, from step 0."
+    return (
+        f"checkpoint-{sound} is sound; later ones are set aside as diverged-checkpoint-*. {choice}the run then goes on"
+        f" from step {sound}."
+    )

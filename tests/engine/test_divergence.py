@@ -1,0 +1,175 @@
+"""Runs that diverge: what is kept, and that the message's advice works when it is followed."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cm_diffusers.engine.checkpoint import list_checkpoints, load_checkpoint
+from cm_diffusers.engine.config import RunArguments
+from cm_diffusers.engine.divergence import NOTE, Diverged, advice, is_sound
+from cm_diffusers.objectives.ect import ECT
+from tests.training_runs import flags, read_log, run, tensors
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "training" / "train_consistency.py"
+SHORT = {"max_train_steps": 30, "checkpointing_steps": 1, "max_skipped_steps": 2}
+
+
+@pytest.fixture
+def explode(monkeypatch):
+    """Makes the weights huge in the step after `step`, and every loss after it nan, until it is called with None."""
+    original = ECT.loss
+
+    def set_step(step):
+        def loss(self, batch, draws):
+            if draws.step == step:
+                with torch.no_grad():
+                    for parameter in self.network.parameters():
+                        parameter.mul_(1e4)
+            result = original(self, batch, draws)
+            if draws.step > step + 2:
+                return replace(result, total=result.total * float("nan"))
+            return replace(result, total=result.total.nan_to_num(1.0) * 1e-12)
+
+        monkeypatch.setattr(ECT, "loss", original if step is None else loss)
+
+    return set_step
+
+
+def steps_of(folder):
+    return [step for step, _ in list_checkpoints(Path(folder))]
+
+
+def diverge(folder, **settings):
+    """The message of a run that diverges."""
+    with pytest.raises(Diverged) as error:
+        run(folder, **{**SHORT, **settings})
+    return str(error.value)
+
+
+def test_the_newest_sound_checkpoint_outlives_those_after_a_blow_up(tmp_path, explode):
+    """Weights that are finite and useless are no place to go on from, however many such checkpoints come after."""
+    explode(3)
+    message = diverge(tmp_path)
+    assert "checkpoint-3 is sound" in message and "The last checkpoint is sound" not in message
+    assert steps_of(tmp_path) == [3]
+    assert sorted(path.name for path in tmp_path.glob("diverged-*")) == [
+        "diverged-checkpoint-7",
+        "diverged-checkpoint-8",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"learning_rate": 1e-4}, {"max_grad_norm": 1.0}, {"mixed_precision": "bf16"}], ids=str
+)
+def test_the_settings_that_the_message_names_may_change_on_resuming(tmp_path, capsys, explode, changed):
+    explode(3)
+    diverge(tmp_path)
+    explode(None)
+    capsys.readouterr()
+    run(tmp_path, **{**SHORT, "max_train_steps": 6, **changed})
+    (name,) = changed
+    said = capsys.readouterr().out
+    assert "Resumed from step 3 of 6" in said and re.search(f"{name} was .*, is .* from here on", said)
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert all(value.isfinite().all() for value in tensors(tmp_path).values())
+
+
+def test_other_settings_may_not_change_after_a_divergence(tmp_path, explode):
+    explode(3)
+    diverge(tmp_path)
+    explode(None)
+    with pytest.raises(ValueError, match="other settings: seed was 0, is 1"):
+        run(tmp_path, **{**SHORT, "seed": 1})
+
+
+def test_a_run_that_never_diverged_keeps_its_learning_rate(tmp_path):
+    run(tmp_path, max_train_steps=1)
+    with pytest.raises(ValueError, match="other settings: learning_rate"):
+        run(tmp_path, max_train_steps=2, learning_rate=1e-4)
+
+
+def test_the_same_settings_after_a_divergence_are_said_to_be_those_that_diverged(tmp_path, capsys, explode):
+    explode(3)
+    diverge(tmp_path)
+    capsys.readouterr()
+    diverge(tmp_path)
+    assert "WARNING: with these settings this run diverged at step 8." in capsys.readouterr().out
+
+
+def test_without_a_sound_checkpoint_the_run_starts_anew_with_what_the_message_advises(tmp_path, capsys, explode):
+    explode(0)
+    message = diverge(tmp_path)
+    assert "No checkpoint is sound" in message and "starts anew, from step 0" in message
+    assert steps_of(tmp_path) == []
+    explode(None)
+    run(tmp_path, **{**SHORT, "max_train_steps": 3, "learning_rate": 1e-4})
+    assert "Resumed" not in capsys.readouterr().out and steps_of(tmp_path)[0] == 3
+
+
+def test_a_real_blow_up_ends_with_a_message_and_code_2_and_its_advice_trains_to_the_end(tmp_path):
+    """By the command line, with a learning rate that breaks the network, and then as the message says."""
+    settings = {**SHORT, "learning_rate": 1000.0, "max_skipped_steps": 4}
+    command = [sys.executable, str(SCRIPT), *flags(tmp_path / "r", **settings)]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 2 and "Traceback" not in first.stderr
+    message = first.stderr.replace("\r", "\n").strip().splitlines()[-1]
+    assert "a lower --learning_rate (it is 1000)" in message and (tmp_path / "r" / NOTE).is_file()
+    second = subprocess.run([*command, "--learning_rate", "1e-4"], capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert read_log(tmp_path / "r")[-1]["skipped"] == 0
+
+
+# --- what is said, and of what -------------------------------------------------------------------------------------
+
+
+def test_where_no_step_was_finite_the_pace_is_not_blamed(tmp_path, monkeypatch):
+    original = ECT.loss
+    broken = lambda self, batch, draws: replace(r := original(self, batch, draws), total=r.total * float("nan"))  # noqa: E731
+    monkeypatch.setattr(ECT, "loss", broken)
+    message = diverge(tmp_path)
+    assert "learning_rate" not in message and "max_grad_norm" not in message
+    assert "look at the images, and at the model that it starts from" in message
+
+
+@pytest.mark.parametrize(
+    "run_settings, precision, named, not_named",
+    [
+        ({}, "no", ["--learning_rate (it is 0.0001)", "--max_grad_norm 1:"], ["--mixed_precision"]),
+        ({"max_grad_norm": 2.0}, "no", ["a lower --max_grad_norm (it is 2)"], ["--max_grad_norm 1"]),
+        ({}, "fp16", ["--mixed_precision no (it is fp16)"], []),
+    ],
+)
+def test_the_advice_is_of_settings_that_are_not_so_yet(run_settings, precision, named, not_named):
+    text = advice(RunArguments(**run_settings), precision, 5, True)
+    assert all(words in text for words in named) and not any(words in text for words in not_named)
+
+
+@pytest.mark.parametrize(
+    "weights, average, skipped, sound",
+    [
+        (1.0, 1.0, 0, True),
+        (3.0, 1.0, 0, True),
+        (1.0, 1.0, 1, False),
+        (float("nan"), 1.0, 0, False),
+        (1.0, float("inf"), 0, False),
+        (30.0, 1.0, 0, False),  # it has just blown up
+        (300.0, 299.0, 0, False),  # and the average has followed
+    ],
+)
+def test_what_a_sound_state_is(weights, average, skipped, sound):
+    state = {"model": {"w": torch.full((4,), weights)}, "ema": {"w": torch.full((4,), average)}}
+    assert is_sound(state, "ema", 2.0, skipped) is sound
+
+
+def test_a_checkpoint_says_whether_it_is_sound(tmp_path, explode):
+    run(tmp_path / "good", max_train_steps=2)
+    assert load_checkpoint(tmp_path / "good" / "checkpoint-2").state["sound"] is True
+    explode(0)
+    run(tmp_path / "bad", max_train_steps=2, checkpointing_steps=1)
+    assert load_checkpoint(tmp_path / "bad" / "checkpoint-2").state["sound"] is False
