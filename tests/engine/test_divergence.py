@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from cm_diffusers.engine.checkpoint import list_checkpoints, load_checkpoint
 from cm_diffusers.engine.config import RunArguments
@@ -27,14 +28,17 @@ def explode(monkeypatch):
 
     def set_step(step):
         def loss(self, batch, draws):
-            if draws.step == step:
-                with torch.no_grad():
-                    for parameter in self.network.parameters():
-                        parameter.mul_(1e4)
             result = original(self, batch, draws)
             if draws.step > step + 2:
                 return replace(result, total=result.total * float("nan"))
-            return replace(result, total=result.total.nan_to_num(1.0) * 1e-12)
+            if draws.step < step:
+                return result
+            parameters = list(self.network.parameters())
+            if draws.step == step:
+                with torch.no_grad():
+                    torch._foreach_mul_(parameters, 1e4)
+            total = 1e-9 * sum(parameter.mean() for parameter in parameters)
+            return replace(result, total=total, per_sample=result.per_sample.nan_to_num(1.0, 1.0))
 
         monkeypatch.setattr(ECT, "loss", original if step is None else loss)
 
@@ -72,7 +76,9 @@ def test_the_settings_that_the_message_names_may_change_on_resuming(tmp_path, ca
     diverge(tmp_path)
     explode(None)
     capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     run(tmp_path, **{**SHORT, "max_train_steps": 6, **changed})
+    AcceleratorState._reset_state(reset_partial_state=True)
     (name,) = changed
     said = capsys.readouterr().out
     assert "Resumed from step 3 of 6" in said and re.search(f"{name} was .*, is .* from here on", said)

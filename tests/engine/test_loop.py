@@ -20,6 +20,7 @@ from training_runs import differences, flags, read_log, run, tensors
 import cm_diffusers.engine.loop as loop_module
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from cm_diffusers.engine.divergence import Diverged
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.models import load_pipeline
 from cm_diffusers.objectives import ECT
@@ -262,10 +263,10 @@ def test_one_bad_forward_pass_of_several_skips_the_step(tmp_path, monkeypatch):
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_with_a_sound_checkpoint(tmp_path, monkeypatch):
     break_steps(monkeypatch, {1, 3, 4, 5, 6, 7, 8, 9}, "nan")
-    with pytest.raises(RuntimeError, match="3 steps in a row, up to step 5"):
+    with pytest.raises(Diverged, match="3 steps in a row, up to step 5"):
         run(tmp_path, max_train_steps=10, checkpointing_steps=1, max_skipped_steps=2)
     checkpoint, faults = newest_checkpoint(tmp_path)
-    assert faults == [] and checkpoint.step == 5 and checkpoint.state["skipped_in_a_row"] == 2
+    assert faults == [] and checkpoint.step == 3 and checkpoint.state["skipped_in_a_row"] == 0
     assert all(torch.isfinite(value).all() for group in checkpoint.tensors.values() for value in group.values())
 
 
@@ -273,7 +274,7 @@ def test_skipped_steps_in_a_row_are_counted_across_a_stop(tmp_path, monkeypatch)
     break_steps(monkeypatch, range(2, 10), "nan")
     settings = {"max_train_steps": 10, "max_skipped_steps": 2}
     stopped(monkeypatch, tmp_path, 3, **settings)
-    with pytest.raises(RuntimeError, match="3 steps in a row"):
+    with pytest.raises(Diverged, match="3 steps in a row"):
         run(tmp_path, **settings)
 
 
