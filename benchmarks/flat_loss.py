@@ -21,6 +21,7 @@ from cm_diffusers.engine.checkpoint import load_checkpoint  # noqa: E402
 from cm_diffusers.engine.config import DataArguments, parse_config  # noqa: E402
 from cm_diffusers.engine.data import ImageData  # noqa: E402
 from cm_diffusers.engine.run import train  # noqa: E402
+from cm_diffusers.objectives.options import in_steps  # noqa: E402
 from cm_diffusers.sampling import load_pipeline, sample_images  # noqa: E402
 
 
@@ -83,7 +84,8 @@ def main() -> None:
     torch.manual_seed(0)
     found = measure(folder)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    draw(log, found, config.options.pretrain_steps, config.options.stage_steps, folder / "flat_loss.png")
+    lengths = in_steps(config.options, config.run.max_train_steps)
+    draw(log, found, lengths.pretrain_steps, lengths.stage_steps, folder / "flat_loss.png")
     losses = {row["step"]: row["loss"] for row in log if row["step"] in found}
     rows = {step: {"loss": losses[step], **row} for step, row in found.items()}
     (folder / "flat_loss.json").write_text(json.dumps(rows, indent=2) + "\n")

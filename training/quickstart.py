@@ -5,6 +5,7 @@ runs/quickstart: pipeline/ (the model), samples.png (samples beside real images)
 Run again, it goes on where it stopped.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.pictures import titled_row
 from cm_diffusers.evaluation import frechet_distance, train_classifier
+from cm_diffusers.objectives.options import steps_of
 from cm_diffusers.sampling import image_grid
 
 
@@ -93,6 +95,8 @@ def draw(samples: dict[int, np.ndarray], data: ImageData) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # it has no options: for --help, and to refuse others
     data = ImageData(DataArguments(dataset_name="digits"), class_conditional=True, show_progress=False)
     clock = [time.perf_counter()]
     train()
@@ -104,13 +108,14 @@ def main() -> None:
     clock.append(time.perf_counter())
 
     config = yaml.safe_load(CONFIG.read_text())
+    steps = config["max_train_steps"]
     names = ("training_seconds", "sampling_seconds", "judging_seconds")
     report = {
         "dataset": "digits (scikit-learn), 8x8",
         "results": [{"name": name, "frechet_distance": distance} for name, distance in distances.items()],
         "extractor": {"name": "a small classifier, trained on the same images"},
         "num_samples": len(data.images) // 2,
-        "steps": {"training": config["max_train_steps"], "pretraining": config["pretrain_steps"]},
+        "steps": {"training": steps, "pretraining": steps_of(config["pretrain_steps"], steps)},
         "seed": 0,
         "time": {name: round(b - a, 1) for name, a, b in zip(names, clock, clock[1:])},
     }

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 import cm_diffusers
 from cm_diffusers.engine.config import Config
 from cm_diffusers.objectives import Objective
+from cm_diffusers.objectives.options import phases
 from cm_diffusers.sampling import image_grid, levels_used, sample_images, with_our_interface
 
 
@@ -187,6 +188,7 @@ def card_facts(
         "licence": licence,
         "warning": _warning(licence),
         "steps": around.steps,
+        "phases": phases(objective.options, around.steps),
         "images_per_step": around.images_per_step,
         "seed": config.run.seed,
         "hardware": f"{count} process{'es' if count > 1 else ''}, {device}",

@@ -3,20 +3,27 @@
 import argparse
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
+from cm_diffusers.engine.effects import replaced, say_replaced, without_effect
 from cm_diffusers.models import EDM_PRESETS, UNET_PRESETS
 from cm_diffusers.objectives import OBJECTIVES
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import Length, check_between, check_lengths, option
 
 
 LR_SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
 OPTIMIZERS = ["adam", "adamw", "radam"]
+# flags of diffusers' own scripts that have no like here
+ELSEWHERE = {
+    "resume_from_checkpoint": "the same command resumes the run in --output_dir by itself",
+    "num_train_epochs": "the length of a run is --max_train_steps",
+    "use_ema": "averages of the weights are always kept; see --ema_half_life and --export_weights",
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,6 @@ class ModelArguments:
     def __post_init__(self) -> None:
         check_between("dropout", self.dropout, 0, 0.99)
         check_between("label_dropout", self.label_dropout, 0, 0.99)
-        if self.label_dropout and not self.class_conditional:
-            raise ValueError("label_dropout is for --class_conditional, which is not given.")
         if self.revision is not None and self.pretrained_model_name_or_path is None:
             raise ValueError("revision is that of --pretrained_model_name_or_path, which is not given.")
         if self.sigma_data is not None:
@@ -119,7 +124,7 @@ class RunArguments:
     gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.")
     learning_rate: float = option(1e-4, "Peak learning rate.")
     lr_scheduler: str = option("constant_with_warmup", "Course of the learning rate.", choices=LR_SCHEDULES)
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
+    lr_warmup_steps: Length = option(0, "Steps of linear warm-up, or below 1 their share of the run.")
     optimizer: str = option("radam", "Optimiser.", choices=OPTIMIZERS)
     adam_beta1: float = option(0.9, "First beta of the optimiser.")
     adam_beta2: float = option(0.999, "Second beta of the optimiser.")
@@ -170,24 +175,26 @@ class RunArguments:
     _argument_group_name = "run"
 
     def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("output_dir is empty; give the folder of the run.")
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
             check_between(name, getattr(self, name), 1, 1 << 40)
-        for name in ("validation_steps", "lr_warmup_steps", "max_skipped_steps", "seed"):
+        check_lengths(self)
+        for name in ("validation_steps", "max_skipped_steps", "seed"):
             check_between(name, getattr(self, name), 0, 1 << 40)
         check_between("logging_steps", self.logging_steps, 1, 1 << 40)
         check_between("learning_rate", self.learning_rate, 1e-12, 1e3)
-        check_between("adam_beta1", self.adam_beta1, 0, 1 - 1e-9)
-        check_between("adam_beta2", self.adam_beta2, 0, 1 - 1e-9)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)!r}.")
         check_between("adam_epsilon", self.adam_epsilon, 0, 1)
         check_between("adam_weight_decay", self.adam_weight_decay, 0, 1e3)
         check_between("max_grad_norm", self.max_grad_norm, 0, float("inf"))
         check_between("ema_rampup", self.ema_rampup, 0, 1)
         check_between("hub_timeout", self.hub_timeout, 0, 1e9)
-        for name in ("hub_model_id", "hub_private_repo"):
-            if getattr(self, name) and not self.push_to_hub:
-                raise ValueError(f"{name} is for --push_to_hub, which is not given.")
         for decay in self.ema_decay or []:
-            check_between("ema_decay", decay, 0, 1 - 1e-9)
+            if not 0 <= decay < 1:
+                raise ValueError(f"ema_decay must be at least 0 and below 1, got {decay!r}.")
         for half_life in self.ema_half_life or []:
             check_between("ema_half_life", half_life, 1e-6, 1e9)
         if self.checkpoints_total_limit < 2:
@@ -196,13 +203,14 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class Config:
-    """A run: the method and its own options, and what all methods share."""
+    """A run: the method and its own options, and what all methods share; `notes` say what flags replaced."""
 
     method: str
     options: Any
     model: ModelArguments
     data: DataArguments
     run: RunArguments
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by their flag names."""
@@ -235,6 +243,8 @@ def _own_option(name: str, methods: Sequence[str], method: str) -> str:
     """Why the flag `name` is unknown, and what was perhaps meant."""
     others = [m for m in OBJECTIVES if m != method and name in {f.name for f in fields(OBJECTIVES[m].Options)}]
     own = [f.name for f in fields(OBJECTIVES[method].Options)]
+    if name in ELSEWHERE:
+        return f"Unknown option {name!r}: {ELSEWHERE[name]}."
     if others:
         return f"{name!r} is an option of {', '.join(others)}; {method} ignores it. Its own are: {', '.join(own)}."
     known = own + [f.name for cls in (ModelArguments, DataArguments, RunArguments) for f in fields(cls)]
@@ -292,6 +302,9 @@ def parse_groups(argv: Sequence[str], groups: Sequence[type], description: str) 
 def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) -> Config:
     """Read the settings of a training script from its command line.
 
+    A flag wins over the config file, and so over the settings there that answer the same question: a source of data
+    replaces the other source with its columns and split.
+
     Args:
         argv: the command line without the program's name.
         methods: the methods that the script trains; the first is the default.
@@ -299,7 +312,7 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
 
     Raises:
         ValueError: an unknown option (the nearest one is named), a wrong type, an impossible value, or an option that
-            the chosen method ignores.
+            the chosen method ignores, or that changes nothing in this run.
     """
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -320,12 +333,31 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
         _parse(parser, _as_flags(from_file), methods, method)
     except ValueError as error:
         raise ValueError(f"config {chosen.config}: {error}") from None
-    namespace = _parse(parser, _as_flags(from_file) + rest, methods, method)
-    options, data, model, run = (cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in groups)
+    _parse(parser, _as_flags(from_file) + rest, methods, method)  # the help, and words that are no flags
+    defaults = vars(parser.parse_args([]))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    in_file, flags = (vars(parser.parse_args(words)) for words in (_as_flags(from_file), rest))
+    in_file = {name: value for name, value in in_file.items() if value != defaults[name]}
+    for part in (in_file, flags):
+        part.pop("method", None)
+    found, idle = {}, replaced(flags, in_file)
+    while True:
+        found |= idle
+        kept = {name: value for name, value in in_file.items() if name not in found}
+        values = defaults | kept | flags | {"method": method}
+        given = dict.fromkeys(kept, False) | dict.fromkeys(flags, True)
+        idle, faults = without_effect(values, given)
+        if not idle:
+            break
+    options, data, model, run = (cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in groups)
+    if faults:
+        raise ValueError("\n  ".join(faults))
     for name, value in (("augment", data.augment), ("label_dropout", model.label_dropout)):
         if value and not OBJECTIVES[method].teaches:
             teachers = [m for m, cls in OBJECTIVES.items() if cls.teaches]
             raise ValueError(f"{name} is for the training of teachers by {', '.join(teachers)}, and not for {method}.")
     if model.teacher_revision is not None and getattr(options, "pretrained_teacher_model", None) is None:
         raise ValueError("teacher_revision is that of --pretrained_teacher_model, which is not given.")
-    return Config(method, options, model, data, run)
+    notes = say_replaced(found, in_file, values)
+    return Config(method, options, model, data, run, tuple(notes))

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from cm_diffusers.engine.places import make_folder
+
 
 LOCK = ".lock"  # the file in its folder that a run holds while it lives
 
 
 def lock_folder(folder: Path) -> FileLock:
     """Take a folder for this process. The system frees it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock, owner = FileLock(folder / LOCK), folder / ".owner"
     try:
         lock.acquire(timeout=1)  # evaluate.py --watch holds it for a moment, to see whether it is free

@@ -179,6 +179,11 @@ class Trainer:
             return False
         checkpoint = checkpoint or load_checkpoint(self.folder / f"checkpoint-{step}")
         self._check_same_run(checkpoint.state)
+        if checkpoint.step > self.run.max_train_steps:
+            raise ValueError(
+                f"{self.folder} holds a run of {checkpoint.step} steps, and max_train_steps is"
+                f" {self.run.max_train_steps}: give {checkpoint.step} or more to go on, or another --output_dir."
+            )
         self._load(checkpoint)
         if self.accelerator.is_main_process:
             set_aside_newer(self.folder, self.step)

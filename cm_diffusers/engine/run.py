@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv, methods, description)
         if config.run.dry_run:
-            print(config.to_yaml(), end="")
+            print("".join(f"# {note}\n" for note in config.notes) + config.to_yaml(), end="")
         else:
             train(config)
     except ValueError as error:
@@ -58,6 +58,8 @@ def train(config: Config) -> Path:
     )
     lock = lock_folder(folder) if accelerator.is_main_process else None
     try:
+        for note in config.notes if accelerator.is_main_process else ():
+            tqdm.write(note)
         publisher = None
         if accelerator.is_main_process and run.push_to_hub:
             publisher = Publisher(run.hub_model_id or folder.resolve().name, run.hub_private_repo, tqdm.write)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.objectives.options import check_choices
+from cm_diffusers.objectives.options import check_choices, in_steps
 from cm_diffusers.objectives.spec import ModelSpec
 
 
@@ -96,7 +96,8 @@ class Objective(ABC):
         teacher: Denoiser | None = None,
     ):
         check_choices(options)
-        self.network, self.spec, self.options, self.total_steps = network, spec, options, total_steps
+        self.network, self.spec, self.total_steps = network, spec, total_steps
+        self.options = in_steps(options, total_steps)
         self.model: Callable = network  # the engine puts the wrapped (DDP, compiled, autocast) network here
         self.teacher = teacher
         if spec.prediction != "edm":

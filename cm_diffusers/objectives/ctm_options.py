@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cm_diffusers.objectives.adversarial import AdversaryOptions
 from cm_diffusers.objectives.consistency import DISTANCES, SOLVERS, TEACHER_HELP, check_distance
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import Length, check_between, option
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class CTMOptions(AdversaryOptions):
         " last layer.",
         choices=["adaptive", "fixed"],
     )
-    pretrain_steps: int = option(0, "First steps, with the diffusion model's loss alone.")
+    pretrain_steps: Length = option(
+        0, "First steps, or below 1 their share of the run, with the diffusion model's loss alone."
+    )
     p_mean: float = option(-1.2, "Mean of ln sigma of half of the diffusion model's noise levels.")
     p_std: float = option(1.2, "Standard deviation of the same; the other half covers the high levels.")
 
@@ -48,8 +50,9 @@ class CTMOptions(AdversaryOptions):
         check_between("mu", self.mu, 0, 1)
         check_between("huber_c", self.huber_c, 0, 1e6)
         check_between("dsm_weight", self.dsm_weight, 0, 1e6)
-        check_between("pretrain_steps", self.pretrain_steps, 0, 1 << 40)
-        if self.gan_weight and self.discriminator_start_step < self.pretrain_steps:
+        shares = [0 < length < 1 for length in (self.pretrain_steps, self.discriminator_start_step)]
+        comparable = shares[0] == shares[1] or not self.discriminator_start_step  # else once the run's length is known
+        if self.gan_weight and comparable and self.discriminator_start_step < self.pretrain_steps:
             raise ValueError(
                 f"discriminator_start_step must be at least pretrain_steps, {self.pretrain_steps}: before, there is"
                 " nothing to judge."

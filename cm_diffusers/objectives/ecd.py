@@ -11,14 +11,16 @@ from torch import Tensor
 from cm_diffusers.objectives.base import Facts
 from cm_diffusers.objectives.consistency import SOLVERS, TEACHER_HELP, check_teacher, teacher_step
 from cm_diffusers.objectives.ect import ECT, ECTOptions
-from cm_diffusers.objectives.options import option
+from cm_diffusers.objectives.options import Length, option
 
 
 @dataclass(frozen=True)
 class ECDOptions(ECTOptions):
     pretrained_teacher_model: str | None = option(None, TEACHER_HELP)
     solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
-    pretrain_steps: int | None = option(0, "Steps with r = 0, where the teacher's denoised image is the target.")
+    pretrain_steps: Length | None = option(
+        0, "Steps with r = 0, or below 1 their share of the run, where the teacher's denoised image is the target."
+    )
     huber_c: float = option(0.03, "c of the pseudo-Huber distance, as iCT's for 32x32 colour images; see below.")
 
     def __post_init__(self) -> None:

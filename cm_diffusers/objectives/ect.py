@@ -28,7 +28,7 @@ from cm_diffusers.objectives.consistency import (
     estimate_and_target,
     middle_rho,
 )
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import Length, check_between, check_lengths, option, steps_of
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
@@ -37,10 +37,14 @@ DEFAULT_STAGES = 8  # as in the paper's CIFAR-10 run
 
 @dataclass(frozen=True)
 class ECTOptions:
-    pretrain_steps: int | None = option(
-        None, "Steps with r = 0 (diffusion pretraining). Default: half of the run, or 0 from a pretrained model."
+    pretrain_steps: Length | None = option(
+        None,
+        "Steps with r = 0 (diffusion pretraining), or below 1 their share of the run. Default: half of the run, or 0"
+        " from a pretrained model.",
     )
-    stage_steps: int | None = option(None, "Steps of each stage. Default: an eighth of the steps after pretraining.")
+    stage_steps: Length | None = option(
+        None, "Steps, or share of the run, of each stage. Default: an eighth of the steps after pretraining."
+    )
     q: float = option(2.0, "The gap t - r shrinks by this factor at each stage.")
     k: float = option(8.0, "n(t) = 1 + k sigmoid(-b t) widens the gap at small t.")
     b: float = option(1.0, "See k.")
@@ -55,10 +59,9 @@ class ECTOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.pretrain_steps is not None:
-            check_between("pretrain_steps", self.pretrain_steps, 0, 1 << 40)
-        if self.stage_steps is not None:
-            check_between("stage_steps", self.stage_steps, 1, 1 << 40)
+        check_lengths(self)
+        if self.stage_steps == 0:
+            raise ValueError("stage_steps must be at least 1, or a share of the run.")
         check_between("q", self.q, 1.0 + 1e-6, 1e6)
         check_between("k", self.k, 0, 1e6)
         check_between("b", self.b, 0, 1e6)
@@ -97,8 +100,11 @@ class ECT(Objective):
         if options.pretrain_steps is None:
             options = replace(options, pretrain_steps=0 if pretrained else total_steps // 2)
         if options.stage_steps is None:
-            tuning_steps = max(1, total_steps - options.pretrain_steps)
-            options = replace(options, stage_steps=math.ceil(tuning_steps / DEFAULT_STAGES))
+            tuning_steps = max(1, total_steps - steps_of(options.pretrain_steps, total_steps))
+            stage_steps = math.ceil(tuning_steps / DEFAULT_STAGES)
+        else:
+            stage_steps = max(1, steps_of(options.stage_steps, total_steps))
+        options = replace(options, stage_steps=stage_steps)
         super().__init__(network, spec, options, total_steps, pretrained, teacher)
 
     def stage(self, step: int) -> int:

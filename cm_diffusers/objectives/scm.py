@@ -21,7 +21,7 @@ from cm_diffusers.models import with_log_variance, without_log_variance
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import TEACHER_HELP, check_teacher, trigflow_pipeline
 from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import Length, check_between, check_lengths, option
 from cm_diffusers.objectives.spec import ModelSpec
 
 
@@ -29,7 +29,7 @@ from cm_diffusers.objectives.spec import ModelSpec
 class SCTOptions:
     p_mean: float = option(-1.0, "Mean of ln(sigma) in training.")
     p_std: float = option(1.4, "Standard deviation of ln(sigma) in training.")
-    tangent_warmup_steps: int = option(10_000, "Steps in which the unstable part of the tangent grows from 0 to 1.")
+    tangent_warmup_steps: Length = option(10_000, "Steps, or share, until the tangent's unstable part counts fully.")
     tangent_norm: str = option(
         "norm",
         "g / (|g| + c) with the norm of the sample, or its root mean square (the same for images of any size); g"
@@ -48,7 +48,7 @@ class SCTOptions:
     def __post_init__(self) -> None:
         check_between("p_mean", self.p_mean, -20, 20)
         check_between("p_std", self.p_std, 1e-3, 10)
-        check_between("tangent_warmup_steps", self.tangent_warmup_steps, 0, 1 << 40)
+        check_lengths(self)
         check_between("tangent_c", self.tangent_c, 1e-12, 1e6)
 
 

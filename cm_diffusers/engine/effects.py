@@ -1,0 +1,255 @@
+"""Which settings of a training run have an effect: a rule for each that others can switch off."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cm_diffusers.objectives.options import steps_of
+
+
+Values = Mapping[str, Any]  # all settings of a run by their flag names; a method's own only where it has them
+
+SOURCES = ("dataset_name", "train_data_dir")
+OF_A_SOURCE = ("dataset_config_name", "dataset_revision", "split", "image_column", "label_column", "channels")
+NEW_NETWORK = ("model_preset", "model_config_name_or_path")
+START = ("pretrained_model_name_or_path", "revision")
+TEACHER = ("pretrained_teacher_model", "teacher_revision", "from_scratch", "teacher_guidance_scale")
+
+# what a flag takes the place of in a config file: the other settings that answer the same question, and theirs
+REPLACES = {
+    **dict.fromkeys(SOURCES, SOURCES + OF_A_SOURCE),
+    "pretrained_model_name_or_path": ("revision", "from_scratch", *NEW_NETWORK, "time_label", "sigma_data"),
+    "model_preset": ("model_config_name_or_path", *START),
+    "model_config_name_or_path": ("model_preset", *START),
+    "from_scratch": START,
+    "pretrained_teacher_model": ("teacher_revision", "trajectory", "sigma_data"),
+    "trajectory": TEACHER,
+    "vae_name_or_path": ("sigma_data",),
+}
+
+
+def replaced(flags: Values, in_file: Values) -> dict[str, str]:
+    """The settings of a config file that flags take the place of, each with the flag that does."""
+    found = {}
+    for flag, names in REPLACES.items():
+        if not flags.get(flag) or flags[flag] == in_file.get(flag) or flags[flag] == "teacher":
+            continue  # trajectory "teacher" needs the teacher
+        if flag in SOURCES and flag in in_file:
+            found[flag] = flag  # said, although key by key a flag wins anyway
+        found |= {name: flag for name in names if name in in_file and name not in flags}
+    return found
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings that change nothing in some runs.
+
+    Args:
+        names: the settings.
+        causes: the settings that make it so.
+        when: whether it is so, of all settings.
+        why: the reason, and what to do; `{name}` stands for the value of a setting.
+    """
+
+    names: tuple[str, ...]
+    causes: tuple[str, ...]
+    when: Callable[[Values], bool]
+    why: str
+
+
+def _from_start(values: Values) -> bool:
+    return values["pretrained_model_name_or_path"] is not None
+
+
+def _from_teacher(values: Values) -> bool:
+    taught = values.get("pretrained_teacher_model") is not None
+    return taught and not values["from_scratch"] and not _from_start(values)
+
+
+def _whole_run(name: str) -> Callable[[Values], bool]:
+    return lambda values: steps_of(values.get(name), values["max_train_steps"]) >= values["max_train_steps"]
+
+
+def _is(name: str, *options: Any) -> Callable[[Values], bool]:
+    return lambda values: name in values and values[name] in options
+
+
+def _local(name: str) -> Callable[[Values], bool]:
+    return lambda values: values.get(name) is not None and Path(values[name]).exists()
+
+
+SHARE = "Give fewer steps, a share of the run (as 0.3), or a greater --max_train_steps"
+HUB = ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_timeout")
+GAN = tuple(f"discriminator_{name}" for name in ("start_step", "period", "learning_rate", "backbone"))
+
+RULES = (
+    Rule(
+        ("pretrain_steps",),
+        (),
+        _whole_run("pretrain_steps"),
+        "{pretrain_steps} steps of pretraining leave none for {method} in a run of {max_train_steps}. " + SHARE,
+    ),
+    Rule(
+        ("lr_warmup_steps",),
+        ("lr_scheduler",),
+        _is("lr_scheduler", "constant"),
+        "lr_scheduler constant has no warm-up. Use --lr_scheduler constant_with_warmup",
+    ),
+    Rule(
+        ("lr_warmup_steps",),
+        (),
+        _whole_run("lr_warmup_steps"),
+        "a warm-up of {lr_warmup_steps} steps does not end in a run of {max_train_steps}. " + SHARE,
+    ),
+    Rule(
+        ("tangent_warmup_steps",),
+        (),
+        _whole_run("tangent_warmup_steps"),
+        "a warm-up of {tangent_warmup_steps} steps does not end in a run of {max_train_steps}. " + SHARE,
+    ),
+    Rule(
+        ("discriminator_start_step",),
+        (),
+        _whole_run("discriminator_start_step"),
+        "a run of {max_train_steps} steps has no step {discriminator_start_step}. " + SHARE,
+    ),
+    Rule(
+        NEW_NETWORK,
+        START,
+        _from_start,
+        "the network is that of --pretrained_model_name_or_path, {pretrained_model_name_or_path}. Leave one of them"
+        " out",
+    ),
+    Rule(
+        (*NEW_NETWORK, "time_label"),
+        ("pretrained_teacher_model",),
+        _from_teacher,
+        "the network is that of the teacher, {pretrained_teacher_model}. Add --from_scratch for a new one",
+    ),
+    Rule(
+        ("model_preset",),
+        ("model_config_name_or_path",),
+        lambda values: values["model_config_name_or_path"] is not None,
+        "the network is that of --model_config_name_or_path. Leave one of them out",
+    ),
+    Rule(
+        ("revision",),
+        START,
+        _local("pretrained_model_name_or_path"),
+        "{pretrained_model_name_or_path} is a folder, and revisions are those of a model on the Hub",
+    ),
+    Rule(
+        ("teacher_revision",),
+        TEACHER,
+        _local("pretrained_teacher_model"),
+        "{pretrained_teacher_model} is a folder, and revisions are those of a teacher on the Hub",
+    ),
+    Rule(
+        ("label_column", "label_dropout"),
+        ("class_conditional",),
+        _is("class_conditional", False),
+        "without --class_conditional no labels are read",
+    ),
+    Rule(
+        ("split",),
+        SOURCES,
+        lambda values: values["dataset_name"] == "digits" and values["split"] != "train",
+        "the digits have one split, train",
+    ),
+    Rule(
+        ("dataset_config_name", "dataset_revision", "image_column", "label_column", "dataloader_num_workers"),
+        SOURCES,
+        _is("dataset_name", "digits"),
+        "the digits come with scikit-learn: they have no configurations, revisions or other columns, and no files to"
+        " read",
+    ),
+    Rule(
+        ("dataset_config_name", "dataset_revision"),
+        SOURCES,
+        lambda values: values["train_data_dir"] is not None,
+        "--train_data_dir is a folder of images, and those are of datasets on the Hub",
+    ),
+    Rule(
+        ("ema_rampup",),
+        ("ema_decay",),
+        lambda values: bool(values["ema_decay"]) and not values["ema_half_life"],
+        "a constant --ema_decay has no ramp. Give --ema_half_life instead",
+    ),
+    Rule(HUB, ("push_to_hub",), _is("push_to_hub", False), "nothing is published without --push_to_hub"),
+    Rule(
+        ("hub_strategy",),
+        (),
+        lambda values: (
+            values["hub_strategy"] == "every_save" and values["checkpointing_steps"] >= values["max_train_steps"]
+        ),
+        "a run of {max_train_steps} steps has no checkpoint before its end. Give fewer --checkpointing_steps than"
+        " {checkpointing_steps}",
+    ),
+    Rule(
+        ("huber_c",),
+        ("distance",),
+        _is("distance", "l2", "lpips"),
+        "it is of --distance pseudo_huber, and distance is {distance}",
+    ),
+    Rule(("b",), ("k",), _is("k", 0), "k is 0, which b stands beside as a factor"),
+    Rule(
+        ("tangent_c",),
+        ("tangent_norm",),
+        _is("tangent_norm", "clip", "none"),
+        "tangent_norm {tangent_norm} has no constant. Use --tangent_norm norm or rms",
+    ),
+    Rule(
+        ("rollout_steps", "epsilon_min", "epsilon_max"),
+        ("martingale_weight",),
+        _is("martingale_weight", 0),
+        "martingale_weight 0 leaves out the rollouts",
+    ),
+    Rule(("weight_c",), ("power",), _is("power", 0), "power 0 weighs all alike"),
+    Rule(GAN, ("gan_weight",), _is("gan_weight", 0), "gan_weight 0 leaves out the discriminator"),
+    Rule(("solver",), ("trajectory",), _is("trajectory", "data"), "trajectory data solves no ODE"),
+    Rule(
+        ("balance",),
+        ("dsm_weight", "gan_weight"),
+        lambda values: values.get("dsm_weight") == 0 == values.get("gan_weight"),
+        "dsm_weight and gan_weight 0 leave no second loss",
+    ),
+)
+
+
+def without_effect(values: Values, given: Mapping[str, bool]) -> tuple[dict[str, str], list[str]]:
+    """The given settings that change nothing in a run.
+
+    Args:
+        values: all settings.
+        given: by the names of the settings that somebody gave, whether as a flag (else in a config file).
+
+    Gives those of the config file that a flag makes idle, each with that flag, and for the others a reason each.
+    """
+    idle, faults = {}, []
+    for rule in RULES:
+        for name in rule.names:
+            if name not in given or not values[name] or not rule.when(values):
+                continue
+            causes = [cause for cause in rule.causes if given.get(cause)]
+            if causes and not given[name]:
+                idle[name] = causes[0]
+            else:
+                faults.append(f"{name} {_shown(values[name])} has no effect: {rule.why.format_map(values)}.")
+    return idle, faults
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def say_replaced(found: Mapping[str, str], in_file: Values, values: Values) -> list[str]:
+    """A line for every flag that took the place of settings of a config file."""
+    lines = []
+    for flag in dict.fromkeys(found.values()):
+        names = [name for name in found if found[name] == flag]
+        parts = ", ".join(f"{name} {_shown(in_file[name])}" for name in names)
+        kept = values.get("resolution") if flag in SOURCES and "resolution" in in_file else None
+        size = "" if kept is None else f" Its resolution stays: {_shown(kept)}; --resolution sets another."
+        lines.append(f"--{flag} {_shown(values[flag])} replaces the config file's {parts}.{size}")
+    return lines
