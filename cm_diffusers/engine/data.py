@@ -14,7 +14,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import permutation
-from cm_diffusers.engine.columns import Rows, find_image_column, find_label_column, marks_of, paths_of, undecoded
+from cm_diffusers.engine.columns import (
+    Rows,
+    find_image_column,
+    find_label_column,
+    kind_of,
+    marks_of,
+    paths_of,
+    undecoded,
+)
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.image_sources import TABLES, load_local
@@ -22,7 +30,7 @@ from cm_diffusers.engine.labels import read_labels
 from cm_diffusers.engine.order import KeyedOrder, Spot
 from cm_diffusers.engine.records import name_in_messages, open_image, why
 from cm_diffusers.engine.scan import CACHE_BYTES, VERSION, DecodedImages, Facts, load_scan, save_scan, scan
-from cm_diffusers.engine.streams import StreamedRows, StreamOrder, stream_batches
+from cm_diffusers.engine.streams import StreamedRows, StreamOrder, numbered, stream_batches
 from cm_diffusers.pixels import size_of
 
 
@@ -54,7 +62,7 @@ def load_source(
             source = _load(args, Path(name), labelled, say)
         except Exception as error:  # the library raises many kinds; all mean that there is no dataset
             raise ValueError(f"dataset {name!r}, split {args.split!r}, can't be loaded: {_causes(error)}") from error
-    if args.max_train_samples is not None:
+    if args.max_train_samples is not None and not args.streaming:
         source = source.take(args.max_train_samples)
     if not args.streaming and len(source) == 0:
         raise ValueError(f"dataset {name!r} is empty.")
@@ -165,7 +173,7 @@ class ImageData:
     def _find_size(self) -> tuple[int, int]:
         """(height, width), as asked for, or as the first image that can be read has them."""
         asked, faults = self.args.resolution, []
-        for i, row in enumerate(self.source.take(FIRST)):
+        for i, row in numbered(self.source, FIRST):
             try:
                 image = open_image(row[self.column])
             except Exception as error:  # whatever is wrong with it, the scan names it
@@ -188,7 +196,8 @@ class ImageData:
             names = getattr(features[self.label_column], "names", None)
             if names is None:
                 raise ValueError(
-                    f"a streamed dataset needs labels of the kind ClassLabel; {self.label_column!r} is not."
+                    f"a stream needs labels of the type ClassLabel, which says how many classes there are; column"
+                    f" {self.label_column!r} is {kind_of(features[self.label_column])}. Leave out --streaming."
                 )
             self.num_classes, self._classes = len(names), dict(enumerate(names))
 
@@ -219,7 +228,8 @@ class ImageData:
 
     def _look_at_first(self) -> None:
         """Decode the first rows of a stream for what has to be known of all; the others are checked as they come."""
-        first = list(self.source.take(FIRST_ROWS))
+        count = min(FIRST_ROWS, self.args.max_train_samples or FIRST_ROWS)
+        first = [row for _, row in numbered(self.source, count)]
         decoder = DecodedImages(first, self.column, self.args.channels, self.resolution)
         facts, images = scan(decoder, True, self.args.dataloader_num_workers, self.show_progress)
         self._use(facts, decoder)
@@ -267,9 +277,8 @@ class ImageData:
     def batches(self, spot: Spot, seed: int, step: int = 0) -> Iterator[dict[str, Tensor | None]]:
         """Batches for the forward passes of this process from training step `step` on, without end."""
         if self.args.streaming:
-            return stream_batches(
-                StreamOrder(self.source, spot, seed, step), self._streamed, self.args.dataloader_num_workers
-            )
+            order = StreamOrder(self.source, spot, seed, step, self.args.max_train_samples)
+            return stream_batches(order, self._streamed, self.args.dataloader_num_workers)
         order = KeyedOrder(len(self.images), spot, seed, step)
         workers = 0 if torch.is_tensor(self.images) else self.args.dataloader_num_workers
         rows = _Rows(self.images, self.labels)

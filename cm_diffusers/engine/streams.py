@@ -29,6 +29,20 @@ class StreamFault(ValueError):
     """A row that can't be used, or a stream that can't be read on, found in the middle of training."""
 
 
+def numbered(stream: Iterable[dict[str, Any]], limit: int | None = None) -> Iterator[Row]:
+    """The first rows with their numbers; what is behind them is not read, as `take` of the datasets library would.
+
+    Raises StreamFault where the stream fails, whatever the error is.
+    """
+    number = -1
+    try:
+        for number, row in enumerate(islice(stream, limit)):
+            yield number, row
+    except Exception as error:  # of networks, files and formats
+        place = f" after row {number}" if number >= 0 else ""
+        raise StreamFault(f"the dataset can't be read{place}: {why(error)}") from error
+
+
 def shuffled(rows: Iterable[Row], *key: object) -> Iterator[Row]:
     """The rows in a keyed order: each is drawn from a buffer of `SHUFFLE_BUFFER` rows."""
     draw, buffer = random.Random(derive_seed("stream", *key)).random, []
@@ -47,10 +61,19 @@ class StreamOrder(Sampler):
     """Lists of rows, one per forward pass of this process, from `step` on: a function of the stream and (seed, epoch).
 
     Where the stream can't be read on, the last list is that of a `StreamFault`.
+
+    Args:
+        stream: gives the rows of an epoch, all or more.
+        spot: where this process stands.
+        seed: of the run.
+        step: the training step to begin with.
+        limit: how many rows an epoch has at most.
     """
 
-    def __init__(self, stream: Iterable[dict[str, Any]], spot: Spot, seed: int, step: int = 0):
-        self.stream, self.spot, self.seed, self.step = stream, spot, seed, step
+    def __init__(
+        self, stream: Iterable[dict[str, Any]], spot: Spot, seed: int, step: int = 0, limit: int | None = None
+    ):
+        self.stream, self.spot, self.seed, self.step, self.limit = stream, spot, seed, step, limit
 
     def __iter__(self) -> Iterator[list[Row] | list[StreamFault]]:
         rows = self._rows(self.step * self.spot.global_batch)
@@ -68,21 +91,13 @@ class StreamOrder(Sampler):
         epoch = 0
         while True:
             count = 0
-            for count, row in enumerate(shuffled(self._numbered(), self.seed, epoch), 1):
+            for count, row in enumerate(shuffled(numbered(self.stream, self.limit), self.seed, epoch), 1):
                 if count > start:
                     yield row
             if not count:
-                raise StreamFault("the stream has no rows.")
+                raise StreamFault("the dataset has no rows.")
             passed = max(1, start // count)  # whole epochs; those after the first need not be read to be passed
             epoch, start = epoch + passed, max(0, start - passed * count)
-
-    def _numbered(self) -> Iterator[Row]:
-        number = -1
-        try:
-            for number, row in enumerate(self.stream):
-                yield number, row
-        except Exception as error:  # of networks, files and formats: whatever it is, the run is saved
-            raise StreamFault(f"the stream can't be read on after row {number}: {why(error)}") from error
 
 
 class StreamedRows(Dataset):
@@ -145,7 +160,12 @@ class StreamedRows(Dataset):
 
 def stream_batches(order: StreamOrder, rows: StreamedRows, workers: int = 0) -> Iterator[dict[str, Tensor | None]]:
     """Batches without end, decoded by `workers` processes. Raises StreamFault where a row can't be used."""
-    for batch in DataLoader(rows, batch_sampler=order, num_workers=workers, collate_fn=_identity):
+    loader = iter(DataLoader(rows, batch_sampler=order, num_workers=workers, collate_fn=_identity))
+    while True:
+        try:
+            batch = next(loader)
+        except RuntimeError as error:  # a worker that was killed, as for want of memory
+            raise StreamFault(f"the images can't be decoded: {why(error)}") from error
         if isinstance(batch, StreamFault):
             raise batch
         yield batch

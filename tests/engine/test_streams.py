@@ -263,6 +263,51 @@ def test_a_stream_that_ends_in_an_error_gives_all_before_it(workers):
         next(batches)
 
 
+def corrupt(folder):
+    """Cut off the last of the shards."""
+    file = sorted(folder.glob("*.parquet"))[-1]
+    file.write_bytes(file.read_bytes()[:-20])
+    return folder
+
+
+def test_a_damaged_shard_is_one_line_before_training_where_it_is_among_the_first_rows(tmp_path):
+    with pytest.raises(ValueError, match="the dataset can't be read after row 11: .*arquet"):
+        open_stream(corrupt(write_shards(tmp_path / "d", GREY, GREY)))
+    with pytest.raises(ValueError, match="can't be "):
+        open_stream(corrupt(write_shards(tmp_path / "e", GREY)))
+
+
+def test_a_damaged_shard_later_on_is_a_fault_in_the_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "FIRST_ROWS", 10)
+    data = open_stream(corrupt(write_shards(tmp_path / "d", GREY, GREY)))
+    batches = data.batches(Spot(2), 0)
+    take(batches, 3)
+    with pytest.raises(StreamFault, match="after row 11"):
+        next(batches)
+
+
+def test_what_is_behind_a_subset_is_not_read(tmp_path):
+    folder = corrupt(write_shards(tmp_path / "d", GREY, GREY))
+    data = open_stream(folder, max_train_samples=12)
+    assert sorted(flat(values_of(take(data.batches(Spot(12), 0), 1)))) == list(range(12))
+
+
+def test_a_worker_that_is_killed_is_a_fault_in_the_stream(three_shards, monkeypatch):
+    data = open_stream(three_shards, dataloader_num_workers=1)
+    monkeypatch.setattr(DecodedImages, "decode", lambda *args: os._exit(9))
+    with pytest.raises(StreamFault, match="can't be decoded: .*worker"):
+        next(data.batches(Spot(4), 0))
+
+
+def test_labels_of_unknown_number_are_refused_with_what_to_do(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    rows = {"image": grey_images(3), "label": ["b", "a", "b"]}
+    datasets.Dataset.from_dict(rows).to_parquet(folder / "train.parquet")
+    with pytest.raises(ValueError, match="ClassLabel.*'label' is string. Leave out --streaming"):
+        open_stream(folder, conditional=True)
+
+
 def test_a_stream_without_rows_ends_at_once():
     batches = stream_batches(StreamOrder([], Spot(4), 0), StreamedRows(DecodedImages([], "image", 1, (8, 8))))
     with pytest.raises(StreamFault, match="no rows"):
