@@ -25,7 +25,7 @@ from cm_diffusers.engine.columns import (
 )
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.description import DataDescription
-from cm_diffusers.engine.image_sources import TABLES, load_local
+from cm_diffusers.engine.image_sources import declares_parts, is_table, load_local
 from cm_diffusers.engine.labels import read_labels
 from cm_diffusers.engine.order import KeyedOrder, Spot
 from cm_diffusers.engine.records import name_in_messages, open_image, why
@@ -70,13 +70,13 @@ def load_source(
 
 
 def _load(args: DataArguments, path: Path, labelled: bool, say: Callable[[str], None]) -> Rows:
-    if path.exists() and args.dataset_config_name is None:
+    tables = args.train_data_dir is None
+    if path.exists() and args.dataset_config_name is None and not (tables and declares_parts(path)):
         columns = {"labelled": labelled, "label_column": args.label_column, "image_column": args.image_column}
-        tables = args.train_data_dir is None
         source = load_local(path, args.split, args.streaming, **columns, tables=tables, say=say)
         if source is not None:
             return source
-    elif path.suffix in TABLES or path.is_absolute():
+    elif not path.exists() and (is_table(path) or path.is_absolute()):
         raise ValueError("there is no such file or folder.")
     return datasets.load_dataset(
         str(path) if path.exists() else args.dataset_name,

@@ -44,6 +44,18 @@ IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
 TABLES = (*LISTED_TABLES, ".json")
 
 
+def is_table(path: Path) -> bool:
+    """Whether a path is that of a table by its name."""
+    return path.suffix.lower() in TABLES
+
+
+def declares_parts(path: Path) -> bool:
+    """Whether a folder, as a copy of one on the Hub, says in README.md itself which files make which dataset."""
+    readme = path / "README.md"
+    header = re.match(r"---\n(.*?)\n---", readme.read_text("utf-8", "replace"), re.S) if readme.is_file() else None
+    return header is not None and re.search(r"^configs:", header[1], re.M) is not None
+
+
 def load_local(
     path: Path,
     split: str = "train",
@@ -72,7 +84,7 @@ def load_local(
         ValueError: no such split, or images, tables or labels that can't be read or contradict one another.
         OSError: a file or folder that can't be read.
     """
-    if path.is_file() and path.suffix in TABLES:
+    if path.is_file() and is_table(path):
         return _read_tables({split_names(split)[0]: [path]}, path, split, streaming, image_column, say)
     if tables and path.is_dir() and is_saved(path):
         splits = load_saved(path)
@@ -149,7 +161,8 @@ def read_images(
         ValueError: there are no images, labels contradict one another, or metadata names what is not there.
     """
     if not listing.images:
-        raise ValueError(f"it holds no images{listing.summary()}.")
+        advice = f" Give --dataset_name {listing.root} to read its tables." if listing.tables else ""
+        raise ValueError(f"it holds no images{listing.summary()}.{advice}")
     if listing.tells_splits:
         listing.classes()  # which says what to do
     paths = pa.array([image.path for image in listing.images])
@@ -291,7 +304,7 @@ def open_source(path: Path, split: str = "train") -> Source:
             return _by_arrays(*read_mnist(found[0])) if found else _by_rows(path, split)
         if IDX_IMAGES.search(path.name):
             return _by_arrays(*read_mnist(path))
-        if path.suffix in TABLES or zipfile.is_zipfile(path):
+        if is_table(path) or zipfile.is_zipfile(path):
             return _by_rows(path, split)
         if tarfile.is_tarfile(path):
             return _by_arrays(*read_cifar10(path, split))

@@ -2,7 +2,7 @@
 
 An image is a file whose name ends as those of a format that Pillow reads, wherever below the folder it lies and
 whatever else its name and path hold; links are followed. The members of a .zip count as files of the folder that the
-.zip lies in. Left out, and counted, are hidden files and folders and everything else.
+.zip lies in, unless they lie there already. Left out, and counted, are hidden files and folders and everything else.
 
 The class of an image is the first folder on its way, behind those that all images share: of mine/cat/0.png,
 mine/cat/more/1.png and mine/dog/2.png the classes are cat and dog. Images that all lie in one folder have no classes.
@@ -33,7 +33,7 @@ def natural_key(text: str) -> tuple:
     return *parts, text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ListedImage:
     """An image of a folder.
 
@@ -42,12 +42,14 @@ class ListedImage:
         place: the same without the archive: where the image would lie if it were unpacked.
         path: what `records.open_image` opens.
         mark: changes when the image does: size and time of its last change, or the checksum of a member.
+        archive: the name of the zip that it is a member of, or nothing.
     """
 
     name: str
     place: str
     path: str
     mark: tuple[int, int]
+    archive: str = ""
 
 
 @dataclass
@@ -122,6 +124,7 @@ def list_images(root: Path) -> Listing:
     listing = Listing(root)
     if root.is_dir():
         _list_folder(listing)
+        _leave_out_unpacked(listing)
     else:
         _list_members(listing, root, "")
     listing.images.sort(key=lambda image: [natural_key(part) for part in image.place.split("/")])
@@ -174,7 +177,8 @@ def _list_folder(listing: Listing) -> None:
 
 def _list_members(listing: Listing, path: Path, place: str) -> None:
     """The members of a zip, as if they were unpacked to the folder `place`."""
-    known, prefix = _suffixes(), f"{place}{path.name}/" if path != listing.root else ""
+    known, zipped = _suffixes(), place + path.name if path != listing.root else ""
+    prefix = f"{zipped}/" if zipped else ""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if not info.is_dir()]
@@ -192,10 +196,25 @@ def _list_members(listing: Listing, path: Path, place: str) -> None:
             if info.flag_bits & 1:
                 raise ValueError(f"the archive {path.name!r} is encrypted; unpack it.")
             where = f"zip://{name}::{os.path.abspath(path)}"
-            image = ListedImage(prefix + name, place + name, where, (info.file_size, info.CRC))
-            listing.images.append(image)
+            mark = info.file_size, info.CRC
+            listing.images.append(ListedImage(prefix + name, place + name, where, mark, zipped))
         elif name != LABELS or path != listing.root:
             listing.leave_out(_suffix(name) or "without an ending", prefix + name)
+
+
+def _leave_out_unpacked(listing: Listing) -> None:
+    """Leave out archives whose images all lie beside them, or in the folder of their name, as they were unpacked."""
+    sizes, archives = {image.name: image.mark[0] for image in listing.images if not image.archive}, {}
+    for image in listing.images:
+        if image.archive:
+            archives.setdefault(image.archive, []).append(image)
+    for archive, members in archives.items():
+        folder, base = f"{os.path.dirname(archive)}/".lstrip("/"), os.path.splitext(archive)[0]
+        for home in (folder, f"{base}/"):
+            if all(sizes.get(home + image.place.removeprefix(folder)) == image.mark[0] for image in members):
+                listing.images = [image for image in listing.images if image.archive != archive]
+                listing.leave_out("archives that lie there unpacked", archive)
+                break
 
 
 def _is_hidden(name: str) -> bool:

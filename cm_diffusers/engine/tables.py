@@ -28,6 +28,10 @@ SPLITS |= {"dev": "validation"}
 PATHS = ("file_name", "filename", "file", "path", "image", "img", "image_path")  # columns of text that may be files
 
 
+def _kind(path: Path) -> str:
+    return path.suffix.lower()
+
+
 def is_saved(path: Path) -> bool:
     """Whether a folder is one of `save_to_disk`."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
@@ -87,20 +91,20 @@ def load_tables(paths: Sequence[Path], split: str, image_column: str | None = No
         ValueError: a file that can't be read, or with other columns than the first.
     """
     paths = sorted(paths, key=lambda path: natural_key(str(path)))
-    parquet = [path for path in paths if path.suffix == ".parquet"]
-    parts = [_read(path) for path in paths if path.suffix != ".parquet"]
+    parquet = [path for path in paths if _kind(path) == ".parquet"]
+    parts = [_read(path) for path in paths if _kind(path) != ".parquet"]
     if parquet:
         builder = _builder(parquet, split)
         builder.download_and_prepare()
         parts.append(builder.as_dataset(split))
-        paths = [path for path in paths if path.suffix != ".parquet"] + parquet[:1]
+        paths = [path for path in paths if _kind(path) != ".parquet"] + parquet[:1]
     parts = [_with_paths(part, path.parent, image_column) for part, path in zip(parts, paths)]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
 def stream_tables(paths: Sequence[Path], split: str, image_column: str | None = None) -> datasets.IterableDataset:
     """The same as a stream."""
-    if any(path.suffix != ".parquet" for path in paths):
+    if any(_kind(path) != ".parquet" for path in paths):
         return load_tables(paths, split, image_column).to_iterable_dataset()
     paths = sorted(paths, key=lambda path: natural_key(str(path)))
     stream = _builder(paths, split).as_streaming_dataset(split)
@@ -142,20 +146,20 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 def _read(path: Path) -> datasets.Dataset:
     """The rows of an Arrow file, a CSV or JSON lines."""
     try:
-        if path.suffix == ".arrow":
+        if _kind(path) == ".arrow":
             table = _read_arrow(path)
         else:
-            columns = _read_json(path) if path.suffix in (".jsonl", ".json") else _read_csv(path)
+            columns = _read_json(path) if _kind(path) in (".jsonl", ".json") else _read_csv(path)
             table = pa.table({name: pa.array(values) for name, values in columns.items()})
     except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} can't be read: {error}") from None
     features = features_of(table.schema)
-    return datasets.Dataset(datasets.table.table_cast(table, features.arrow_schema), datasets.DatasetInfo(features))
+    return datasets.Dataset(datasets.table.table_cast(table, features.arrow_schema), datasets.DatasetInfo(features=features))
 
 
 def read_rows(path: Path) -> pa.Table:
     """A table of any kind in memory, for what describes images. Raises ValueError where it can't be read."""
-    if path.suffix != ".parquet":
+    if _kind(path) != ".parquet":
         return _read(path).data.table
     try:
         table = pq.read_table(path, partitioning=None)
@@ -175,7 +179,7 @@ def _read_arrow(path: Path) -> pa.Table:
 def _read_csv(path: Path) -> dict[str, list]:
     """Columns whose values are all integers, or all numbers, become so; "01" and "NA" are text, "" is no value."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        rows = csv.reader(file, delimiter="\t" if _kind(path) == ".tsv" else ",")
         names = next(rows, None)
         if not names:
             raise ValueError("it is empty")
@@ -231,4 +235,4 @@ def _with_paths(rows: Any, folder: Path, image_column: str | None) -> Any:
     kind = features[column].pa_type
     images = pa.array([place(path) for path in rows[column]], kind)
     table = rows.data.table.set_column(rows.data.column_names.index(column), pa.field(column, kind), images)
-    return datasets.Dataset(table, datasets.DatasetInfo(features))
+    return datasets.Dataset(table, datasets.DatasetInfo(features=features))

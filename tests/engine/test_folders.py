@@ -250,7 +250,7 @@ def test_numbers_in_names_count(tmp_path):
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "train.parquet").write_bytes(b"x")
-    refused(tmp_path, "holds no images; left out 2: 1 .txt .notes.txt., 1 tables .train.parquet.")
+    refused(tmp_path, "holds no images; left out 2: 1 .txt .notes.txt., 1 tables .train.parquet.*--dataset_name")
 
 
 def test_a_folder_that_cant_be_read_is_named(tmp_path, monkeypatch):
@@ -388,6 +388,17 @@ def test_archives_that_cant_be_read_are_named(tmp_path):
     refused(tmp_path, "archive 'images.zip' can't be read.*unpack or remove it", conditional=False)
     zipped(tmp_path / "images.zip", a="../0.png")
     refused(tmp_path, "'../0.png' would lie outside", conditional=False)
+
+
+@pytest.mark.parametrize("home", [".", "images"])
+def test_an_archive_that_lies_there_unpacked_is_not_read_twice(tmp_path, home):
+    zipped(tmp_path / "in" / "images.zip", a="x/0.png", b="y/1.png")
+    zipfile.ZipFile(tmp_path / "in" / "images.zip").extractall(tmp_path / "in" / home)
+    listing = list_images(tmp_path / "in")
+    assert [image.place.removeprefix("images/") for image in listing.images] == ["x/0.png", "y/1.png"]
+    assert listing.left_out == {"archives that lie there unpacked": ["images.zip"]}
+    (tmp_path / "in" / home / "x" / "0.png").write_bytes(b"another")
+    assert len(list_images(tmp_path / "in").images) == 4
 
 
 def test_a_bad_member_is_named_with_its_archive(tmp_path):

@@ -210,6 +210,13 @@ def test_a_saved_dict_without_the_split_names_those_it_has(tmp_path):
         read(tmp_path / "d")
 
 
+def test_endings_in_capitals(tmp_path):
+    (tmp_path / "d").mkdir()
+    pq.write_table(pa.table({"image": records(2)}), tmp_path / "d" / "T.PARQUET")
+    for path in (tmp_path / "d", tmp_path / "d" / "T.PARQUET"):
+        assert holds(read(path, conditional=False), 0, 1)
+
+
 def test_an_arrow_file(tmp_path):
     table = pa.table({"image": records(2), "label": ["9", "10"]})
     for name, write in {"stream": pa.ipc.new_stream, "file": pa.ipc.new_file}.items():
@@ -217,6 +224,18 @@ def test_an_arrow_file(tmp_path):
             out.write_table(table)
         data = read(tmp_path / f"{name}.arrow")
         assert holds(data, 0, 1) and data.description.classes == {0: "9", 1: "10"}
+
+
+def test_a_copy_of_a_hub_dataset_of_several_parts_asks_for_one(tmp_path):
+    header = "---\nconfigs:\n"
+    for i, part in enumerate(("cats", "dogs")):
+        (tmp_path / part).mkdir()
+        pq.write_table(pa.table({"image": records(2)[i:][:1]}), tmp_path / part / "train.parquet")
+        header += f"- config_name: {part}\n  data_files: {part}/*.parquet\n"
+    (tmp_path / "README.md").write_text(f"{header}---\n# Pets\n")
+    with pytest.raises(ValueError, match="(?s)Config name is missing.*cats.*dogs"):
+        read(tmp_path, conditional=False)
+    assert holds(read(tmp_path / "dogs" / "train.parquet", conditional=False), 1)
 
 
 def test_paths_that_are_not_there_are_answered_at_once(tmp_path, monkeypatch):

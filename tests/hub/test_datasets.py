@@ -1,5 +1,6 @@
 """Prepared datasets: what is published, and that the Hub's readers understand it."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loopback import File, Repository
 from PIL import Image
 from test_push import quick  # noqa: F401
 
@@ -19,6 +21,17 @@ import json, sys
 import datasets
 data = datasets.load_dataset(sys.argv[1])
 print(json.dumps({split: [rows.features["label"].names, rows["label"][:], len(rows)] for split, rows in data.items()}))
+"""
+
+TRAIN = """
+import json, sys
+from cm_diffusers.engine.config import DataArguments
+from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.order import Spot
+limit = int(sys.argv[2])
+args = DataArguments(dataset_name="tester/files", streaming=sys.argv[1] == "1", max_train_samples=limit)
+data = ImageData(args, False, show_progress=False)
+print(json.dumps(next(data.batches(Spot(limit), 0))["images"][:, 0, 0, 0].tolist()))
 """
 
 
@@ -59,6 +72,27 @@ def test_a_dataset_on_the_hub_is_read_by_its_id(hub, prepare, tmp_path, capsys):
     run = subprocess.run(command, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == {split: [["a", "b"], [0, 0, 0, 1, 1, 1], 6] for split in ("train", "test")}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_image_files_on_the_hub_are_opened_streamed_or_not(hub, tmp_path, streaming):
+    tree = {}
+    for i, name in enumerate(("10/a.png", "10/b.png", "9/c.png", "9/no image.png")):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((8, 8), 50 * i, np.uint8)).save(buffer, "PNG")
+        tree[name] = File(buffer.getvalue() if "no" not in name else b"no image", lfs=False)
+    repo = hub.repositories["dataset", "tester/files"] = Repository("dataset", "tester/files", private=False)
+    repo.commit("main", "images", tree)
+    environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(TRAINING.parent)}
+
+    def read(limit):
+        command = [sys.executable, "-c", TRAIN, str(int(streaming)), str(limit)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    run = read(3)
+    assert run.returncode == 0, run.stderr
+    assert sorted(json.loads(run.stdout)) == [0, 50, 100]
+    assert "no image.png): cannot identify image file" in read(4).stderr
 
 
 def test_a_name_that_can_t_be_written_to_is_found_before_anything_is_prepared(prepare, tmp_path, capsys):
