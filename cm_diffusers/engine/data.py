@@ -78,13 +78,13 @@ def _load(args: DataArguments, path: Path, labelled: bool, say: Callable[[str], 
             return source
     elif not path.exists() and (is_table(path) or path.is_absolute()):
         raise ValueError("there is no such file or folder.")
-    return datasets.load_dataset(
-        str(path) if path.exists() else args.dataset_name,
-        args.dataset_config_name,
-        split=args.split,
-        streaming=args.streaming,
-        revision=args.dataset_revision,
-    )
+    name, options = str(path) if path.exists() else args.dataset_name, {"revision": args.dataset_revision}
+    if not args.streaming:
+        return datasets.load_dataset(name, args.dataset_config_name, split=args.split, **options)
+    builder = datasets.load_dataset_builder(name, args.dataset_config_name, **options)
+    if hasattr(builder.config, "decode_num_threads"):
+        builder.config.decode_num_threads = 0  # or the library decodes, and fails without a name
+    return builder.as_streaming_dataset(args.split)
 
 
 def _causes(error: BaseException) -> str:

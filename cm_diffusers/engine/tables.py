@@ -154,7 +154,9 @@ def _read(path: Path) -> datasets.Dataset:
     except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} can't be read: {error}") from None
     features = features_of(table.schema)
-    return datasets.Dataset(datasets.table.table_cast(table, features.arrow_schema), datasets.DatasetInfo(features=features))
+    return datasets.Dataset(
+        datasets.table.table_cast(table, features.arrow_schema), datasets.DatasetInfo(features=features)
+    )
 
 
 def read_rows(path: Path) -> pa.Table:
