@@ -133,7 +133,10 @@ class RunArguments:
     max_grad_norm: float = option(0.0, "Clip the gradient to this norm; 0 for no clipping.")
     max_skipped_steps: int = option(20, "Stop after more successive steps with a loss or gradient that is not finite.")
     mixed_precision: str | None = option(
-        None, "Default: what accelerate launch was told, else no.", choices=["no", "fp16", "bf16"]
+        None,
+        "Default: fp16 or bf16 if accelerate launch was told so; else on a GPU by the method, fp16 where neighbouring"
+        " noise levels are compared and bf16 elsewhere; without one no, float32.",
+        choices=["no", "fp16", "bf16"],
     )
     compile: bool = option(False, "Compile the network with torch.compile.")
     ema_half_life: list[float] | None = option(

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -41,6 +40,7 @@ from cm_diffusers.engine.optimization import (
 )
 from cm_diffusers.engine.order import Spot
 from cm_diffusers.engine.pictures import plot_losses
+from cm_diffusers.engine.precision import CastPass
 from cm_diffusers.engine.preview import save_preview, with_vae
 from cm_diffusers.engine.stock import null_class
 from cm_diffusers.engine.streams import StreamFault
@@ -85,7 +85,7 @@ class Trainer:
         for module in (*objective.auxiliary.values(), *teacher):
             accelerator.prepare_model(module, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(network, run))
-        objective.model = accelerator.prepare_model(torch.compile(network) if run.compile else network)
+        objective.model = accelerator.prepare_model(CastPass(torch.compile(network) if run.compile else network))
         objective.model.train()
         if accelerator.num_processes > 1:
             objective.average = lambda value: accelerator.reduce(value, "mean")
@@ -313,10 +313,11 @@ class Trainer:
         accelerator.unscale_gradients(optimizer)
         gradients = [p.grad for p in player.network.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        finite = math.isfinite(sum(loss.total.item() for loss in losses)) and math.isfinite(norm.item())
-        trouble, stop = self._agree(not finite, self._signal != 0)
+        finite_loss = math.isfinite(sum(loss.total.item() for loss in losses))
+        finite = finite_loss and math.isfinite(norm.item())
+        trouble, diverged, stop = self._agree(not finite, not finite_loss, self._signal != 0)
         if trouble:
-            self._skip(optimizer)
+            self._skip(diverged)
         else:
             if self.run.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(player.network.parameters(), self.run.max_grad_norm, norm)
@@ -340,11 +341,14 @@ class Trainer:
             return list(flags)
         return (self.accelerator.reduce(torch.tensor(flags, device=self.accelerator.device).float()) > 0).tolist()
 
-    def _skip(self, optimizer: AcceleratedOptimizer) -> None:
-        if self.accelerator.scaler is not None:
-            optimizer.step()  # lets the scaler lower its scale; it does not step the weights
+    def _skip(self, diverged: bool) -> None:
+        """Leave this step out, for a loss that is not finite or else a gradient."""
+        scaler = self.accelerator.scaler
+        scaled_too_high = scaler is not None and not diverged and scaler.get_scale() > 1
+        if scaler is not None:
+            scaler.update()  # lowers its scale
         self.skipped += 1
-        self.skipped_in_a_row += 1
+        self.skipped_in_a_row += not scaled_too_high  # which says nothing of the run
         if self.skipped_in_a_row > self.run.max_skipped_steps:
             sound = [go_back(self.folder, self.step, self.run) if self.accelerator.is_main_process else None]
             (sound,) = broadcast_object_list(sound)

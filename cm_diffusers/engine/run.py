@@ -25,6 +25,7 @@ from cm_diffusers.engine.latents import LatentData
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, guided, load_teacher, load_vae
+from cm_diffusers.engine.precision import choose_precision
 from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.tracking import check_tracker, start_trackers
 from cm_diffusers.objectives import OBJECTIVES
@@ -51,8 +52,9 @@ def train(config: Config) -> Path:
     folder = Path(run.output_dir)
     disable_progress_bar()
     check_tracker(run.report_to)
+    precision, warning = choose_precision(OBJECTIVES[config.method], run.mixed_precision)
     accelerator = start_accelerator(
-        mixed_precision=run.mixed_precision,
+        mixed_precision=precision,
         log_with=run.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tracker")),
     )
@@ -66,6 +68,8 @@ def train(config: Config) -> Path:
             publisher.check()
             shutil.rmtree(folder / ".hub", ignore_errors=True)  # copies for pushes of a run that was killed
         trainer = build_trainer(config, accelerator)
+        if warning is not None:
+            trainer._say(f"WARNING: {warning}")
         if accelerator.is_main_process:
             _check_card(trainer, publisher)
             if run.resume_from_hub and not any(folder.glob("checkpoint-*")):
@@ -187,6 +191,7 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
             f"Model: {count / 1e6:.2f} M parameters, {start.spec.prediction}, time label {start.spec.time_label}"
         )
         trainer._say(f"Method: {config.method}, {objective.options}")
+        trainer._say(f"Precision: {accelerator.mixed_precision.replace('no', 'float32')}")
         trainer._say(f"Images per step: {trainer.spot.global_batch} on {accelerator.num_processes} process(es)")
     return trainer
 

@@ -77,7 +77,7 @@ class DiTModel(ModelMixin, ConfigMixin):
             class_labels: int64 (B,) in [0, num_class_embeds]; none stand for no class.
             return_dict: False gives the tuple (sample,).
         """
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         if class_labels is None:
-            class_labels = torch.full((len(sample),), self.config.num_class_embeds, device=sample.device)
+            class_labels = torch.full((sample.shape[0],), self.config.num_class_embeds, device=sample.device)
         return self.transformer(sample, timestep, class_labels, return_dict=return_dict)

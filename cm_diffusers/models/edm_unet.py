@@ -368,7 +368,7 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         dtype = torch.promote_types(self.dtype, torch.float32)
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
-        timestep = timestep.to(sample.device, torch.promote_types(timestep.dtype, dtype)).expand(len(sample))
+        timestep = timestep.to(sample.device, torch.promote_types(timestep.dtype, dtype)).expand(sample.shape[0])
         kind = self.config.preconditioning
         if kind in ("none", "edm"):
             return None, (timestep if kind == "none" else timestep / 1000).to(dtype)
@@ -394,13 +394,13 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         if self.class_embedding is not None:
             count = self.config.num_class_embeds
             if class_labels is None:
-                one_hot = label.new_zeros(len(sample), count)
+                one_hot = label.new_zeros(sample.shape[0], count)
             else:
                 one_hot = F.one_hot(class_labels.long(), count + 1)[:, :count].to(label.dtype)
             classes = self.class_embedding(one_hot if adm else one_hot * math.sqrt(count))
         if self.augment_embedding is not None:
             if augment_labels is None:  # with its weights in the graph, as distributed training asks for
-                augment_labels = label.new_zeros(len(sample), self.config.augment_channels)
+                augment_labels = label.new_zeros(sample.shape[0], self.config.augment_channels)
             shared = shared + self.augment_embedding(augment_labels)
         if classes is not None and not adm:
             shared = shared + classes

@@ -75,7 +75,7 @@ class KeyedDropoutMixin:
         """
         if self._keys is None or not (self.training and self.config.dropout):
             return None
-        times, rest = divmod(len(sample), len(self._keys))
+        times, rest = divmod(sample.shape[0], len(self._keys))
         if rest:
-            raise ValueError(f"There are dropout keys for {len(self._keys)} samples, the batch has {len(sample)}.")
+            raise ValueError(f"There are dropout keys for {len(self._keys)} samples, the batch has {sample.shape[0]}.")
         return self._keys.to(sample.device).repeat(times)

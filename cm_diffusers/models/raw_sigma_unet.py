@@ -86,7 +86,7 @@ class RawSigmaUNet2DModel(ModelMixin, ConfigMixin):
         dtype = torch.promote_types(self.dtype, torch.float32)
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, dtype=dtype)
-        timestep = timestep.to(sample.device, torch.promote_types(timestep.dtype, dtype)).expand(len(sample))
+        timestep = timestep.to(sample.device, torch.promote_types(timestep.dtype, dtype)).expand(sample.shape[0])
         sigma = (timestep / 250).exp()
         norm = (sigma**2 + self.config.sigma_data**2).sqrt()
         x = (sample * norm[:, None, None, None]).to(sample.dtype)

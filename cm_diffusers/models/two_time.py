@@ -186,7 +186,7 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
             if not torch.is_tensor(target_timestep):
                 target_timestep = torch.tensor(target_timestep, dtype=dtype, device=sample.device)
             target_timestep = target_timestep.to(sample.device, torch.promote_types(target_timestep.dtype, dtype))
-            self.target_time_embedding.current = self.target_time_embedding(target_timestep.expand(len(sample)))
+            self.target_time_embedding.current = self.target_time_embedding(target_timestep.expand(sample.shape[0]))
         try:
             output = self.network(sample, timestep, class_labels=class_labels, return_dict=False)
         finally:

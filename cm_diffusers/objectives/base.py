@@ -82,6 +82,7 @@ class Objective(ABC):
     floor: float
     keeps: ClassVar[tuple[str, ...]] = ()
     two_times: ClassVar[bool] = False  # whether its network is told where to jump to
+    compares_neighbours: ClassVar[bool] = False  # whether it trains on a difference that bfloat16 would round away
     teaches: ClassVar[bool] = False  # whether it makes teachers, and trains on augmented images and left-out labels
     terms: ClassVar[tuple[str, ...]] = ()  # names of the terms of its losses
     facts: ClassVar[Facts]

@@ -58,6 +58,7 @@ class CD(Objective):
     name = "cd"
     Options = CDOptions
     keeps = PROCESS_STUDENTS
+    compares_neighbours = True
     sigma_min = floor = 0.002
     facts = Facts(
         what="consistency distillation, 1 or more calls",

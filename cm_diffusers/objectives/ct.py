@@ -53,6 +53,7 @@ class CT(Objective):
     name = "ct"
     Options = CTOptions
     keeps = PROCESS_STUDENTS
+    compares_neighbours = True
     sigma_min = floor = 0.002
     facts = Facts(
         what="consistency training, 1 or more calls",

@@ -38,7 +38,7 @@ class CTM(Objective):
 
     name = "ctm"
     Options = CTMOptions
-    two_times = True
+    two_times = compares_neighbours = True
     keeps = PROCESS_STUDENTS
     sigma_min = floor = 0.002
     terms = ("ctm", "dsm", "dsm_weight", "gan", "gan_weight", "discriminator")

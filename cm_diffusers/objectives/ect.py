@@ -77,6 +77,7 @@ class ECT(Objective):
     name = "ect"
     Options = ECTOptions
     keeps = PROCESS_STUDENTS
+    compares_neighbours = True
     sigma_min = floor = 0.0
     facts = Facts(
         what="easy consistency tuning, 1 to 4 calls",

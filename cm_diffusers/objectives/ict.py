@@ -45,6 +45,7 @@ class ICT(Objective):
     name = "ict"
     Options = ICTOptions
     keeps = PROCESS_STUDENTS
+    compares_neighbours = True
     sigma_min = floor = 0.002
     facts = Facts(
         what="improved consistency training, 1 or more calls",
