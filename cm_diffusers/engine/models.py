@@ -15,7 +15,15 @@ from cm_diffusers.core.denoisers import Denoiser, GuidedDenoiser
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.stock import AUTOENCODERS, NETWORKS, SavedModel, negate, null_class, read_stock
+from cm_diffusers.engine.stock import (
+    AUTOENCODERS,
+    NETWORKS,
+    SavedModel,
+    is_few_step,
+    negate,
+    null_class,
+    read_stock,
+)
 from cm_diffusers.models import (
     EDM_PRESETS,
     DiTModel,
@@ -46,7 +54,9 @@ class Start:
     pretrained: bool
 
 
-def _is_diffusion(pipeline: ImagePipeline) -> bool:
+def _is_diffusion(pipeline: DiffusionPipeline) -> bool:
+    if type(pipeline).__name__ in STOCK:
+        return not is_few_step(pipeline.scheduler)
     return isinstance(pipeline, DenoisingPipeline) or (
         isinstance(pipeline, TrigFlowPipeline) and pipeline.scheduler.config.solver != "consistency"
     )
@@ -75,6 +85,11 @@ def _spec_of(pipeline: ImagePipeline) -> ModelSpec:
 def _saved(name_or_path: str, revision: str | None, role: str) -> tuple[SavedModel, DiffusionPipeline]:
     """A saved model of the library or of diffusers, and its pipeline. Raises ValueError for what can't be read."""
     pipeline = load_pipeline(name_or_path, revision, PIPELINES | STOCK, torch_dtype=torch.float32)
+    if role == "teacher" and not _is_diffusion(pipeline):
+        scheduler = type(pipeline.scheduler).__name__
+        raise ValueError(
+            f"the teacher must be a diffusion model; {name_or_path!r} is a consistency model, by its {scheduler}."
+        )
     if type(pipeline).__name__ not in STOCK:
         return SavedModel(pipeline.unet, _spec_of(pipeline), pipeline.vae, null_class(pipeline.unet)), pipeline
     try:
@@ -130,9 +145,7 @@ def load_teacher(name_or_path: str, args: ModelArguments) -> SavedModel:
     Raises:
         ValueError: no such model, not a diffusion model, or one that can't be read or does not fit the settings.
     """
-    model, pipeline = _saved(name_or_path, args.teacher_revision, "teacher")
-    if isinstance(pipeline, ImagePipeline) and not _is_diffusion(pipeline):
-        raise ValueError(f"the teacher must be a diffusion model; {name_or_path!r} is a consistency model.")
+    model, _ = _saved(name_or_path, args.teacher_revision, "teacher")
     _check_settings(model, args, "teacher", ("sigma_data",))
     model.network.eval().requires_grad_(False)
     return model

@@ -1,5 +1,6 @@
 """Diffusion models of diffusers, read as denoisers: network, process and prediction by the pipeline's own configs."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,11 @@ SCHEDULE = (
 )  # fmt: skip
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+# samplers of networks that jump to clean data, or over a part of the way, and give no posterior mean
+FEW_STEPS = (
+    "LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler",
+    "ConsistencyDecoderScheduler", "FlowMapEulerDiscreteScheduler", "PiflowScheduler", "HeliosDMDScheduler",
+)  # fmt: skip
 HIGHEST = 80.0  # EDM's: data of scale 0.5 are 1 part in 160 there, and higher levels would only stretch the grids
 
 
@@ -89,6 +95,11 @@ def null_class(network: nn.Module) -> int | None:
     return network.config.num_class_embeds if knows else None
 
 
+def is_few_step(scheduler: Any) -> bool:
+    """Whether a scheduler of diffusers, or a class made from one, samples a consistency model or its kin."""
+    return any(cls.__name__ in FEW_STEPS for cls in type(scheduler).__mro__)
+
+
 def read_stock(pipeline: DiffusionPipeline) -> SavedModel:
     """A pipeline of one of the classes in `NETWORKS` as a denoiser.
 
@@ -122,8 +133,16 @@ def read_scheduler(scheduler: Any) -> ModelSpec:
     and steps, and say nothing of the network.
 
     Raises:
-        ValueError: a setting that can't be read; the message says what can.
+        ValueError: a setting that can't be read; the message says what can. Or the scheduler's own noise levels differ
+            from those that were read; the message has both.
     """
+    spec = _read_settings(scheduler)
+    if spec.prediction != "edm":
+        _check_levels(scheduler, spec)
+    return spec
+
+
+def _read_settings(scheduler: Any) -> ModelSpec:
     name, config = type(scheduler).__name__, scheduler.config
     prediction = config.get("prediction_type")
     if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
@@ -156,6 +175,43 @@ def read_scheduler(scheduler: Any) -> ModelSpec:
         )
     spec = ModelSpec(None, "timestep", prediction=prediction, noise_schedule=schedule)
     return replace(spec, sigma_max=min(HIGHEST, spec.process.sigma_max))
+
+
+def _check_levels(scheduler: Any, spec: ModelSpec) -> None:
+    """Raise ValueError unless the scheduler has the noise levels that `spec` has at the times it tells the network.
+
+    Those of its training table have to agree to a thousandth, as angles; those that it samples at may also lie where a
+    time within 1 of theirs is, as some samplers round times.
+    """
+    tables, sampler = [], copy.deepcopy(scheduler)
+    if spec.noise_schedule is not None:
+        abar = scheduler.alphas_cumprod.double()
+        tables.append((torch.arange(len(abar)), ((1 - abar) / abar).sqrt(), 0))
+    name, shifting = type(scheduler).__name__, scheduler.config.get("use_dynamic_shifting")
+    if hasattr(sampler, "sigmas"):
+        try:
+            sampler.set_timesteps(10, **({"mu": 1.0} if shifting else {}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"its {name} gives no noise levels for ten steps: {error!r}.") from None
+        # the first alone, where there is a table: some samplers put levels of their own between the others
+        count = 1 if tables else min(len(sampler.timesteps), len(sampler.sigmas))
+        tables.append((sampler.timesteps[:count], sampler.sigmas[:count], 1))
+    for times, theirs, slack in tables:
+        times, theirs = (torch.as_tensor(values).double() for values in (times, theirs))
+        low, ours, high = (_level(spec, times + shift) for shift in (-slack, 0, slack))
+        wrong = (theirs.atan() < 0.999 * low.atan()) | (theirs.atan() > 1.001 * high.atan())
+        if wrong.any():
+            time, level, read = (values[wrong][0].item() for values in (times, theirs, ours))
+            raise ValueError(
+                f"its {name} has the noise level {level:.4g} at time {time:g}, where what can be"
+                f" read of its settings gives {read:.4g}. Give it the scheduler that the network was trained with, a"
+                " DDPMScheduler or a FlowMatchEulerDiscreteScheduler with these levels."
+            )
+
+
+def _level(spec: ModelSpec, times: torch.Tensor) -> torch.Tensor:
+    """The level that a scheduler writes for the time of a network: the flow time, or sigma."""
+    return times / spec.time_scale if spec.prediction == "flow" else spec.process.sigma(times)
 
 
 @torch.no_grad()

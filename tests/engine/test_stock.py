@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -15,7 +18,16 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    HeliosScheduler,
     HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    SCMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
 )
 from stock_pipelines import COSINE, PIPELINES, ZERO_SNR, dit, save, unet
 
@@ -23,7 +35,7 @@ from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.solvers import euler_step, heun_step
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.models import load_teacher
-from cm_diffusers.engine.stock import read_scheduler, without_variance
+from cm_diffusers.engine.stock import is_few_step, read_scheduler, read_stock, without_variance
 
 
 # --- the closed form on a mixture of Gaussians, whose score is known
@@ -344,6 +356,82 @@ def changed(scheduler, **config):
 )
 def test_what_can_t_be_read_is_refused_with_what_can(make, message, tmp_path):
     refused(make(), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [LCMScheduler, TCDScheduler, FlowMatchLCMScheduler, CMStochasticIterativeScheduler, SCMScheduler],
+    ids=lambda cls: cls.__name__,
+)
+def test_what_jumps_to_clean_data_is_no_teacher_and_may_be_where_a_student_starts(scheduler, tmp_path):
+    DDPMPipeline(unet(), scheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"must be a diffusion model.*consistency model, by its {scheduler.__name__}"):
+        load_teacher(str(tmp_path), ModelArguments())
+    if scheduler in (LCMScheduler, TCDScheduler):
+        assert read_stock(DDPMPipeline(unet(), scheduler())).spec.prediction == "epsilon"
+
+
+def test_a_class_made_from_the_scheduler_of_a_consistency_model_is_one():
+    assert is_few_step(type("Shifted", (LCMScheduler,), {})()) and not is_few_step(DDIMScheduler())
+
+
+class Halved(DDPMScheduler):
+    """A DDPM scheduler with levels of its own, which no setting says."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.alphas_cumprod = 0.5 + 0.5 * self.alphas_cumprod
+
+
+class FlowMatchShiftedTwice(FlowMatchEulerDiscreteScheduler):
+    """Flow times that are shifted behind the network's back."""
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.sigmas = 3 * self.sigmas / (1 + 2 * self.sigmas)
+
+
+@pytest.mark.parametrize(
+    "scheduler, theirs, ours",
+    [
+        (CogVideoXDDIMScheduler(), "0.05052 at time 0", "0.02917"),  # its snr_shift_scale
+        (CogVideoXDPMScheduler(snr_shift_scale=1.2), "0.03195 at time 0", "0.02917"),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True), "0.999 at time 999", "157.4"),
+        (EulerDiscreteScheduler(prediction_type="flow_prediction"), "157.4 at time 999", "0.999"),
+        (Halved(), "0.007072 at time 0", "0.01"),
+        (FlowMatchShiftedTwice(), "0.9\\d* at time 8", "0.8"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_levels_that_are_not_those_of_the_settings_are_refused_with_both(scheduler, theirs, ours):
+    with pytest.raises(
+        ValueError, match=f"its {type(scheduler).__name__} has the noise level {theirs}.* gives {ours}"
+    ):
+        read_scheduler(scheduler)
+
+
+def test_a_scheduler_without_levels_for_a_number_of_steps_is_refused():
+    with pytest.raises(ValueError, match="HeliosScheduler gives no noise levels for ten steps"):
+        read_scheduler(HeliosScheduler())
+
+
+SAMPLERS = {
+    DDIMScheduler: {"timestep_spacing": "trailing", "steps_offset": 1},
+    DPMSolverMultistepScheduler: {"use_karras_sigmas": True},
+    EulerDiscreteScheduler: {"use_karras_sigmas": True, "timestep_spacing": "linspace"},
+    HeunDiscreteScheduler: {"use_exponential_sigmas": True},
+    KDPM2DiscreteScheduler: {"timestep_spacing": "trailing"},
+    PNDMScheduler: {"skip_prk_steps": True},
+    UniPCMultistepScheduler: {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+    FlowMatchEulerDiscreteScheduler: {"use_dynamic_shifting": True},
+    FlowMatchHeunDiscreteScheduler: {"shift": 5.0},
+}
+
+
+@pytest.mark.parametrize("cls", SAMPLERS, ids=lambda cls: cls.__name__)
+def test_settings_that_only_choose_among_the_levels_are_no_trouble(cls):
+    plain = {key: value for key, value in SAMPLERS[cls].items() if key in ("prediction_type", "use_flow_sigmas")}
+    assert read_scheduler(cls(**SAMPLERS[cls])) == read_scheduler(cls(**plain))
 
 
 def test_a_dit_that_older_diffusers_saved_is_read(tmp_path):
