@@ -15,6 +15,7 @@ from training_runs import differences, read_log, run
 import cm_diffusers.engine.run as run_module
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.engine.checkpoint import load_checkpoint
+from cm_diffusers.engine.divergence import Diverged
 from cm_diffusers.engine.precision import CastPass, choose_precision
 from cm_diffusers.models import JVPUNet2DModel, build_unet, keep_time_embedding_in_float32
 from cm_diffusers.objectives import OBJECTIVES, Batch, Diffusion, ModelSpec
@@ -322,7 +323,7 @@ def test_a_loss_that_is_not_finite_ends_a_run_in_fp16_whatever_the_scale(fp16, t
         return replace(result, total=result.total * (1 if draws.step < 2 else float("nan")))
 
     monkeypatch.setattr(OBJECTIVES["ect"], "loss", broken)
-    with pytest.raises(RuntimeError, match="3 steps in a row"):
+    with pytest.raises(Diverged, match="3 steps in a row"):
         run(tmp_path, max_skipped_steps=2)
 
 
