@@ -37,7 +37,9 @@ def load_pipeline(
         ValueError: there is no such model, or it is of a kind that the library can't read.
     """
     if Path(name_or_path).exists() and not (Path(name_or_path) / "model_index.json").is_file():
-        raise ValueError(f"{name_or_path!r} is not a model: it holds no model_index.json.")
+        inside = Path(name_or_path) / "pipeline"
+        hint = f" Its model is {str(inside)!r}." if (inside / "model_index.json").is_file() else ""
+        raise ValueError(f"{name_or_path!r} is not a model: it holds no model_index.json.{hint}")
     _check_links(Path(name_or_path))
     try:
         config = DiffusionPipeline.load_config(name_or_path, revision=revision)

@@ -18,6 +18,7 @@ from diffusers.utils.logging import disable_progress_bar
 
 from cm_diffusers.convert import FAMILIES, Options, convert_checkpoint
 from cm_diffusers.engine.export import save_pipeline
+from cm_diffusers.engine.places import check_place
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -40,6 +41,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> None:
     """Write the folder and say what was done. Raises ValueError for what can't be done."""
+    check_place(args.output_dir)
     settings = {name: value for name, value in vars(args).items() if name not in ("source", "output_dir")}
     converted = convert_checkpoint(args.source, Options(**settings))
     print(f"{args.source} is {FAMILIES[converted.family]}.")

@@ -17,26 +17,30 @@ from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.diagnostics import save_diagnostics
 from cm_diffusers.engine.models import check_fit, denoiser_of, load_pipeline, load_teacher
 from cm_diffusers.engine.order import Spot
+from cm_diffusers.engine.places import check_place, find_device, make_folder
 
 
 def diagnose(args: argparse.Namespace) -> dict[str, float]:
     """Leaves diagnostics.png and diagnostics.json in the output folder. Raises ValueError for what can't be done."""
-    pipeline = load_pipeline(args.pretrained_model_name_or_path).to(args.device)
+    check_place(args.output_dir)
+    device = find_device(args.device)
+    pipeline = load_pipeline(args.pretrained_model_name_or_path).to(device)
     if pipeline.vae is not None:
         raise ValueError("this model makes latents, which have no picture of their own.")
-    _, height, width = pipeline.sample_shape
-    settings = DataArguments(dataset_name=args.dataset_name, split=args.split, resolution=[height, width])
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    channels, height, width = pipeline.sample_shape
+    shape = {"resolution": [height, width], "channels": channels if channels in (1, 3) else None}
+    settings = DataArguments(dataset_name=args.dataset_name, split=args.split, **shape)
+    make_folder(args.output_dir)
     data = ImageData(settings, pipeline.num_classes is not None)
     teacher = None
     if args.pretrained_teacher_model:
         saved = load_teacher(args.pretrained_teacher_model, ModelArguments())
         check_fit(saved, data, "teacher")
-        saved.network.to(args.device)
+        saved.network.to(device)
         teacher = saved.denoiser
     batch = next(data.batches(Spot(8, 1, 0, 1), args.seed))
-    images = batch["images"].to(args.device).float() / 127.5 - 1
-    labels = None if batch["labels"] is None else batch["labels"].to(args.device)
+    images = batch["images"].to(device).float() / 127.5 - 1
+    labels = None if batch["labels"] is None else batch["labels"].to(device)
     pipeline.unet.eval()
     numbers = save_diagnostics(
         denoiser_of(pipeline),

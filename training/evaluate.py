@@ -13,6 +13,8 @@ of its model. Image i is made from seed + i alone, so that the number of process
 
 import os
 import sys
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from cm_diffusers.engine.config import DataArguments, parse_groups
@@ -46,16 +48,27 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, f"Seconds: {seconds} ({processes} process{'es' * (processes > 1)})."])
 
 
-def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str:
-    """What to do with the results."""
-    model = args.folder / "pipeline"
+def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str | None:
+    """What to do with the results; nothing for images without their model."""
+    run = args.folder if args.watch is None else Path(args.watch)
+    model = run / "pipeline"
+    if model.is_dir() and "search" not in report:
+        return f"python training/push.py --model_dir {quote(str(model))}"
     if "search" in report:
-        steps = f"--num_inference_steps {args.search_sigmas}"
-        return f"python training/sample.py --pretrained_model_name_or_path {model} {steps}"
-    if model.is_dir():
-        return f"python training/push.py --model_dir {model}"
-    command = f"python training/evaluate.py --pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    return f"{command} --search_sigmas 2 ..."
+        how = f"--num_inference_steps {args.search_sigmas}"
+    elif args.pretrained_model_name_or_path:
+        model, name = args.pretrained_model_name_or_path, best_name(report)
+        steps = name.startswith("sigmas ")
+        how = f"--sigmas {name[7:].replace(',', '')}" if steps else f"--num_inference_steps {name.split()[0]}"
+        how += f" --revision {quote(args.revision)}" if args.revision else ""
+    else:
+        return None
+    return f"python training/sample.py --pretrained_model_name_or_path {quote(str(model))} {how}"
+
+
+def best_name(report: dict[str, Any]) -> str:
+    """The name of the result whose images are nearest to the dataset."""
+    return min(report["results"], key=lambda row: row["frechet_distance"])["name"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,8 +81,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n" + table(report))
-        print(f"Saved {args.folder / 'metrics.json'} and {args.folder / PICTURE}. Try next:")
-        print(f"  {next_command(args, report)}")
+        print(f"Saved {args.folder / 'metrics.json'} and {args.folder / PICTURE}.")
+        command = next_command(args, report)
+        if command is not None:
+            print(f"Try next:\n  {command}")
 
 
 if __name__ == "__main__":

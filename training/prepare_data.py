@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.engine.hub import Publisher, Push
 from cm_diffusers.engine.image_sources import open_source
+from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.prepare import FILES, TRANSFORMS, Asked, Plan, prepare, write_card
 
 
@@ -31,8 +32,12 @@ def run(args: argparse.Namespace) -> bool:
         raise ValueError(f"split must be one word, got {args.split!r}.")
     if args.resolution is not None and (len(args.resolution) > 2 or min(args.resolution) < 1):
         raise ValueError(f"resolution takes one or two positive numbers, got {args.resolution}.")
-    if args.hub_dataset_id and not args.push_to_hub:
-        raise ValueError("hub_dataset_id is for --push_to_hub, which is not given.")
+    for name, default in (("hub_dataset_id", None), ("hub_private_repo", False), ("hub_timeout", 120)):
+        if getattr(args, name) != default and not args.push_to_hub:
+            raise ValueError(f"{name} is for --push_to_hub, which is not given.")
+    if args.transform != TRANSFORMS[0] and args.resolution is None:
+        raise ValueError(f"transform {args.transform} has no effect without --resolution.")
+    check_place(args.output, "OUTPUT")
     source, publisher = open_source(args.source, args.split), None
     if args.push_to_hub:
         publisher = Publisher(

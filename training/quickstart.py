@@ -61,7 +61,9 @@ def train() -> None:
         "1",
     ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "training" / "train_consistency.py")]
-    subprocess.run([*launch, "--config", str(CONFIG), "--output_dir", str(FOLDER)], check=True)
+    done = subprocess.run([*launch, "--config", str(CONFIG), "--output_dir", str(FOLDER)])
+    if done.returncode:  # it has said why
+        raise SystemExit(done.returncode)
 
 
 def sample(count: int) -> dict[int, np.ndarray]:

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cm_diffusers.engine.places import make_folder
 from cm_diffusers.engine.report import write_report
 
 
@@ -19,6 +20,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (report.html)")
     args = parser.parse_args(argv)
     try:
+        if args.output.is_dir():
+            raise ValueError(f"output {str(args.output)!r} is a folder; give the name of the page.")
+        make_folder(args.output.parent, "output")
         runs = write_report(args.runs, args.output)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

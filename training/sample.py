@@ -15,6 +15,7 @@ import torch
 from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
+from cm_diffusers.engine.places import check_place, earlier_files, find_device, make_folder
 from cm_diffusers.sampling import image_grid, load_pipeline, sample_images, to_pil
 
 
@@ -42,13 +43,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=list(DTYPES), default="fp32", help="precision of the network (fp32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--output_dir", type=Path, default=Path("runs/samples"), help="leaves grid.png and images/*.png here")
+    add("--overwrite", action="store_true", help="delete the images of an earlier call in output_dir first")
     return parser.parse_args(argv)
+
+
+def check_effects(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that would change nothing."""
+    if args.num_inference_steps is not None and args.sigmas is not None:
+        raise ValueError("num_inference_steps has no effect beside --sigmas, whose number of levels is that of steps.")
+    if args.revision is not None and Path(args.pretrained_model_name_or_path).exists():
+        raise ValueError(
+            "revision has no effect: revisions are those of a model on the Hub, and the model is a folder."
+        )
+    for name in ("s_tmin", "s_tmax", "s_noise"):
+        if getattr(args, name) is not None and not args.s_churn:
+            raise ValueError(f"{name} has no effect without --s_churn.")
 
 
 def sample(args: argparse.Namespace) -> None:
     """Make the images that `args` ask for and write them. Raises ValueError for what can't be done."""
     if args.num_samples < 1 or args.batch_size < 1:
         raise ValueError("num_samples and batch_size must be at least 1.")
+    check_effects(args)
+    check_place(args.output_dir)
+    files = args.output_dir / "images"
+    earlier = earlier_files(files, r"\d{6,}\.png", args.overwrite)
+    device = find_device(args.device)
     pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, torch_dtype=DTYPES[args.dtype])
     known = inspect.signature(pipeline.__call__).parameters
     names = ("num_inference_steps", "sigmas", "solver", "gamma", "s_churn", "s_tmin", "s_tmax", "s_noise")
@@ -56,10 +76,13 @@ def sample(args: argparse.Namespace) -> None:
     wrong = steps.keys() - known.keys()
     if wrong:
         raise ValueError(f"{wrong.pop()} is not an option of a {type(pipeline).__name__}.")
-    pipeline.to(args.device).set_progress_bar_config(disable=True)
+    if args.class_labels and pipeline.num_classes is None:
+        raise ValueError("class_labels has no effect: the model is unconditional.")
+    pipeline.to(device).set_progress_bar_config(disable=True)
 
-    files = args.output_dir / "images"
-    files.mkdir(parents=True, exist_ok=True)
+    make_folder(files)
+    for path in earlier:
+        path.unlink()
     shown = []
     bar = tqdm(total=args.num_samples, unit="image")
     for start in range(0, args.num_samples, args.batch_size):

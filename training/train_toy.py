@@ -22,6 +22,7 @@ from tqdm.auto import trange
 
 from cm_diffusers.core.ema import EMA, HalfLife
 from cm_diffusers.core.tangents import jvp
+from cm_diffusers.engine.places import make_folder
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec, Objective
 from cm_diffusers.toys import TASKS, Mixture, Shape, ToyDraws, ToyNetwork
 
@@ -154,8 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--teacher",
         choices=["trained", "exact", "none"],
-        default="trained",
-        help="scd's and ctm's: a diffusion model, from which the student starts, the exact answer, or (ctm) none",
+        help="scd's and ctm's: a diffusion model, from which the student starts (the default), the exact answer, or"
+        " (ctm) none",
     )
     add(
         "--max_train_steps",
@@ -169,11 +170,17 @@ def main(argv: list[str] | None = None) -> None:
     add("--output_dir", type=Path, default=Path("runs/toy"), help="leaves report.json and toy.png here")
     args = parser.parse_args(argv)
     task, taught = TASKS[args.task], args.method in ("scd", "ctm")
+    if args.teacher not in (None, "none") and not taught:
+        parser.error(f"teacher has no effect: {args.method} has none; it is for --method scd and ctm.")
+    args.teacher = args.teacher or "trained"
     if isinstance(task, Shape) and (args.method != "ctm" or args.teacher == "exact"):
         parser.error(f"{args.task} has no exact answer; it is for --method ctm with --teacher trained or none.")
     if args.method == "scd" and args.teacher == "none":
         parser.error("scd distils a teacher; --teacher none is for ctm.")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        make_folder(args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
 
     start, steps = time.perf_counter(), args.max_train_steps
     torch.manual_seed(args.seed)

@@ -20,6 +20,7 @@ from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
 from cm_diffusers.engine.judge import Clock, Judge, Source, sampler, stored
 from cm_diffusers.engine.pictures import plot_quality
+from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.references import build_judge
 from cm_diffusers.engine.sigma_search import check_search, improve_sigmas
@@ -40,7 +41,9 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
         ValueError: what can't be measured. All that can be known before sampling is said before it.
     """
     _check_data(data_args)
+    check_place(args.folder)
     _check_folder(args)
+    _check_images(args)
     disable_progress_bar()
     # the others wait while the main process measures, for longer than the usual half an hour where there is much
     accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
@@ -85,6 +88,13 @@ def _check_folder(args: EvaluationArguments) -> None:
     own = own or (model and beside.resolve() == Path(model).resolve())
     if beside.is_dir() and not own:
         raise ValueError(f"output_dir {str(args.folder)!r} is the folder of another model; choose another.")
+
+
+def _check_images(args: EvaluationArguments) -> None:
+    """Raise ValueError for the folder of sample.py, whose grid is no sample."""
+    folder = Path(args.images_dir or "")
+    if args.images_dir and (folder / "grid.png").is_file() and (folder / "images").is_dir():
+        raise ValueError(f"images_dir {args.images_dir!r} holds a grid beside its samples; give {folder / 'images'}.")
 
 
 def _subjects(

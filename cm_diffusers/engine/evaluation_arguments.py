@@ -46,6 +46,16 @@ class EvaluationArguments:
             raise ValueError("search_sigmas and revision are for --pretrained_model_name_or_path.")
         if self.images_dir is not None and (self.num_inference_steps or self.sigmas):
             raise ValueError("num_inference_steps and sigmas are for models, and images_dir is given.")
+        if self.images_dir is not None and self.seed:
+            raise ValueError("seed is for models, and images_dir is given.")
+        if self.search_samples != 2000 and self.search_sigmas is None:
+            raise ValueError("search_samples is for --search_sigmas, which is not given.")
+        if self.feature_weights is not None and self.feature_extractor == "classifier":
+            raise ValueError("feature_weights has no effect: the classifier is trained on the dataset.")
+        if self.revision is not None and Path(self.pretrained_model_name_or_path).exists():
+            raise ValueError(
+                "revision has no effect: revisions are those of a model on the Hub, and this is a folder."
+            )
         for name in ("num_samples", "search_samples", "batch_size"):
             if getattr(self, name) is not None:
                 check_between(name, getattr(self, name), 1, 1 << 40)

@@ -109,10 +109,19 @@ def _check_settings(model: SavedModel, args: ModelArguments, role: str, names: t
 def check_fit(model: SavedModel, data: ImageData, role: str) -> None:
     """Raise ValueError unless the model makes images like those of the dataset."""
     channels, height, width = model.sample_shape
-    if (channels, height, width) != (data.channels, *data.resolution):
+    there, size = data.channels, data.resolution
+    if (channels, height, width) != (there, *size):
+        if channels == there:
+            advice = f"set --resolution {height} {width}."
+        elif channels in (1, 3) and data.vae is None:
+            advice = f"set --channels {channels}" + (
+                f" --resolution {height} {width}." if (height, width) != size else "."
+            )
+        else:
+            advice = "its channels are those of latents: give --vae_name_or_path with its autoencoder."
         raise ValueError(
             f"the {role} makes images of {channels} x {height} x {width},"
-            f" the dataset gives {data.channels} x {data.resolution[0]} x {data.resolution[1]}: set --resolution."
+            f" the dataset gives {there} x {size[0]} x {size[1]}: {advice}"
         )
     classes = model.num_classes
     if (classes is None) != (data.num_classes is None):
@@ -123,6 +132,8 @@ def check_fit(model: SavedModel, data: ImageData, role: str) -> None:
 
 
 def _set_dropout(network: nn.Module, dropout: float) -> None:
+    if dropout and not any(isinstance(module, nn.Dropout) for module in network.modules()):
+        raise ValueError(f"dropout {dropout:g} has no effect: this {type(network).__name__} has no layer that drops.")
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout

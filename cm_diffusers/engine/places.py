@@ -1,6 +1,7 @@
 """Where a script works: folders that can be written, devices that are there; known before there is work to lose."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -8,33 +9,45 @@ import torch
 
 def make_folder(folder: Path, flag: str = "output_dir") -> Path:
     """Make a folder, and give it. Raises ValueError, naming the `flag`, where there can't be one to write in."""
+    check_place(folder, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"{flag} {str(folder)!r} is a file; give a folder.") from None
     except OSError as error:
         raise ValueError(f"{flag} {str(folder)!r} can't be made ({error.strerror}); give another folder.") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag} {str(folder)!r} can't be written; give another folder.")
     return folder
 
 
-def empty_folder(folder: Path, overwrite: bool) -> Path:
-    """Make a folder without files, and give it.
+def check_place(folder: Path, flag: str = "output_dir") -> None:
+    """Raise ValueError where `folder` neither is nor can become one to write in. Makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{flag} {str(folder)!r} can't be a folder: {there} is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {str(folder)!r} can't be written: {there} does not allow it.")
+
+
+def earlier_files(folder: Path, made: str, overwrite: bool) -> list[Path]:
+    """The files of an earlier call in `folder`, to be deleted before new ones are written.
+
+    Args:
+        folder: which may be missing.
+        made: a regular expression of the names that the script gives its files.
+        overwrite: whether its own files may be deleted; others never are.
 
     Raises:
-        ValueError: it holds files, and may not be emptied; or it can't be made.
+        ValueError: the folder holds files that would be mixed with the new ones.
     """
-    make_folder(folder)
-    files = [path for path in folder.iterdir() if path.is_file() or path.is_symlink()]
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    foreign = [path for path in files if not re.fullmatch(made, path.name)]
+    if foreign:
+        raise ValueError(f"{folder} holds other files, as {foreign[0].name}; give another --output_dir.")
     if files and not overwrite:
+        number = f"{len(files)} file{'s' * (len(files) > 1)}"
         raise ValueError(
-            f"{str(folder)!r} holds {len(files)} files of an earlier call, as {files[0].name}. Give another"
-            " --output_dir, or --overwrite to delete them first."
+            f"{folder} holds {number} of an earlier call; give another --output_dir, or --overwrite to delete them"
+            " first."
         )
-    for path in files:
-        path.unlink()
-    return folder
+    return files
 
 
 def find_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.utils.logging import disable_progress_bar
@@ -183,6 +184,10 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         count = sum(p.numel() for p in start.network.parameters())
         number = "a stream" if data.images is None else len(data.images)
         trainer._say(f"Data: {number} of images, {trainer.surroundings().shape}")
+        if config.data.dataloader_num_workers and torch.is_tensor(data.images):
+            trainer._say(
+                "dataloader_num_workers is for the first pass alone: the dataset fits in memory, and stays there."
+            )
         if saved is not None:
             trainer._say(f"Teacher: {saved}")
         what = "images in [-1, 1]" if data.vae is None else "latents"

@@ -52,7 +52,7 @@ def check_lengths(options: Any, low: int = 0) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < 1 and not (float(value).is_integer() and low <= value <= 1 << 40):
             raise ValueError(
-                f"{name} must be a whole number of steps from {low} on, or a share of the run below 1; got {value!r}."
+                f"{name} must lie in [{low}, {1 << 40:g}] and be whole, or below 1 be a share of the run; got {value}."
             )
 
 

@@ -1,14 +1,16 @@
 """Every setting that somebody gave has an effect in its run, or the run is refused; flags win by what they answer."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.optimization import LearningRate
-from cm_diffusers.engine.run import main
+from cm_diffusers.engine.run import main, train
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.objectives.options import Length, in_steps, phases, steps_of
 
@@ -270,3 +272,25 @@ def test_a_dry_run_says_what_was_replaced_in_comments(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("# --dataset_name digits replaces the config file's dataset_name user/set, split test.")
     assert yaml.safe_load(shown)["split"] == "train"
+
+
+def test_a_recipe_of_another_dataset_trains_on_class_folders_and_says_what_it_replaced(tmp_path, monkeypatch):
+    for i in range(8):
+        path = tmp_path / "mine" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 15), (20 * i, 0, 90)).save(path)
+    said = []
+    monkeypatch.setattr("tqdm.auto.tqdm.write", lambda line, **kwargs: said.append(line))
+    monkeypatch.setattr("cm_diffusers.engine.export.verify_export", lambda *args, **kwargs: None)
+    monkeypatch.setattr("cm_diffusers.engine.run.draw_grids", lambda *args: {})
+    words = ["--train_data_dir", tmp_path / "mine", "--max_train_steps", 4, "--train_batch_size", 2]
+    words += ["--model_preset", "tiny", "--validation_steps", 0, "--output_dir", tmp_path / "run"]
+    train(recipe("mnist_ect_small", *words))
+    assert said[0].startswith(
+        f"--train_data_dir {tmp_path / 'mine'} replaces the config file's dataset_name ylecun/mnist."
+    )
+    facts = json.loads((tmp_path / "run" / "card.json").read_text())
+    assert facts["shape"] == "3 x 16 x 16, 2 classes"
+    assert facts["phases"] == {"diffusion pretraining": 1, "the method itself": 3}
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "| steps | 4 of 2 images: 1 of diffusion pretraining, 3 of the method itself |" in card

@@ -97,7 +97,7 @@ def test_a_bad_place_is_found_before_training(hub, client, tmp_path, settings):
 
 
 def test_a_place_without_a_push_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="hub_model_id is for --push_to_hub"):
+    with pytest.raises(ValueError, match="hub_model_id .* has no effect: .* without --push_to_hub"):
         run(tmp_path, "ect", hub_model_id="tester/model")
 
 
