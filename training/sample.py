@@ -81,8 +81,6 @@ def sample(args: argparse.Namespace) -> None:
     pipeline.to(device).set_progress_bar_config(disable=True)
 
     make_folder(files)
-    for path in earlier:
-        path.unlink()
     shown = []
     bar = tqdm(total=args.num_samples, unit="image")
     for start in range(0, args.num_samples, args.batch_size):
@@ -90,6 +88,8 @@ def sample(args: argparse.Namespace) -> None:
         labels = args.class_labels and [args.class_labels[i % len(args.class_labels)] for i in numbers]
         seeds = range(args.seed + numbers.start, args.seed + numbers.stop)
         images = sample_images(pipeline, seeds, labels, args.batch_size, **steps)
+        while earlier:  # which stay until there are new ones
+            earlier.pop().unlink()
         for i, image in zip(numbers, images):
             to_pil(image).save(files / f"{i:06d}.png")
         shown.extend(images[: max(0, 100 - start)])
