@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from diffusers import ModelMixin
 
 
-KEY = "_id2label"  # of settings without the underscore that a class does not know, diffusers warns at each load
+NAMES_KEY = "_id2label"  # of settings without the underscore that a class does not know, diffusers warns at each load
 
 
 def name_classes(network: ModelMixin, id2label: Mapping[int | str, str] | None) -> None:
@@ -22,7 +22,7 @@ def name_classes(network: ModelMixin, id2label: Mapping[int | str, str] | None) 
         ValueError: an unconditional network, no labels, labels outside [0, num_class_embeds), names that are no text.
     """
     if id2label is None:
-        network.register_to_config(**{KEY: None})
+        network.register_to_config(**{NAMES_KEY: None})
         return
     count = network.config.num_class_embeds
     if count is None:
@@ -35,12 +35,12 @@ def name_classes(network: ModelMixin, id2label: Mapping[int | str, str] | None) 
         if not isinstance(name, str):
             raise ValueError(f"The names of id2label must be text, got {name!r} for the label {label}.")
     names = {str(label): id2label[label] for label in sorted(id2label, key=int)}  # text, as JSON has it
-    network.register_to_config(**{KEY: names})
+    network.register_to_config(**{NAMES_KEY: names})
 
 
 def class_names(network: ModelMixin) -> dict[int, str] | None:
     """The names that `name_classes` gave, by label in rising order; None where there are none."""
-    names = network.config.get(KEY)
+    names = network.config.get(NAMES_KEY)
     return None if names is None else {int(label): names[label] for label in sorted(names, key=int)}
 
 

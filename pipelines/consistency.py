@@ -1,11 +1,11 @@
 """Sampling of consistency models in one to a few steps."""
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import CMStochasticIterativeScheduler, ImagePipelineOutput, ModelMixin, SchedulerMixin
 
-from .image_pipeline import Generators, ImagePipeline, StepCallback
+from .arguments import Generators, Labels, Levels, Samples, read_count, read_numbers
+from .calls import one_call
+from .image_pipeline import ImagePipeline, StepCallback
 
 
 class ConsistencyPipeline(ImagePipeline):
@@ -15,30 +15,40 @@ class ConsistencyPipeline(ImagePipeline):
         unet: the network, called as `unet(sample, label, class_labels=...)`, for example a `UNet2DModel`.
         scheduler: a `MultistepConsistencyScheduler`; diffusers' `CMStochasticIterativeScheduler` is converted to it.
         vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
+
+    Raises:
+        ValueError: another scheduler, here or when one is assigned.
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
+    _schedulers = ("MultistepConsistencyScheduler", "CMStochasticIterativeScheduler")
     _scheduler_class: type[SchedulerMixin] | None = None  # set where the library is installed; None in a lone file
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None = None):
         super().__init__()
-        if isinstance(scheduler, CMStochasticIterativeScheduler) and self._scheduler_class is not None:
-            scheduler = self._scheduler_class.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+
+    def accept_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """See `ImagePipeline`: a stock one is converted."""
+        scheduler = super().accept_scheduler(scheduler)
+        if isinstance(scheduler, CMStochasticIterativeScheduler) and self._scheduler_class is not None:
+            return self._scheduler_class.from_config(scheduler.config)
+        return scheduler
 
     @property
     def default_steps(self) -> tuple[int, ...]:
         return (1, 2)
 
     @torch.no_grad()
+    @one_call
     def __call__(
         self,
         batch_size: int | None = None,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        class_labels: Labels = None,
         num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
+        sigmas: Levels = None,
         generator: Generators = None,
-        latents: torch.Tensor | None = None,
+        latents: Samples = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -48,34 +58,38 @@ class ConsistencyPipeline(ImagePipeline):
 
         Args:
             batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
-            class_labels: one label for all or one per image; drawn from `generator` where the model wants some and
-                none are given.
+            class_labels: one label for all or one per image, or names of classes where the model knows them; drawn
+                from `generator` where the model wants some and neither they nor `latents` are given.
             num_inference_steps: 1 (the default) or more steps on the scheduler's grid; or else
             sigmas: the noise levels, falling, for example [80, 0.8].
-            generator: a generator, or one per image (then an image does not depend on the others of the batch).
-            latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
+            generator: a generator or a seed, or one per image (then an image does not depend on the others of the
+                batch).
+            latents: unit normal noise (batch_size, C, H, W), a tensor or an array, instead of noise from `generator`.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
             return_dict: give an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
-                replaces the tensors.
+                replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
 
         Returns:
             `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            ValueError: an argument that can't be meant, before the network is called.
         """
+        num_inference_steps = read_count("num_inference_steps", num_inference_steps, None)
+        sigmas = read_numbers("sigmas", sigmas)
         if num_inference_steps is None and sigmas is None:
             num_inference_steps = self.default_steps[0]
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, sigmas=sigmas)
-        noise, labels = self.prepare(
-            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
-        )
+        names = callback_on_step_end_tensor_inputs
+        self.check_callback(callback_on_step_end, names)
+        noise, labels, generator = self.prepare(batch_size, class_labels, generator, latents, output_type)
         sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in self.steps(self.scheduler.timesteps):
             network_input = self.scheduler.scale_model_input(sample, t).to(noise.dtype)
             output = self.unet(network_input, t, class_labels=labels, return_dict=False)[0]
             sample, denoised = self.scheduler.step(output.float(), t, sample, generator, return_dict=False)
             tensors = {"latents": sample, "pred_original_sample": denoised}
-            sample = self.after_step(callback_on_step_end, i, t, tensors, callback_on_step_end_tensor_inputs)[
-                "latents"
-            ]
+            sample = self.after_step(callback_on_step_end, i, t, tensors, names)
         return self.finish(sample, output_type, return_dict)

@@ -1,28 +1,18 @@
 """Sampling of consistency trajectory models (Kim et al. 2023, arXiv:2310.02279), and jumps along trajectories."""
 
-import inspect
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
-from .image_pipeline import Generators, ImagePipeline, StepCallback
+from .arguments import Generators, Labels, Levels, Samples, count_of, read_count, read_number, read_numbers
+from .calls import one_call
+from .image_pipeline import ImagePipeline, StepCallback
+from .settings import SAMPLED_BY, check_scheduler, is_a, takes_two_times
 
 
 SOLVERS = ("gamma", "euler", "heun")
 INVERSE_SOLVERS = ("jump", "heun")
-KINDS = {  # of models, by their schedulers: what they are, and which pipeline samples them
-    "CMStochasticIterativeScheduler": ("a consistency model", "ConsistencyPipeline"),
-    "MultistepConsistencyScheduler": ("a consistency model", "ConsistencyPipeline"),
-    "TrigFlowScheduler": ("a TrigFlow model", "TrigFlowPipeline"),
-}
-
-
-def takes_two_times(unet: ModelMixin) -> bool:
-    """Whether `unet` can be told where to jump to."""
-    parameters = inspect.signature(unet.forward).parameters
-    return "target_timestep" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+ONE_TIME = {name: found for name, found in SAMPLED_BY.items() if found[1] not in ("CTMPipeline", "MeanFlowPipeline")}
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -49,16 +39,17 @@ class CTMPipeline(ImagePipeline):
         vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
 
     Raises:
-        ValueError: a network with one time only, or another scheduler.
+        ValueError: a network with one time only; another scheduler, here or when one is assigned.
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
+    _schedulers = ("CTMScheduler",)
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None = None):
         super().__init__()
-        given = type(scheduler).__name__
         if not takes_two_times(unet):
-            kind, pipeline = KINDS.get(given, (None, None))
+            given = type(scheduler).__name__
+            kind, pipeline = ONE_TIME.get(given, (None, None))
             raise ValueError(
                 f"CTMPipeline needs a network with two times, and {type(unet).__name__} takes one only: it has no"
                 " argument target_timestep. "
@@ -69,26 +60,31 @@ class CTMPipeline(ImagePipeline):
                     " by DenoisingPipeline."
                 )
             )
-        if "gamma_rule" not in scheduler.config:
-            hint = " Mean flows have two times as well; MeanFlowPipeline samples them." if "FlowMatch" in given else ""
-            raise ValueError(f"CTMPipeline needs a CTMScheduler, not a {given}.{hint}")
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+
+    def accept_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """See `ImagePipeline`. Which networks have two times is known by now, so that only one other kind is left."""
+        mean_flow = is_a(scheduler, "FlowMatchEulerDiscreteScheduler")
+        hint = " Mean flows have two times as well; MeanFlowPipeline samples them." if mean_flow else ""
+        check_scheduler("CTMPipeline", scheduler, self._schedulers, hint)
+        return scheduler
 
     @property
     def default_steps(self) -> tuple[int, ...]:
         return (1, 2)
 
     @torch.no_grad()
+    @one_call
     def __call__(
         self,
         batch_size: int | None = None,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        class_labels: Labels = None,
         num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
+        sigmas: Levels = None,
         gamma: float | None = None,
         solver: str = "gamma",
         generator: Generators = None,
-        latents: torch.Tensor | None = None,
+        latents: Samples = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -98,8 +94,8 @@ class CTMPipeline(ImagePipeline):
 
         Args:
             batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
-            class_labels: one label for all or one per image; drawn from `generator` where the model wants some and
-                none are given.
+            class_labels: one label for all or one per image, or names of classes where the model knows them; drawn
+                from `generator` where the model wants some and neither they nor `latents` are given.
             num_inference_steps: 1 (the default) or more steps, on the scheduler's grid for "gamma", at Karras' levels
                 for the ODE solvers; or else
             sigmas: the noise levels, falling, for example [80, 0.8].
@@ -107,42 +103,44 @@ class CTMPipeline(ImagePipeline):
                 noise of the next level. By default the scheduler's.
             solver: "gamma", or "euler" or "heun" for the probability-flow ODE with the denoiser that the network is
                 where both times are one. Heun calls the network twice per step.
-            generator: a generator, or one per image (then an image does not depend on the others of the batch).
-            latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
+            generator: a generator or a seed, or one per image (then an image does not depend on the others of the
+                batch).
+            latents: unit normal noise (batch_size, C, H, W), a tensor or an array, instead of noise from `generator`.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
             return_dict: give an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
-                replaces the tensors.
+                replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
 
         Returns:
             `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            ValueError: an argument that can't be meant, before the network is called.
         """
         self._set_levels(num_inference_steps, sigmas, gamma, solver)
-        noise, labels = self.prepare(
-            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
-        )
+        names = callback_on_step_end_tensor_inputs
+        self.check_callback(callback_on_step_end, names)
+        noise, labels, generator = self.prepare(batch_size, class_labels, generator, latents, output_type)
         levels, targets = self.scheduler.sigmas, self.scheduler.target_sigmas
         sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in self.steps(self.scheduler.timesteps):
             if solver == "gamma":
                 output = self._network(sample, levels[i], targets[i], labels)
                 sample, denoised = self.scheduler.step(output, t, sample, generator, return_dict=False)
             else:
                 sample, denoised = self._ode_step(sample, levels[i], levels[i + 1], labels, solver)
             tensors = {"latents": sample, "pred_original_sample": denoised}
-            sample = self.after_step(callback_on_step_end, i, t, tensors, callback_on_step_end_tensor_inputs)[
-                "latents"
-            ]
+            sample = self.after_step(callback_on_step_end, i, t, tensors, names)
         return self.finish(sample, output_type, return_dict)
 
     @torch.no_grad()
     def jump(
         self,
         sample: torch.Tensor,
-        sigma_from: float | torch.Tensor,
-        sigma_to: float | torch.Tensor,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        sigma_from: Levels,
+        sigma_to: Levels,
+        class_labels: Labels = None,
     ) -> torch.Tensor:
         """Where the trajectory through `sample` is at `sigma_to`, by one network call: G(x, t, s) of eq. 9.
 
@@ -150,7 +148,7 @@ class CTMPipeline(ImagePipeline):
             sample: x0 + sigma_from noise with x0 in [-1, 1], (B, C, H, W).
             sigma_from: a level in [sigma_min, sigma_max], or one per sample (B,).
             sigma_to: as `sigma_from`, and not above it unless the scheduler says that the model jumps `upward`.
-            class_labels: one label for all or one per sample, for a conditional model.
+            class_labels: one label for all or one per sample, or names of classes, for a conditional model.
 
         Returns:
             float32 (B, C, H, W).
@@ -159,7 +157,7 @@ class CTMPipeline(ImagePipeline):
             ValueError: levels outside their range, a sample of another shape, labels missing or unknown.
         """
         labels = self._check_sample("sample", sample, class_labels)
-        levels = [self._check_level(name, s, len(sample)) for name, s in (("from", sigma_from), ("to", sigma_to))]
+        levels = [self._read_level(name, s, len(sample)) for name, s in (("from", sigma_from), ("to", sigma_to))]
         if (levels[1] > levels[0] * (1 + 1e-6)).any() and not self.scheduler.config.upward:
             raise ValueError(
                 f"This model was not trained to jump to higher levels, from {sigma_from} to {sigma_to}. Where it was,"
@@ -173,7 +171,7 @@ class CTMPipeline(ImagePipeline):
     def invert(
         self,
         images: torch.Tensor,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        class_labels: Labels = None,
         sigma_max: float | None = None,
         num_inference_steps: int | None = None,
         solver: str | None = None,
@@ -185,7 +183,7 @@ class CTMPipeline(ImagePipeline):
 
         Args:
             images: (B, C, H, W) in [0, 1], as output_type "pt" gives them.
-            class_labels: one label for all or one per image, for a conditional model.
+            class_labels: one label for all or one per image, or names of classes, for a conditional model.
             sigma_max: the level to go up to; by default the scheduler's.
             num_inference_steps: number of steps, at Karras' levels; by default 1 jump, or 18 steps of Heun.
             solver: "jump", for models that jump to higher levels (`upward` of the scheduler, for which it is the
@@ -207,7 +205,7 @@ class CTMPipeline(ImagePipeline):
                 "solver='jump' needs a model trained to jump to higher levels, whose scheduler has upward=True;"
                 " use solver='heun'."
             )
-        sigma_max = config.sigma_max if sigma_max is None else float(sigma_max)
+        sigma_max = config.sigma_max if sigma_max is None else read_number("sigma_max", sigma_max)
         if not config.sigma_min < sigma_max <= config.sigma_max:
             raise ValueError(f"sigma_max must lie in ({config.sigma_min}, {config.sigma_max}], got {sigma_max}.")
         steps = num_inference_steps
@@ -228,10 +226,11 @@ class CTMPipeline(ImagePipeline):
         return sample / sigma_max
 
     @torch.no_grad()
+    @one_call
     def interpolate(
         self,
         images: torch.Tensor,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        class_labels: Labels = None,
         num_images: int = 8,
         num_inference_steps: int | None = None,
         num_inverse_steps: int | None = None,
@@ -264,13 +263,15 @@ class CTMPipeline(ImagePipeline):
         labels = self._check_sample("images", images, class_labels)
         if len(images) != 2:
             raise ValueError(f"images must be the two to interpolate between, (2, C, H, W), got {len(images)}.")
-        if num_images < 2:
+        num_images = read_count("num_images", num_images, None)
+        if num_images is None or num_images < 2:
             raise ValueError(f"num_images must be at least 2, as both ends are made, got {num_images}.")
         if labels is not None and labels[0] != labels[1]:
             raise ValueError(
                 f"Both images must be of one class, as nothing lies between two; got class_labels {labels.tolist()}."
             )
-        self.check_inputs(output_type, [])
+        self.check_output(output_type)
+        read_count("num_inverse_steps", num_inverse_steps)
         self._set_levels(num_inference_steps, None, 0.0, "gamma")  # which checks them, too
         first, last = self.invert(images, labels, num_inference_steps=num_inverse_steps)
         return self(
@@ -282,14 +283,14 @@ class CTMPipeline(ImagePipeline):
             return_dict=return_dict,
         )
 
-    def _set_levels(
-        self, num_inference_steps: int | None, sigmas: Sequence[float] | None, gamma: float | None, solver: str
-    ) -> None:
+    def _set_levels(self, num_inference_steps: int | None, sigmas: Levels, gamma: float | None, solver: str) -> None:
         """Tell the scheduler the levels of a call."""
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
         if solver != "gamma" and gamma is not None:
             raise ValueError(f"gamma={gamma} means nothing to the solver {solver!r}; it is for 'gamma'.")
+        num_inference_steps = read_count("num_inference_steps", num_inference_steps, None)
+        sigmas, gamma = read_numbers("sigmas", sigmas), None if gamma is None else read_number("gamma", gamma)
         if num_inference_steps is None and sigmas is None:
             num_inference_steps = self.default_steps[0]
         if solver != "gamma" and num_inference_steps is not None and sigmas is None:
@@ -300,14 +301,14 @@ class CTMPipeline(ImagePipeline):
 
     def _karras(self, steps: int, sigma_max: float) -> torch.Tensor:
         """The steps + 1 levels from `sigma_max` to the floor."""
-        if steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {steps}.")
+        read_count("num_inference_steps", steps)
         return torch.from_numpy(self.scheduler.karras_sigmas(steps + 1, sigma_max))
 
-    def _check_level(self, name: str, sigma: float | torch.Tensor, batch_size: int) -> torch.Tensor:
+    def _read_level(self, name: str, sigma: Levels, batch_size: int) -> torch.Tensor:
         """A level as a tensor () or (B,), float64."""
         low, high = self.scheduler.config.sigma_min, self.scheduler.config.sigma_max
-        level = sigma.cpu().double() if torch.is_tensor(sigma) else torch.as_tensor(sigma, dtype=torch.float64)
+        level = torch.tensor(read_numbers(f"sigma_{name}", sigma) or [], dtype=torch.float64)
+        level = level if count_of(sigma) else level.squeeze()
         if level.ndim and tuple(level.shape) != (batch_size,):
             raise ValueError(f"sigma_{name} must be a number or one per sample, got the shape {tuple(level.shape)}.")
         if not ((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))).all():
@@ -315,9 +316,9 @@ class CTMPipeline(ImagePipeline):
             raise ValueError(f"sigma_{name} must lie in [{low}, {high}]{floor}, got {sigma}.")
         return level
 
-    def _check_sample(self, name: str, sample: torch.Tensor, class_labels: object) -> torch.Tensor | None:
+    def _check_sample(self, name: str, sample: torch.Tensor, class_labels: Labels) -> torch.Tensor | None:
         """The class labels for `sample`; ValueError for a sample or labels that the network can't take."""
-        if not torch.is_tensor(sample) or tuple(sample.shape[1:]) != self.sample_shape:
+        if not torch.is_tensor(sample) or tuple(sample.shape[1:]) != self.sample_shape or not len(sample):
             got = tuple(sample.shape) if torch.is_tensor(sample) else type(sample).__name__
             raise ValueError(f"{name} must be a tensor (batch_size, {str(self.sample_shape)[1:]}, got {got}.")
         if self.num_classes is not None and class_labels is None:

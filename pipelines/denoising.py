@@ -12,7 +12,6 @@ from which it steps. Here it comes before, as in the paper.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,31 @@ from diffusers import (
     EDMEulerScheduler,
     ImagePipelineOutput,
     ModelMixin,
+    SchedulerMixin,
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from .image_pipeline import Generators, ImagePipeline, StepCallback
+from .arguments import Generators, Labels, Samples, read_count, read_number
+from .calls import one_call
+from .image_pipeline import ImagePipeline, StepCallback
+from .settings import is_a, saying, settings_of
 
 
 SOLVERS = ("heun", "euler", "ddim", "sde", "sde_2m")
 # of each prediction, the default one first
-TIME_LABELS = {"edm": ("log_sigma", "quarter_log_sigma", "angle"), "flow": ("flow_time",)}
+TIME_LABELS = {"trigflow": ("angle",), "edm": ("log_sigma", "quarter_log_sigma", "angle"), "flow": ("flow_time",)}
 TIME_LABELS |= {"epsilon": ("timestep",), "v_prediction": ("timestep",)}
+
+
+DEFAULTS = {"prediction": "edm", "time_label": None, "time_scale": 1.0, "noise_schedule": None}
+
+
+def _as_edm(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The `TrigFlowScheduler` of a diffusion model as an `EDMEulerScheduler`; others as they are."""
+    if not is_a(scheduler, "TrigFlowScheduler") or scheduler.config.solver == "consistency":
+        return scheduler
+    levels = {name: scheduler.config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
+    return saying(EDMEulerScheduler(**levels), DEFAULTS | {"prediction": "trigflow", "time_label": "angle"})
 
 
 class DenoisingPipeline(ImagePipeline):
@@ -42,38 +56,49 @@ class DenoisingPipeline(ImagePipeline):
 
     Args:
         unet: the network, called as `unet(sample, label, class_labels=...)`, for example a `UNet2DModel`.
-        scheduler: an `EDMEulerScheduler` with the model's `sigma_data` (of which flow models have none).
+        scheduler: an `EDMEulerScheduler` with the model's `sigma_data` (of which flow models have none); the
+            `TrigFlowScheduler` of a diffusion model is converted to it.
         time_label: the network's time input, by default the first that the prediction allows: "log_sigma"
             (250 ln sigma), "quarter_log_sigma" (ln(sigma) / 4) or "angle" (atan(sigma / sigma_data)) for "edm",
             "flow_time" (sigma / (1 + sigma)) for "flow", "timestep" (times between the integers of the noise schedule,
             by the angle atan(sigma)) for the others.
-        prediction: "edm" for a network under EDM's preconditioning; "flow" for one that is given
+        prediction: "edm", the default, for a network under EDM's preconditioning; "flow" for one that is given
             x_t = (1 - t) x0 + t noise and predicts noise - x0 (Lipman et al. 2022, arXiv:2210.02747); "epsilon" (the
             noise) or "v_prediction" (alpha noise - std x0) for one that is given alpha x0 + std noise with
-            alpha^2 + std^2 = 1, a tuned DDPM.
+            alpha^2 + std^2 = 1, a tuned DDPM; "trigflow" for a diffusion model of `TrigFlowPipeline`.
         vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
-        time_scale: factor of the time label of "flow" (1000 for diffusers' flow models).
+        time_scale: factor of the time label of "flow" (1000 for diffusers' flow models), by default 1.
         noise_schedule: for "epsilon" and "v_prediction" the settings of diffusers' `DDPMScheduler` that make the table
             of alpha^2, such as {"beta_schedule": "linear"}.
 
+    What is not given of the prediction, its time and its noise schedule is what the scheduler of another pipeline says
+    of the network, so that `DenoisingPipeline(**pipe.components)` makes the images of `pipe`.
+
     Raises:
-        ValueError: unknown prediction, a time label that is not one of its own, or no noise schedule where it has to
-            be known.
+        ValueError: unknown prediction, a time label that is not one of its own, no noise schedule where it has to be
+            known; another scheduler, or one for a network of another prediction, here or when one is assigned.
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
+    _schedulers = ("EDMEulerScheduler",)
 
     def __init__(
         self,
         unet: ModelMixin,
         scheduler: EDMEulerScheduler,
         time_label: str | None = None,
-        prediction: str = "edm",
+        prediction: str | None = None,
         vae: ModelMixin | None = None,
-        time_scale: float = 1.0,
+        time_scale: float | None = None,
         noise_schedule: dict[str, Any] | None = None,
     ):
         super().__init__()
+        scheduler = _as_edm(scheduler)
+        given = {"prediction": prediction, "time_label": time_label, "time_scale": time_scale}
+        settings = DEFAULTS | settings_of(scheduler, noise_schedule=noise_schedule, **given)
+        prediction, time_label, noise_schedule = (
+            settings[name] for name in ("prediction", "time_label", "noise_schedule")
+        )
         if prediction not in TIME_LABELS:
             raise ValueError(f"prediction must be one of {', '.join(TIME_LABELS)}; got {prediction!r}.")
         labels = TIME_LABELS[prediction]
@@ -84,12 +109,16 @@ class DenoisingPipeline(ImagePipeline):
             )
         if (time_label == "timestep") != (noise_schedule is not None):
             raise ValueError("noise_schedule is for the predictions 'epsilon' and 'v_prediction', which need it.")
+        self.register_to_config(**settings | {"time_label": time_label})
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        self.register_to_config(time_label=time_label, prediction=prediction)
-        self.register_to_config(time_scale=time_scale, noise_schedule=noise_schedule)
         if noise_schedule is not None:
             alphas_cumprod = DDPMScheduler(**noise_schedule).alphas_cumprod.double()
             self._angles = torch.atan2((1 - alphas_cumprod).sqrt(), alphas_cumprod.sqrt()).numpy()
+
+    def accept_scheduler(self, scheduler: SchedulerMixin) -> EDMEulerScheduler:
+        """See `ImagePipeline`: an `EDMEulerScheduler`, told what the network predicts."""
+        scheduler = super().accept_scheduler(_as_edm(scheduler))
+        return saying(scheduler, {name: self.config[name] for name in DEFAULTS})
 
     @property
     def default_steps(self) -> tuple[int, ...]:
@@ -103,11 +132,12 @@ class DenoisingPipeline(ImagePipeline):
         """
         prediction = self.config.prediction
         spread = 1 + sigma if prediction == "flow" else (1 + sigma**2).sqrt()
-        edm = prediction == "edm"
+        edm = prediction in ("edm", "trigflow")  # whose outputs differ in their sign alone
         network_input = self.scheduler.precondition_inputs(sample, sigma) if edm else sample / spread
         network = network_input.to(self.unet.dtype), self._label(sigma).to(sample.device)
         output = self.unet(*network, class_labels=labels, return_dict=False)[0].float()
         if edm:
+            output = -output if prediction == "trigflow" else output
             return self.scheduler.precondition_outputs(sample, output, sigma)
         if prediction == "epsilon":
             return sample - sigma * output
@@ -165,10 +195,11 @@ class DenoisingPipeline(ImagePipeline):
             raise ValueError(f"s_noise must be a number above 0, got {s_noise}.")
 
     @torch.no_grad()
+    @one_call
     def __call__(
         self,
         batch_size: int | None = None,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        class_labels: Labels = None,
         num_inference_steps: int = 18,
         solver: str = "heun",
         s_churn: float = 0.0,
@@ -176,7 +207,7 @@ class DenoisingPipeline(ImagePipeline):
         s_tmax: float = math.inf,
         s_noise: float = 1.0,
         generator: Generators = None,
-        latents: torch.Tensor | None = None,
+        latents: Samples = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -186,8 +217,8 @@ class DenoisingPipeline(ImagePipeline):
 
         Args:
             batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
-            class_labels: one label for all or one per image; drawn from `generator` where the model wants some and
-                none are given.
+            class_labels: one label for all or one per image, or names of classes where the model knows them; drawn
+                from `generator` where the model wants some and neither they nor `latents` are given.
             num_inference_steps: number of Karras levels N; Heun calls the network 2 N - 1 times, the others N times.
                 The SDE wants more of them than the ODE.
             solver: "heun", "euler", "ddim" (euler by another name), "sde" or "sde_2m".
@@ -196,20 +227,25 @@ class DenoisingPipeline(ImagePipeline):
             s_tmin: the lowest level that is churned.
             s_tmax: the highest such level.
             s_noise: factor of the noise that is added, a little above 1 where the network removes too much.
-            generator: a generator, or one per image (then an image does not depend on the others of the batch).
-            latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
+            generator: a generator or a seed, or one per image (then an image does not depend on the others of the
+                batch).
+            latents: unit normal noise (batch_size, C, H, W), a tensor or an array, instead of noise from `generator`.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
             return_dict: give an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
-                replaces the tensors.
+                replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
 
         Returns:
             `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            ValueError: an argument that can't be meant, before the network is called.
         """
+        churning = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+        s_churn, s_tmin, s_tmax, s_noise = (read_number(name, value) for name, value in churning.items())
         self._check_solver(solver, s_churn, s_tmin, s_tmax, s_noise)
-        if num_inference_steps < 2:
-            raise ValueError(f"num_inference_steps must be at least 2, got {num_inference_steps}.")
+        num_inference_steps = read_count("num_inference_steps", num_inference_steps, 2) or self.default_steps[0]
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         self.scheduler.is_scale_input_called = True  # `denoise` scales the network's input itself
         sigmas = self.scheduler.sigmas
@@ -217,11 +253,11 @@ class DenoisingPipeline(ImagePipeline):
 
         sde = self._sde_scheduler(2 if solver == "sde_2m" else 1, num_inference_steps) if "sde" in solver else None
 
-        noise, labels = self.prepare(
-            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
-        )
+        names = callback_on_step_end_tensor_inputs
+        self.check_callback(callback_on_step_end, names)
+        noise, labels, generator = self.prepare(batch_size, class_labels, generator, latents, output_type)
         sample = noise.float() * sigmas[0]
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in self.steps(self.scheduler.timesteps):
             if churn and s_tmin <= sigmas[i] <= s_tmax:
                 new = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
                 sample = sample + s_noise * sigmas[i] * math.sqrt((1 + churn) ** 2 - 1) * new
@@ -234,7 +270,5 @@ class DenoisingPipeline(ImagePipeline):
                 euler = self.scheduler.step(denoised, t, sample, pred_original_sample=denoised, return_dict=False)[0]
                 sample = self._heun_step(sample, denoised, euler, i, labels) if solver == "heun" else euler
             tensors = {"latents": sample, "pred_original_sample": denoised}
-            sample = self.after_step(callback_on_step_end, i, t, tensors, callback_on_step_end_tensor_inputs)[
-                "latents"
-            ]
+            sample = self.after_step(callback_on_step_end, i, t, tensors, names)
         return self.finish(sample, output_type, return_dict)

@@ -1,20 +1,22 @@
 """What the pipelines of this folder share: shapes, latents, labels and images."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from .arguments import Generators, Labels, count_of, read_count, read_generators, read_labels, read_samples
+from .calls import Call, current_call
 from .class_names import class_names, labels_named
+from .settings import check_scheduler
 from .travel import save_with_code
 
 
-Generators = torch.Generator | list[torch.Generator] | None
 StepCallback = Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict]
+OneOrMore = torch.Generator | list[torch.Generator] | None
 
 
 class ImagePipeline(DiffusionPipeline):
@@ -25,6 +27,70 @@ class ImagePipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]
+    _schedulers: tuple[str, ...]  # names of the classes that it samples with
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ImagePipeline":
+        """A pipeline of another's parts and settings; parts given by their names replace those.
+
+        As in diffusers the networks are cast to `torch_dtype`, by default to float32.
+
+        Raises:
+            ValueError: parts that this class can't sample with.
+        """
+        # diffusers itself takes over only networks of the very class that the signature names
+        parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "scheduler", "vae")}
+        return super().from_pipe(pipeline, **{**parts, **kwargs})
+
+    def register_modules(self, **modules) -> None:
+        """Take over components as diffusers does. Raises ValueError for a scheduler of a foreign class."""
+        if "scheduler" in modules:
+            modules["scheduler"] = self.accept_scheduler(modules["scheduler"])
+        super().register_modules(**modules)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, self.accept_scheduler(value) if name == "scheduler" else value)
+
+    def accept_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """`scheduler`, or what stands for it here. Raises ValueError for one that the pipeline can't sample with."""
+        check_scheduler(type(self).__name__, scheduler, self._schedulers)
+        return scheduler
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """The scheduler: in a call and its callback the one that this call steps, else the pipeline's own.
+
+        The own one shows the levels of the last call.
+        """
+        call = current_call(self)
+        return self.__dict__["scheduler"] if call is None else call.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: SchedulerMixin) -> None:
+        self.__dict__["scheduler"] = scheduler
+
+    def new_call(self) -> Call:
+        """What a call has of its own."""
+        return Call(self, self.__dict__["scheduler"], self.__dict__.get("_stops", 0))
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call in progress was told to stop; it does so after its step, with the sample as it is then."""
+        call = current_call(self)
+        return call is not None and (call.stopped or call.stops != self.__dict__.get("_stops", 0))
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, stop: bool) -> None:
+        """As diffusers' users set it: in a callback to stop that call, elsewhere to stop all calls in progress."""
+        call = current_call(self)
+        if call is not None:
+            call.stopped = stop
+        elif stop:
+            self.__dict__["_stops"] = self.__dict__.get("_stops", 0) + 1
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -78,28 +144,32 @@ class ImagePipeline(DiffusionPipeline):
         """
         save_with_code(self, save_directory, *args, **kwargs)
 
-    def check_inputs(self, output_type: str, tensor_inputs: list[str]) -> None:
-        """Raise ValueError for what can't be done, before any work."""
+    def check_output(self, output_type: str) -> None:
+        """Raise ValueError for a form that the images don't have, before any work."""
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         channels = self.image_shape[0]
         if output_type == "pil" and channels not in (1, 3):
             raise ValueError(f"Images of {channels} channels have no PIL form; use output_type 'np' or 'pt'.")
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+
+    def check_callback(self, callback: StepCallback | None, names: Sequence[str]) -> None:
+        """Raise ValueError for a callback that can't be called, or tensors that it can't be given."""
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback_on_step_end must be a function or None, got {callback!r}.")
+        unknown = [names] if isinstance(names, str) else [n for n in names if n not in self._callback_tensor_inputs]
         if unknown:
-            raise ValueError(f"A callback can be given {self._callback_tensor_inputs}, not {unknown}.")
+            raise ValueError(f"A callback can be given a list of {self._callback_tensor_inputs}, not {unknown}.")
 
     def resolve_batch_size(
-        self, batch_size: int | None, class_labels: object, generator: Generators, latents: torch.Tensor | None
+        self, batch_size: int | None, class_labels: Labels, generator: OneOrMore, latents: torch.Tensor | None
     ) -> int:
         """The batch size that the arguments agree on; ValueError where they don't."""
-        sizes = {"batch_size": batch_size}
-        if isinstance(class_labels, (list, tuple, np.ndarray)) or torch.is_tensor(class_labels) and class_labels.ndim:
-            sizes["the number of class_labels"] = len(class_labels)
-        if isinstance(generator, list):
-            sizes["the number of generators"] = len(generator)
-        if latents is not None:
-            sizes["the batch of latents"] = len(latents)
+        sizes = {
+            "batch_size": read_count("batch_size", batch_size),
+            "the number of class_labels": count_of(class_labels),
+            "the number of generators": count_of(generator),
+            "the batch of latents": count_of(latents),
+        }
         sizes = {name: size for name, size in sizes.items() if size is not None}
         if len(set(sizes.values())) > 1:
             raise ValueError(
@@ -108,66 +178,74 @@ class ImagePipeline(DiffusionPipeline):
         return next(iter(sizes.values()), 1)
 
     def prepare_latents(
-        self, batch_size: int, generator: Generators, latents: torch.Tensor | None, device: torch.device
+        self, batch_size: int, generator: OneOrMore, latents: torch.Tensor | None, device: torch.device
     ) -> torch.Tensor:
-        """Unit normal noise (batch_size, *sample_shape) in the network's dtype, or the given latents, checked."""
-        shape = (batch_size, *self.sample_shape)
+        """Unit normal noise (batch_size, *sample_shape) in the network's dtype, or the given latents."""
         if latents is None:
+            shape = (batch_size, *self.sample_shape)
             return randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device=device, dtype=self.unet.dtype)
 
     def prepare_class_labels(
-        self, batch_size: int, class_labels: object, generator: Generators, device: torch.device
+        self, batch_size: int, class_labels: Labels, generator: OneOrMore, device: torch.device
     ) -> torch.Tensor | None:
         """Labels (batch_size,) on `device`: those given, or from `generator`; None where the network takes none."""
         if self.num_classes is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given, but this model is unconditional.")
             return None
-        if class_labels is None:
-            generators = generator if isinstance(generator, list) else [generator]
-            share = batch_size // len(generators)
-            classes = torch.tensor(self.classes)
-            drawn = [
-                torch.randint(len(classes), (share,), generator=g, device=g.device if g else "cpu").cpu()
-                for g in generators
-            ]
-            return classes[torch.cat(drawn)].to(device)
-        if isinstance(class_labels, str):
-            class_labels = self.get_label_ids(class_labels)
-        elif isinstance(class_labels, (list, tuple, np.ndarray)) and any(isinstance(c, str) for c in class_labels):
-            class_labels = [self.get_label_ids(c)[0] if isinstance(c, str) else c for c in class_labels]
-        labels = torch.as_tensor(class_labels)
-        if labels.is_floating_point() or labels.min() < 0 or labels.max() >= self.num_classes:
-            raise ValueError(f"class_labels must be integers in [0, {self.num_classes - 1}], got {labels.tolist()}.")
-        return labels.reshape(-1).expand(batch_size).to(device)
+        if class_labels is not None:
+            return read_labels(class_labels, self.num_classes, self.id2label).expand(batch_size).to(device)
+        generators = generator if isinstance(generator, list) else [generator]
+        classes, share = torch.tensor(self.classes), batch_size // len(generators)
+        drawn = [
+            torch.randint(len(classes), (share,), generator=g, device=g.device if g else "cpu").cpu()
+            for g in generators
+        ]
+        return classes[torch.cat(drawn)].to(device)
 
     def prepare(
-        self,
-        batch_size: int | None,
-        class_labels: object,
-        generator: Generators,
-        latents: torch.Tensor | None,
-        output_type: str,
-        tensor_inputs: list[str],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Unit noise and class labels for what a call asks for; ValueError for what can't be done."""
-        self.check_inputs(output_type, tensor_inputs)
+        self, batch_size: int | None, class_labels: Labels, generator: Generators, latents: object, output_type: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None, OneOrMore]:
+        """Unit noise, class labels and the source of further noise of a call; ValueError for what can't be done."""
+        self.check_output(output_type)
+        generator, given = read_generators(generator), latents is not None
         batch_size = self.resolve_batch_size(batch_size, class_labels, generator, latents)
+        latents = read_samples("latents", latents, (batch_size, *self.sample_shape))
+        if given and class_labels is None and self.num_classes is not None:
+            raise ValueError(
+                "latents were given without class_labels, and random classes would be drawn; pass the class_labels"
+                f" that they belong to, integers in [0, {self.num_classes - 1}]."
+            )
         device = self._execution_device
         noise = self.prepare_latents(batch_size, generator, latents, device)
-        return noise, self.prepare_class_labels(batch_size, class_labels, generator, device)
+        return noise, self.prepare_class_labels(batch_size, class_labels, generator, device), generator
+
+    def steps(self, timesteps: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Number and time of each step under a progress bar, until the call is told to stop."""
+        for i, timestep in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                return
+            yield i, timestep
 
     def after_step(
-        self, callback: StepCallback | None, index: int, timestep: torch.Tensor, tensors: dict, names: list[str]
-    ) -> dict:
-        """Show the callback the tensors called `names`; give back all tensors, as it may have changed them."""
+        self,
+        callback: StepCallback | None,
+        index: int,
+        timestep: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+        names: Sequence[str],
+    ) -> torch.Tensor:
+        """Show the callback the tensors called `names`; give back the latents, as it may have changed them."""
         if callback is None:
-            return tensors
-        changed = callback(self, index, timestep, {name: tensors[name] for name in names}) or {}
-        return {**tensors, **changed}
+            return tensors["latents"]
+        changed = callback(self, index, timestep, {name: tensors[name] for name in names})
+        if changed is not None and not (isinstance(changed, dict) and set(changed) <= set(tensors)):
+            raise ValueError(
+                f"callback_on_step_end must return None or a dict with some of {list(tensors)}, got"
+                f" {list(changed) if isinstance(changed, dict) else type(changed).__name__}."
+            )
+        return {**tensors, **(changed or {})}["latents"]
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [-1, 1] from latents (B, c, h, w), scaled and shifted as its config says."""

@@ -1,12 +1,14 @@
 """Sampling of MeanFlow models in one to a few steps (Geng et al. 2025, arXiv:2505.13447, algorithm 2)."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 
-from .image_pipeline import Generators, ImagePipeline, StepCallback
+from .arguments import Generators, Labels, Levels, Samples, read_count, read_numbers
+from .calls import one_call
+from .image_pipeline import ImagePipeline, StepCallback
+from .settings import saying, settings_of, takes_two_times
 
 
 # what the scheduler must not do of its own, as the network jumps exactly from one of the given flow times to the next
@@ -32,38 +34,53 @@ class MeanFlowPipeline(ImagePipeline):
         unet: the network, called as `unet(x_t, t, target_timestep=r, class_labels=...)`.
         scheduler: a `FlowMatchEulerDiscreteScheduler` that takes the flow times as they are (its default settings).
         vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
-        time_scale: the network is told this times the flow times (1000 where it began as a flow model of diffusers).
+        time_scale: the network is told this times the flow times (1000 where it began as a flow model of diffusers);
+            by default what the scheduler of another pipeline says of the network, else 1.
+
+    Raises:
+        ValueError: a network with one time only; another scheduler, or one for a network of another time scale, here
+            or when one is assigned.
     """
 
     _callback_tensor_inputs = ["latents"]
+    _schedulers = ("FlowMatchEulerDiscreteScheduler",)
 
     def __init__(
         self,
         unet: ModelMixin,
         scheduler: FlowMatchEulerDiscreteScheduler,
         vae: ModelMixin | None = None,
-        time_scale: float = 1.0,
+        time_scale: float | None = None,
     ):
         super().__init__()
+        if not takes_two_times(unet):
+            raise ValueError(
+                f"MeanFlowPipeline needs a network with two times, and {type(unet).__name__} takes one only: it has no"
+                " argument target_timestep. Flow models are sampled by DenoisingPipeline with prediction='flow'."
+            )
+        self.register_to_config(time_scale=settings_of(scheduler, time_scale=time_scale).get("time_scale", 1.0))
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+
+    def accept_scheduler(self, scheduler: FlowMatchEulerDiscreteScheduler) -> FlowMatchEulerDiscreteScheduler:
+        """See `ImagePipeline`: one of default settings, told the time scale of the network."""
+        scheduler = super().accept_scheduler(scheduler)
         changed = {name for name, value in PLAIN_SCHEDULER.items() if scheduler.config.get(name, value) != value}
         if changed:
             raise ValueError(f"The scheduler of a MeanFlowPipeline must leave {', '.join(sorted(changed))} alone.")
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        self.register_to_config(time_scale=time_scale)
+        return saying(scheduler, {"time_scale": self.config.time_scale})
 
     @property
     def default_steps(self) -> tuple[int, ...]:
         return (1, 2)
 
-    def flow_times(self, num_inference_steps: int | None, sigmas: Sequence[float] | None) -> list[float]:
+    def flow_times(self, num_inference_steps: int | None, sigmas: Levels) -> list[float]:
         """Flow times from 1, evenly spaced, or those of the noise levels `sigmas`; ValueError for bad ones."""
         if (num_inference_steps is None) == (sigmas is None):
             raise ValueError("Pass exactly one of `num_inference_steps` and `sigmas`.")
         if sigmas is None:
-            if num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
+            num_inference_steps = read_count("num_inference_steps", num_inference_steps)
             return [1 - k / num_inference_steps for k in range(num_inference_steps)]
-        levels = [float(s) for s in sigmas]
+        levels = read_numbers("sigmas", sigmas)
         if not levels or any(math.isnan(s) or s <= 0 for s in levels):
             raise ValueError(f"`sigmas` must be a non-empty list of positive numbers, got {levels}.")
         if any(then >= now for now, then in zip(levels, levels[1:])):
@@ -71,14 +88,15 @@ class MeanFlowPipeline(ImagePipeline):
         return [1 / (1 + 1 / s) for s in levels]
 
     @torch.no_grad()
+    @one_call
     def __call__(
         self,
         batch_size: int | None = None,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        class_labels: Labels = None,
         num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
+        sigmas: Levels = None,
         generator: Generators = None,
-        latents: torch.Tensor | None = None,
+        latents: Samples = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -88,38 +106,39 @@ class MeanFlowPipeline(ImagePipeline):
 
         Args:
             batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
-            class_labels: one label for all or one per image; drawn from `generator` where the model wants some and
-                none are given.
+            class_labels: one label for all or one per image, or names of classes where the model knows them; drawn
+                from `generator` where the model wants some and neither they nor `latents` are given.
             num_inference_steps: 1 (the default) or more steps of equal length in flow time, from pure noise; or else
             sigmas: noise levels t / (1 - t), falling, for example [inf, 1]; inf is pure noise, flow time 1.
-            generator: a generator, or one per image (then an image does not depend on the others of the batch).
-            latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
+            generator: a generator or a seed, or one per image (then an image does not depend on the others of the
+                batch).
+            latents: unit normal noise (batch_size, C, H, W), a tensor or an array, instead of noise from `generator`.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
             return_dict: give an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
-                replaces the tensors.
+                replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents".
 
         Returns:
             `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            ValueError: an argument that can't be meant, before the network is called.
         """
         if num_inference_steps is None and sigmas is None:
             num_inference_steps = self.default_steps[0]
         times = self.flow_times(num_inference_steps, sigmas)
         self.scheduler.set_timesteps(sigmas=times, device=self._execution_device)
-        noise, labels = self.prepare(
-            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
-        )
+        names = callback_on_step_end_tensor_inputs
+        self.check_callback(callback_on_step_end, names)
+        noise, labels, generator = self.prepare(batch_size, class_labels, generator, latents, output_type)
         times = self.scheduler.sigmas  # and 0
         sample = noise.float() * times[0]  # float32 between the steps, whatever the weights
-        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, timestep in self.steps(self.scheduler.timesteps):
             t, r = self.config.time_scale * times[i : i + 2]
             velocity = self.unet(sample.to(noise.dtype), t, target_timestep=r, class_labels=labels, return_dict=False)[
                 0
             ]
             sample = self.scheduler.step(velocity.float(), timestep, sample, return_dict=False)[0]
-            tensors = {"latents": sample}
-            sample = self.after_step(callback_on_step_end, i, timestep, tensors, callback_on_step_end_tensor_inputs)[
-                "latents"
-            ]
+            sample = self.after_step(callback_on_step_end, i, timestep, {"latents": sample}, names)
         return self.finish(sample, output_type, return_dict)

@@ -1,11 +1,11 @@
 """Sampling of TrigFlow models: consistency models in one to a few steps, diffusion models by their ODE."""
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
-from .image_pipeline import Generators, ImagePipeline, StepCallback
+from .arguments import Generators, Labels, Levels, Samples, read_count, read_numbers
+from .calls import one_call
+from .image_pipeline import ImagePipeline, StepCallback
 
 
 class TrigFlowPipeline(ImagePipeline):
@@ -15,14 +15,16 @@ class TrigFlowPipeline(ImagePipeline):
         unet: the network, called as `unet(sample / sigma_data, angle, class_labels=...)`.
         scheduler: a `TrigFlowScheduler`; its solver says whether this is a consistency model or a diffusion model.
         vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
+
+    Raises:
+        ValueError: another scheduler, here or when one is assigned.
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
+    _schedulers = ("TrigFlowScheduler",)
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, vae: ModelMixin | None = None):
         super().__init__()
-        if "solver" not in scheduler.config:
-            raise ValueError(f"TrigFlowPipeline needs a TrigFlowScheduler, not a {type(scheduler).__name__}.")
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     @property
@@ -30,16 +32,17 @@ class TrigFlowPipeline(ImagePipeline):
         return (1, 2) if self.scheduler.config.solver == "consistency" else (18,)
 
     @torch.no_grad()
+    @one_call
     def __call__(
         self,
         batch_size: int | None = None,
-        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        class_labels: Labels = None,
         num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
-        timesteps: Sequence[float] | None = None,
+        sigmas: Levels = None,
+        timesteps: Levels = None,
         solver: str | None = None,
         generator: Generators = None,
-        latents: torch.Tensor | None = None,
+        latents: Samples = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -49,31 +52,37 @@ class TrigFlowPipeline(ImagePipeline):
 
         Args:
             batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
-            class_labels: one label for all or one per image; drawn from `generator` where the model wants some and
-                none are given.
+            class_labels: one label for all or one per image, or names of classes where the model knows them; drawn
+                from `generator` where the model wants some and neither they nor `latents` are given.
             num_inference_steps: the number of levels, of the scheduler's choice: 1 (the default) or more for a
                 consistency model, 2 or more (18) for a diffusion model; or else
             sigmas: the noise levels, falling, for example [80, 0.8]; the first may be inf; or else
             timesteps: the same as angles atan(sigma / sigma_data) in (0, pi/2], for example [1.5645, 1.1].
             solver: "heun" or "euler" instead of a diffusion model's own. Heun calls the network 2 N - 1 times for N
                 levels, Euler N times.
-            generator: a generator, or one per image (then an image does not depend on the others of the batch).
-            latents: unit normal noise (batch_size, C, H, W) instead of noise from `generator`.
+            generator: a generator or a seed, or one per image (then an image does not depend on the others of the
+                batch).
+            latents: unit normal noise (batch_size, C, H, W), a tensor or an array, instead of noise from `generator`.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
             return_dict: give an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step, from one level
-                to the next; what it returns replaces the tensors.
+                to the next; what it returns replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
 
         Returns:
             `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            ValueError: an argument that can't be meant, before the network is called.
         """
+        num_inference_steps = read_count("num_inference_steps", num_inference_steps, None)
+        sigmas, timesteps = read_numbers("sigmas", sigmas), read_numbers("timesteps", timesteps)
         if num_inference_steps is None and sigmas is None and timesteps is None:
             num_inference_steps = self.default_steps[0]
         self.scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, solver)
-        noise, labels = self.prepare(
-            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
-        )
+        names = callback_on_step_end_tensor_inputs
+        self.check_callback(callback_on_step_end, names)
+        noise, labels, generator = self.prepare(batch_size, class_labels, generator, latents, output_type)
         sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
         step = 0
         with self.progress_bar(total=self.scheduler.num_inference_steps) as bar:
@@ -86,8 +95,9 @@ class TrigFlowPipeline(ImagePipeline):
                 if not self.scheduler.state_in_first_order:
                     continue  # in the middle of a step of Heun
                 tensors = {"latents": sample, "pred_original_sample": denoised}
-                names = callback_on_step_end_tensor_inputs
-                sample = self.after_step(callback_on_step_end, step, level, tensors, names)["latents"]
+                sample = self.after_step(callback_on_step_end, step, level, tensors, names)
                 step += 1
                 bar.update()
+                if self.interrupt:
+                    break
         return self.finish(sample, output_type, return_dict)

@@ -6,6 +6,7 @@ et al. 2025, arXiv:2505.13447, do so). Its last layer starts at zero, so trainin
 
 import copy
 import os
+import threading
 from dataclasses import dataclass
 
 import diffusers
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 
 MIRRORED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "dropout")
+_call = threading.local()  # with `embedding`, that of the second time of the call in progress in this thread
 
 
 @dataclass
@@ -46,7 +48,6 @@ class TargetTimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(channels, channels)
         nn.init.zeros_(self.linear_2.weight)
         nn.init.zeros_(self.linear_2.bias)
-        self.current: Tensor | None = None
 
     def forward(self, time: Tensor) -> Tensor:
         """(B,) -> (B, channels)."""
@@ -60,10 +61,11 @@ class TargetTimeEmbedding(nn.Module):
 
     def add_current(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """A forward hook: add the embedding of the call in progress to `output` (B, channels)."""
-        if self.current is None:
+        embedding = getattr(_call, "embedding", None)
+        if embedding is None:
             return output
         # a network in bfloat16 goes on in bfloat16, one under autocast, with weights in float32, does not yet
-        return (output + self.current).to(torch.promote_types(output.dtype, self.linear_1.weight.dtype))
+        return (output + embedding).to(torch.promote_types(output.dtype, self.linear_1.weight.dtype))
 
 
 def _class_named(name: str, near: str) -> type[ModelMixin]:
@@ -99,7 +101,7 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ["norm"]
+    _skip_layerwise_casting_patterns = ["norm", "target_time_embedding"]  # which is as precise as its weights
 
     @register_to_config
     def __init__(
@@ -186,9 +188,9 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
             if not torch.is_tensor(target_timestep):
                 target_timestep = torch.tensor(target_timestep, dtype=dtype, device=sample.device)
             target_timestep = target_timestep.to(sample.device, torch.promote_types(target_timestep.dtype, dtype))
-            self.target_time_embedding.current = self.target_time_embedding(target_timestep.expand(sample.shape[0]))
+            _call.embedding = self.target_time_embedding(target_timestep.expand(sample.shape[0]))
         try:
             output = self.network(sample, timestep, class_labels=class_labels, return_dict=False)
         finally:
-            self.target_time_embedding.current = None
+            _call.embedding = None
         return TwoTimeOutput(*output) if return_dict else output

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .levels import KarrasLevels, as_float64
+from .levels import KarrasLevels, as_float64, is_real
 from .network_input import NetworkInput
 
 
@@ -84,19 +84,16 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         noise_schedule: dict[str, Any] | None = None,
         default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
+        self._check_settings()
         self.input = NetworkInput(prediction, time_label, sigma_data, time_scale, noise_schedule)
         self.register_to_config(time_label=self.input.time_label)
         if gamma_rule not in ("paper", "official"):
             raise ValueError(f"gamma_rule must be 'paper' or 'official', got {gamma_rule!r}.")
-        if not 0 <= sigma_min < sigma_max < math.inf:
+        if not sigma_min < sigma_max:
             raise ValueError(f"sigma_min must lie in [0, sigma_max), got {sigma_min} and {sigma_max}.")
         label = self.input.time_label
         if sigma_min == 0 and label.endswith("log_sigma"):
             raise ValueError(f"sigma_min must be above 0 for the time_label {label!r}, which has no value at 0.")
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data must be positive, got {sigma_data}.")
-        if num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}.")
         self._check_gamma(gamma)
         self._check_default_sigmas()
         self.num_inference_steps = None
@@ -138,7 +135,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         self._set_sigmas(np.append(levels, self.config.sigma_min), gamma, device)
 
     def _check_gamma(self, gamma: float) -> float:
-        if not 0 <= gamma <= 1:
+        if not is_real(gamma) or not 0 <= gamma <= 1:
             raise ValueError(f"gamma must lie in [0, 1], got {gamma}.")
         return float(gamma)
 

@@ -1,11 +1,20 @@
 """What schedulers share: the choice of noise levels, the current step, and for Karras grids noise at any level."""
 
+import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from .network_input import NetworkInput
+
+
+# settings that are numbers: above 0, or at least 0; and those that are True or False
+POSITIVE = ("sigma_data", "sigma_max", "rho", "time_scale")
+NOT_NEGATIVE = ("sigma_min", "s_noise")
+SWITCHES = ("clip_denoised", "upward")
 
 
 class Levels:
@@ -33,9 +42,28 @@ class Levels:
         """The levels (n,), which must be some that can be sampled at; ValueError, which calls them `name`, if not."""
         raise NotImplementedError
 
+    def _check_settings(self) -> None:
+        """Raise ValueError for settings of which each by itself is no number, count or switch of its range."""
+        for name in (*POSITIVE, *NOT_NEGATIVE):
+            value, zero = self.config.get(name, 1.0), name in NOT_NEGATIVE
+            if not is_real(value) or not (0 <= value < math.inf) or value == 0 and not zero:
+                raise ValueError(f"{name} must be {'0 or ' if zero else ''}positive and finite, got {value!r}.")
+        for name in SWITCHES:
+            if not isinstance(self.config.get(name, True), (bool, np.bool_)):
+                raise ValueError(f"{name} must be True or False, got {self.config[name]!r}.")
+        total = self.config.get("num_train_timesteps", 2)
+        if not is_integer(total) or total < 2:
+            raise ValueError(f"num_train_timesteps must be an integer of at least 2, got {total!r}.")
+        if not isinstance(self.config.default_sigmas or {}, dict):
+            raise ValueError(
+                'default_sigmas must map numbers of steps to levels, such as {"2": [80.0, 0.8]}, got'
+                f" {self.config.default_sigmas!r}."
+            )
+
     def _check_default_sigmas(self) -> None:
         for steps, sigmas in (self.config.default_sigmas or {}).items():
-            levels = self._check_levels(f"default_sigmas[{steps!r}]", np.array(sigmas, dtype=float))
+            name = f"default_sigmas[{steps!r}]"
+            levels = self._check_levels(name, np.array(read_numbers(name, sigmas), dtype=float))
             if str(len(levels)) != steps:
                 raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels, got {len(levels)}.")
 
@@ -88,14 +116,15 @@ class KarrasLevels(Levels):
         if num_inference_steps is not None:
             return self._default_levels(num_inference_steps)
         if sigmas is not None:
-            return self._check_levels("sigmas", np.array([float(s) for s in sigmas]))
+            return self._check_levels("sigmas", np.array(read_numbers("sigmas", sigmas), dtype=float))
+        timesteps = read_numbers("timesteps", timesteps)
         self._refuse_indices(timesteps)
-        levels = self.timestep_to_sigma(np.array([float(t) for t in timesteps]))
+        levels = self.timestep_to_sigma(np.array(timesteps, dtype=float))
         return self._check_levels("timesteps", levels)
 
     def _default_levels(self, n: int) -> np.ndarray:
         total = self.config.num_train_timesteps
-        if not 1 <= n <= total:
+        if not is_integer(n) or not 1 <= n <= total:
             raise ValueError(f"num_inference_steps must lie in [1, num_train_timesteps={total}], got {n}.")
         if str(n) in (self.config.default_sigmas or {}):
             return np.array(self.config.default_sigmas[str(n)])
@@ -112,9 +141,8 @@ class KarrasLevels(Levels):
             raise ValueError(f"`{name}` must stay above sigma_min={self.config.sigma_min}, got {levels[-1]:g}.")
         return levels
 
-    def _refuse_indices(self, timesteps: Sequence[float]) -> None:
-        values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-        if all(isinstance(t, (int, np.integer)) for t in values):
+    def _refuse_indices(self, values: list[float]) -> None:
+        if all(map(is_integer, values)):
             total = self.config.num_train_timesteps
             hint = ""
             if values and all(0 <= t < total for t in values):
@@ -130,8 +158,7 @@ class KarrasLevels(Levels):
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         if self.begin_index is not None:
             return self.begin_index
-        if isinstance(timestep, int) or torch.is_tensor(timestep) and not timestep.is_floating_point():
-            raise ValueError(f"Pass one of `scheduler.timesteps` (floats), not the integer index {timestep}.")
+        refuse_index("one of `scheduler.timesteps` (floats)", timestep)
         gaps = (self.timesteps.double().cpu() - float(timestep)).abs()
         index = int(gaps.argmin())
         if gaps[index] > 1e-4 * max(1.0, abs(float(timestep))):
@@ -151,15 +178,49 @@ class KarrasLevels(Levels):
         Args:
             original_samples: clean samples (B, ...).
             noise: unit normal noise of the same shape.
-            timesteps: time labels (B,) or one for all; or else
+            timesteps: time labels (B,) or one for all, floats; or else
             sigmas: noise levels (B,) or one for all.
+
+        Raises:
+            ValueError: not exactly one was given, or integers as time labels.
         """
         if (timesteps is None) == (sigmas is None):
             raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
         if sigmas is None:
+            refuse_index("time labels as in `scheduler.timesteps` (floats)", timesteps)
             sigmas = self.timestep_to_sigma(as_float64(timesteps).numpy())
         sigmas = as_float64(sigmas).reshape(-1, *[1] * (original_samples.ndim - 1))
         return original_samples + sigmas.to(original_samples.device, original_samples.dtype) * noise
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def read_numbers(name: str, values: Any) -> list[float]:
+    """The numbers in any kind of sequence or array; one alone is a list of one. Integers stay integers.
+
+    Raises:
+        ValueError: anything else, called `name`.
+    """
+    found = values.tolist() if hasattr(values, "tolist") else values
+    found = [found] if is_real(found) else found
+    if isinstance(found, Sequence) and not isinstance(found, str):
+        found = [value.item() if getattr(value, "ndim", None) == 0 else value for value in found]
+        if all(map(is_real, found)):
+            return found
+    raise ValueError(f"`{name}` must be a number or a list of numbers, got {values!r}.")
+
+
+def refuse_index(wanted: str, timesteps: Any) -> None:
+    """Raise ValueError for integers, which other schedulers take for indices into their grid."""
+    floats = timesteps.is_floating_point() if torch.is_tensor(timesteps) else np.asarray(timesteps).dtype.kind == "f"
+    if not floats:
+        raise ValueError(f"Pass {wanted}, not the integer index {timesteps}.")
 
 
 def as_float64(values: float | np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -80,14 +80,13 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         noise_schedule: dict[str, Any] | None = None,
         default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
+        self._check_settings()
         self.input = NetworkInput(prediction, time_label, sigma_data, time_scale, noise_schedule)
         self.register_to_config(time_label=self.input.time_label)
         if renoise not in ("floor", "full"):
             raise ValueError(f"renoise must be 'floor' or 'full', got {renoise!r}.")
-        if not 0 <= sigma_min < sigma_max:
+        if not sigma_min < sigma_max:
             raise ValueError(f"sigma_min must lie in [0, sigma_max), got {sigma_min} and {sigma_max}.")
-        if num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps}.")
         self._check_default_sigmas()
         self.num_inference_steps = None
         self._set_sigmas(self._karras(np.linspace(0, 1, num_train_timesteps)), None)

@@ -46,7 +46,10 @@ class NetworkInput:
         if (self.time_label == "timestep") != (noise_schedule is not None):
             raise ValueError("noise_schedule is for the predictions 'epsilon' and 'v_prediction', which need it.")
         if noise_schedule is not None:
-            abar = DDPMScheduler(**noise_schedule).alphas_cumprod.double().numpy()
+            try:
+                abar = DDPMScheduler(**noise_schedule).alphas_cumprod.double().numpy()
+            except (TypeError, ValueError, NotImplementedError) as error:
+                raise ValueError(f"noise_schedule {noise_schedule!r} is none of a DDPMScheduler: {error}") from None
             self.angles = np.arctan2(np.sqrt(1 - abar), np.sqrt(abar))
         self.sigma_data, self.time_scale = sigma_data, time_scale
         self.spread = sigma_data if prediction == "edm" else 1.0  # of the data, as the process takes them

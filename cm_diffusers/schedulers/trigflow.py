@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .levels import Levels
+from .levels import Levels, as_float64, is_integer, read_numbers, refuse_index
 
 
 SOLVERS = ("consistency", "euler", "heun")
@@ -53,8 +53,8 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
             of the grid: {"2": [80.0, 0.8]}, as `training/evaluate.py --search_sigmas` finds them.
 
     Raises:
-        ValueError: unknown solver; levels not in the order 0 < sigma_min < sigma_max < inf; sigma_data not positive;
-            `default_sigmas` that `set_timesteps` would refuse, or of another number.
+        ValueError: unknown solver; levels not in the order 0 < sigma_min < sigma_max; a number that is none, not
+            finite or not positive; `default_sigmas` that `set_timesteps` would refuse, or of another number.
     """
 
     _compatibles = []
@@ -72,10 +72,9 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
     ) -> None:
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
-        if not 0 < sigma_min < sigma_max < math.inf:
+        self._check_settings()
+        if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min must lie in (0, sigma_max), sigma_max in (0, inf): {sigma_min}, {sigma_max}.")
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data must be positive, got {sigma_data}.")
         self._check_default_sigmas()
         self.num_inference_steps = None
         self.solver = solver
@@ -140,7 +139,9 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         if num_inference_steps is not None:
             angles = self._default_angles(num_inference_steps)
         elif sigmas is not None:
-            angles = self.sigma_to_timestep(self._check_levels("sigmas", np.array([float(s) for s in sigmas])))
+            angles = self.sigma_to_timestep(
+                self._check_levels("sigmas", np.array(read_numbers("sigmas", sigmas), dtype=float))
+            )
         else:
             angles = self._check_angles(timesteps)
         self.solver = solver or self.config.solver
@@ -161,8 +162,8 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
 
     def _default_angles(self, n: int) -> np.ndarray:
         fewest = 1 if self.config.solver == "consistency" else 2
-        if n < fewest:
-            raise ValueError(f"num_inference_steps must be at least {fewest}, got {n}.")
+        if not is_integer(n) or n < fewest:
+            raise ValueError(f"num_inference_steps must be an integer of at least {fewest}, got {n}.")
         if str(n) in (self.config.default_sigmas or {}):
             return self.sigma_to_timestep(np.array(self.config.default_sigmas[str(n)]))
         sigma_min, sigma_max, rho = self.config.sigma_min, self.config.sigma_max, self.config.rho
@@ -186,11 +187,11 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         return levels
 
     def _check_angles(self, timesteps: Sequence[float]) -> np.ndarray:
-        values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+        values = read_numbers("timesteps", timesteps)
         meant = "`timesteps` are angles in (0, pi/2]; pass noise levels as `sigmas`."
-        if values and all(isinstance(t, (int, np.integer)) for t in values):
+        if values and all(map(is_integer, values)):
             raise ValueError(f"{meant} Grid indices are not understood, got {values}.")
-        angles = np.array([float(t) for t in values])
+        angles = np.array(values, dtype=float)
         if (angles > math.pi / 2 + 1e-5).any():
             raise ValueError(f"{meant} Got {angles.max():g}.")
         self._check_fall("timesteps", angles)
@@ -208,8 +209,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         if self.begin_index is not None:
             return self.begin_index
-        if isinstance(timestep, int) or torch.is_tensor(timestep) and not timestep.is_floating_point():
-            raise ValueError(f"Pass one of `scheduler.timesteps` (floats), not the integer index {timestep}.")
+        refuse_index("one of `scheduler.timesteps` (floats)", timestep)
         gaps = np.abs(self._angles[: -1 : self.order] - float(timestep))
         index = int(gaps.argmin())
         if gaps[index] > 1e-4:
@@ -300,12 +300,17 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         Args:
             original_samples: clean samples (B, ...).
             noise: unit normal noise of the same shape.
-            timesteps: angles (B,) or one for all; or else
+            timesteps: angles (B,) or one for all, floats; or else
             sigmas: noise levels (B,) or one for all.
+
+        Raises:
+            ValueError: not exactly one was given, or integers as angles.
         """
         if (timesteps is None) == (sigmas is None):
             raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
-        given = torch.as_tensor(sigmas if timesteps is None else timesteps).cpu().double()
+        if sigmas is None:
+            refuse_index("angles as in `scheduler.timesteps` (floats)", timesteps)
+        given = as_float64(sigmas if timesteps is None else timesteps)
         angles = (given / self.config.sigma_data).atan() if timesteps is None else given
         angles = angles.reshape(-1, *[1] * (original_samples.ndim - 1))
         cos, sin = (
