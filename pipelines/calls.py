@@ -18,13 +18,19 @@ class Call:
 
     Args:
         pipeline: whose call it is.
-        scheduler: its own one, which is not touched.
+        scheduler: its own one, which no step changes.
         stops: how often all calls of the pipeline were told to stop before this one began.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, scheduler: SchedulerMixin, stops: int):
         self.pipeline, self.stops, self.stopped = pipeline, stops, False
+        self.own_scheduler = scheduler
         self.scheduler = copy.copy(scheduler)  # whose `set_timesteps` makes all that steps change
+
+    def show_levels(self) -> None:
+        """Let the pipeline's own scheduler show the levels of this call, and keep its settings."""
+        shown = {name: value for name, value in vars(self.scheduler).items() if name != "_internal_dict"}
+        vars(self.own_scheduler).update(shown)
 
 
 _running: ContextVar[tuple[Call, ...]] = ContextVar("running", default=())  # in this thread, the innermost one last
@@ -46,8 +52,7 @@ def one_call(method: Callable) -> Callable:
             result = method(pipeline, *args, **kwargs)
         finally:
             _running.reset(token)
-        shown = {name: value for name, value in vars(call.scheduler).items() if name != "_internal_dict"}
-        vars(pipeline.scheduler).update(shown)
+        call.show_levels()
         return result
 
     return run

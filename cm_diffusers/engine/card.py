@@ -47,6 +47,7 @@ NO_RECIPE = (
 )
 FACTS = "card.json"  # beside a saved model: all that its card says, but for what was measured of it
 METRICS = "metrics.json"  # beside it, where something was measured
+HALF = {"fp16": "float16", "bf16": "bfloat16"}
 HOW = ("name", "step", "num_inference_steps", "sigmas")  # what a result in it has that is no metric
 
 
@@ -121,15 +122,21 @@ def read_metrics(file: Path) -> tuple[dict[str, float], dict[str, str]]:
     return numbers, notes | ({"step": str(last)} if last else {})
 
 
-def snippet(facts: Mapping[str, Any], repo: str, trusting: bool = False) -> str:
-    """Python that loads the model and makes images."""
-    lines = [] if facts["stock"] or trusting else ["import cm_diffusers  # so that diffusers knows its classes"]
+def snippet(facts: Mapping[str, Any], repo: str, trusting: bool = False, variant: str | None = None) -> str:
+    """Python that loads the model, or its weights in the precision of a `variant`, and makes images.
+
+    Models of stock classes need nothing but diffusers, except in bfloat16, of which its pipeline makes no pictures.
+    """
+    module, cls, lines = "diffusers", "DiffusionPipeline", []
     extra = ', custom_pipeline="pipeline", trust_remote_code=True' if trusting else ""
-    lines += [
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipe = DiffusionPipeline.from_pretrained("{repo}"{extra})',
-    ]
+    if variant is not None:
+        lines.append("import torch")
+        extra = f', variant="{variant}", dtype=torch.{HALF[variant]}'
+    if facts["stock"] and variant == "bf16":
+        module, cls = "cm_diffusers", "ConsistencyPipeline"
+    elif not facts["stock"] and not trusting:
+        lines.append("import cm_diffusers  # so that diffusers knows its classes")
+    lines += [f"from {module} import {cls}", "", f'pipe = {cls}.from_pretrained("{repo}"{extra})']
     classes = facts["classes"]
     labels = f"class_labels={[i % classes for i in range(4)]}, " if classes else ""
     lines.append(f"images = pipe(batch_size=4, {labels}num_inference_steps={facts['usual_steps']}).images")
@@ -172,6 +179,7 @@ def card_facts(
         "paper": objective.facts.paper,
         "shape": around.shape,
         "stock": type(pipeline).__module__.startswith("diffusers."),
+        "variant": config.run.export_variant,
         "classes": pipeline.unet.config.num_class_embeds,
         "usual_steps": max(with_our_interface(pipeline).default_steps),
         "sigma_max": pipeline.scheduler.config.get("sigma_max", 80.0),
@@ -243,6 +251,7 @@ def model_card(facts: Mapping[str, Any], repo: str, metrics: Path) -> ModelCard:
         template_path=str(TEMPLATE),
         title=repo.split("/")[-1],
         snippet=snippet(facts, repo),
+        half_snippet=snippet(facts, repo, variant=facts["variant"]) if facts.get("variant") else None,
         trusting_snippet=snippet(facts, repo, trusting=True),
         metrics=numbers,
         notes=notes,

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from training_runs import flags, run
 
 from cm_diffusers.engine.card import Surroundings, card_facts, hub_id, model_card
 from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.export import save_pipeline
 from cm_diffusers.engine.models import load_pipeline
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
 
@@ -62,6 +64,18 @@ def test_a_stock_model_needs_only_diffusers_and_others_say_both_ways(model):
     for snippet in (first, second):
         ast.parse(snippet)
         assert 'from_pretrained("user/digits"' in snippet
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_the_snippet_of_every_precision_makes_pictures(model, tmp_path, variant):
+    folder = tmp_path / "pipeline"
+    save_pipeline(DiffusionPipeline.from_pretrained(model / "pipeline"), folder, variant=variant)
+    card = card_of(model, export_variant=variant, repo=str(folder))
+    assert f"The weights in {variant} lie beside them" in card.text
+    for code, dtype in zip(code_of(card), ("float32", {"fp16": "float16", "bf16": "bfloat16"}[variant]), strict=True):
+        made = {}
+        exec(code, made)
+        assert len(made["images"]) == 4 and str(made["pipe"].unet.dtype) == f"torch.{dtype}"
 
 
 def test_nothing_of_this_machine_is_on_it(model, tmp_path):

@@ -252,3 +252,49 @@ def test_default_sigmas_are_the_levels_of_their_number_of_steps_and_are_saved(bu
 def test_default_sigmas_that_can_not_be_are_refused(build, stored, message):
     with pytest.raises(ValueError, match=message):
         build(default_sigmas=stored)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        *(
+            ({"sigma_data": value}, "sigma_data must be positive")
+            for value in (0.0, -0.5, math.nan, "0.5", None, True)
+        ),
+        *(({"sigma_max": value}, "sigma_max must be positive and finite") for value in (math.inf, math.nan, 0, "80")),
+        *(({"sigma_min": value}, "sigma_min") for value in (-0.1, math.nan, 80.0, 90.0)),
+        *(({"rho": value}, "rho must be positive and finite") for value in (0, -7.0, math.inf)),
+        *(({"clip_denoised": value}, "clip_denoised must be True or False") for value in ("no", None)),
+        *(({"default_sigmas": value}, "default_sigmas") for value in ([80.0, 0.8], {"2": "80"}, {"1": [None]})),
+    ],
+)
+def test_settings_outside_their_range_are_errors_from_the_start(build, config, message):
+    with pytest.raises(ValueError, match=message):
+        build(**config)
+
+
+@pytest.mark.parametrize("n", [2.5, "2", True])
+def test_a_number_of_steps_that_is_no_integer(make, n):
+    with pytest.raises(ValueError, match="num_inference_steps must .* got"):
+        make(n)
+
+
+@pytest.mark.parametrize("sigmas", ["80", [None], [[80.0]], {80.0}])
+def test_levels_that_are_no_list_of_numbers(make, sigmas):
+    with pytest.raises(ValueError, match="`sigmas` must be a number or a list of numbers"):
+        make(sigmas=sigmas)
+
+
+def test_one_level_may_stand_alone(make):
+    for sigmas in (40, 40.0, np.float32(40), torch.tensor(40.0), [torch.tensor(40.0)]):
+        assert torch.equal(make(sigmas=sigmas).sigmas, make(sigmas=[40.0]).sigmas)
+
+
+@pytest.mark.parametrize("timesteps", [3, [3], np.array([3]), torch.tensor([3]), np.int64(3)])
+def test_noise_at_an_index_is_refused_as_a_step_at_it_is(make, timesteps):
+    scheduler, x = make(2), torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="not the integer index"):
+        scheduler.add_noise(x, x, timesteps)
+    if np.ndim(timesteps) == 0:
+        with pytest.raises(ValueError, match="not the integer index"):
+            scheduler.scale_model_input(x, timesteps)
