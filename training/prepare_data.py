@@ -7,8 +7,9 @@
 SOURCE is a folder (with a folder per class, or EDM's dataset.json, for labels) or a zip of images, CIFAR-10's archive
 (python or binary), or a file of MNIST's images beside that of its labels. Nothing is unpacked, and nothing in it run.
 Every image is read before anything is written; those that can't be are listed, and the program ends with code 2.
-Images become 8-bit RGB, or grey where all are; they are turned upright, transparency is laid over white, 16-bit grey
-is scaled, and of an animation the first picture is taken. Stopped, the same command goes on where it was.
+Images become 8-bit RGB, or grey where all are; they are turned upright, transparency is laid over white, pixels of
+more than 8 bits are scaled by the range that all images have, and of an animation the first picture is taken.
+Stopped, the same command goes on where it was.
 """
 
 import argparse
