@@ -5,7 +5,10 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: venv quickstart test test-slow quality style clean
+FLOORS := .venv-floors
+FLOORS_TESTS := tests/test_requirements.py
+
+.PHONY: venv quickstart test test-slow test-floors quality style clean
 
 venv: $(STAMP)
 
@@ -24,6 +27,17 @@ test: venv quality  ## the tests, about ten minutes on two cores
 test-slow: venv  ## the longer runs as well
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL) -m "slow or not slow"
 
+$(FLOORS)/.installed: setup.py constraints-floors.txt
+	$(PYTHON) -m venv --clear $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		"torch==$$(sed -n 's/^torch==//p' constraints-floors.txt)"
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-floors.txt \
+		-e ".[training,quickstart,demo]" pytest pytest-timeout pytest-xdist
+	touch $@
+
+test-floors: $(FLOORS)/.installed  ## a part of the tests with the lowest versions that setup.py allows
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q $(PARALLEL) $(FLOORS_TESTS)
+
 quality: venv  ## what the linter says
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -33,4 +47,4 @@ style: venv  ## let the linter mend what it can
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(FLOORS) build dist *.egg-info

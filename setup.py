@@ -1,21 +1,32 @@
 from setuptools import setup
 
 
-DATA = ["datasets>=4.0", "pillow>=10"]
+# The lower bounds are those of constraints-floors.txt, with which `make test-floors` runs a part of the tests. Older
+# versions of torch may work: 2.13 is the oldest that was tried.
+BASE = [
+    "diffusers>=0.42",
+    "huggingface-hub>=1.32",
+    "numpy>=2.0",
+    "pillow>=10.1",
+    "safetensors>=0.8",
+    "torch>=2.13",
+]
 TRAINING = [
     "accelerate>=1.10",
-    *DATA,
+    "datasets>=4.0",
     "filelock>=3.12",
     "jinja2>=3.1",
-    "matplotlib>=3.8",
-    "pyyaml>=6",
-    "tqdm>=4.60",
+    "markupsafe>=2.1.1",
+    "matplotlib>=3.9",
+    "pyarrow>=17.0",
+    "pyyaml>=6.0.1",
+    "tqdm>=4.66.3",
     "transformers>=5.0",
 ]
-QUICKSTART = ["scikit-learn>=1.4"]
-DEMO = ["gradio>=6"]
+QUICKSTART = ["scikit-learn>=1.5"]
+DEMO = ["gradio>=6.0"]
 ORACLES = ["prdc>=0.2", "torchmetrics>=1.9"]
-TEST = ["pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15", *ORACLES]
+TEST = ["pytest>=8.0", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15", *ORACLES]
 QUALITY = ["ruff==0.17.5"]
 
 setup(
@@ -42,7 +53,7 @@ setup(
     ],
     package_dir={"cm_diffusers.pipelines": "pipelines", "cm_diffusers.hub_cards": "hub_cards"},
     package_data={"cm_diffusers": ["py.typed"], "cm_diffusers.hub_cards": ["model_card.md", "report.html", "space/*"]},
-    install_requires=["torch>=2.6", "numpy>=1.26", "diffusers>=0.42", "huggingface-hub>=1.32", "safetensors>=0.5"],
+    install_requires=BASE,
     extras_require={
         "training": TRAINING,
         "quickstart": TRAINING + QUICKSTART,

@@ -8,6 +8,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+from cm_diffusers.lookup import looked_up
 from cm_diffusers.pipelines import (
     ConsistencyPipeline,
     CTMPipeline,
@@ -42,16 +43,19 @@ def load_pipeline(
         raise ValueError(f"{name_or_path!r} is not a model: it holds no model_index.json.{hint}")
     _check_links(Path(name_or_path))
     try:
-        config = DiffusionPipeline.load_config(name_or_path, revision=revision)
+        with looked_up(name_or_path, revision=revision) as cached:
+            config = DiffusionPipeline.load_config(name_or_path, revision=revision, local_files_only=cached)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"model {name_or_path!r} is neither a folder nor to be had from the Hub: {error}") from None
+        raise ValueError(f"model {name_or_path!r} can't be loaded: {error}") from None
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
         text = isinstance(config, dict) and any(key.startswith(("text_", "tokenizer")) for key in config)
         why = ", which is conditioned on text" if text else ""
         raise ValueError(f"model {name_or_path!r} is a {kind}{why}; this version reads {', '.join(kinds)}.")
     try:
-        return kinds[kind].from_pretrained(name_or_path, revision=revision, use_safetensors=True, **kwargs)
+        return kinds[kind].from_pretrained(
+            name_or_path, revision=revision, use_safetensors=True, local_files_only=cached, **kwargs
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"model {name_or_path!r} can't be loaded: {error}") from error
 

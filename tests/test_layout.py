@@ -21,11 +21,12 @@ PARTS = {
     "models": ((), {"torch", "numpy", "diffusers"}),
     "schedulers": ((), {"torch", "numpy", "diffusers"}),
     "pipelines": ((), {"torch", "numpy", "diffusers"}),
-    "sampling": (("pipelines",), {"torch", "numpy", "diffusers", "PIL"}),
+    "lookup": ((), {"huggingface_hub"}),
+    "sampling": (("lookup", "pipelines"), {"torch", "numpy", "diffusers", "PIL"}),
     "pixels": ((), {"numpy", "PIL"}),
     "demo": (("pipelines", "sampling", "pixels"), {"torch", "numpy", "diffusers", "PIL", "gradio"}),
     "convert": (("models", "schedulers", "pipelines"), {"torch", "diffusers", "safetensors"}),
-    "evaluation": (("core", "convert"), {"torch", "safetensors", "transformers"}),
+    "evaluation": (("core", "convert", "lookup"), {"torch", "safetensors", "transformers"}),
     "objectives": (("core", "models", "schedulers", "pipelines"), {"torch", "diffusers", "lpips"}),  # an extra
 }
 

@@ -23,7 +23,7 @@ def push(args: argparse.Namespace) -> bool:
     if not (args.model_dir / "model_index.json").is_file():
         raise ValueError(f"model_dir {str(args.model_dir)!r} is not a model: it holds no model_index.json.")
     publisher = Publisher(args.hub_model_id or args.model_dir.resolve().parent.name, args.hub_private_repo)
-    publisher.check()
+    publisher.check(now=True)
     renew_card(args.model_dir, publisher.repo_id)
     publisher.push(Push(args.model_dir, "Upload model", args.tag))
     if not publisher.finish(args.hub_timeout):
@@ -35,7 +35,7 @@ def push(args: argparse.Namespace) -> bool:
 def push_space(args: argparse.Namespace, model: str) -> bool:
     """The same for the Space of `model`, which is on the Hub."""
     publisher = Publisher(model, args.hub_private_repo, kind="space")
-    publisher.check()
+    publisher.check(now=True)
     with tempfile.TemporaryDirectory() as folder:
         write_space(Path(folder), model, args.model_dir)
         publisher.push(Push(Path(folder), "Upload demo", files=SPACE))
@@ -57,10 +57,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--hub_timeout", type=float, default=120, help="seconds to keep trying while the Hub is out of reach (120)")
     add("--tag", help="tag the revision, for example step-10000")
     try:
-        done = push(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        done = push(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if not done:
+        print(
+            f"Not all of it is on the Hub after {args.hub_timeout:g} s. The same command again sends what is missing."
+        )
     raise SystemExit(0 if done else 1)
 
 

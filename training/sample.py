@@ -69,7 +69,7 @@ def sample(args: argparse.Namespace) -> None:
     files = args.output_dir / "images"
     earlier = earlier_files(files, r"\d{6,}\.png", args.overwrite)
     device = find_device(args.device)
-    pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, torch_dtype=DTYPES[args.dtype])
+    pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, dtype=DTYPES[args.dtype])
     known = inspect.signature(pipeline.__call__).parameters
     names = ("num_inference_steps", "sigmas", "solver", "gamma", "s_churn", "s_tmin", "s_tmax", "s_noise")
     steps = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -31,6 +32,7 @@ from cm_diffusers.engine.order import KeyedOrder, Spot
 from cm_diffusers.engine.records import name_in_messages, open_image, why
 from cm_diffusers.engine.scan import CACHE_BYTES, VERSION, DecodedImages, Facts, load_scan, save_scan, scan
 from cm_diffusers.engine.streams import StreamedRows, StreamOrder, numbered, stream_batches
+from cm_diffusers.lookup import looked_up
 from cm_diffusers.pixels import size_of
 
 
@@ -63,7 +65,7 @@ def load_source(
         except Exception as error:  # the library raises many kinds; all mean that there is no dataset
             raise ValueError(f"dataset {name!r}, split {args.split!r}, can't be loaded: {_causes(error)}") from error
     if args.max_train_samples is not None and not args.streaming:
-        source = source.take(args.max_train_samples)
+        source = source.take(min(args.max_train_samples, len(source)))  # datasets before 5.2 can't take more
     if not args.streaming and len(source) == 0:
         raise ValueError(f"dataset {name!r} is empty.")
     return source
@@ -76,15 +78,27 @@ def _load(args: DataArguments, path: Path, labelled: bool, say: Callable[[str], 
         source = load_local(path, args.split, args.streaming, **columns, tables=tables, say=say)
         if source is not None:
             return source
-    elif not path.exists() and (is_table(path) or path.is_absolute()):
+    elif not path.exists() and is_table(path):
         raise ValueError("there is no such file or folder.")
     name, options = str(path) if path.exists() else args.dataset_name, {"revision": args.dataset_revision}
-    if not args.streaming:
-        return datasets.load_dataset(name, args.dataset_config_name, split=args.split, **options)
-    builder = datasets.load_dataset_builder(name, args.dataset_config_name, **options)
+    with looked_up(name, "dataset", args.dataset_revision) as cached, _offline(cached):
+        if not args.streaming:
+            return datasets.load_dataset(name, args.dataset_config_name, split=args.split, **options)
+        builder = datasets.load_dataset_builder(name, args.dataset_config_name, **options)
     if hasattr(builder.config, "decode_num_threads"):
         builder.config.decode_num_threads = 0  # or the library decodes, and fails without a name
     return builder.as_streaming_dataset(args.split)
+
+
+@contextmanager
+def _offline(offline: bool) -> Iterator[None]:
+    """Let the datasets library look into its cache alone, for which `load_dataset` has no argument."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _causes(error: BaseException) -> str:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig
 
+from cm_diffusers.lookup import looked_up
 from cm_diffusers.models.discriminator import PatchDiscriminator, ProjectedDiscriminator
 
 
@@ -20,13 +21,14 @@ def load_backbone(name_or_path: str) -> nn.Module:
         ValueError: there is no such model, transformers has no backbone of its kind, or weights are missing.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        with looked_up(name_or_path) as cached:
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=cached)
         if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
             raise ValueError(f"transformers has no backbone of kind {config.model_type!r}.")
         config.out_features = [stage for stage in config.stage_names if stage != "stem"]
         # the class itself, as AutoBackbone.from_pretrained takes a folder for a model of timm
         backbone, info = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, output_loading_info=True
+            name_or_path, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=cached
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"backbone {name_or_path!r} can't be loaded; {ALLOWED} Reason: {error}") from error

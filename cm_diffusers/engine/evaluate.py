@@ -109,7 +109,7 @@ def _subjects(
     elif args.watch:
         yield from follow(Path(args.watch), accelerator, done, args.folder / ".watched")
     else:
-        pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, torch_dtype=torch.float32)
+        pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, dtype=torch.float32)
         if args.search_sigmas:
             check_search(args, pipeline)
         # a copy, as loaded weights can lie at addresses where some kernels round otherwise

@@ -14,7 +14,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # the library's client: httpx in 1.x, httpx2 in 2.x
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint
+from cm_diffusers.lookup import AWAY
 
 
 PUBLISHED = (
@@ -34,6 +35,10 @@ PUBLISHED = (
 CHECKPOINT_BRANCH = "checkpoint"
 CHECKPOINT_FILES = ("manifest.json", "state.json", "*.safetensors")
 LONGEST_PAUSE = 60.0
+NO_TOKEN = (
+    "the Hub takes pushes only with a token, and there is none here. Run `hf auth login` (or set HF_TOKEN), then the"
+    " same command again."
+)
 
 
 def is_passing(error: BaseException) -> bool:
@@ -103,24 +108,32 @@ class Publisher:
 
     # --- before training ---------------------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, now: bool = False) -> None:
         """Make the repository. An unreachable Hub is a warning: it may be back when there is something to push.
+
+        Args:
+            now: there is something to push already, so that an unreachable Hub is an error.
 
         Raises:
             ValueError: a name that the Hub does not allow, no token, or one that may not write there.
         """
+        if self.api.token is None and get_token() is None:
+            raise ValueError(NO_TOKEN)
         try:
             self._create()
             self.api.auth_check(self.repo_id, repo_type=self.kind, write=True)  # that it exists is no sign of it
         except LocalTokenNotFoundError:
-            raise ValueError("push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN.") from None
+            raise ValueError(NO_TOKEN) from None
         except HFValidationError as error:
             raise ValueError(f"{self.flag} {self.repo_id!r}: {short(error)}") from None
         except Exception as error:
-            if is_passing(error):
-                self.say(
-                    f"WARNING: the Hub can't be reached now ({short(error)}); training goes on, pushes are retried."
-                )
+            if now and isinstance(error, AWAY):
+                raise ValueError(
+                    f"the Hub can't be reached ({short(error)}), so nothing was pushed. Run the same command again"
+                    " once the network is back."
+                ) from None
+            elif is_passing(error):
+                self.say(f"WARNING: the Hub can't be reached now ({short(error)}); pushes will be tried again.")
             elif isinstance(error, HfHubHTTPError):
                 raise ValueError(
                     f"{self.flag} {self.repo_id!r} can't be written to: {short(error)} Check the name, and that the"

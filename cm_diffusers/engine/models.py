@@ -24,6 +24,7 @@ from cm_diffusers.engine.stock import (
     null_class,
     read_stock,
 )
+from cm_diffusers.lookup import looked_up
 from cm_diffusers.models import (
     EDM_PRESETS,
     DiTModel,
@@ -84,7 +85,7 @@ def _spec_of(pipeline: ImagePipeline) -> ModelSpec:
 
 def _saved(name_or_path: str, revision: str | None, role: str) -> tuple[SavedModel, DiffusionPipeline]:
     """A saved model of the library or of diffusers, and its pipeline. Raises ValueError for what can't be read."""
-    pipeline = load_pipeline(name_or_path, revision, PIPELINES | STOCK, torch_dtype=torch.float32)
+    pipeline = load_pipeline(name_or_path, revision, PIPELINES | STOCK, dtype=torch.float32)
     if role == "teacher" and not _is_diffusion(pipeline):
         scheduler = type(pipeline.scheduler).__name__
         raise ValueError(
@@ -176,9 +177,10 @@ def load_vae(args: ModelArguments, teacher: SavedModel | None) -> nn.Module | No
         return teacher and teacher.vae
     known = {cls.__name__: cls for cls in AUTOENCODERS}
     try:
-        kind = AutoencoderKL.load_config(name).get("_class_name")
-        if kind in known:
-            return known[kind].from_pretrained(name, use_safetensors=True)
+        with looked_up(name) as cached:
+            kind = AutoencoderKL.load_config(name, local_files_only=cached).get("_class_name")
+            if kind in known:
+                return known[kind].from_pretrained(name, use_safetensors=True, local_files_only=cached)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"vae_name_or_path {name!r} can't be loaded: {error}") from None
     raise ValueError(f"vae_name_or_path {name!r} is a {kind}; this version reads {', '.join(known)}.")
@@ -301,7 +303,11 @@ def _prepare_labels(network: nn.Module, args: ModelArguments, data: ImageData) -
 def _from_config(args: ModelArguments, data: ImageData) -> UNet2DModel:
     path = Path(args.model_config_name_or_path)
     try:
-        config = json.loads(path.read_text()) if path.is_file() else UNet2DModel.load_config(str(path))
+        with looked_up(str(path)) as cached:
+            if path.is_file():
+                config = json.loads(path.read_text())
+            else:
+                config = UNet2DModel.load_config(str(path), local_files_only=cached)
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cm_diffusers.evaluation.checks import as_rgb
+from cm_diffusers.lookup import looked_up
 
 
 DINOV2 = "facebook/dinov2-large"  # of FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675)
@@ -82,13 +83,15 @@ def _load(kind: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
     except ImportError:
         raise ValueError(f"extractor {name!r} needs transformers: pip install 'cm-diffusers[training]'") from None
     try:
-        model = getattr(transformers, kind).from_pretrained(name, use_safetensors=True, dtype=torch.float32)
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        with looked_up(name) as cached:
+            load = {"use_safetensors": True, "dtype": torch.float32, "local_files_only": cached}
+            model = getattr(transformers, kind).from_pretrained(name, **load)
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(name, local_files_only=cached)
         if not {"image_mean", "image_std"} <= processor.keys() and processor.get("do_normalize", True):
             raise ValueError("its image processor tells no image_mean and image_std")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"extractor {name!r} is neither a folder nor to be had from the Hub: {error}\n"
+            f"extractor {name!r} can't be loaded: {error}\n"
             "Other extractors are 'inception', 'dinov2', 'classifier' and module:name."
         ) from None
     return model, processor

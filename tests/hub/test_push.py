@@ -192,7 +192,7 @@ def test_an_unreachable_hub_is_a_warning(hub, publisher, folder):
     one = publisher()
     hub.down()
     one.check()
-    assert "can't be reached now" in one.said[0] and "training goes on" in one.said[0]
+    assert "can't be reached now" in one.said[0] and "tried again" in one.said[0]
     hub.up()
     one.push(Push(folder, "End of training"))
     assert one.finish(60) and pushed(hub) == FILES
