@@ -54,7 +54,8 @@ def decode_content(content: Content) -> Image.Image | np.ndarray:
     if image.format == "EPS":
         raise ValueError("PostScript is a program, which would have to be run")
     image.load()
-    return ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def open_image(record: Any) -> Image.Image | np.ndarray:

@@ -9,12 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData, load_source
 from cm_diffusers.engine.image_sources import open_source
 from cm_diffusers.engine.labels import order_names, read_labels
+from cm_diffusers.engine.latents import LatentData
 from cm_diffusers.engine.records import open_image
 from cm_diffusers.engine.tables import split_of
 
@@ -365,5 +367,9 @@ def test_a_dataset_is_described_by_content_and_order(tmp_path):
     unlabelled = read(tmp_path / "a.parquet", conditional=False).description
     prints = [found[name].fingerprint for name in ("a", "other order", "other image")] + [unlabelled.fingerprint]
     assert len(set(prints)) == 4 and all(prints) and unlabelled.num_classes is unlabelled.classes is None
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=8, latent_channels=2)
+    latents = LatentData(read(tmp_path / "a.parquet"), vae).description
+    assert (latents.number, latents.channels) == (3, 2)
+    assert (latents.classes, latents.fingerprint) == (found["a"].classes, found["a"].fingerprint)
     stream = read(tmp_path / "a.parquet", conditional=False, streaming=True).description
     assert stream.number is stream.fingerprint is None and stream.size == (6, 5)
