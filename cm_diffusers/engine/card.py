@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 
 import cm_diffusers
 from cm_diffusers.engine.config import Config
+from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.objectives import Objective
 from cm_diffusers.objectives.options import phases
 from cm_diffusers.sampling import image_grid, levels_used, sample_images, with_our_interface
@@ -43,11 +44,13 @@ NO_RECIPE = (
     "hub_timeout",
     "resume_from_hub",
     "report_to",
+    "allow_data_change",
     "dry_run",
 )
 FACTS = "card.json"  # beside a saved model: all that its card says, but for what was measured of it
 METRICS = "metrics.json"  # beside it, where something was measured
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
+MOST_NAMES = 100  # of classes in a card
 HOW = ("name", "step", "num_inference_steps", "sigmas")  # what a result in it has that is no metric
 
 
@@ -60,12 +63,14 @@ class Surroundings:
         images_per_step: on all processes together.
         processes: how many there were.
         shape: of the images, for example "1 x 16 x 16, 10 classes".
+        data: what the dataset is.
     """
 
     steps: int
     images_per_step: int
     processes: int
     shape: str
+    data: DataDescription
 
 
 def hub_id(name: str | None) -> str | None:
@@ -137,10 +142,28 @@ def snippet(facts: Mapping[str, Any], repo: str, trusting: bool = False, variant
     elif not facts["stock"] and not trusting:
         lines.append("import cm_diffusers  # so that diffusers knows its classes")
     lines += [f"from {module} import {cls}", "", f'pipe = {cls}.from_pretrained("{repo}"{extra})']
-    classes = facts["classes"]
-    labels = f"class_labels={[i % classes for i in range(4)]}, " if classes else ""
+    labels = f"class_labels={_four_labels(facts)}, " if facts["classes"] else ""
     lines.append(f"images = pipe(batch_size=4, {labels}num_inference_steps={facts['usual_steps']}).images")
     return "\n".join(lines)
+
+
+def _four_labels(facts: Mapping[str, Any]) -> str:
+    """Python of four labels that have images: names, where the pipeline takes them and they say more than numbers."""
+    names = facts.get("names") or {str(label): str(label) for label in range(facts["classes"])}
+    known = list(names.items())
+    four = [known[i % len(known)] for i in range(4)]
+    unique = len(set(names.values())) == len(names)
+    if facts["stock"] or not unique or all(label == name for label, name in four):
+        return str([int(label) for label, _ in four])
+    return json.dumps([name for _, name in four], ensure_ascii=False)
+
+
+def _listed_names(data: DataDescription) -> str | None:
+    """The classes for a cell of the card's table; None where they have no names of their own."""
+    if not data.classes or all(str(label) == name for label, name in data.classes.items()):
+        return None
+    cells = [f"{label} {' '.join(name.split()).replace('|', '/')}" for label, name in data.classes.items()]
+    return ", ".join(cells[:MOST_NAMES]) + (", ... (all are in data.json)" if len(cells) > MOST_NAMES else "")
 
 
 def portable_settings(config: Config) -> dict[str, Any]:
@@ -181,6 +204,10 @@ def card_facts(
         "stock": type(pipeline).__module__.startswith("diffusers."),
         "variant": config.run.export_variant,
         "classes": pipeline.unet.config.num_class_embeds,
+        "names": around.data.to_dict()["classes"],
+        "listed_names": _listed_names(around.data),
+        "number": around.data.number,
+        "empty_classes": around.data.empty_classes,
         "usual_steps": max(with_our_interface(pipeline).default_steps),
         "sigma_max": pipeline.scheduler.config.get("sigma_max", 80.0),
         "gamma": pipeline.scheduler.config.get("gamma_rule") is not None,

@@ -101,6 +101,16 @@ def save_checkpoint(
     return final
 
 
+def newest_settings(root: Path) -> dict[str, Any] | None:
+    """The settings of the newest checkpoint, by their flag names; None where there is none that can be read."""
+    for _, path in list_checkpoints(root):
+        try:
+            return dict(json.loads((path / "state.json").read_bytes())["config"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
 def _says_sound(path: Path) -> bool:
     try:
         return json.loads((path / "state.json").read_bytes()).get("sound", True)

@@ -172,6 +172,9 @@ class RunArguments:
         "Where output_dir holds no checkpoint, resume from the newest that a run with --hub_strategy every_save left"
         " in this model repository.",
     )
+    allow_data_change: bool = option(
+        False, "Resume although the images, their order or their classes are not those that the run was trained on."
+    )
     report_to: str | None = option(None, "A tracker that Accelerate knows: tensorboard, wandb, trackio, ...")
     dry_run: bool = option(False, "Print the resolved settings and stop.")
 

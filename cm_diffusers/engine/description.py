@@ -1,8 +1,13 @@
 """What the data of a run are: the description that travels with its checkpoints, settings and saved model."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+
+FILE = "data.json"  # in the folder of a run, and in that of its model
+LISTED_NAMES = 12
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,45 @@ class DataDescription:
     def empty_classes(self) -> list[int]:
         """The labels that no image has."""
         return [label for label in range(self.num_classes or 0) if label not in self.classes]
+
+    @property
+    def shape(self) -> tuple[int, tuple[int, int], int | None]:
+        """What a network is made for: channels, size, and number of classes."""
+        return self.channels, tuple(self.size), self.num_classes
+
+    def __str__(self) -> str:
+        """For example: 1797 images of 1 x 8 x 8, 10 classes: "0", "1", "2", ..."""
+        number = "a stream" if self.number is None else f"{self.number}"
+        text = f"{number} of images" if self.number is None else f"{number} image{'s' * (self.number != 1)}"
+        text += f" of {self.channels} x {self.size[0]} x {self.size[1]}"
+        if self.num_classes is not None:
+            names = [json.dumps(name, ensure_ascii=False) for name in self.classes.values()]
+            more = ", ..." * (len(names) > LISTED_NAMES)
+            text += f", {self.num_classes} classes: {', '.join(names[:LISTED_NAMES])}{more}"
+        return text
+
+    def differences(self, now: "DataDescription") -> list[str]:
+        """What is different `now`, with both values; what either does not know (a stream's number) is not compared."""
+        facts = {
+            "the number of images": (self.number, now.number),
+            "channels": (self.channels, now.channels),
+            "size": (" x ".join(map(str, self.size)), " x ".join(map(str, now.size))),
+            "the number of classes": (self.num_classes, now.num_classes),
+        }
+        if self.classes is not None and now.classes is not None:
+            for label in sorted({*self.classes, *now.classes}):
+                facts[f"class {label}"] = (
+                    repr(self.classes.get(label, "none")),
+                    repr(now.classes.get(label, "none")),
+                )
+        if self.fingerprint is not None and now.fingerprint is not None:
+            facts["the fingerprint of images and labels"] = (self.fingerprint[:12], now.fingerprint[:12])
+        found = [f"{k} was {a}, is {b}" for k, (a, b) in facts.items() if a != b and a is not None and b is not None]
+        return found if len(found) <= LISTED_NAMES else [*found[: LISTED_NAMES - 1], "...", found[-1]]
+
+    def to_json(self) -> str:
+        """The text of `data.json`."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: labels become strings."""

@@ -29,8 +29,8 @@ from cm_diffusers.lookup import AWAY
 
 
 PUBLISHED = (
-    "README.md", "model_index.json", "pipeline.py", "*/config.json", "*/scheduler_config.json", "*/cm_diffusers.py",
-    "*/*.safetensors", "*/*.safetensors.index*.json", "samples/*.png",
+    "README.md", "data.json", "model_index.json", "pipeline.py", "*/config.json", "*/scheduler_config.json",
+    "*/cm_diffusers.py", "*/*.safetensors", "*/*.safetensors.index*.json", "samples/*.png",
 )  # fmt: skip
 CHECKPOINT_BRANCH = "checkpoint"
 CHECKPOINT_FILES = ("manifest.json", "state.json", "*.safetensors")

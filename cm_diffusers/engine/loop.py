@@ -29,6 +29,7 @@ from cm_diffusers.engine.checkpoint import (
 )
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.diagnostics import save_diagnostics
 from cm_diffusers.engine.divergence import ADVISED, Diverged, advice, go_back, is_sound, norm, read_note
 from cm_diffusers.engine.meter import LossMeter
@@ -54,7 +55,7 @@ FREE_TO_CHANGE = {
     "report_to", "dry_run", "dataloader_num_workers", "max_skipped_steps", "train_batch_size",
     "gradient_accumulation_steps", "compile", "gradient_checkpointing", "train_data_dir", "dataset_name",
     "export_weights", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_timeout",
-    "export_variant", "resume_from_hub", "cache_latents",
+    "export_variant", "resume_from_hub", "cache_latents", "allow_data_change",
 }  # fmt: skip
 
 
@@ -110,7 +111,8 @@ class Trainer:
         channels, (height, width), classes = self.data.channels, self.data.resolution, self.data.num_classes
         shape = f"{channels} x {height} x {width}" + (" latents" if self.data.vae else "")
         shape += f", {classes} classes" if classes else ""
-        return Surroundings(self.step, self.spot.global_batch, self.accelerator.num_processes, shape)
+        processes = self.accelerator.num_processes
+        return Surroundings(self.step, self.spot.global_batch, processes, shape, self.data.description)
 
     # --- state -------------------------------------------------------------------------------------------------
 
@@ -134,6 +136,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         return {
             "config": self.config.to_dict(),
+            "data": self.data.description.to_dict(),
             "global_batch": self.spot.global_batch,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -199,6 +202,9 @@ class Trainer:
             for key in [key for key in changed if key in ADVISED]:
                 changed.remove(key)
                 self._say(f"{key} was {before.get(key)!r}, is {now[key]!r} from here on, as this run once diverged.")
+        other_data = self._other_data(state)
+        if other_data and changed == ["sigma_data"] and not self.run.allow_data_change:
+            changed = []  # it was measured on those
         if changed:
             differences = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
             raise ValueError(
@@ -211,11 +217,31 @@ class Trainer:
                 f" train_batch_size x gradient_accumulation_steps is {self.spot.global_batch} now. Choose them so that"
                 f" it is {state['global_batch']} again, or another --output_dir."
             )
+        if other_data:
+            self._allow_data_change(DataDescription.from_dict(state["data"]), other_data)
         if before["max_train_steps"] != self.run.max_train_steps:
             self._say(
                 f"max_train_steps was {before['max_train_steps']}, is {self.run.max_train_steps} now: schedules that"
                 " are shares of the run move."
             )
+
+    def _other_data(self, state: dict[str, Any]) -> str:
+        """How the dataset differs from that of a checkpoint; empty where it does not, or where that is not known."""
+        if "data" not in state:
+            self._say("The checkpoint does not say on which images it was trained; whether they changed is unknown.")
+            return ""
+        return "; ".join(DataDescription.from_dict(state["data"]).differences(self.data.description))
+
+    def _allow_data_change(self, before: DataDescription, differences: str) -> None:
+        """Say what is different; ValueError unless that was asked for and the network can take it."""
+        fits = before.shape == self.data.description.shape
+        if not (fits and self.run.allow_data_change):
+            raise ValueError(
+                f"{self.folder} holds a run on another dataset: {differences}. Give the dataset that it was trained"
+                " on, or another --output_dir"
+                + ("; with --allow_data_change the run goes on with this dataset." if fits else ".")
+            )
+        self._say(f"The dataset is another one from here on, as --allow_data_change says: {differences}.")
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """The network and its averages, which is what `exported` takes."""

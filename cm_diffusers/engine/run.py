@@ -16,9 +16,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.card import FACTS, METRICS, card_facts, draw_grids, model_card, portable_settings
-from cm_diffusers.engine.checkpoint import copy_checkpoint
+from cm_diffusers.engine.checkpoint import copy_checkpoint, newest_settings
 from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.description import FILE as DATA
 from cm_diffusers.engine.discriminators import build_discriminator
 from cm_diffusers.engine.export import save_pipeline
 from cm_diffusers.engine.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
@@ -30,6 +31,7 @@ from cm_diffusers.engine.precision import choose_precision
 from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.tracking import check_tracker, start_trackers
 from cm_diffusers.objectives import OBJECTIVES
+from cm_diffusers.pipelines import name_classes
 
 
 def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
@@ -78,7 +80,10 @@ def train(config: Config) -> Path:
                 trainer._say(f"Fetched the checkpoint of step {step} from {run.resume_from_hub}.")
         resumed = trainer.resume()
         if accelerator.is_main_process:
-            (folder / "config.yaml").write_text(trainer.config.to_yaml())
+            description = trainer.data.description
+            (folder / "config.yaml").write_text(f"# data: {description}\n{trainer.config.to_yaml()}")
+            if not (folder / DATA).exists() or (folder / DATA).read_text() != description.to_json():
+                (folder / DATA).write_text(description.to_json())
         goal = json.dumps([run.max_train_steps, run.export_weights, run.export_variant])
         if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
             trainer._say(f"This run is finished: {folder / 'pipeline'} holds its model.")
@@ -123,6 +128,7 @@ def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, verify:
         grids = draw_grids(pipeline, written)
         facts = card_facts(trainer.config, trainer.objective, pipeline, trainer.surroundings(), grids)
         model_card(facts, name, trainer.folder / METRICS).save(written / "README.md")
+        (written / DATA).write_text(trainer.data.description.to_json())
         (folder.parent / FACTS).write_text(json.dumps(facts, indent=1))
 
     save_pipeline(pipeline, folder, variant=trainer.run.export_variant, verify=verify, complete=complete)
@@ -164,6 +170,11 @@ def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
 def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     """The run that `config` describes, at its start. Raises ValueError for settings that can't be met."""
     main, folder = accelerator.is_main_process, Path(config.run.output_dir)
+    if (
+        config.run.allow_data_change and config.model.sigma_data is None
+    ):  # that of other images fits no trained weights
+        trained_with = (newest_settings(folder) or {}).get("sigma_data")
+        config = replace(config, model=replace(config.model, sigma_data=trained_with))
     with accelerator.main_process_first():
         data = ImageData(config.data, config.model.class_conditional, folder / "images_checked", show_progress=main)
     teacher_name = getattr(config.options, "pretrained_teacher_model", None)
@@ -178,12 +189,13 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     objective = method(
         start.network, start.spec, config.options, config.run.max_train_steps, start.pretrained, teacher, **extra
     )
+    if data.num_classes is not None:
+        name_classes(objective.network, data.description.classes)
     config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data))
     trainer = Trainer(config, objective, data, accelerator)
     if main:
         count = sum(p.numel() for p in start.network.parameters())
-        number = "a stream" if data.images is None else len(data.images)
-        trainer._say(f"Data: {number} of images, {trainer.surroundings().shape}")
+        trainer._say(f"Data: {data.description}{'' if data.vae is None else ' (latents)'}")
         if config.data.dataloader_num_workers and torch.is_tensor(data.images):
             trainer._say(
                 "dataloader_num_workers is for the first pass alone: the dataset fits in memory, and stays there."
