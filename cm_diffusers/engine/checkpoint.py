@@ -101,12 +101,12 @@ def save_checkpoint(
     return final
 
 
-def newest_settings(root: Path) -> dict[str, Any] | None:
-    """The settings of the newest checkpoint, by their flag names; None where there is none that can be read."""
+def newest_state(root: Path) -> dict[str, Any] | None:
+    """The JSON state of the newest checkpoint, its tensors not verified; None where there is none that can be read."""
     for _, path in list_checkpoints(root):
         try:
-            return dict(json.loads((path / "state.json").read_bytes())["config"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return dict(json.loads((path / "state.json").read_bytes()))
+        except (OSError, ValueError, TypeError):
             continue
     return None
 

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.card import FACTS, METRICS, card_facts, draw_grids, model_card, portable_settings
-from cm_diffusers.engine.checkpoint import copy_checkpoint, newest_settings
+from cm_diffusers.engine.checkpoint import copy_checkpoint, newest_state
 from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.description import FILE as DATA
@@ -170,14 +170,12 @@ def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
 def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     """The run that `config` describes, at its start. Raises ValueError for settings that can't be met."""
     main, folder = accelerator.is_main_process, Path(config.run.output_dir)
-    if (
-        config.run.allow_data_change and config.model.sigma_data is None
-    ):  # that of other images fits no trained weights
-        trained_with = (newest_settings(folder) or {}).get("sigma_data")
-        config = replace(config, model=replace(config.model, sigma_data=trained_with))
     with accelerator.main_process_first():
         data = ImageData(config.data, config.model.class_conditional, folder / "images_checked", show_progress=main)
     teacher_name = getattr(config.options, "pretrained_teacher_model", None)
+    saved_start = teacher_name or config.model.pretrained_model_name_or_path
+    if config.model.sigma_data is None and (config.run.allow_data_change or not saved_start):
+        config = replace(config, model=replace(config.model, sigma_data=_measured_before(folder)))
     saved = load_teacher(teacher_name, config.model) if teacher_name else None
     data = _latents(config, data, load_vae(config.model, saved), accelerator)
     method = OBJECTIVES[config.method]
@@ -211,6 +209,12 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         trainer._say(f"Precision: {accelerator.mixed_precision.replace('no', 'float32')}")
         trainer._say(f"Images per step: {trainer.spot.global_batch} on {accelerator.num_processes} process(es)")
     return trainer
+
+
+def _measured_before(folder: Path) -> float | None:
+    """The sigma_data that the weights of the run in `folder` were trained with, whatever its images are now."""
+    state = newest_state(folder) or {}
+    return state["config"]["sigma_data"] if "data" in state else None
 
 
 def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator: Accelerator) -> ImageData:

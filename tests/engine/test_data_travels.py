@@ -1,0 +1,169 @@
+"""What the data are: in checkpoints, settings, saved models and cards; held against the data when a run goes on."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from cm_diffusers.engine.checkpoint import newest_checkpoint, save_checkpoint
+from cm_diffusers.engine.description import DataDescription
+from cm_diffusers.engine.hub import PUBLISHED
+from cm_diffusers.sampling import load_pipeline, sample_images
+from tests.training_runs import run
+
+
+BEFORE = DataDescription(8, 1, (8, 8), 2, {0: "cat", 1: "dog"}, "a" * 64)
+
+
+def pictures(folder, classes=("cat", "dog"), count=4, seed=0):
+    """A folder of grey pictures, by class."""
+    random = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def train(folder, data, **settings):
+    return run(folder, dataset_name=None, train_data_dir=data, max_train_samples=None, **settings)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folders of a finished run of three steps and of its pictures."""
+    folder = tmp_path_factory.mktemp("travels")
+    data = pictures(folder / "data")
+    return train(folder / "run", data, max_train_steps=3), data
+
+
+# --- where it is ---------------------------------------------------------------------------------------------------
+
+
+def test_the_description_is_in_the_checkpoint_the_settings_the_model_and_what_is_published(trained):
+    folder, _ = trained
+    found = DataDescription.from_dict(newest_checkpoint(folder)[0].state["data"])
+    assert (found.number, found.channels, found.size) == (8, 1, (8, 8))
+    assert found.classes == {0: "cat", 1: "dog"} and len(found.fingerprint) == 64
+    for file in (folder / "data.json", folder / "pipeline" / "data.json"):
+        assert DataDescription.from_dict(json.loads(file.read_text())) == found
+    assert "data.json" in PUBLISHED
+    settings = (folder / "config.yaml").read_text()
+    assert settings.splitlines()[0] == '# data: 8 images of 1 x 8 x 8, 2 classes: "cat", "dog"'
+    assert yaml.safe_load(settings)["method"] == "ect"
+
+
+def test_a_name_with_a_line_break_stays_in_the_comment_of_the_settings():
+    assert "\n" not in str(replace(BEFORE, classes={0: "cat\nseed: 3", 1: "dog"}))
+
+
+def test_the_saved_model_takes_the_names_of_its_classes(trained):
+    pipe = load_pipeline(str(trained[0] / "pipeline"))
+    assert pipe.id2label == {0: "cat", 1: "dog"} and pipe.get_label_ids("dog") == [1]
+    by_name, by_label = (
+        pipe(class_labels=label, generator=torch.Generator().manual_seed(3), output_type="pt").images
+        for label in ("dog", 1)
+    )
+    assert torch.equal(by_name, by_label)
+
+
+def test_the_card_names_the_classes(trained):
+    card = (trained[0] / "pipeline" / "README.md").read_text()
+    assert "| classes | 0 cat, 1 dog |" in card and "| images | 8 of 1 x 8 x 8, 2 classes" in card
+
+
+# --- other data ----------------------------------------------------------------------------------------------------
+
+
+def change_image(data):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(data / "cat" / "0.png")
+
+
+CHANGES = {
+    "an image more": (lambda data: pictures(data, ["cat"], 5), "the number of images was 8, is 9", True),
+    "other content": (change_image, "the fingerprint of images and labels was .*, is ", True),
+    "a class renamed": (lambda data: (data / "dog").rename(data / "eel"), "class 1 was 'dog', is 'eel'", True),
+    "a class more": (lambda data: pictures(data, ["eel"]), "the number of classes was 2, is 3", False),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_is_resumed_on_other_data_only_when_that_is_asked_for(trained, tmp_path, capsys, name):
+    change, words, allowed = CHANGES[name]
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    data = shutil.copytree(trained[1], tmp_path / "data")
+    change(data)
+    with pytest.raises(ValueError, match=f"on another dataset: .*{words}") as error:
+        train(folder, data, max_train_steps=4)
+    assert ("--allow_data_change" in str(error.value)) is allowed
+    if not allowed:
+        with pytest.raises(ValueError, match=words):
+            train(folder, data, max_train_steps=4, allow_data_change=True)
+        return
+    capsys.readouterr()
+    train(folder, data, max_train_steps=4, allow_data_change=True)
+    said = capsys.readouterr().out
+    assert "another one from here on" in said and "Resumed from step 3 of 4" in said
+    state = newest_checkpoint(folder)[0].state
+    assert state["config"]["sigma_data"] == newest_checkpoint(trained[0])[0].state["config"]["sigma_data"]
+    train(folder, data, max_train_steps=5)  # the new data are those of the run now
+
+
+def test_the_same_images_elsewhere_are_the_same_data(trained, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    train(folder, shutil.copytree(trained[1], tmp_path / "moved"), max_train_steps=4)
+    assert newest_checkpoint(folder)[0].step == 4
+
+
+def test_a_checkpoint_without_a_description_is_resumed_and_that_is_said(trained, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    checkpoint, _ = newest_checkpoint(folder)
+    state = {key: value for key, value in checkpoint.state.items() if key != "data"}
+    save_checkpoint(folder, checkpoint.step, checkpoint.tensors, state)
+    train(folder, trained[1], max_train_steps=4)
+    assert "does not say on which images it was trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "now, words",
+    [
+        ({}, []),
+        ({"number": 6}, ["the number of images was 8, is 6"]),
+        ({"channels": 3, "size": (8, 16)}, ["channels was 1, is 3", "size was 8 x 8, is 8 x 16"]),
+        ({"classes": {0: "dog", 1: "cat"}}, ["class 0 was 'cat', is 'dog'", "class 1 was 'dog', is 'cat'"]),
+        ({"classes": {1: "dog"}}, ["class 0 was 'cat', is 'none'"]),
+        ({"number": None, "fingerprint": None}, []),  # a stream does not know
+        ({"number": None, "fingerprint": None, "classes": {0: "cat", 1: "eel"}}, ["class 1 was 'dog', is 'eel'"]),
+    ],
+)
+def test_what_differs_between_two_datasets(now, words):
+    assert BEFORE.differences(replace(BEFORE, **now)) == words
+
+
+# --- classes that no image has -------------------------------------------------------------------------------------
+
+
+def test_classes_that_no_image_has_are_said_and_never_drawn(tmp_path, capsys):
+    """Labels with gaps: 1, 3 and 4."""
+    images = [Image.fromarray(np.full((8, 8), 10 * i, np.uint8)) for i in range(12)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": images, "label": [1, 3, 4] * 4}, features)
+    rows.to_parquet(tmp_path / "d.parquet")
+    folder = run(tmp_path / "run", dataset_name=tmp_path / "d.parquet", max_train_samples=None, max_train_steps=2)
+    assert "no image has the label 0, 2: 2 of 5 classes are never trained" in capsys.readouterr().out
+    card = (folder / "pipeline" / "README.md").read_text()
+    assert "| never trained | no image has the label 0, 2 |" in card and "class_labels=[1, 3, 4, 1]" in card
+    pipe = load_pipeline(str(folder / "pipeline"))
+    assert pipe.classes == [1, 3, 4]
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda m, a, k: seen.append(k["class_labels"]), with_kwargs=True)
+    sample_images(pipe, range(20))
+    pipe(batch_size=20)
+    assert {label for labels in seen for label in labels.tolist()} == {1, 3, 4}
