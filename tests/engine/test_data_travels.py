@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from training_runs import run
 
 from cm_diffusers.engine.checkpoint import newest_checkpoint, save_checkpoint
 from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.hub import PUBLISHED
 from cm_diffusers.sampling import load_pipeline, sample_images
-from tests.training_runs import run
 
 
 BEFORE = DataDescription(8, 1, (8, 8), 2, {0: "cat", 1: "dog"}, "a" * 64)
