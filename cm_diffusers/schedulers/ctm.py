@@ -216,9 +216,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """`sample` divided by sqrt(sigma^2 + sigma_data^2), the network's input at `timestep`."""
-        if self._step_index is None:
-            self._step_index = self._index_of(timestep)
-        return self.precondition_inputs(sample, self.sigmas[self._step_index])
+        return self.precondition_inputs(sample, self.sigmas[self._index_now(timestep)])
 
     def step(
         self,
@@ -238,9 +236,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
             generator: source of the noise; a list has one per sample. None is drawn for gamma = 0.
             return_dict: give an output object rather than a tuple.
         """
-        if self._step_index is None:
-            self._step_index = self._index_of(timestep)
-        index, floor = self._step_index, self.config.sigma_min
+        index, floor = self._index_now(timestep), self.config.sigma_min
         sigma, target, noise_std = self.sigmas[index], self.target_sigmas[index], self._noise_stds[index]
 
         denoised = self.jump(model_output, sample, sigma, floor)

@@ -38,6 +38,22 @@ class Levels:
         """Index to start from, or None for the first step that is asked for."""
         return self._begin_index
 
+    def _index_of(self, timestep: float | torch.Tensor) -> int:
+        """The index to begin at, where the first network call is told of `timestep`; ValueError for none of them."""
+        raise NotImplementedError
+
+    def _index_now(self, timestep: float | torch.Tensor) -> int:
+        """Index of the current network call, which `timestep` tells at the first."""
+        if self._step_index is None:
+            self._step_index = self._index_of(timestep)
+        if self._step_index >= len(self.timesteps):
+            raise ValueError(f"All {len(self.timesteps)} steps were made; call `set_timesteps` to begin again.")
+        return self._step_index
+
+    def _check_begin_index(self, begin_index: int) -> None:
+        if not is_integer(begin_index) or not 0 <= begin_index < len(self.timesteps):
+            raise ValueError(f"begin_index must be an integer in [0, {len(self.timesteps) - 1}], got {begin_index!r}.")
+
     def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
         """The levels (n,), which must be some that can be sampled at; ValueError, which calls them `name`, if not."""
         raise NotImplementedError
@@ -82,7 +98,8 @@ class KarrasLevels(Levels):
         return float(self.sigmas[0])
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start from step `begin_index`."""
+        """Start from step `begin_index`, of those that were set."""
+        self._check_begin_index(begin_index)
         self._begin_index = begin_index
 
     def __len__(self) -> int:

@@ -126,9 +126,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """`sample` in the scale of the network's input at `timestep`: for "edm" / sqrt(sigma^2 + sigma_data^2)."""
-        if self._step_index is None:
-            self._step_index = self._index_of(timestep)
-        return sample / self.input.norm(self._sigma(sample, self._step_index))
+        return sample / self.input.norm(self._sigma(sample, self._index_now(timestep)))
 
     def _denoised(self, output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """The estimate of the clean sample from the network's output."""
@@ -161,10 +159,8 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
             generator: source of the noise; a list has one per sample.
             return_dict: give an output object rather than a tuple.
         """
-        if self._step_index is None:
-            self._step_index = self._index_of(timestep)
-        sigma = self._sigma(sample, self._step_index)
-        sigma_next = self._sigma(sample, self._step_index + 1)
+        index = self._index_now(timestep)
+        sigma, sigma_next = self._sigma(sample, index), self._sigma(sample, index + 1)
 
         # float32 arithmetic for half-precision samples
         denoised = self._denoised(model_output.to(sigma.dtype), sample.to(sigma.dtype), sigma)
@@ -172,7 +168,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
             denoised = denoised.clamp(-1, 1)
 
         prev_sample = denoised
-        if self._step_index + 1 < len(self.timesteps):
+        if index + 1 < len(self.timesteps):
             noise = randn_tensor(
                 model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
             )

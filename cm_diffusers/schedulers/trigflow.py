@@ -97,6 +97,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start from the network call `begin_index`, which for "heun" must be an even one: those begin a step."""
+        self._check_begin_index(begin_index)
         if begin_index % self.order:
             raise ValueError(f"A step of 'heun' begins at an even index of `timesteps`, not at {begin_index}.")
         self._begin_index = begin_index
@@ -218,8 +219,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """`sample` divided by sigma_data, the network's input at every angle."""
-        if self._step_index is None:
-            self._step_index = self._index_of(timestep)
+        self._index_now(timestep)
         return sample / self.config.sigma_data
 
     def step(
@@ -239,9 +239,8 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
             generator: source of a consistency model's noise; a list has one per sample.
             return_dict: give an output object rather than a tuple.
         """
-        if self._step_index is None:
-            self._step_index = self._index_of(timestep)
-        t, t_next = self._angles[self._step_index], self._angles[self._step_index + 1]
+        index = self._index_now(timestep)
+        t, t_next = self._angles[index], self._angles[index + 1]
         dtype = torch.promote_types(sample.dtype, torch.float32)  # float32 arithmetic for half-precision samples
         x, velocity = sample.to(dtype), self.config.sigma_data * model_output.to(dtype)
         denoised = math.cos(t) * x - math.sin(t) * velocity

@@ -298,3 +298,15 @@ def test_noise_at_an_index_is_refused_as_a_step_at_it_is(make, timesteps):
     if np.ndim(timesteps) == 0:
         with pytest.raises(ValueError, match="not the integer index"):
             scheduler.scale_model_input(x, timesteps)
+
+
+def test_a_step_after_the_last_and_a_begin_that_is_none_are_errors(make):
+    scheduler = make(3)
+    run(scheduler)
+    x = torch.zeros(SHAPE)
+    for again in (scheduler.scale_model_input, lambda x, t: scheduler.step(x, t, x)):
+        with pytest.raises(ValueError, match="steps were made; call `set_timesteps`"):
+            again(x, scheduler.timesteps[0])
+    for index in (-1, len(scheduler.timesteps), 1.0):
+        with pytest.raises(ValueError, match="begin_index must be an integer in"):
+            scheduler.set_begin_index(index)
