@@ -24,7 +24,7 @@ from cm_diffusers.engine.tables import split_of
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 def pixels(seed):
@@ -65,7 +65,10 @@ KINDS = {
 @pytest.mark.parametrize("image", ["struct", "binary", "large_binary"])
 def test_names_and_images_in_the_types_of_other_tools(tmp_path, kind, image):
     images = records() if image == "struct" else pa.array(map(png, range(3)), getattr(pa, image)())
-    pq.write_table(pa.table({"picture": images, "label": KINDS[kind]}), tmp_path / "[a] 100%.parquet")
+    try:
+        pq.write_table(pa.table({"picture": images, "label": KINDS[kind]}), tmp_path / "[a] 100%.parquet")
+    except pa.ArrowNotImplementedError:  # views in pyarrow 17
+        pytest.skip(f"this pyarrow doesn't write {kind}")
     data = read(tmp_path / "[a] 100%.parquet")
     assert holds(data, 0, 1, 2) and data.labels.tolist() == [0, 1, 0]
     assert data.description.classes == {0: "x", 1: "y"}
