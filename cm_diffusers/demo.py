@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -21,7 +22,14 @@ from PIL import Image, ImageOps
 from cm_diffusers.pipelines import CTMPipeline
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.pixels import to_uint8
-from cm_diffusers.sampling import image_grid, levels_used, load_pipeline, sample_images
+from cm_diffusers.sampling import (
+    captions_of,
+    image_grid,
+    labels_in_turn,
+    levels_used,
+    load_pipeline,
+    sample_images,
+)
 
 
 try:
@@ -60,18 +68,20 @@ class Demo:
             steps: number of steps, unless there are
             sigmas: levels, for example "80, 0.8".
             gamma: for trajectory models.
-            label: 0 for all classes in turn, else the class + 1.
+            label: 0 for all classes in turn, else the place of the class among those that have images, from 1 on.
             seed: of the first image, the next has the next; the image of a seed does not depend on the others.
         """
         arguments = {"sigmas": _numbers(sigmas)} if sigmas.strip() else {"num_inference_steps": steps}
         if "gamma" in self.options:
             arguments["gamma"] = gamma
         _check_filled(seed=seed)
-        labels = [label - 1] * count if label else None
-        images = sample_images(self.pipeline, range(seed, seed + count), labels, batch_size=16, **arguments)
+        labels = [self.pipeline.classes[label - 1]] * count if label else None
+        seeds = range(seed, seed + count)
+        images = sample_images(self.pipeline, seeds, labels, batch_size=16, **arguments)
+        captions = captions_of(self.pipeline, labels or labels_in_turn(self.pipeline, seeds))
         columns = math.ceil(math.sqrt(count))
         levels = ", ".join(f"{level:.4g}" for level in levels_used(self.pipeline))
-        return image_grid(images, columns, SIDE // columns), levels
+        return image_grid(images, columns, SIDE // columns, captions), levels
 
     def jump(self, picture: Image.Image | None, label: int, seed: int, start: float, end: float) -> tuple:
         """A picture (else the sample of `seed`), with noise of level `start`, and after a jump from there to `end`."""
@@ -97,7 +107,7 @@ class Demo:
     def _images(self, picture: Image.Image | None, label: int, seed: int) -> tuple[torch.Tensor, list[int] | None]:
         """The picture, or else the sample of `seed`, as images (1, C, H, W) in [0, 1], and its class labels."""
         channels, height, width = self.pipeline.sample_shape
-        labels = None if self.pipeline.num_classes is None else [label]
+        labels = None if self.pipeline.num_classes is None else [self.pipeline.classes[label]]
         if picture is None:
             images = sample_images(self.pipeline, range(seed, seed + 1), labels, num_inference_steps=2)
         else:
@@ -192,10 +202,16 @@ class Demo:
         picture = gr.Image(label=label, type="pil", image_mode=None, sources=["upload", "clipboard"], height=200)
         return picture, *self._class_and_seed()
 
+    def _class_names(self) -> list[str]:
+        """The classes that have images, by their names where they have some; names that are not unique get numbers."""
+        names = self.pipeline.id2label or {label: str(label) for label in self.pipeline.classes or [0]}
+        often = Counter(names.values())
+        return [name if often[name] == 1 else f"{name} ({label})" for label, name in names.items()]
+
     def _class_and_seed(self, *more: str) -> tuple[gr.Dropdown, gr.Number]:
         """A choice of `more` and of the classes, by index, hidden where there are none; and a seed."""
-        count = self.pipeline.num_classes
-        choices, known = [*more, *map(str, range(count or 1))], count is not None
+        known = self.pipeline.num_classes is not None
+        choices = [*more, *self._class_names()]
         with gr.Row():
             label = gr.Dropdown(choices, value=choices[0], type="index", label="Class", visible=known, min_width=100)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LAST_SEED, min_width=100)

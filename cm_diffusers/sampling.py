@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from cm_diffusers.lookup import looked_up
 from cm_diffusers.pipelines import (
@@ -20,6 +20,7 @@ from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
 OURS = (ConsistencyPipeline, DenoisingPipeline, TrigFlowPipeline, MeanFlowPipeline, CTMPipeline)
+CAPTION = 12  # pixels of height
 PIPELINES = {"ConsistencyModelPipeline": ConsistencyPipeline, **{cls.__name__: cls for cls in OURS}}
 
 
@@ -79,6 +80,19 @@ def with_our_interface(pipeline: DiffusionPipeline) -> ImagePipeline:
     return pipeline
 
 
+def labels_in_turn(pipeline: ImagePipeline, seeds: Sequence[int]) -> list[int] | None:
+    """A label for each seed, going round the classes that have images; None for an unconditional model."""
+    return None if pipeline.num_classes is None else [pipeline.classes[s % len(pipeline.classes)] for s in seeds]
+
+
+def captions_of(pipeline: ImagePipeline, labels: Sequence[int] | None) -> list[str] | None:
+    """The names of these labels, for pictures of them; None where the model has none that say more than numbers."""
+    names = pipeline.id2label
+    if labels is None or not names or all(str(label) == name for label, name in names.items()):
+        return None
+    return [names.get(label, str(label)) for label in labels]
+
+
 def sample_images(
     pipeline: ImagePipeline,
     seeds: range,
@@ -98,12 +112,7 @@ def sample_images(
     images = []
     for start in range(0, len(seeds), batch_size):
         part = seeds[start : start + batch_size]
-        labels = None
-        if pipeline.num_classes is not None:
-            classes = pipeline.classes
-            labels = [
-                (class_labels[start + i] if class_labels else classes[s % len(classes)]) for i, s in enumerate(part)
-            ]
+        labels = class_labels[start : start + len(part)] if class_labels else labels_in_turn(pipeline, part)
         generators = [torch.Generator().manual_seed(seed) for seed in part]
         output = pipeline(class_labels=labels, generator=generators, batch_size=len(part), output_type="np", **kwargs)
         images.append(output.images)
@@ -126,14 +135,34 @@ def to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def image_grid(images: Sequence[np.ndarray], columns: int, min_side: int = 32) -> Image.Image:
-    """Images (N, H, W, C) in [0, 1], C 1 or 3, as one picture; small images are enlarged without smoothing."""
+def image_grid(
+    images: Sequence[np.ndarray], columns: int, min_side: int = 32, captions: Sequence[str] | None = None
+) -> Image.Image:
+    """Images (N, H, W, C) in [0, 1], C 1 or 3, as one picture; small images are enlarged without smoothing.
+
+    With captions, one for each image, its caption stands below it, cut to its width; images are 64 pixels wide or more
+    then.
+    """
     pictures = [to_pil(image).convert("RGB") for image in images]
+    line = 0 if captions is None else CAPTION
+    min_side = min_side if captions is None else max(min_side, 64)
     scale = max(1, -(-min_side // min(pictures[0].size)))
     width, height = (side * scale for side in pictures[0].size)
-    sheet = Image.new("RGB", (columns * (width + 2), -(-len(pictures) // columns) * (height + 2)), "white")
+    sheet = Image.new("RGB", (columns * (width + 2), -(-len(pictures) // columns) * (height + 2 + line)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for i, picture in enumerate(pictures):
         row, column = divmod(i, columns)
         enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (column * (width + 2), row * (height + 2)))
+        left, top = column * (width + 2), row * (height + 2 + line)
+        sheet.paste(enlarged, (left, top))
+        if captions is not None:
+            draw.text((left, top + height), _cut(captions[i], font, width), fill="black", font=font)
     return sheet
+
+
+def _cut(text: str, font: ImageFont.ImageFont, width: int) -> str:
+    """As much of the text's first line as `width` pixels hold."""
+    text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")  # what every default font can draw
+    while text and font.getlength(text) > width:
+        text = text[:-1]
+    return text

@@ -2,6 +2,7 @@
 
     python training/sample.py --pretrained_model_name_or_path runs/quickstart/pipeline --num_samples 64
     python training/sample.py --pretrained_model_name_or_path user/model --sigmas 80 0.8 --class_labels 3 7
+    python training/sample.py --pretrained_model_name_or_path runs/mine/pipeline --class_labels cat "polar bear"
 
 Image i is made from seed + i alone: it does not depend on the batch size or on the number of images.
 """
@@ -16,7 +17,7 @@ from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.places import check_place, earlier_files, find_device, make_folder
-from cm_diffusers.sampling import image_grid, load_pipeline, sample_images, to_pil
+from cm_diffusers.sampling import captions_of, image_grid, labels_in_turn, load_pipeline, sample_images, to_pil
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,7 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--s_tmax", type=float, help="highest level that is churned (inf)")
     add("--s_noise", type=float, help="factor of the noise that churning adds (1)")
     add("--gamma", type=float, help="share of new noise between a trajectory model's jumps, in [0, 1] (its own)")
-    add("--class_labels", type=int, nargs="+", help="labels to go round (all classes)")
+    add("--class_labels", nargs="+", help="labels, or names of classes, to go round (all classes)")
     add("--seed", type=int, default=0, help="seed of the first image (0)")
     add("--batch_size", type=int, default=250, help="images made at once (250)")
     add("--dtype", choices=list(DTYPES), default="fp32", help="precision of the network (fp32)")
@@ -78,24 +79,26 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError(f"{wrong.pop()} is not an option of a {type(pipeline).__name__}.")
     if args.class_labels and pipeline.num_classes is None:
         raise ValueError("class_labels has no effect: the model is unconditional.")
+    chosen = [int(word) if word.isdecimal() else pipeline.get_label_ids(word)[0] for word in args.class_labels or []]
     pipeline.to(device).set_progress_bar_config(disable=True)
 
     make_folder(files)
-    shown = []
+    shown, shown_labels = [], []
     bar = tqdm(total=args.num_samples, unit="image")
     for start in range(0, args.num_samples, args.batch_size):
         numbers = range(start, min(start + args.batch_size, args.num_samples))
-        labels = args.class_labels and [args.class_labels[i % len(args.class_labels)] for i in numbers]
         seeds = range(args.seed + numbers.start, args.seed + numbers.stop)
+        labels = [chosen[i % len(chosen)] for i in numbers] if chosen else labels_in_turn(pipeline, seeds)
         images = sample_images(pipeline, seeds, labels, args.batch_size, **steps)
         while earlier:  # which stay until there are new ones
             earlier.pop().unlink()
         for i, image in zip(numbers, images):
             to_pil(image).save(files / f"{i:06d}.png")
         shown.extend(images[: max(0, 100 - start)])
+        shown_labels.extend((labels or [])[: max(0, 100 - start)])
         bar.update(len(images))
     bar.close()
-    image_grid(shown, columns=10).save(args.output_dir / "grid.png")
+    image_grid(shown, columns=10, captions=captions_of(pipeline, shown_labels)).save(args.output_dir / "grid.png")
     print(f"Saved {args.output_dir / 'grid.png'} and {args.num_samples} images in {files}.")
 
 

@@ -20,7 +20,14 @@ from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.objectives import Objective
 from cm_diffusers.objectives.options import phases
-from cm_diffusers.sampling import image_grid, levels_used, sample_images, with_our_interface
+from cm_diffusers.sampling import (
+    captions_of,
+    image_grid,
+    labels_in_turn,
+    levels_used,
+    sample_images,
+    with_our_interface,
+)
 
 
 _here = Path(cm_diffusers.__file__).parent
@@ -310,11 +317,12 @@ def draw_grids(pipeline: DiffusionPipeline, folder: Path) -> dict[str, dict[str,
     ours.set_progress_bar_config(disable=True)
     steps = (*ours.default_steps, 4) if 1 in ours.default_steps else ours.default_steps
     (folder / "samples").mkdir()
-    grids = {}
+    grids, seeds = {}, range(40)
+    captions = captions_of(ours, labels_in_turn(ours, seeds))
     for n in steps:
-        images, name = sample_images(ours, range(40), num_inference_steps=n), f"{n} step{'s' if n > 1 else ''}"
+        images, name = sample_images(ours, seeds, num_inference_steps=n), f"{n} step{'s' if n > 1 else ''}"
         if images.shape[-1] in (1, 3):  # latents have no picture
             file = f"samples/{name.replace(' ', '_')}.png"
-            image_grid(images, 10).save(folder / file)
+            image_grid(images, 10, captions=captions).save(folder / file)
             grids[name] = {"file": file, "sigmas": ", ".join(f"{s:.4g}" for s in levels_used(ours))}
     return grids

@@ -166,9 +166,18 @@ def _heading(
         "extractor": {"name": extractor.name, "fingerprint": extractor.fingerprint},
         "num_samples": count,
         "seed": args.seed,
-        "class_labels": None if subject.num_classes is None else f"seed modulo {subject.num_classes}",
+        "class_labels": _which_labels(subject),
         "versions": {name: package.__version__ for name, package in packages.items()},
     }
+
+
+def _which_labels(subject: ImagePipeline | ImageData) -> str | None:
+    """Which label the image of a seed has."""
+    if subject.num_classes is None:
+        return None
+    there = len(subject.classes)
+    which = "" if there == subject.num_classes else f", among the labels that have images ({there})"
+    return f"seed modulo {there}{which}"
 
 
 def _write(folder: Path, report: dict[str, Any], clock: Clock, processes: int) -> None:

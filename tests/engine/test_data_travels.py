@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,13 @@ import yaml
 from PIL import Image
 from training_runs import run
 
+from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
+from cm_diffusers.engine.card import draw_grids
 from cm_diffusers.engine.checkpoint import newest_checkpoint, save_checkpoint
 from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.hub import PUBLISHED
-from cm_diffusers.sampling import load_pipeline, sample_images
+from cm_diffusers.pipelines import name_classes
+from cm_diffusers.sampling import captions_of, image_grid, labels_in_turn, load_pipeline, sample_images
 
 
 BEFORE = DataDescription(8, 1, (8, 8), 2, {0: "cat", 1: "dog"}, "a" * 64)
@@ -167,3 +172,55 @@ def test_classes_that_no_image_has_are_said_and_never_drawn(tmp_path, capsys):
     sample_images(pipe, range(20))
     pipe(batch_size=20)
     assert {label for labels in seen for label in labels.tolist()} == {1, 3, 4}
+
+
+# --- names where images are shown ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(tiny_unet):
+    """A pipeline of four classes of which three have names, one of them twice."""
+    pipe = ConsistencyPipeline(tiny_unet(num_classes=4), MultistepConsistencyScheduler())
+    name_classes(pipe.unet, {0: "cat", 2: "dog", 3: "dog"})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_labels_go_round_the_classes_that_have_images(named, tiny_unet):
+    assert labels_in_turn(named, range(4)) == [0, 2, 3, 0]
+    assert captions_of(named, [0, 2]) == ["cat", "dog"]
+    numbered = ConsistencyPipeline(tiny_unet(num_classes=2), MultistepConsistencyScheduler())
+    assert labels_in_turn(numbered, range(3)) == [0, 1, 0] and captions_of(numbered, [0]) is None
+    name_classes(numbered.unet, {0: "0", 1: "1"})
+    assert captions_of(numbered, [0]) is None  # they say no more than the numbers
+
+
+def test_a_grid_shows_captions_below_its_images():
+    images = np.zeros((4, 8, 8, 1), np.float32)
+    plain, captioned = image_grid(images, 2, 64), image_grid(images, 2, captions=["cat", "", "x" * 100, "日本\n"])
+    assert plain.size == (132, 132) and captioned.size == (132, 156)
+    below = np.array(captioned)[64:76]
+    assert (below[:, :64] < 128).any() and (below[:, 66:130] == 255).all()
+    assert (np.array(captioned)[142:154, 64:66] == 255).all()  # the long one is cut to the image's width
+
+
+def test_the_samples_of_a_model_are_drawn_with_the_names(named, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("cm_diffusers.engine.card.image_grid", lambda *a, captions: seen.append(captions) or a[0])
+    with pytest.raises(AttributeError):  # the stand-in of the picture can't be saved
+        draw_grids(named, tmp_path)
+    assert seen[0][:4] == ["cat", "dog", "dog", "cat"]
+
+
+def test_sample_py_takes_names_of_classes(trained, tmp_path):
+    script = Path(__file__).resolve().parents[2] / "training" / "sample.py"
+    model = ["--pretrained_model_name_or_path", trained[0] / "pipeline", "--num_samples", "2", "--device", "cpu"]
+    commands = {"names": ["dog", "cat"], "labels": ["1", "0"], "wrong": ["eel"]}
+    runs = {}
+    for name, labels in commands.items():
+        command = [sys.executable, script, *model, "--class_labels", *labels, "--output_dir", tmp_path / name]
+        runs[name] = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert "no class 'eel'" in runs["wrong"].stderr and runs["wrong"].returncode == 2
+    for i in range(2):
+        by_name, by_label = (tmp_path / name / "images" / f"{i:06d}.png" for name in ("names", "labels"))
+        assert by_name.read_bytes() == by_label.read_bytes()
