@@ -30,7 +30,8 @@ def flags(folder, method="ect", **settings):
     if values["max_train_steps"] <= 2 and "pretrain_steps" not in settings:
         values.pop("pretrain_steps", None)
     taught = values.get("pretrained_teacher_model") and not values.get("from_scratch")
-    if (values.get("pretrained_model_name_or_path") or taught) and "model_preset" not in settings:
+    named = values.get("pretrained_model_name_or_path") or values.get("model_config_name_or_path")
+    if (named or taught) and "model_preset" not in settings:
         del values["model_preset"]
     words = [
         [f"--{key}", *(value if isinstance(value, list) else [value])]
