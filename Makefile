@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 FLOORS := .venv-floors
-FLOORS_TESTS := tests/test_requirements.py
+FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_lookup.py \
+	tests/engine/test_data.py tests/engine/test_tables.py tests/engine/test_card.py tests/pipelines/test_consistency.py
 
 .PHONY: venv quickstart test test-slow test-floors quality style clean
 

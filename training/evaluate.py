@@ -2,7 +2,7 @@
 
     python training/evaluate.py --pretrained_model_name_or_path runs/mine/pipeline --dataset_name ylecun/mnist \\
         --resolution 16 --num_samples 10000 --num_inference_steps 1 2 4 --output_dir runs/mine
-    accelerate launch training/evaluate.py ...          the same by several processes, with the same result
+    torchrun --nproc_per_node 2 training/evaluate.py ...  the same by two processes, with the same result
     python training/evaluate.py --images_dir folder ... images instead of a model
     python training/evaluate.py --watch runs/mine ...   each checkpoint of a run, until it ends
     python training/evaluate.py --search_sigmas 2 ...   the best noise levels of two steps, and a copy with them
@@ -20,6 +20,7 @@ from typing import Any
 from cm_diffusers.engine.config import DataArguments, parse_groups
 from cm_diffusers.engine.evaluate import PICTURE, evaluate
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
+from cm_diffusers.engine.processes import end_with
 
 
 COLUMNS = {
@@ -77,8 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         args, data_args = parse_groups(argv, (EvaluationArguments, DataArguments), __doc__)
         report = evaluate(args, data_args)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        end_with(error)
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n" + table(report))
         print(f"Saved {args.folder / 'metrics.json'} and {args.folder / PICTURE}.")

@@ -73,7 +73,7 @@ def say_what_is_there(plan: Plan, args: argparse.Namespace) -> None:
     split = "" if args.split == "train" else f" --split {args.split}"
     conditional = " --class_conditional" if plan.classes else ""
     folders = f"--dataset_name {quote(str(args.output))} --output_dir {quote(f'runs/{args.output.resolve().name}')}"
-    print(f"Train on it:  accelerate launch training/train_consistency.py --method ect{split}{conditional} {folders}")
+    print(f"Train on it:  python training/train_consistency.py --method ect{split}{conditional} {folders}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ Run again, it goes on where it stopped.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -50,18 +51,9 @@ assert "cm_diffusers" not in sys.modules
 
 
 def train() -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "training" / "train_consistency.py")]
-    done = subprocess.run([*launch, "--config", str(CONFIG), "--output_dir", str(FOLDER)])
+    command = [sys.executable, str(ROOT / "training" / "train_consistency.py"), "--config", str(CONFIG)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*command, "--output_dir", str(FOLDER)], env=environment)
     if done.returncode:  # it has said why
         raise SystemExit(done.returncode)
 
@@ -131,7 +123,7 @@ def main() -> None:
     print(f"\nLook at {folder}/samples.png; the model is {folder}/pipeline. Try next:")
     print(f"  .venv/bin/python training/sample.py --pretrained_model_name_or_path {folder}/pipeline --class_labels 3")
     print(f"  .venv/bin/python training/sample.py --pretrained_model_name_or_path {folder}/pipeline --sigmas 80 1 0.2")
-    print("  .venv/bin/accelerate launch training/train_consistency.py --train_data_dir my_images --resolution 32")
+    print("  .venv/bin/python training/train_consistency.py --train_data_dir my_images --resolution 32")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a consistency model, which makes images in one or two steps.
 
-    accelerate launch training/train_consistency.py --config training/configs/digits_ect.yaml
-    accelerate launch training/train_consistency.py --method ect --train_data_dir my_images --resolution 32 \\
+    python training/train_consistency.py --config training/configs/digits_ect.yaml
+    python training/train_consistency.py --method ect --train_data_dir my_images --resolution 32 \\
         --model_preset base --max_train_steps 100000 --output_dir runs/mine
 
 The same command resumes a run that was stopped.

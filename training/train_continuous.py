@@ -1,7 +1,7 @@
 """Train a continuous-time consistency model (sCT, sCD) or a MeanFlow model, which make images in one or two steps.
 
-    accelerate launch training/train_diffusion.py --config training/configs/mnist_trigflow_small.yaml
-    accelerate launch training/train_continuous.py --config training/configs/mnist_scd_small.yaml
+    python training/train_diffusion.py --config training/configs/mnist_trigflow_small.yaml
+    python training/train_continuous.py --config training/configs/mnist_scd_small.yaml
 
 The same command resumes a run that was stopped.
 """

@@ -1,7 +1,7 @@
 """Train a diffusion model (EDM, or CDM), by itself or as the start of a consistency model.
 
-    accelerate launch training/train_diffusion.py --config training/configs/mnist_diffusion_small.yaml
-    accelerate launch training/train_diffusion.py --train_data_dir my_images --resolution 32 --output_dir runs/mine
+    python training/train_diffusion.py --config training/configs/mnist_diffusion_small.yaml
+    python training/train_diffusion.py --train_data_dir my_images --resolution 32 --output_dir runs/mine
 
 The same command resumes a run that was stopped.
 """

@@ -1,7 +1,7 @@
 """Train a consistency trajectory model (CTM), which jumps between any two noise levels, with a teacher or without.
 
-    accelerate launch training/train_diffusion.py --config training/configs/mnist_diffusion_small.yaml
-    accelerate launch training/train_trajectory.py --config training/configs/mnist_ctm_small.yaml
+    python training/train_diffusion.py --config training/configs/mnist_diffusion_small.yaml
+    python training/train_trajectory.py --config training/configs/mnist_ctm_small.yaml
 
 The same command resumes a run that was stopped.
 """

@@ -28,7 +28,7 @@ from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, guided, load_teacher, load_vae
 from cm_diffusers.engine.precision import choose_precision
-from cm_diffusers.engine.processes import start_accelerator
+from cm_diffusers.engine.processes import end_with, start_accelerator
 from cm_diffusers.engine.tracking import check_tracker, start_trackers
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.pipelines import name_classes
@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -
     except ValueError as error:
         if os.environ.get("CM_DIFFUSERS_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        end_with(error)
 
 
 def train(config: Config) -> Path:
