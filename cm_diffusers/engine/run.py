@@ -170,7 +170,9 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     """The run that `config` describes, at its start. Raises ValueError for settings that can't be met."""
     main, folder = accelerator.is_main_process, Path(config.run.output_dir)
     with accelerator.main_process_first():
-        data = ImageData(config.data, config.model.class_conditional, folder / "images_checked", show_progress=main)
+        data = ImageData(
+            config.data, config.model.class_conditional, folder / "images_checked.safetensors", show_progress=main
+        )
     teacher_name = getattr(config.options, "pretrained_teacher_model", None)
     saved_start = teacher_name or config.model.pretrained_model_name_or_path
     if config.model.sigma_data is None and (config.run.allow_data_change or not saved_start):

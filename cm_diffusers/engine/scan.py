@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -171,28 +173,29 @@ def _identity(seen: Seen | str) -> Seen | str:
 
 
 def save_scan(file: Path, key: str, facts: Facts, images: Tensor) -> None:
-    """Write what was found and the images that are kept, behind a line that says of which data they are."""
-    pixels = memoryview(images.numpy()).cast("B") if len(images) else b""
-    head = {"key": key, "facts": vars(facts), "shape": list(images.shape), "check": zlib.crc32(pixels)}
-    aside = file.with_name(f".tmp-{file.name}-{os.getpid()}")
-    with open(aside, "wb") as out:
-        out.write(json.dumps(head).encode() + b"\n")
-        out.write(pixels)
+    """Write what was found, and the images that are kept, as a file of safetensors that says of which data they are."""
+    head = {"key": key, "facts": json.dumps(vars(facts)), "check": _checksum(images)}
+    aside = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    save_file({"images": images}, aside, head)
     os.replace(aside, file)
 
 
 def load_scan(file: Path, key: str) -> tuple[Facts, Tensor] | None:
     """What `save_scan` wrote; None where there is nothing, of other data, or damaged."""
     try:
-        with open(file, "rb") as source:
-            head = json.loads(source.readline())
+        with safe_open(file, "pt") as source:
+            head = source.metadata() or {}
             if head["key"] != key:
                 return None
-            pixels = np.fromfile(source, np.uint8)
-        if zlib.crc32(pixels) != head["check"]:
+            images = source.get_tensor("images")
+        if _checksum(images) != head["check"]:
             return None
-        facts = Facts(**head["facts"])
+        facts = Facts(**json.loads(head["facts"]))
         facts.sizes = Counter(facts.sizes)
-        return facts, torch.from_numpy(pixels.reshape(head["shape"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return facts, images
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
+
+
+def _checksum(images: Tensor) -> str:
+    return str(zlib.crc32(images.numpy().reshape(-1)))

@@ -224,12 +224,12 @@ def test_a_checked_dataset_is_not_checked_again_unless_it_changed(image_folder, 
     decoded = []
     decode = DecodedImages.decode
     monkeypatch.setattr(DecodedImages, "decode", lambda *a: decoded.append(1) or decode(*a))
-    read_folder(image_folder, scanned=tmp_path / "images_checked")
-    assert len(decoded) == 12 and (tmp_path / "images_checked").exists()
-    read_folder(image_folder, scanned=tmp_path / "images_checked")
+    read_folder(image_folder, scanned=tmp_path / "images_checked.safetensors")
+    assert len(decoded) == 12 and (tmp_path / "images_checked.safetensors").exists()
+    read_folder(image_folder, scanned=tmp_path / "images_checked.safetensors")
     assert len(decoded) == 12
     random_image(99).save(image_folder / "class_0" / "new.png")
-    read_folder(image_folder, scanned=tmp_path / "images_checked")
+    read_folder(image_folder, scanned=tmp_path / "images_checked.safetensors")
     assert len(decoded) == 12 + 13
 
 
@@ -238,7 +238,7 @@ def test_a_faulty_dataset_is_not_remembered_as_checked(image_folder, tmp_path, m
     spoil(image_folder)
     for _ in range(2):
         with pytest.raises(ValueError, match="can't be read"):
-            read_folder(image_folder, scanned=tmp_path / "images_checked")
+            read_folder(image_folder, scanned=tmp_path / "images_checked.safetensors")
 
 
 # --- kinds of images -----------------------------------------------------------------------------------------------

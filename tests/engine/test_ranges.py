@@ -89,7 +89,7 @@ def test_random_types_of_pixels_keep_their_values_to_one_level_wherever_they_are
     assert np.abs(streamed(folder, len(files), monkeypatch) - expected).max() < 1
     monkeypatch.setattr(data_module, "CACHE_BYTES", 0)
     for _ in range(2):  # the second one remembers what the first one found
-        assert np.abs(all_of(read(folder, tmp_path / "images_checked")) - expected).max() < 1
+        assert np.abs(all_of(read(folder, tmp_path / "images_checked.safetensors")) - expected).max() < 1
 
 
 SIXTEEN = [np.full((8, 8), high, np.uint16) for high in (200, 4000, 65535)]
@@ -114,8 +114,8 @@ def test_only_images_in_another_range_than_their_own_are_decoded_twice(tmp_path,
 
 def test_how_deep_pixels_are_read_is_said(tmp_path, capsys):
     folder = write(tmp_path / "d", [("png", values) for values in SIXTEEN[:2]])
-    ImageData(DataArguments(train_data_dir=str(folder)), False, tmp_path / "images_checked")
-    ImageData(DataArguments(train_data_dir=str(folder)), False, tmp_path / "images_checked")
+    ImageData(DataArguments(train_data_dir=str(folder)), False, tmp_path / "images_checked.safetensors")
+    ImageData(DataArguments(train_data_dir=str(folder)), False, tmp_path / "images_checked.safetensors")
     assert capsys.readouterr().out.count("uint16 values from 200 to 4000 are read as 0 to 4095.") == 2
     assert prepare(open_source(folder), tmp_path / "p", "train", Asked(str(folder))).ranges == [
         "uint16 values from 200 to 4000 are read as 0 to 4095."
