@@ -173,7 +173,7 @@ def _identity(seen: Seen | str) -> Seen | str:
 
 
 def save_scan(file: Path, key: str, facts: Facts, images: Tensor) -> None:
-    """Write what was found, and the images that are kept, as a file of safetensors that says of which data they are."""
+    """Write what was found, and the images that are kept, as safetensors that say of which data they are."""
     head = {"key": key, "facts": json.dumps(vars(facts)), "check": _checksum(images)}
     aside = file.with_name(f".tmp-{os.getpid()}-{file.name}")
     save_file({"images": images}, aside, head)
