@@ -235,7 +235,7 @@ def _row(*titles: str) -> list[gr.Image]:
 
 
 def _on(triggers: list[Callable], function: Callable, inputs: list, outputs: list) -> None:
-    """Call `function` on the page's events, one call at a time, as calls share the scheduler's state."""
+    """Call `function` on the page's events, one call at a time, as a machine makes no two faster."""
 
     @functools.wraps(function)
     def shown(*values):
