@@ -439,7 +439,7 @@ def test_another_model_than_the_one_to_be_saved_is_refused(monkeypatch, tmp_path
 
 
 def test_a_run_whose_model_is_refused_keeps_the_old_one_and_exports_again(tmp_path, monkeypatch):
-    run(tmp_path, max_train_steps=2)
+    run(tmp_path, max_train_steps=3)
     before = files(tmp_path / "pipeline")
 
     def refuse(pipeline, folder):
@@ -448,9 +448,9 @@ def test_a_run_whose_model_is_refused_keeps_the_old_one_and_exports_again(tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(export, "verify_export", refuse)
         with pytest.raises(RuntimeError, match="not the same"):
-            train(parse_config(flags(tmp_path, max_train_steps=3), ["ect"], ""))
-    assert files(tmp_path / "pipeline") == before and (tmp_path / "checkpoint-3").exists()
-    run(tmp_path, max_train_steps=3)
+            train(parse_config(flags(tmp_path, max_train_steps=4), ["ect"], ""))
+    assert files(tmp_path / "pipeline") == before and (tmp_path / "checkpoint-4").exists()
+    run(tmp_path, max_train_steps=4)
     assert files(tmp_path / "pipeline") != before
 
 
