@@ -17,6 +17,7 @@ from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.places import check_place, earlier_files, find_device, make_folder
+from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import captions_of, image_grid, labels_in_turn, load_pipeline, sample_images, to_pil
 
 
@@ -61,6 +62,11 @@ def check_effects(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} has no effect without --s_churn.")
 
 
+def _label(pipeline: ImagePipeline, word: str) -> int:
+    """The label that a word is, or the name of; a number is always a label."""
+    return int(word) if word.removeprefix("-").isdecimal() else pipeline.get_label_ids(word)[0]
+
+
 def sample(args: argparse.Namespace) -> None:
     """Make the images that `args` ask for and write them. Raises ValueError for what can't be done."""
     if args.num_samples < 1 or args.batch_size < 1:
@@ -79,7 +85,7 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError(f"{wrong.pop()} is not an option of a {type(pipeline).__name__}.")
     if args.class_labels and pipeline.num_classes is None:
         raise ValueError("class_labels has no effect: the model is unconditional.")
-    chosen = [int(word) if word.isdecimal() else pipeline.get_label_ids(word)[0] for word in args.class_labels or []]
+    chosen = [_label(pipeline, word) for word in args.class_labels or []]
     pipeline.to(device).set_progress_bar_config(disable=True)
 
     make_folder(files)

@@ -67,7 +67,7 @@ class DataDescription:
                     repr(now.classes.get(label, "none")),
                 )
         if self.fingerprint is not None and now.fingerprint is not None:
-            facts["the fingerprint of images and labels"] = (self.fingerprint[:12], now.fingerprint[:12])
+            facts["the fingerprint of images (or latents) and labels"] = (self.fingerprint[:12], now.fingerprint[:12])
         found = [f"{k} was {a}, is {b}" for k, (a, b) in facts.items() if a != b and a is not None and b is not None]
         return found if len(found) <= LISTED_NAMES else [*found[: LISTED_NAMES - 1], "...", found[-1]]
 

@@ -67,10 +67,10 @@ class LatentData(ImageData):
                 f" the dataset gives {data.channels}: set --channels."
             )
         self.args, self.labels, self.num_classes = data.args, data.labels, data.num_classes
-        self._classes, self._fingerprint = data._classes, data._fingerprint
+        self._classes = data._classes
         self.vae = vae.float().eval().requires_grad_(False).to(device)
         self.show_progress = data.show_progress
-        key = _key(data, vae) if cache is not None else ""
+        self._fingerprint = key = _key(data, vae)
         latents = None if cache is None else _read(cache, key, say)
         if latents is None:
             latents = self._encode(data, device)
@@ -97,8 +97,7 @@ class LatentData(ImageData):
 
 def _key(data: ImageData, vae: nn.Module) -> str:
     """The SHA-256 of all that makes the latents: images, shape, weights and settings of the autoencoder."""
-    pixels = _digest(data.images) if torch.is_tensor(data.images) else data.description.fingerprint
-    made_by = {"images": pixels, "shape": [len(data.images), data.channels, *data.resolution]}
+    made_by = {"images": data.description.fingerprint, "shape": [len(data.images), data.channels, *data.resolution]}
     made_by["vae"] = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode())
     for name, value in sorted(vae.state_dict().items()):

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 
-PATIENCE = 3.0  # seconds, in which a launcher ends the other processes once one has failed
+PATIENCE = 20.0  # seconds, in which a launcher ends the other processes once one has failed
 
 
 def start_accelerator(**settings: Any) -> Accelerator:

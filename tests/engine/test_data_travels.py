@@ -93,7 +93,7 @@ def change_image(data):
 
 CHANGES = {
     "an image more": (lambda data: pictures(data, ["cat"], 5), "the number of images was 8, is 9", True),
-    "other content": (change_image, "the fingerprint of images and labels was .*, is ", True),
+    "other content": (change_image, "the fingerprint of images .or latents. and labels was .*, is ", True),
     "a class renamed": (lambda data: (data / "dog").rename(data / "eel"), "class 1 was 'dog', is 'eel'", True),
     "a class more": (lambda data: pictures(data, ["eel"]), "the number of classes was 2, is 3", False),
 }

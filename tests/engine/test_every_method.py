@@ -96,8 +96,9 @@ def test_the_exported_model_is_the_students_average_and_nothing_else(train, tmp_
     folder = train(tmp_path, method) / "pipeline"
     weights = "unet/diffusion_pytorch_model.safetensors"
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert files == ["README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", weights]
-    assert not any(str(tmp_path.parent) in (folder / name).read_text() for name in files[:4])
+    texts = ["README.md", "data.json", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
+    assert files == [*texts, weights]
+    assert not any(str(tmp_path.parent) in (folder / name).read_text() for name in texts)
     exported, saved = load_file(folder / weights), tensors(tmp_path)
     average, network = "ema_halflife_500kimg", {key for group, key in saved if group == "model"}
     assert exported.keys() == network

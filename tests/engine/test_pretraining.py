@@ -136,7 +136,7 @@ def test_they_are_trained_by_other_methods_and_told_the_time_as_these_have_it(me
 
 
 def test_a_run_goes_on_from_a_model_that_takes_labels(whole, tmp_path):
-    settings = {"pretrained_model_name_or_path": whole / "pipeline", "max_train_steps": 2}
+    settings = {"pretrained_model_name_or_path": whole / "pipeline", "max_train_steps": 2, "model_preset": None}
     again = train(tmp_path / "again", **settings) / "pipeline"
     assert load_pipeline(str(again)).unet.config.label_dropout == EDM["label_dropout"]
     stock = run(tmp_path / "stock", "diffusion", max_train_steps=1) / "pipeline"

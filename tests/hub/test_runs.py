@@ -41,8 +41,8 @@ def test_a_run_publishes_its_model_with_a_card_whose_snippet_runs(hub, client, t
     files = pushed(hub, "tester/digits")
     grids = {f"samples/{name}.png" for name in ("1_step", "2_steps", "4_steps")}
     weights = "unet/diffusion_pytorch_model.safetensors"
-    stock = {"README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", weights}
-    assert files.keys() == stock | grids
+    texts = {"README.md", "data.json", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"}
+    assert files.keys() == texts | {weights} | grids
     card = files["README.md"].decode()
     assert str(tmp_path) not in card and "| steps | 2 of 8 images |" in card
     snippet = card.split("```python\n")[1].split("```")[0]
