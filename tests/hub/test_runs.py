@@ -44,7 +44,10 @@ def test_a_run_publishes_its_model_with_a_card_whose_snippet_runs(hub, client, t
     texts = {"README.md", "data.json", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"}
     assert files.keys() == texts | {weights} | grids
     card = files["README.md"].decode()
-    assert str(tmp_path) not in card and "| steps | 2 of 8 images |" in card
+    assert (
+        str(tmp_path) not in card
+        and "| steps | 2 of 8 images: 1 of diffusion pretraining, 1 of the method itself |" in card
+    )
     snippet = card.split("```python\n")[1].split("```")[0]
     check = "\nimport sys\nassert len(images) == 4 and 'cm_diffusers' not in sys.modules"
     environment = hub.environment(tmp_path / "home", token=TOKEN)
