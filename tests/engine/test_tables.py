@@ -370,9 +370,12 @@ def test_a_dataset_is_described_by_content_and_order(tmp_path):
     unlabelled = read(tmp_path / "a.parquet", conditional=False).description
     prints = [found[name].fingerprint for name in ("a", "other order", "other image")] + [unlabelled.fingerprint]
     assert len(set(prints)) == 4 and all(prints) and unlabelled.num_classes is unlabelled.classes is None
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=8, latent_channels=2)
-    latents = LatentData(read(tmp_path / "a.parquet"), vae).description
-    assert (latents.number, latents.channels) == (3, 2)
-    assert (latents.classes, latents.fingerprint) == (found["a"].classes, found["a"].fingerprint)
+    vae, other = (
+        AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, sample_size=8, latent_channels=2) for _ in range(2)
+    )
+    models = (vae, vae, other)
+    latents, same, others = (LatentData(read(tmp_path / "a.parquet"), model).description for model in models)
+    assert (latents.number, latents.channels, latents.classes) == (3, 2, found["a"].classes)
+    assert latents == same and len({latents.fingerprint, others.fingerprint, found["a"].fingerprint}) == 3
     stream = read(tmp_path / "a.parquet", conditional=False, streaming=True).description
     assert stream.number is stream.fingerprint is None and stream.size == (6, 5)
