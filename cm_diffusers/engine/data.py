@@ -30,7 +30,7 @@ from cm_diffusers.engine.image_sources import declares_parts, is_table, load_loc
 from cm_diffusers.engine.labels import read_labels
 from cm_diffusers.engine.order import KeyedOrder, Spot
 from cm_diffusers.engine.records import name_in_messages, open_image, why
-from cm_diffusers.engine.scan import CACHE_BYTES, VERSION, DecodedImages, Facts, load_scan, save_scan, scan
+from cm_diffusers.engine.scan import CACHE_BYTES, VERSION, DecodedImages, Facts, as_it_is, load_scan, save_scan, scan
 from cm_diffusers.engine.streams import StreamedRows, StreamOrder, numbered, stream_batches
 from cm_diffusers.lookup import looked_up
 from cm_diffusers.pixels import size_of
@@ -134,10 +134,6 @@ class _Rows(Dataset):
         else:
             images = torch.stack([self.images.take(i) for i in indices])
         return {"images": images, "labels": None if self.labels is None else self.labels[indices]}
-
-
-def _identity(batch: dict) -> dict:
-    return batch
 
 
 def _root_mean_square(images: Tensor) -> float:
@@ -296,4 +292,4 @@ class ImageData:
         order = KeyedOrder(len(self.images), spot, seed, step)
         workers = 0 if torch.is_tensor(self.images) else self.args.dataloader_num_workers
         rows = _Rows(self.images, self.labels)
-        return iter(DataLoader(rows, batch_sampler=order, num_workers=workers, collate_fn=_identity))
+        return iter(DataLoader(rows, batch_sampler=order, num_workers=workers, collate_fn=as_it_is))

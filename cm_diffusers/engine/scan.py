@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +137,7 @@ def scan(decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bo
     """
     facts, digest, faults, images = Facts(), hashlib.sha256(), [], torch.empty(0, 1, *decoder.resolution)
     ranges, own = Ranges(), {}  # the scales that images were decoded by
-    loader = DataLoader(decoder, batch_size=None, num_workers=workers, collate_fn=_identity)
+    loader = DataLoader(decoder, batch_size=None, num_workers=workers, collate_fn=as_it_is)
     for i, seen in enumerate(tqdm(loader, desc="Reading images", disable=not show_progress, leave=False)):
         if isinstance(seen, str):
             faults.append(seen)
@@ -168,8 +169,9 @@ def scan(decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bo
     return facts, images
 
 
-def _identity(seen: Seen | str) -> Seen | str:
-    return seen
+def as_it_is(batch: Any) -> Any:
+    """What loaders of ready batches collate by; workers need a name for it."""
+    return batch
 
 
 def save_scan(file: Path, key: str, facts: Facts, images: Tensor) -> None:
