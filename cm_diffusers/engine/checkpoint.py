@@ -20,8 +20,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from cm_diffusers.engine.files import fsync_folder, parse_json, read_plain, remove, write_file
+
 
 FORMAT = 1
+MANIFEST_BYTES = 1 << 20  # at most; a manifest names a few files
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -36,22 +39,6 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write and fsync."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(value: Any) -> str:
@@ -75,7 +62,8 @@ def save_checkpoint(
     assert keep >= 2
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+        if leftover.name[5:].isdecimal():
+            remove(leftover)
     folder = root / f".tmp-{step}"
     folder.mkdir()
     try:
@@ -89,32 +77,31 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     final = root / f"checkpoint-{step}"
-    if final.exists():
-        shutil.rmtree(final)
+    remove(final)
     os.rename(folder, final)
     fsync_folder(root)
     paths = [path for _, path in list_checkpoints(root)]
     sound = next(filter(_says_sound, paths), None)
     for old in paths[keep:]:
         if old != sound:
-            shutil.rmtree(old)
+            remove(old)
     return final
 
 
 def newest_state(root: Path) -> dict[str, Any] | None:
-    """The JSON state of the newest checkpoint, its tensors not verified; None where there is none that can be read."""
+    """The JSON state of the newest checkpoint whose state verifies, its tensors not read; None where there is none."""
     for _, path in list_checkpoints(root):
         try:
-            return dict(json.loads((path / "state.json").read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return _read_state(path, _read_manifest(path))
+        except DamagedCheckpoint:
             continue
     return None
 
 
 def _says_sound(path: Path) -> bool:
     try:
-        return json.loads((path / "state.json").read_bytes()).get("sound", True)
-    except (OSError, ValueError, AttributeError):
+        return _read_state(path, _read_manifest(path)).get("sound", True)
+    except DamagedCheckpoint:
         return False
 
 
@@ -130,12 +117,15 @@ def _seal(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def copy_checkpoint(source: Path, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Copy a checkpoint to `folder`, with `settings` in place of the run's own; tensors are linked if they can be."""
-    manifest = json.loads((source / "manifest.json").read_bytes())
-    state = json.loads((source / "state.json").read_bytes())
-    del manifest["digest"]
+    """Copy a checkpoint to `folder`, with `settings` in place of the run's own; tensors are linked if they can be.
+
+    Raises DamagedCheckpoint, or FileNotFoundError where a file is missing, as when the run deletes it meanwhile.
+    """
+    manifest = _read_manifest(source)
+    state = _read_state(source, manifest)
     folder.mkdir(parents=True)
     for name in manifest["files"].keys() - {"state.json"}:
+        _check_name(name)
         try:
             os.link(source / name, folder / name)
         except OSError:  # another file system, or one without links
@@ -152,44 +142,72 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises DamagedCheckpoint, naming the file."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        digest = manifest.pop("digest")
-        sound = digest == _digest(manifest)
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        sound = False
-    if not sound:
-        raise DamagedCheckpoint("manifest.json is missing or damaged")
+    manifest = _read_manifest(path)
     if manifest.get("format") != FORMAT:
         raise DamagedCheckpoint(f"format {manifest.get('format')} is not the format {FORMAT} of this version")
     named = _NAME.fullmatch(path.name)
     if not isinstance(manifest.get("step"), int) or named and int(named[1]) != manifest["step"]:
         raise DamagedCheckpoint(f"the manifest is that of step {manifest.get('step')}")
+    state = _read_state(path, manifest)
     try:
-        contents = {name: _read(path, name, **expected) for name, expected in files.items()}
-        state = json.loads(contents.pop("state.json"))
+        others = {name: expected for name, expected in manifest["files"].items() if name != "state.json"}
+        contents = {name: _read(path, name, **expected) for name, expected in others.items()}
         tensors = {name.removesuffix(".safetensors"): load_tensors(data) for name, data in contents.items()}
-    except DamagedCheckpoint:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+    except (TypeError, SafetensorError) as error:
         raise DamagedCheckpoint(f"it was not written by this library: {error!r}") from None
     return Checkpoint(int(manifest["step"]), tensors, state)
 
 
-def _read(folder: Path, name: str, size: int, sha256: str) -> bytes:
-    """A file of a checkpoint, verified."""
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest without its digest, which it agrees with."""
+    if not path.is_dir():
+        raise DamagedCheckpoint("it is missing" if not os.path.lexists(path) else "it is not a folder")
+    try:
+        manifest = parse_json(read_plain(path / "manifest.json", limit=MANIFEST_BYTES, follow=False))
+        digest = manifest.pop("digest")
+        sound = digest == _digest(manifest) and isinstance(manifest["files"], dict)
+    except FileNotFoundError:
+        raise DamagedCheckpoint("manifest.json is missing") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedCheckpoint(f"manifest.json is damaged ({_why(error)})") from None
+    if not sound:
+        raise DamagedCheckpoint("manifest.json is damaged (its digest differs)")
+    return manifest
+
+
+def _read_state(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        state = parse_json(_read(path, "state.json", **manifest["files"]["state.json"]))
+    except DamagedCheckpoint:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"state.json was not written by this library: {error!r}") from None
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint("state.json was not written by this library: it holds no names and values")
+    return state
+
+
+def _check_name(name: str) -> None:
     if Path(name).name != name:
         raise DamagedCheckpoint(f"the manifest names {name!r}, which is not a file of the checkpoint")
+
+
+def _read(folder: Path, name: str, size: int, sha256: str) -> bytes:
+    """A file of a checkpoint, verified."""
+    _check_name(name)
     try:
-        data = (folder / name).read_bytes()
-    except OSError:
+        data = read_plain(folder / name, size, follow=False)
+    except FileNotFoundError:
         raise DamagedCheckpoint(f"{name} is missing") from None
-    if len(data) != size:
-        raise DamagedCheckpoint(f"{name} has {len(data)} bytes instead of {size}")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{name} {_why(error)}") from None
     if _digest(data) != sha256:
         raise DamagedCheckpoint(f"{name} was changed: its SHA-256 differs")
     return data
+
+
+def _why(error: Exception) -> str:
+    return f"can't be read: {error.strerror}" if isinstance(error, OSError) else str(error) or repr(error)
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -218,5 +236,5 @@ def set_aside_newer(root: Path, step: int, why: str = "damaged") -> None:
     for number, path in list_checkpoints(root):
         if number > step:
             aside = root / f"{why}-{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             os.rename(path, aside)

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from cm_diffusers.engine import clean_process
-from cm_diffusers.engine.checkpoint import fsync_folder
+from cm_diffusers.engine.files import fsync_folder
 from cm_diffusers.pipelines.travel import save_with_code
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import permutation
-from cm_diffusers.engine.checkpoint import write_file
 from cm_diffusers.engine.data import SIGMA_DATA_SAMPLES, ImageData
+from cm_diffusers.engine.files import write_file
 
 
 ENCODED_AT_ONCE = 64

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.checkpoint import fsync_folder, write_file
+from cm_diffusers.engine.files import fsync_folder, write_file
 from cm_diffusers.engine.image_sources import Source
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_uint8

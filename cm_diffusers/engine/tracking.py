@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from cm_diffusers.engine.checkpoint import write_file
 from cm_diffusers.engine.config import Config
+from cm_diffusers.engine.files import write_file
 from cm_diffusers.engine.hub import short
 
 

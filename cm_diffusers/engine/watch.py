@@ -1,6 +1,5 @@
 """The checkpoints of a training run as models, one after the other, while it runs."""
 
-import shutil
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -12,6 +11,7 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, copy_checkpoint, list_checkpoints, load_checkpoint
 from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.files import remove
 from cm_diffusers.engine.lock import is_locked
 from cm_diffusers.engine.run import build_trainer
 from cm_diffusers.objectives import OBJECTIVES
@@ -63,16 +63,21 @@ def follow(
 def _next_step(run: Path, done: Collection[int], aside: Path) -> int | None:
     """The first checkpoint that is not `done`, linked to `aside`, as soon as there is one; None at the run's end."""
     while True:
+        faults = []
         running = is_locked(run)  # asked first: what it saved before it ended is there then
         for step, folder in reversed(list_checkpoints(run)):
             if step not in done:
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
                 try:
                     copy_checkpoint(folder, aside, {})
                     return step
                 except FileNotFoundError:  # the run has deleted it just now
                     continue
+                except DamagedCheckpoint as error:  # or deletes it
+                    faults.append(f"checkpoint {step} of {run}: {error}")
         if not running:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
+            if faults:
+                raise ValueError(faults[0])
             return None
         time.sleep(PAUSE)

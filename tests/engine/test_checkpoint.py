@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from safetensors.torch import save
 import cm_diffusers.engine.checkpoint as checkpoint_module
 from cm_diffusers.engine.checkpoint import (
     DamagedCheckpoint,
+    copy_checkpoint,
     load_checkpoint,
     newest_checkpoint,
+    newest_state,
     save_checkpoint,
     set_aside_newer,
 )
@@ -184,6 +187,111 @@ def test_damaged_checkpoints_that_were_passed_over_push_no_sound_one_out(tmp_pat
     assert_holds(load_checkpoint(tmp_path / f"checkpoint-{step}"), step)
 
 
+def as_a_pipe(path):
+    os.mkfifo(path)
+
+
+def as_a_link(path):
+    path.symlink_to(path.parent.parent / "checkpoint-3" / path.name)
+
+
+def as_a_dangling_link(path):
+    path.symlink_to("nowhere")
+
+
+def as_a_link_to_itself(path):
+    path.symlink_to(path.name)
+
+
+def as_a_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def as_a_sparse_file(path):
+    with open(path, "wb") as file:
+        file.truncate(1 << 42)
+
+
+NO_FILES = {
+    as_a_pipe: "a pipe",
+    as_a_link: "a link",
+    as_a_dangling_link: "a link",
+    as_a_link_to_itself: "a link",
+    as_a_socket: "a socket",
+    as_a_sparse_file: "4398046511104 bytes",
+}
+
+
+@pytest.mark.parametrize("make", NO_FILES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "model.safetensors"])
+def test_what_is_no_file_is_named_and_neither_waited_for_nor_read(tmp_path, monkeypatch, make, name):
+    write(tmp_path, 3, 6)
+    monkeypatch.chdir(tmp_path / "checkpoint-6")  # names of sockets have to be short
+    Path(name).unlink()
+    make(Path(name))
+    checkpoint, faults = newest_checkpoint(tmp_path)
+    assert_holds(checkpoint, 3)
+    assert len(faults) == 1 and f"checkpoint-6: {name}" in faults[0] and NO_FILES[make] in faults[0]
+    assert (newest_state(tmp_path)["step_of_state"] == 6) == (name == "model.safetensors")
+    set_aside_newer(tmp_path, 3)
+    write(tmp_path, 9)
+    assert folders(tmp_path) == ["checkpoint-3", "checkpoint-9", "damaged-checkpoint-6"]
+
+
+def as_a_file_of_that_name(path, target):
+    path.write_text("x")
+
+
+def as_a_link_to_a_folder(path, target):
+    path.symlink_to(target)
+
+
+def as_a_link_to_nothing(path, target):
+    path.symlink_to(target / "nowhere")
+
+
+@pytest.mark.parametrize("make", [as_a_file_of_that_name, as_a_link_to_a_folder, as_a_link_to_nothing])
+@pytest.mark.parametrize("step", [1, 6, 9])
+def test_a_checkpoint_that_is_no_folder_is_rotated_and_set_aside_as_others_are(tmp_path, make, step):
+    root, target = tmp_path / "run", tmp_path / "target"
+    write(root, 3)
+    shutil.copytree(root / "checkpoint-3", target)
+    make(root / f"checkpoint-{step}", target)
+    (root / f"damaged-checkpoint-{step}").write_text("of an earlier time")
+    (root / ".tmp-6").symlink_to(target)
+    checkpoint, _ = newest_checkpoint(root)
+    assert_holds(checkpoint, 3)
+    set_aside_newer(root, 3)
+    assert (root / f"damaged-checkpoint-{step}").is_symlink() == (step > 3 and "link" in make.__name__)
+    for later in (6, 9, 12):
+        write(root, later)
+        assert_holds(newest_checkpoint(root)[0], later)
+    assert [name for name in folders(root) if "damaged" not in name] == ["checkpoint-12", "checkpoint-9"]
+    assert_holds(load_checkpoint(target), 3)
+
+
+def test_copies_are_made_of_checkpoints_that_verify_alone(tmp_path):
+    write(tmp_path, 3)
+    copy_checkpoint(tmp_path / "checkpoint-3", tmp_path / "copy", {"a": 1})
+    assert load_checkpoint(tmp_path / "copy").state["config"] == {"a": 1}
+    for damage, name in ((empty, "state.json"), (truncate, "manifest.json"), (flip_a_bit, "state.json")):
+        write(tmp_path, 3)
+        damage(tmp_path / "checkpoint-3" / name, random.Random(0), None)
+        with pytest.raises(DamagedCheckpoint, match=name):
+            copy_checkpoint(tmp_path / "checkpoint-3", tmp_path / f"copy {name} {damage.__name__}", {})
+    assert not list(tmp_path.glob("copy *"))
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"3", b"[" * 100_000, b'{"config": 1}', b"\xff\xfe"])
+def test_a_state_that_does_not_verify_is_passed_over(tmp_path, raw):
+    write(tmp_path, 3, 6)
+    (tmp_path / "checkpoint-6" / "state.json").write_bytes(raw)
+    assert newest_state(tmp_path) == contents(3)[1]
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    assert newest_state(tmp_path) is None
+
+
 # --- faults while saving -------------------------------------------------------------------------------------------
 
 
@@ -232,7 +340,8 @@ def test_a_fault_at_any_call_leaves_a_sound_checkpoint(tmp_path, monkeypatch, na
         assert folders(root) == sorted(["checkpoint-12", f"checkpoint-{checkpoint.step}"])
         if len(calls) < k:
             break
-    assert failures == k - 1 >= 1  # every call of a save was made to fail once
+    read = 2 if name in ("os.open", "open") else 0  # manifest and state of an older one, to see whether it is sound
+    assert failures + read == k - 1 >= 1  # every call of a save was made to fail once
 
 
 @contextmanager

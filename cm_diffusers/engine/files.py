@@ -1,0 +1,194 @@
+"""Files: whole or not at all where they are written, plain and of a known size where they are read."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+LIMIT = 64 << 20  # bytes of a JSON file; those of runs hold a few thousand
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFLNK: "a link", stat.S_IFSOCK: "a socket"}
+_FULL = "Free some room (`df -h` shows it, `df -i` for numbers of files)"
+_CLOSED = "Allow writing there"
+_TAKEN = "Move away what is there"
+ADVICE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: _CLOSED,
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
+    errno.EISDIR: _TAKEN,
+    errno.ENOTDIR: _TAKEN,
+    errno.EEXIST: _TAKEN,
+    errno.ENOTEMPTY: _TAKEN,
+    errno.EFBIG: "Allow larger files (`ulimit -f` shows the limit)",
+}
+# how libraries wrap a fault of the system: Python's text, Rust's, C's
+_WRAPPED = re.compile(r"\[Errno (\d+)\] [^:\n]+(?:: '([^'\n]+)')?|\(os error (\d+)\)|left on device \((\d+)\)")
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A fault of the system gets the name of the file that it is about, which writing and fsync leave out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write and fsync."""
+    with naming(path), open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name for a file to be written under; once it is whole it takes the place of `path`, else it is deleted."""
+    aside = path.with_name(f".tmp-{path.name}")
+    remove(aside)
+    try:
+        with naming(path):
+            yield aside
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+    except BaseException:
+        remove(aside)
+        raise
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file that is at any moment the old one or the new one, whole."""
+    with written_aside(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (and not what it leads to) or a folder; nothing where there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename to damaged-NAME, or damaged-2-NAME and so on where that is taken; gives the new name."""
+    number, aside = 1, path.with_name(f"damaged-{path.name}")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"damaged-{number}-{path.name}")
+    os.rename(path, aside)
+    return aside
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def kind_of(mode: int) -> str | None:
+    """What there is instead of a file; None for a file."""
+    return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "a device")
+
+
+def read_plain(path: Path, size: int | None = None, limit: int = LIMIT, follow: bool = True) -> bytes:
+    """The content of a file. Waits for nothing, as for the writer of a pipe, and looks at the size before it reads.
+
+    Args:
+        path: its name.
+        size: bytes that it has to have.
+        limit: the most that it may have, where `size` is None.
+        follow: go where a link leads; else a link is no file.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        OSError: it can't be read.
+        ValueError: it is not a file, or of another size; the message goes on after its name.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO) and (kind := kind_of(os.lstat(path).st_mode)):
+            raise ValueError(f"is {kind} instead of a file") from None
+        raise
+    try:
+        found = os.fstat(handle)
+        kind = kind_of(found.st_mode)
+        if kind is not None:
+            raise ValueError(f"is {kind} instead of a file")
+        if size is not None and found.st_size != size:
+            raise ValueError(f"has {found.st_size} bytes instead of {size}")
+        if size is None and found.st_size > limit:
+            raise ValueError(f"has {found.st_size} bytes, more than {limit}")
+        with naming(path), open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON. Raises ValueError, for what nests too deeply as well."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nests too deeply") from None
+
+
+def read_json(path: Path, limit: int = LIMIT) -> Any:
+    """The JSON of a file. Raises OSError or ValueError, whose message goes on after the file's name."""
+    data = read_plain(path, limit=limit)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"is not JSON ({error})") from None
+
+
+# --- faults of the system ------------------------------------------------------------------------------------------
+
+
+def explain(error: BaseException, flag: str = "--output_dir") -> str | None:
+    """What a fault of the system (a full disk, a folder in a file's place) was, and what to do; None for other errors.
+
+    Args:
+        error: an OSError, or what a library made of it.
+        flag: what names the folder that is written to.
+    """
+    number, file, reason = _fault(error)
+    if number is None:
+        return reason
+    head = f"{file}: {os.strerror(number)}." if file else f"{os.strerror(number)}."
+    advice = ADVICE.get(number, "Repair that")
+    return f"{head} {advice}, and the same command goes on from what is saved, which is whole; or give another {flag}."
+
+
+def _fault(error: BaseException | None) -> tuple[int | None, str | None, str | None]:
+    """Number, file, and text where there is no number, of a fault of the system."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno, error.filename2 or error.filename, None
+        if match := _WRAPPED.search(str(error)):
+            return int(match[1] or match[3] or match[4]), match[2], None
+        if isinstance(error, OSError):
+            return None, None, str(error)
+        error = error.__cause__
+    return None, None, None
