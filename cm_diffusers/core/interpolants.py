@@ -110,7 +110,7 @@ class VP(Interpolant):
 
     Args:
         alphas_cumprod: abar at the integer times 0, 1, ..., N - 1, falling; the last may be 0 (zero terminal SNR).
-            Between integers the angle atan(sigma) is interpolated.
+            Between integers the angle atan(sigma) is interpolated; outside the table its ends hold.
     """
 
     def __init__(self, alphas_cumprod: Tensor):
@@ -134,6 +134,7 @@ class VP(Interpolant):
 
     def sigma(self, time: Tensor) -> Tensor:
         angles, last = self.angles.to(time.device), len(self.angles) - 1
-        left = time.double().floor().clamp(0, last - 1).long()
-        angle = angles[left] + (time.double() - left) * (angles[left + 1] - angles[left])
+        place = time.double().clamp(0, last)
+        left = place.long().clamp(max=last - 1)
+        angle = angles[left] + (place - left) * (angles[left + 1] - angles[left])
         return torch.where(angle >= math.pi / 2, math.inf, angle.tan()).to(time.dtype)

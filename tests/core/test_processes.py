@@ -7,6 +7,7 @@ import torch
 
 from cm_diffusers.core.denoisers import PREDICTION_TYPES, from_denoised, to_denoised
 from cm_diffusers.core.interpolants import VE, VP, LinearFlow, TrigFlow
+from cm_diffusers.schedulers.network_input import NetworkInput
 
 
 SIGMAS = torch.tensor([0.002, 0.02, 0.5, 0.821, 1.0, 1.526, 2.0, 5.0, 80.0, 800.0], dtype=torch.float64)
@@ -90,6 +91,40 @@ def test_vp_times_are_the_integers_of_its_table():
     sigma = (1 / abar[numbers] - 1).sqrt()
     torch.testing.assert_close(process.time(sigma), numbers.double(), rtol=0, atol=1e-8)
     torch.testing.assert_close(process.sigma(numbers.double()), sigma)
+
+
+ANGLES = [0.1, 0.3, 0.4, 0.8]  # of a table of four times
+FOUR_TIMES = VP(torch.tensor(ANGLES, dtype=torch.float64).cos() ** 2)
+
+
+@pytest.mark.parametrize(
+    "angle, time",
+    [
+        *((angle, time) for time, angle in enumerate(ANGLES)),  # the points of the table, its ends among them
+        *((0.2, 0.5), (0.35, 1.5), (0.5, 2.25), (0.7, 2.75)),
+    ],
+)
+def test_vp_times_between_the_points_of_a_table_are_by_angle(angle, time):
+    sigma = torch.tensor([math.tan(angle)], dtype=torch.float64)
+    assert FOUR_TIMES.time(sigma).item() == pytest.approx(time, abs=1e-12)
+    assert FOUR_TIMES.sigma(torch.tensor([time]).double()).item() == pytest.approx(math.tan(angle), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_levels_outside_a_table_have_the_times_of_its_ends(dtype):
+    below, above = math.tan(0.1), math.tan(0.8)
+    sigmas = torch.tensor([0.0, 1e-9, 0.99 * below, 1.01 * above, 80.0, math.inf], dtype=dtype)
+    assert FOUR_TIMES.time(sigmas).tolist() == [0, 0, 0, 3, 3, 3]
+
+
+def test_times_outside_a_table_have_the_levels_of_its_ends_as_in_the_schedulers():
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    process = VP(scaled_linear())
+    times = torch.tensor([-1e6, -1.0, -0.25, 0.0, 999.0, 999.25, 1e6], dtype=torch.float64)
+    low, high = process.sigma(torch.tensor([0.0, 999.0], dtype=torch.float64)).tolist()
+    assert process.sigma(times).tolist() == [low] * 4 + [high] * 3 and high == process.sigma_max
+    theirs = NetworkInput("epsilon", None, 0.5, 1.0, schedule).sigma(times.numpy())
+    torch.testing.assert_close(process.sigma(times), torch.from_numpy(theirs), rtol=1e-4, atol=0)  # of a float32 table
 
 
 @pytest.mark.parametrize("abar", [[0.9, 0.9], [0.5, 0.9], [1.1, 0.5], [0.9, -0.1], [0.9]])
