@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -32,7 +33,7 @@ TIME_LABELS: dict[str, TimeLabel] = {
     # atan(sigma / sigma_data) in [0, pi/2]: TrigFlow's angle, bounded and slow (Lu & Song 2024, arXiv:2410.11081).
     "angle": TimeLabel(
         lambda sigma, sigma_data: (sigma / sigma_data).atan(),
-        lambda label, sigma_data: label.clamp(0, math.pi / 2).tan() * sigma_data,
+        lambda label, sigma_data: torch.where(label >= math.pi / 2, math.inf, label.clamp(min=0).tan() * sigma_data),
     ),
     # sigma / (1 + sigma) in [0, 1]: the time of flow matching, bounded, slow (Lipman et al. 2022, arXiv:2210.02747).
     "flow_time": TimeLabel(

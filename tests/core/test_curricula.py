@@ -67,6 +67,25 @@ def test_indices_follow_their_law(law):
     assert draw_bins(law, torch.tensor([0.0, 1 - 1e-7])).tolist() == [0, len(law) - 1]
 
 
+def test_a_number_at_the_edge_of_two_bins_is_the_next_one_s():
+    """Bins are [0, 1/4), [1/4, 1/2), [1/2, 1), so that uniform numbers in [0, 1) have exactly their law."""
+    law = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
+    uniform = torch.tensor([0.0, 0.25 - 2**-26, 0.25, 0.5 - 2**-25, 0.5, 1 - 2**-24])
+    assert draw_bins(law, uniform).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_bins_of_no_probability_are_never_drawn():
+    law = torch.tensor([0.0, 0.5, 0.0, 0.5], dtype=torch.float64)
+    assert draw_bins(law, torch.tensor([0.0, 0.25, 0.5, 0.75])).tolist() == [1, 1, 3, 3]
+
+
+def test_the_last_bin_is_drawn_where_the_sums_of_the_law_fall_short_of_1():
+    law = torch.full((10,), 0.1, dtype=torch.float64)
+    largest = torch.tensor([1 - 2**-53], dtype=torch.float64)  # below 1
+    assert law.cumsum(0)[-1] <= largest
+    assert draw_bins(law, largest).tolist() == [9]
+
+
 def test_karras_weight_is_that_of_edm():
     sigma = torch.tensor([0.002, 0.02, 0.5, 80.0], dtype=torch.float64)
     torch.testing.assert_close(karras_weight(sigma, 0.5), edm_weight(sigma, 0.5))

@@ -7,7 +7,14 @@ import torch
 from diffusers import DDPMScheduler
 
 from cm_diffusers import CTMScheduler
-from cm_diffusers.core.denoisers import EDMDenoiser, TrajectoryDenoiser, edm_scalings, to_denoised
+from cm_diffusers.core.denoisers import (
+    EDMDenoiser,
+    ProcessDenoiser,
+    TrajectoryDenoiser,
+    edm_scalings,
+    to_denoised,
+    trigflow_denoiser,
+)
 from cm_diffusers.core.interpolants import VP, LinearFlow
 from cm_diffusers.core.time_labels import TIME_LABELS
 from cm_diffusers.core.weightings import edm_weight, inverse_gap
@@ -167,6 +174,46 @@ def test_jumps_and_denoiser_of_a_gaussian():
     torch.testing.assert_close(model.denoise(x, t), denoised, rtol=1e-9, atol=1e-9)
 
 
+# --- networks on a process of their own
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.7])
+def test_a_trigflow_network_is_edm_s_of_the_opposite_sign_on_the_same_input(sigma_data):
+    """cos(t) / sigma_data is c_in: the network sees x_t / sigma_data, of variance 1 for data of std sigma_data."""
+    seen = []
+
+    def network(sample, label, class_labels=None, sign=1):
+        seen.append((sample, label, class_labels))
+        return SimpleNamespace(sample=sign * (sample + label.reshape(-1, 1, 1, 1)).sin())
+
+    def opposite(*args, **kwargs):
+        return network(*args, **kwargs, sign=-1)
+
+    x = (LEVELS**2 + sigma_data**2).sqrt().reshape(-1, 1, 1, 1) * torch.randn(6, 1, 4, 4).double()
+    ours = trigflow_denoiser(network, sigma_data)(x, LEVELS, CLASSES)
+    theirs = EDMDenoiser(opposite, sigma_data, time_label="angle")(x, LEVELS, CLASSES)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[0][0], x / (LEVELS**2 + sigma_data**2).sqrt().reshape(-1, 1, 1, 1))
+    assert all(classes is CLASSES for _, _, classes in seen)
+
+
+def test_a_sample_beyond_the_process_is_shrunk_onto_its_highest_level():
+    """D(x, sigma) = D(x sigma_max / sigma, sigma_max) above a table; below it the network is told time 0."""
+    process, times = VP(ABAR), []
+
+    def network(sample, time, class_labels=None):
+        times.append(time)
+        return SimpleNamespace(sample=sample.cos())
+
+    model, highest = ProcessDenoiser(network, process, "epsilon"), process.sigma_max
+    x = torch.randn(2, 1, 4, 4).double()
+    beyond = model(x, torch.tensor([2 * highest, 1e9]).double())
+    shares = torch.tensor([0.5, highest / 1e9]).double().reshape(2, 1, 1, 1)
+    torch.testing.assert_close(beyond, model(shares * x, torch.tensor([highest, highest]).double()))
+    model(x, torch.tensor([0.0, process.sigma(torch.zeros(1).double()).item() / 2]).double())
+    assert times[0].tolist() == [len(ABAR) - 1] * 2 and times[2].tolist() == [0, 0]
+
+
 # --- time labels and weights
 
 
@@ -188,6 +235,16 @@ def test_time_labels_round_trip(name, sigma_data):
     label = TIME_LABELS[name].from_sigma(sigma, sigma_data)
     assert (label.diff() > 0).all()
     torch.testing.assert_close(TIME_LABELS[name].to_sigma(label, sigma_data), sigma, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("name", ["angle", "flow_time"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bounded_time_labels_end_at_infinite_sigma(name, dtype):
+    """pi / 2 rounded to float32 is above pi / 2, where the tangent is negative."""
+    label = TIME_LABELS[name].from_sigma(torch.tensor([1e30]), 0.5).to(dtype)
+    assert label.item() == {"angle": float(np.float32(math.pi / 2)), "flow_time": 1.0}[name]
+    assert TIME_LABELS[name].to_sigma(label, 0.5).item() == math.inf
+    assert TIME_LABELS[name].to_sigma(torch.zeros(1, dtype=dtype), 0.5).item() == 0
 
 
 @pytest.mark.parametrize("name", TIME_LABELS)
