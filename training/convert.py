@@ -10,7 +10,6 @@ recognised by names and shapes. All tensors must find their place, and nothing i
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -19,6 +18,7 @@ from diffusers.utils.logging import disable_progress_bar
 from cm_diffusers.convert import FAMILIES, Options, convert_checkpoint
 from cm_diffusers.engine.export import save_pipeline
 from cm_diffusers.engine.places import check_place
+from cm_diffusers.engine.processes import ends_with_a_line
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -61,10 +61,12 @@ def convert(args: argparse.Namespace) -> None:
     print(f"    {command} {args.output_dir} {converted.sampling}")
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     disable_progress_bar()
-    try:
-        convert(parse_args(None))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with ends_with_a_line("output_dir", "give the same command again"):
+        convert(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,6 @@ the ends of its ODE; tangents beside differences of neighbours.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -15,9 +14,11 @@ import torch
 from cm_diffusers.engine.config import DataArguments, ModelArguments
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.diagnostics import save_diagnostics
+from cm_diffusers.engine.files import replace_file
 from cm_diffusers.engine.models import check_fit, denoiser_of, load_pipeline, load_teacher
 from cm_diffusers.engine.order import Spot
 from cm_diffusers.engine.places import check_place, find_device, make_folder
+from cm_diffusers.engine.processes import ends_with_a_line
 
 
 def diagnose(args: argparse.Namespace) -> dict[str, float]:
@@ -51,7 +52,7 @@ def diagnose(args: argparse.Namespace) -> dict[str, float]:
         pipeline.scheduler.config.get("sigma_max", 80.0),
         pipeline.unet,
     )
-    (args.output_dir / "diagnostics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    replace_file(args.output_dir / "diagnostics.json", json.dumps(numbers, indent=2) + "\n")
     return numbers
 
 
@@ -66,11 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--output_dir", type=Path, default=Path("runs/diagnostics"), help="leaves the picture and the numbers here")
     args = parser.parse_args(argv)
-    try:
+    with ends_with_a_line(then="give the same command again"):
         numbers = diagnose(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(json.dumps(numbers))
     print(f"Saved {args.output_dir / 'diagnostics.png'} and {args.output_dir / 'diagnostics.json'}.")
 

@@ -20,7 +20,7 @@ from typing import Any
 from cm_diffusers.engine.config import DataArguments, parse_groups
 from cm_diffusers.engine.evaluate import PICTURE, evaluate
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
-from cm_diffusers.engine.processes import end_with
+from cm_diffusers.engine.processes import ends_with_a_line
 
 
 COLUMNS = {
@@ -73,12 +73,10 @@ def best_name(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with ends_with_a_line():
         argv = sys.argv[1:] if argv is None else argv
         args, data_args = parse_groups(argv, (EvaluationArguments, DataArguments), __doc__)
         report = evaluate(args, data_args)
-    except ValueError as error:
-        end_with(error)
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n" + table(report))
         print(f"Saved {args.folder / 'metrics.json'} and {args.folder / PICTURE}.")

@@ -14,7 +14,6 @@ Stopped, the same command goes on where it was.
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from shlex import quote
 
@@ -25,6 +24,7 @@ from cm_diffusers.engine.hub import Publisher, Push
 from cm_diffusers.engine.image_sources import open_source
 from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.prepare import FILES, TRANSFORMS, Asked, Plan, prepare, write_card
+from cm_diffusers.engine.processes import ends_with_a_line
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -94,14 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--hub_dataset_id", help="user/name, or name (that of OUTPUT)")
     add("--hub_private_repo", action="store_true", help="if the repository has to be made, make it private")
     add("--hub_timeout", type=float, default=120, help="seconds to keep trying while the Hub is out of reach (120)")
-    try:
-        done = run(parser.parse_args(argv))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:  # a full disk, for one
-        print(f"error: {error}. What is complete stays; the same command goes on.", file=sys.stderr)
-        raise SystemExit(1) from None
+    args = parser.parse_args(argv)
+    with ends_with_a_line("OUTPUT"):
+        done = run(args)
     raise SystemExit(0 if done else 1)
 
 

@@ -9,12 +9,12 @@ no checkpoints. The same command again sends what is missing.
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
 from cm_diffusers.engine.card import renew_card
 from cm_diffusers.engine.hub import Publisher, Push
+from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.engine.space import SPACE, write_space
 
 
@@ -56,12 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--hub_private_repo", action="store_true", help="repositories that have to be made are private")
     add("--hub_timeout", type=float, default=120, help="seconds to keep trying while the Hub is out of reach (120)")
     add("--tag", help="tag the revision, for example step-10000")
-    try:
-        args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    with ends_with_a_line("--model_dir", "give the same command again"):
         done = push(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     if not done:
         print(
             f"Not all of it is on the Hub after {args.hub_timeout:g} s. The same command again sends what is missing."

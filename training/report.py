@@ -7,10 +7,10 @@ The page is one file that needs nothing else. It shows what there is: a run that
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from cm_diffusers.engine.places import make_folder
+from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.engine.report import write_report
 
 
@@ -19,14 +19,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (report.html)")
     args = parser.parse_args(argv)
-    try:
+    with ends_with_a_line("--output", "give the same command again"):
         if args.output.is_dir():
             raise ValueError(f"output {str(args.output)!r} is a folder; give the name of the page.")
         make_folder(args.output.parent, "output")
         runs = write_report(args.runs, args.output)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}")

@@ -9,14 +9,16 @@ Image i is made from seed + i alone: it does not depend on the batch size or on 
 
 import argparse
 import inspect
-import sys
 from pathlib import Path
 
 import torch
 from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
 from tqdm.auto import tqdm
 
+from cm_diffusers.engine.files import naming, written_aside
 from cm_diffusers.engine.places import check_place, earlier_files, find_device, make_folder
+from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import captions_of, image_grid, labels_in_turn, load_pipeline, sample_images, to_pil
 
@@ -67,6 +69,16 @@ def _label(pipeline: ImagePipeline, word: str) -> int:
     return int(word) if word.removeprefix("-").isdecimal() else pipeline.get_label_ids(word)[0]
 
 
+def save_image(image: Image.Image, file: Path) -> None:
+    """Save an image, or nothing where the disk is full."""
+    try:
+        with naming(file):
+            image.save(file)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+
+
 def sample(args: argparse.Namespace) -> None:
     """Make the images that `args` ask for and write them. Raises ValueError for what can't be done."""
     if args.num_samples < 1 or args.batch_size < 1:
@@ -90,28 +102,30 @@ def sample(args: argparse.Namespace) -> None:
 
     make_folder(files)
     shown, shown_labels = [], []
-    bar = tqdm(total=args.num_samples, unit="image")
-    for start in range(0, args.num_samples, args.batch_size):
-        numbers = range(start, min(start + args.batch_size, args.num_samples))
-        seeds = range(args.seed + numbers.start, args.seed + numbers.stop)
-        labels = [chosen[i % len(chosen)] for i in numbers] if chosen else labels_in_turn(pipeline, seeds)
-        images = sample_images(pipeline, seeds, labels, args.batch_size, **steps)
-        while earlier:  # which stay until there are new ones
-            earlier.pop().unlink()
-        for i, image in zip(numbers, images):
-            to_pil(image).save(files / f"{i:06d}.png")
-        shown.extend(images[: max(0, 100 - start)])
-        shown_labels.extend((labels or [])[: max(0, 100 - start)])
-        bar.update(len(images))
-    bar.close()
-    image_grid(shown, columns=10, captions=captions_of(pipeline, shown_labels)).save(args.output_dir / "grid.png")
+    with tqdm(total=args.num_samples, unit="image") as bar:
+        for start in range(0, args.num_samples, args.batch_size):
+            numbers = range(start, min(start + args.batch_size, args.num_samples))
+            seeds = range(args.seed + numbers.start, args.seed + numbers.stop)
+            labels = [chosen[i % len(chosen)] for i in numbers] if chosen else labels_in_turn(pipeline, seeds)
+            images = sample_images(pipeline, seeds, labels, args.batch_size, **steps)
+            while earlier:  # which stay until there are new ones
+                earlier.pop().unlink()
+            for i, image in zip(numbers, images):
+                save_image(to_pil(image), files / f"{i:06d}.png")
+            shown.extend(images[: max(0, 100 - start)])
+            shown_labels.extend((labels or [])[: max(0, 100 - start)])
+            bar.update(len(images))
+    with written_aside(args.output_dir / "grid.png") as aside:
+        image_grid(shown, columns=10, captions=captions_of(pipeline, shown_labels)).save(aside)
     print(f"Saved {args.output_dir / 'grid.png'} and {args.num_samples} images in {files}.")
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     disable_progress_bar()
-    try:
-        sample(parse_args(None))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with ends_with_a_line(then="the same command with --overwrite makes them anew"):
+        sample(args)
+
+
+if __name__ == "__main__":
+    main()

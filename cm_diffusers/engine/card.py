@@ -1,7 +1,6 @@
 """The model card: what a saved model is, how it was made, how to use it. All of it comes from the run itself."""
 
 import json
-import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 import cm_diffusers
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.description import DataDescription
+from cm_diffusers.engine.files import replace_file
 from cm_diffusers.objectives import Objective
 from cm_diffusers.objectives.options import phases
 from cm_diffusers.sampling import (
@@ -304,8 +304,7 @@ def renew_card(model: Path, repo: str) -> None:
     if (model.parent / FACTS).is_file():
         facts = json.loads((model.parent / FACTS).read_text())
         card = model_card(facts, repo, model.parent / METRICS)
-        card.save(model / ".README.md")
-        os.replace(model / ".README.md", model / "README.md")
+        replace_file(model / "README.md", str(card))
 
 
 def draw_grids(pipeline: DiffusionPipeline, folder: Path) -> dict[str, dict[str, str]]:

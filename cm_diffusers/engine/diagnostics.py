@@ -11,6 +11,7 @@ from cm_diffusers.core.interpolants import append_dims
 from cm_diffusers.core.schedules import karras_sigmas
 from cm_diffusers.core.solvers import heun_step, ode_slope
 from cm_diffusers.core.tangents import jvp, jvp_ready
+from cm_diffusers.engine.files import written_aside
 
 
 LEVELS = 16
@@ -123,7 +124,8 @@ def save_diagnostics(
         for axis, picture in zip(line, pictures.cpu().mean(1)):
             axis.imshow(picture.numpy(), cmap="RdBu_r", vmin=-reach, vmax=reach)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=80)
     return numbers
 
 

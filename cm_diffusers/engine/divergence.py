@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint, set_aside_newer
 from cm_diffusers.engine.config import RunArguments
+from cm_diffusers.engine.files import replace_file
 
 
 ADVISED = ("learning_rate", "max_grad_norm", "mixed_precision")  # what a run that diverged may be resumed with changed
@@ -65,7 +66,7 @@ def go_back(root: Path, step: int, run: RunArguments) -> int | None:
     set_aside_newer(root, -1 if sound is None else sound, "diverged")
     root.mkdir(parents=True, exist_ok=True)
     note = {"step": step, "settings": {name: getattr(run, name) for name in ADVISED}}
-    (root / NOTE).write_text(json.dumps(note, indent=1))
+    replace_file(root / NOTE, json.dumps(note, indent=1))
     return sound
 
 

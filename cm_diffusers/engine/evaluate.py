@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ from cm_diffusers.engine.card import HERE, METRICS, hub_id, renew_card
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
+from cm_diffusers.engine.files import replace_file
 from cm_diffusers.engine.judge import Clock, Judge, Source, sampler, stored
 from cm_diffusers.engine.pictures import plot_quality
 from cm_diffusers.engine.places import check_place
@@ -184,8 +184,7 @@ def _write(folder: Path, report: dict[str, Any], clock: Clock, processes: int) -
     """metrics.json, quality.png, and the numbers on the card of the model beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**report, "time": {"processes": processes, **clock.seconds}}, indent=1)
-    (folder / f".{METRICS}").write_text(text + "\n")
-    os.replace(folder / f".{METRICS}", folder / METRICS)
+    replace_file(folder / METRICS, text + "\n")
     plot_quality(report["results"], folder / PICTURE)
     if (folder / "pipeline").is_dir():
         renew_card(folder / "pipeline", folder.resolve().name)

@@ -4,7 +4,6 @@ import copy
 import ctypes
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from cm_diffusers.engine import clean_process
-from cm_diffusers.engine.files import fsync_folder
+from cm_diffusers.engine.files import fsync_folder, naming, remove
 from cm_diffusers.pipelines.travel import save_with_code
 
 
@@ -53,20 +52,21 @@ def save_pipeline(
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(written, ignore_errors=True)
-    save_with_code(pipeline, written, max_shard_size=max_shard_size)
-    if variant is not None:
-        _save_variant(pipeline, written, variant, max_shard_size)
-    if verify:
-        verify_export(pipeline, written)
-    complete(written)
-    for path in written.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    _put_in_place(written, folder)
+    remove(written)
+    with naming(folder):
+        save_with_code(pipeline, written, max_shard_size=max_shard_size)
+        if variant is not None:
+            _save_variant(pipeline, written, variant, max_shard_size)
+        if verify:
+            verify_export(pipeline, written)
+        complete(written)
+        for path in written.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        _put_in_place(written, folder)
     fsync_folder(folder.parent)
-    shutil.rmtree(written, ignore_errors=True)
+    remove(written)
 
 
 def _save_variant(pipeline: DiffusionPipeline, folder: Path, variant: str, max_shard_size: int | str) -> None:
@@ -85,7 +85,7 @@ def _put_in_place(new: Path, folder: Path) -> None:
         os.rename(new, folder)
     elif not _exchange(new, folder):
         old = folder.with_name(f".old-{folder.name}")
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         os.rename(folder, old)
         os.rename(new, folder)
         os.rename(old, new)

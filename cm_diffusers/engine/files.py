@@ -29,6 +29,7 @@ ADVICE = {
     errno.ENOTEMPTY: _TAKEN,
     errno.EFBIG: "Allow larger files (`ulimit -f` shows the limit)",
 }
+GOES_ON = "the same command goes on from what is saved, which is whole"
 # how libraries wrap a fault of the system: Python's text, Rust's, C's
 _WRAPPED = re.compile(r"\[Errno (\d+)\] [^:\n]+(?:: '([^'\n]+)')?|\(os error (\d+)\)|left on device \((\d+)\)")
 
@@ -38,13 +39,19 @@ _WRAPPED = re.compile(r"\[Errno (\d+)\] [^:\n]+(?:: '([^'\n]+)')?|\(os error (\d
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A fault of the system gets the name of the file that it is about, which writing and fsync leave out."""
+    """A fault of the system gets the name of the file that it is about, which writing and fsync leave out.
+
+    What a library made of one becomes an OSError again.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
+    except ValueError:
         raise
+    except Exception as error:
+        number, file, _ = _fault(error)
+        if number is None or file:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -146,6 +153,14 @@ def read_plain(path: Path, size: int | None = None, limit: int = LIMIT, follow: 
         os.close(handle)
 
 
+def holds(path: Path, text: str) -> bool:
+    """Whether a file is there and holds this and nothing else."""
+    try:
+        return read_plain(path) == text.encode()
+    except (OSError, ValueError):
+        return False
+
+
 def parse_json(data: bytes) -> Any:
     """JSON. Raises ValueError, for what nests too deeply as well."""
     try:
@@ -166,19 +181,20 @@ def read_json(path: Path, limit: int = LIMIT) -> Any:
 # --- faults of the system ------------------------------------------------------------------------------------------
 
 
-def explain(error: BaseException, flag: str = "--output_dir") -> str | None:
+def explain(error: BaseException, flag: str = "--output_dir", then: str = GOES_ON) -> str | None:
     """What a fault of the system (a full disk, a folder in a file's place) was, and what to do; None for other errors.
 
     Args:
         error: an OSError, or what a library made of it.
         flag: what names the folder that is written to.
+        then: what can be done once the fault is repaired.
     """
     number, file, reason = _fault(error)
     if number is None:
         return reason
     head = f"{file}: {os.strerror(number)}." if file else f"{os.strerror(number)}."
     advice = ADVICE.get(number, "Repair that")
-    return f"{head} {advice}, and the same command goes on from what is saved, which is whole; or give another {flag}."
+    return f"{head} {advice}, and {then}; or give another {flag}."
 
 
 def _fault(error: BaseException | None) -> tuple[int | None, str | None, str | None]:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.data import SIGMA_DATA_SAMPLES, ImageData
-from cm_diffusers.engine.files import write_file
+from cm_diffusers.engine.files import replace_file
 
 
 ENCODED_AT_ONCE = 64
@@ -76,9 +76,7 @@ class LatentData(ImageData):
             latents = self._encode(data, device)
             if cache is not None:
                 cache.parent.mkdir(parents=True, exist_ok=True)
-                aside = cache.with_name(f".tmp-{cache.name}")
-                write_file(aside, save({"latents": latents}, {"key": key, "sha256": _digest(latents)}))
-                aside.rename(cache)
+                replace_file(cache, save({"latents": latents}, {"key": key, "sha256": _digest(latents)}))
         self.images, self.channels, self.resolution = latents, latents.shape[1], tuple(latents.shape[2:])
 
     def _encode(self, data: ImageData, device: torch.device | str) -> Tensor:

@@ -5,24 +5,43 @@ import socket
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
+from cm_diffusers.engine.files import kind_of, read_plain, replace_file, set_aside
 from cm_diffusers.engine.places import make_folder
 
 
 LOCK = ".lock"  # the file in its folder that a run holds while it lives
+OWNER = ".owner"  # whose it is
 
 
 def lock_folder(folder: Path) -> FileLock:
     """Take a folder for this process. The system frees it when the process ends, however it ends."""
     make_folder(folder)
-    lock, owner = FileLock(folder / LOCK), folder / ".owner"
+    lock, owner = FileLock(folder / LOCK), folder / OWNER
+    _make_way(folder / LOCK)
     try:
         lock.acquire(timeout=1)  # evaluate.py --watch holds it for a moment, to see whether it is free
     except Timeout:
-        by = owner.read_text() if owner.exists() else "another process"
-        raise ValueError(f"output_dir {str(folder)!r} is in use by {by}; choose another, or stop that run.") from None
-    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        raise ValueError(
+            f"output_dir {str(folder)!r} is in use by {_read_owner(owner)}; choose another, or stop that run."
+        ) from None
+    _make_way(owner)
+    replace_file(owner, f"process {os.getpid()} on {socket.gethostname()}")
     return lock
+
+
+def _make_way(path: Path) -> None:
+    """Set aside what is not a file."""
+    if os.path.lexists(path) and (kind := kind_of(os.lstat(path).st_mode)):
+        tqdm.write(f"WARNING: {path} is {kind} instead of a file; it is {set_aside(path).name} from here on.")
+
+
+def _read_owner(file: Path) -> str:
+    try:
+        return read_plain(file, limit=1000).decode("ascii") or "another process"
+    except (OSError, ValueError):
+        return "another process"
 
 
 def is_locked(folder: Path) -> bool:

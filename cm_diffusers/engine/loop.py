@@ -32,6 +32,7 @@ from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.diagnostics import save_diagnostics
 from cm_diffusers.engine.divergence import ADVISED, Diverged, advice, go_back, is_sound, norm, read_note
+from cm_diffusers.engine.files import naming
 from cm_diffusers.engine.meter import LossMeter
 from cm_diffusers.engine.optimization import (
     LearningRate,
@@ -43,6 +44,7 @@ from cm_diffusers.engine.order import Spot
 from cm_diffusers.engine.pictures import plot_losses
 from cm_diffusers.engine.precision import CastPass
 from cm_diffusers.engine.preview import save_preview, with_vae
+from cm_diffusers.engine.processes import together
 from cm_diffusers.engine.stock import null_class
 from cm_diffusers.engine.streams import StreamFault
 from cm_diffusers.objectives import Batch, Objective
@@ -147,11 +149,11 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the present step; the log and the meter are complete up to it."""
         self._gather_meter()
-        if self.accelerator.is_main_process:
-            tensors, keep = self._tensors(), self.run.checkpoints_total_limit
-            self.sound = is_sound(tensors, next(iter(self.ema.shadows)), self._start_norm, self.skipped_in_a_row)
-            save_checkpoint(self.folder, self.step, tensors, {**self._state(), "sound": self.sound}, keep)
-        self.accelerator.wait_for_everyone()
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                tensors, keep = self._tensors(), self.run.checkpoints_total_limit
+                self.sound = is_sound(tensors, next(iter(self.ema.shadows)), self._start_norm, self.skipped_in_a_row)
+                save_checkpoint(self.folder, self.step, tensors, {**self._state(), "sound": self.sound}, keep)
 
     def _gather_meter(self) -> None:
         """Count on the main process what all have measured."""
@@ -393,9 +395,10 @@ class Trainer:
         row |= {"skipped": self.skipped, **self.objective.describe(self.step - 1)}
         row["time"] = {"images_per_second": round(self.spot.global_batch / seconds_per_step, 1)}
         self.meter = LossMeter(self.objective.terms)
-        if self.accelerator.is_main_process:
-            with open(self.log_file, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        with together(self.accelerator), naming(self.log_file):
+            if self.accelerator.is_main_process:
+                with open(self.log_file, "a") as file:
+                    file.write(json.dumps(row) + "\n")
         if self.run.report_to:
             flat = {k: v for k, v in row.items() if isinstance(v, (int, float))}
             flat |= {f"loss/sigma_{k}": v for k, v in row["loss_by_sigma"].items()}
@@ -421,13 +424,16 @@ class Trainer:
                     bar.set_postfix(loss=row["loss"], skipped=self.skipped, **self.objective.describe(self.step - 1))
                 if stop or last or self.step % run.checkpointing_steps == 0:
                     self.save()
-                    if main and not last and self.sound:  # the last step is exported anyway
-                        self.on_save()
+                    with together(self.accelerator):
+                        if main and not last and self.sound:  # the last step is exported anyway
+                            self.on_save()
                 if stop and not last:
                     self._say(f"Stopped by a signal at step {self.step}; the same command resumes.")
                     raise Stopped(128 + (self._signal or signal.SIGTERM))
-                if main and run.validation_steps and (last or self.step % run.validation_steps == 0):
-                    self._draw()
+                if run.validation_steps and (last or self.step % run.validation_steps == 0):
+                    with together(self.accelerator):
+                        if main:
+                            self._draw()
         finally:
             bar.close()
             for number, handler in previous.items():

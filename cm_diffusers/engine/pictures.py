@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from cm_diffusers.engine.files import written_aside
+
 
 def titled_row(panels: Sequence[tuple[str, Image.Image]], gap: int = 12, title_height: int = 18) -> Image.Image:
     """Pictures side by side, each under its title."""
@@ -51,7 +53,8 @@ def plot_losses(log: Path, picture: Path) -> None:
             axis.plot(*zip(*places), label=name)
         axis.set(xlabel="step", yscale="symlog")
         axis.legend(fontsize="small", ncols=2)
-    figure.savefig(picture, dpi=110)
+    with written_aside(picture) as aside:
+        figure.savefig(aside, dpi=110)
 
 
 def plot_quality(results: Sequence[dict[str, Any]], picture: Path) -> None:
@@ -72,7 +75,8 @@ def plot_quality(results: Sequence[dict[str, Any]], picture: Path) -> None:
         axes.set(xlabel="step of training" if training else "steps", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small")
-    figure.savefig(picture, dpi=110)
+    with written_aside(picture) as aside:
+        figure.savefig(aside, dpi=110)
 
 
 QUALITIES = (

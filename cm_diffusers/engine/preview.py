@@ -5,6 +5,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from cm_diffusers.engine.files import written_aside
 from cm_diffusers.engine.pictures import titled_row
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import captions_of, image_grid, labels_in_turn, sample_images, with_our_interface
@@ -30,4 +31,5 @@ def save_preview(pipeline: DiffusionPipeline, path: Path, count: int = 40, colum
             return  # latents have no picture
         panels.append((f"{n} step{'s' if n > 1 else ''}", image_grid(images, columns, captions=captions)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    titled_row(panels).save(path)
+    with written_aside(path) as aside:
+        titled_row(panels).save(aside)

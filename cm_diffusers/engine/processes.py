@@ -3,10 +3,15 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from cm_diffusers.engine.files import GOES_ON, explain
 
 
 PATIENCE = 20.0  # seconds, in which a launcher ends the other processes once one has failed
@@ -29,8 +34,48 @@ def start_accelerator(**settings: Any) -> Accelerator:
     return accelerator
 
 
-def end_with(error: Exception) -> NoReturn:
-    """End the program for an error of the user, by its message and code 2; several processes print it once.
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Where the main process fails in what it does alone, the others end as well, instead of waiting for it.
+
+    Raises the error on the main process, and on the others a ValueError with its message.
+    """
+    fault = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    if accelerator.num_processes > 1:
+        [text] = broadcast_object_list([fault and (explain(fault) or str(fault) or type(fault).__name__)])
+        if text and not fault:
+            raise ValueError(text)
+    if fault:
+        raise fault
+
+
+@contextmanager
+def ends_with_a_line(flag: str = "--output_dir", then: str = GOES_ON) -> Iterator[None]:
+    """Errors of the user, and faults of the system, end the program by a message and code 2.
+
+    The environment's CM_DIFFUSERS_TRACEBACK shows where they come from.
+
+    Args:
+        flag: what names the folder that the program writes to.
+        then: what can be done once the fault of the system is repaired.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error) if isinstance(error, ValueError) else explain(error, flag, then)
+        if int(os.environ.get("RANK", 0)) > 0 and isinstance(error, RuntimeError) and "by peer" in str(error):
+            text = "another process has ended; its message says why."
+        if text is None or os.environ.get("CM_DIFFUSERS_TRACEBACK"):
+            raise
+        end_with(text)
+
+
+def end_with(error: Exception | str) -> NoReturn:
+    """End the program by a message and code 2; several processes print it once.
 
     Others than the main process wait first, as the launcher ends them where the main one has failed as well.
     """

@@ -3,7 +3,6 @@
 The page needs nothing beside itself: pictures are data URIs, curves are SVG in it, and there is no script.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from matplotlib.colors import to_hex
 
 from cm_diffusers.engine.card import HUB_CARDS
 from cm_diffusers.engine.charts import Line, chart, thinned
+from cm_diffusers.engine.files import replace_file
 from cm_diffusers.engine.run_records import Run, is_number, read_run
 
 
@@ -56,9 +56,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Run]:
         settings=settings_table(runs),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, output)
+    replace_file(output, page)
     return runs
 
 

@@ -1,7 +1,6 @@
 """From settings to a saved pipeline: what the training scripts call."""
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,13 +21,14 @@ from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.description import FILE as DATA
 from cm_diffusers.engine.discriminators import build_discriminator
 from cm_diffusers.engine.export import save_pipeline
+from cm_diffusers.engine.files import holds, remove, replace_file
 from cm_diffusers.engine.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
 from cm_diffusers.engine.latents import LatentData
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, guided, load_teacher, load_vae
 from cm_diffusers.engine.precision import choose_precision
-from cm_diffusers.engine.processes import end_with, start_accelerator
+from cm_diffusers.engine.processes import ends_with_a_line, start_accelerator, together
 from cm_diffusers.engine.tracking import check_tracker, start_trackers
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.pipelines import name_classes
@@ -36,16 +36,12 @@ from cm_diffusers.pipelines import name_classes
 
 def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
     """Parse the command line, train, export; errors of the user end the program with a message and code 2."""
-    try:
+    with ends_with_a_line():
         config = parse_config(sys.argv[1:] if argv is None else argv, methods, description)
         if config.run.dry_run:
             print("".join(f"# {note}\n" for note in config.notes) + config.to_yaml(), end="")
         else:
             train(config)
-    except ValueError as error:
-        if os.environ.get("CM_DIFFUSERS_TRACEBACK"):
-            raise
-        end_with(error)
 
 
 def train(config: Config) -> Path:
@@ -68,7 +64,7 @@ def train(config: Config) -> Path:
         if accelerator.is_main_process and run.push_to_hub:
             publisher = Publisher(run.hub_model_id or folder.resolve().name, run.hub_private_repo, tqdm.write)
             publisher.check()
-            shutil.rmtree(folder / ".hub", ignore_errors=True)  # copies for pushes of a run that was killed
+            remove(folder / ".hub")  # copies for pushes of a run that was killed
         trainer = build_trainer(config, accelerator)
         if warning is not None:
             trainer._say(f"WARNING: {warning}")
@@ -78,11 +74,9 @@ def train(config: Config) -> Path:
                 step = fetch_checkpoint(run.resume_from_hub, folder)
                 trainer._say(f"Fetched the checkpoint of step {step} from {run.resume_from_hub}.")
         resumed = trainer.resume()
-        if accelerator.is_main_process:
-            description = trainer.data.description
-            (folder / "config.yaml").write_text(f"# data: {description}\n{trainer.config.to_yaml()}")
-            if not (folder / DATA).exists() or (folder / DATA).read_text() != description.to_json():
-                (folder / DATA).write_text(description.to_json())
+        with together(accelerator):
+            if accelerator.is_main_process:
+                _say_what_it_is(trainer, folder)
         goal = json.dumps([run.max_train_steps, run.export_weights, run.export_variant])
         if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
             trainer._say(f"This run is finished: {folder / 'pipeline'} holds its model.")
@@ -92,12 +86,13 @@ def train(config: Config) -> Path:
             if publisher is not None and run.hub_strategy == "every_save":
                 trainer.on_save = lambda: _publish_checkpoint(trainer, publisher, folder)
             trainer.fit()
-            if accelerator.is_main_process:
-                _export(trainer, folder / "pipeline", publisher, verify=True)
-                (folder / "exported.json").write_text(goal)
-                _say_what_next(folder)
-                if publisher is not None:
-                    _publish(publisher, folder, run.hub_timeout)
+            with together(accelerator):
+                if accelerator.is_main_process:
+                    _export(trainer, folder / "pipeline", publisher, verify=True)
+                    replace_file(folder / "exported.json", goal)
+                    _say_what_next(folder)
+                    if publisher is not None:
+                        _publish(publisher, folder, run.hub_timeout)
         accelerator.wait_for_everyone()
         trainer = None  # the distributed wrapper goes before its process group: the other way round gloo can deadlock
         accelerator.free_memory()
@@ -106,6 +101,14 @@ def train(config: Config) -> Path:
         if lock is not None:
             lock.release()
     return folder / "pipeline"
+
+
+def _say_what_it_is(trainer: Trainer, folder: Path) -> None:
+    """Leave the settings, and what the data are, for people and other programs."""
+    description = trainer.data.description
+    replace_file(folder / "config.yaml", f"# data: {description}\n{trainer.config.to_yaml()}")
+    if not holds(folder / DATA, description.to_json()):
+        replace_file(folder / DATA, description.to_json())
 
 
 def _check_card(trainer: Trainer, publisher: Publisher | None) -> None:
@@ -128,7 +131,7 @@ def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, verify:
         facts = card_facts(trainer.config, trainer.objective, pipeline, trainer.surroundings(), grids)
         model_card(facts, name, trainer.folder / METRICS).save(written / "README.md")
         (written / DATA).write_text(trainer.data.description.to_json())
-        (folder.parent / FACTS).write_text(json.dumps(facts, indent=1))
+        replace_file(folder.parent / FACTS, json.dumps(facts, indent=1))
 
     save_pipeline(pipeline, folder, variant=trainer.run.export_variant, verify=verify, complete=complete)
 
@@ -233,8 +236,7 @@ def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator
 
 def _holds(folder: Path, export: str) -> bool:
     """Whether the last export of the run was this one, and is still there."""
-    note = folder / "exported.json"
-    return (folder / "pipeline" / "model_index.json").exists() and note.exists() and note.read_text() == export
+    return (folder / "pipeline" / "model_index.json").exists() and holds(folder / "exported.json", export)
 
 
 def _say_what_next(folder: Path) -> None:

@@ -3,7 +3,6 @@ and what has to be known of all of them is. A file beside the run remembers it u
 
 import hashlib
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from cm_diffusers.engine.files import written_aside
 from cm_diffusers.engine.records import Content, decode_content, name_in_messages, open_image, read_content, why
 from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_uint8
 
@@ -177,9 +177,8 @@ def as_it_is(batch: Any) -> Any:
 def save_scan(file: Path, key: str, facts: Facts, images: Tensor) -> None:
     """Write what was found, and the images that are kept, as safetensors that say of which data they are."""
     head = {"key": key, "facts": json.dumps(vars(facts)), "check": _checksum(images)}
-    aside = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    save_file({"images": images}, aside, head)
-    os.replace(aside, file)
+    with written_aside(file) as aside:
+        save_file({"images": images}, aside, head)
 
 
 def load_scan(file: Path, key: str) -> tuple[Facts, Tensor] | None:

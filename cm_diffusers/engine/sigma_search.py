@@ -8,6 +8,7 @@ from cm_diffusers.core.golden_section import search_levels
 from cm_diffusers.engine.card import FACTS, draw_grids
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
 from cm_diffusers.engine.export import save_pipeline
+from cm_diffusers.engine.files import replace_file
 from cm_diffusers.engine.judge import Judge, sampler
 from cm_diffusers.evaluation import check_samples
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
@@ -62,4 +63,4 @@ def _save_copy(pipeline: ImagePipeline, args: EvaluationArguments) -> None:
     save_pipeline(pipeline, copy, complete=lambda written: grids.update(draw_grids(pipeline, written)))
     if facts.is_file():
         changed = json.loads(facts.read_text()) | {"stock": False, "grids": grids}
-        (args.folder / FACTS).write_text(json.dumps(changed, indent=1))
+        replace_file(args.folder / FACTS, json.dumps(changed, indent=1))

@@ -11,7 +11,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from cm_diffusers.engine.config import Config
-from cm_diffusers.engine.files import write_file
+from cm_diffusers.engine.files import replace_file
 from cm_diffusers.engine.hub import short
 
 
@@ -79,9 +79,7 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
     if accelerator.is_main_process:
         for tracker in accelerator.trackers:
             note["runs"][tracker.name] = _identify(tracker, note)
-        aside = file.with_name(f".tmp-{file.name}")
-        write_file(aside, json.dumps(note, indent=1).encode())
-        aside.rename(file)
+        replace_file(file, json.dumps(note, indent=1))
 
 
 def _new_note(config: Config) -> dict[str, Any]:

@@ -511,8 +511,9 @@ def test_a_full_disk_is_a_line_and_the_same_command_goes_on(tmp_path, capsys, mo
         patch.setattr(
             prepare_module, "write_file", lambda path, data: os.write(os.open("/dev/full", os.O_WRONLY), data)
         )
-        assert prepare(tmp_path / "in", tmp_path / "out") == 1
-    assert "No space left on device. What is complete stays" in capsys.readouterr().err
+        assert prepare(tmp_path / "in", tmp_path / "out") == 2
+    assert "No space left on device. Free some room" in (said := capsys.readouterr().err)
+    assert "the same command goes on from what is saved" in said and "another OUTPUT" in said
     assert prepare(tmp_path / "in", tmp_path / "out") == prepare(tmp_path / "in", tmp_path / "whole") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

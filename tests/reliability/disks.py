@@ -1,0 +1,102 @@
+"""Moments of a run at which a disk can become full, and ways for it to be."""
+
+import resource
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import cm_diffusers.engine.data as data
+import cm_diffusers.engine.loop as loop
+import cm_diffusers.engine.run as run
+from cm_diffusers.engine.run import main
+
+
+# what is called just before (or with True, just after) that, and how often before it matters
+MOMENTS = {
+    "images_checked.safetensors": (data, "save_scan", 1, False),
+    "config.yaml": (loop.Trainer, "resume", 1, True),
+    "log.jsonl": (loop.Trainer, "_log", 2, False),
+    "model.safetensors": (loop, "save_checkpoint", 1, False),
+    "step-0000006.png": (loop, "save_preview", 1, False),
+    "losses.png": (loop, "plot_losses", 1, False),
+    "pipeline": (run, "save_pipeline", 1, False),
+    "card.json": (run, "replace_file", 3, False),
+    "exported.json": (run, "replace_file", 4, False),
+}
+
+
+@contextmanager
+def at(moment, happen):
+    """Let something happen at a moment of a run."""
+    holder, name, nth, afterwards = MOMENTS[moment]
+    real, calls = getattr(holder, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == nth and not afterwards:
+            happen()
+        result = real(*args, **kwargs)
+        if len(calls) == nth and afterwards:
+            happen()
+        return result
+
+    with mock.patch.object(holder, name, wrapped):
+        yield
+    assert len(calls) >= nth, "the moment never came"
+
+
+def train(words, method="ect"):
+    """The exit code of a training script in this process."""
+    with mock.patch("cm_diffusers.engine.export.verify_export"), mock.patch.object(run, "draw_grids", return_value={}):
+        try:
+            main(words, [method], "")
+        except SystemExit as ended:
+            return ended.code
+    return 0
+
+
+@contextmanager
+def file_sizes_limited_later():
+    """Gives a function: after it is called no file can grow, until the end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Disk:
+    """A small file system of its own, where the system allows that."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        root.mkdir()
+        options = ["-t", "tmpfs", "-o", "size=96m,nr_inodes=400", "tmpfs"]
+        self.there = subprocess.run(["mount", *options, str(root)], capture_output=True).returncode == 0
+
+    def fill(self):
+        with open(self.root / "filler", "ab", 0) as file:
+            for size in (1 << 20, 4096, 1):
+                self._until_full(lambda size=size: file.write(b"x" * size))
+
+    def take_all_files(self):
+        (self.root / "fillers").mkdir()
+        names = (self.root / "fillers" / str(i) for i in range(1000))
+        self._until_full(lambda: next(names).touch())
+
+    def _until_full(self, write):
+        try:
+            while True:
+                write()
+        except OSError:
+            pass
+
+    def free(self):
+        (self.root / "filler").unlink(missing_ok=True)
+        shutil.rmtree(self.root / "fillers", ignore_errors=True)
+
+    def close(self):
+        if self.there:
+            subprocess.run(["umount", str(self.root)], check=True)
