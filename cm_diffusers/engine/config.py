@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from cm_diffusers.engine.effects import replaced, say_replaced, without_effect
+from cm_diffusers.engine.settings_files import read_yaml
 from cm_diffusers.models import EDM_PRESETS, UNET_PRESETS
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.objectives.options import Length, check_between, check_lengths, option
@@ -260,25 +263,47 @@ def _own_option(name: str, methods: Sequence[str], method: str) -> str:
     )
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_settings(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = read_yaml(Path(path))
     except OSError as error:
         raise ValueError(f"config {path}: can't be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path}: not valid YAML: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"config {path}: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"config {path}: must hold `key: value` lines.")
+    if "config" in values:
+        raise ValueError(f"config {path}: config names another file, and files don't include others.")
     return values
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:
     flags = []
     for key, value in values.items():
-        if value is not None:
-            items = value if isinstance(value, list) else [value]
-            flags += [f"--{key}", *map(str, items)]
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{key}={value}")
     return flags
+
+
+def _check_form(key: str, value: Any, parser: _Parser) -> None:
+    """Raise ValueError for a value from a file that has the form of another one."""
+    action = next((action for action in parser._actions if f"--{key}" in action.option_strings), None)
+    if action is None or value is None:
+        return
+    many, takes_flag = action.nargs in ("+", "*"), action.type is string_to_bool
+    if isinstance(value, list) and not many:
+        raise ValueError(f"{key} takes one value, got a list: {value!r:.80}.")
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, (dict, list, set, tuple)) or item is None:
+            raise ValueError(f"{key} takes {'single values' if many else 'one value'}, got {item!r:.80}.")
+        if isinstance(item, bool) and not takes_flag:
+            raise ValueError(
+                f"{key} is {item} here, as YAML reads yes, no, on and off: put a word that is meant as one in quotes."
+            )
+    if value == []:
+        raise ValueError(f"{key} is an empty list; leave the key out for the default.")
 
 
 def _parse(parser: _Parser, flags: list[str], methods: Sequence[str], method: str) -> argparse.Namespace:
@@ -324,21 +349,24 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
     first.add_argument("--config")
     first.add_argument("--method")
     chosen, rest = first.parse_known_args(list(argv))
-    from_file = _read_yaml(chosen.config) if chosen.config else {}
-    method = chosen.method or from_file.pop("method", methods[0])
+    from_file = _read_settings(chosen.config) if chosen.config else {}
+    named = from_file.pop("method", None)
+    method = chosen.method or named or methods[0]
     if method not in methods:
-        raise ValueError(f"Unknown method {method!r}; this script trains: {', '.join(methods)}.")
-    from_file.pop("method", None)
+        where = "" if chosen.method else f"config {chosen.config}: "
+        raise ValueError(f"{where}Unknown method {method!r}; this script trains: {', '.join(methods)}.")
 
     groups = (OBJECTIVES[method].Options, DataArguments, ModelArguments, RunArguments)
     parser = _Parser(groups, description=description, allow_abbrev=False)
     parser.formatter_class = _HelpFormatter
     parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
     parser.add_argument("--method", choices=methods, default=method, help="Training method.")
-    try:
-        _parse(parser, _as_flags(from_file), methods, method)
-    except ValueError as error:
-        raise ValueError(f"config {chosen.config}: {error}") from None
+    for key, value in from_file.items():
+        try:
+            _check_form(key, value, parser)
+            _parse(parser, _as_flags({key: value}), methods, method)
+        except ValueError as error:
+            raise ValueError(f"config {chosen.config}: {error}") from None
     _parse(parser, _as_flags(from_file) + rest, methods, method)  # the help, and words that are no flags
     defaults = vars(parser.parse_args([]))
     for action in parser._actions:
@@ -356,14 +384,23 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
         idle, faults = without_effect(values, given)
         if not idle:
             break
-    options, data, model, run = (cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in groups)
-    if faults:
-        raise ValueError("\n  ".join(faults))
+    try:
+        options, data, model, run = (cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in groups)
+        if faults:
+            raise ValueError("\n  ".join(faults))
+        _check_together(method, options, data, model)
+    except ValueError as error:
+        from_there = any(re.search(rf"\b{name}\b", str(error)) for name in kept)
+        raise ValueError(f"config {chosen.config}: {error}" if from_there else str(error)) from None
+    notes = say_replaced(found, in_file, values)
+    return Config(method, options, model, data, run, tuple(notes))
+
+
+def _check_together(method: str, options: Any, data: DataArguments, model: ModelArguments) -> None:
+    """Raise ValueError for settings that are not those of the method, or of a teacher that there is none of."""
     for name, value in (("augment", data.augment), ("label_dropout", model.label_dropout)):
         if value and not OBJECTIVES[method].teaches:
             teachers = [m for m, cls in OBJECTIVES.items() if cls.teaches]
             raise ValueError(f"{name} is for the training of teachers by {', '.join(teachers)}, and not for {method}.")
     if model.teacher_revision is not None and getattr(options, "pretrained_teacher_model", None) is None:
         raise ValueError("teacher_revision is that of --pretrained_teacher_model, which is not given.")
-    notes = say_replaced(found, in_file, values)
-    return Config(method, options, model, data, run, tuple(notes))

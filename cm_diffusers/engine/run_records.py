@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
+from cm_diffusers.engine.files import read_json, read_plain
 from cm_diffusers.engine.hub import short
+from cm_diffusers.engine.settings_files import read_yaml
 
 
 MOST_PICTURES = 12  # of a strip
@@ -83,9 +84,9 @@ def read_run(folder: Path, name: str) -> Run:
     if not any((folder / file).is_file() for file in ("config.yaml", "log.jsonl")):
         raise ValueError(f"{str(folder)!r} is not a run: it holds neither config.yaml nor log.jsonl.")
     run = Run(name)
-    run.settings = _read(run, folder / "config.yaml", yaml.safe_load, "settings")
-    run.facts = _read(run, folder / "card.json", json.loads, None)
-    run.metrics = _read(run, folder / "metrics.json", json.loads, "metrics (training/evaluate.py writes them)")
+    run.settings = _read(run, folder / "config.yaml", read_yaml, "settings")
+    run.facts = _read(run, folder / "card.json", read_json, None)
+    run.metrics = _read(run, folder / "metrics.json", read_json, "metrics (training/evaluate.py writes them)")
     results = run.metrics.get("results")
     run.metrics["results"] = [row for row in results if _is_result(row)] if isinstance(results, list) else []
     _read_log(run, folder / "log.jsonl")
@@ -103,17 +104,17 @@ def _is_result(row: Any) -> bool:
     return isinstance(row, dict) and all(type(row.get(key, kind())) is kind for key, kind in kinds.items())
 
 
-def _read(run: Run, file: Path, parse: Callable[[str], Any], what: str | None) -> dict[str, Any]:
+def _read(run: Run, file: Path, read: Callable[[Path], Any], what: str | None) -> dict[str, Any]:
     """The mapping in a file; an empty one where it is missing, with a note if it is `what` to expect, or damaged."""
     try:
-        values = parse(file.read_text(encoding="utf-8"))
+        values = read(file)
         if not isinstance(values, dict):
             raise ValueError("it holds no names and values")
         return {str(key): value for key, value in values.items()}
     except FileNotFoundError:
         if what is not None:
             run.notes.append(f"There are no {what}: no {file.name}.")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         run.notes.append(f"{file.name} can't be read: {short(error)[:200]}.")
     return {}
 
@@ -143,7 +144,7 @@ def _hours(run: Run, folder: Path) -> list[float] | None:
     """Hours of training by the rates in the log, pauses between a stop and its resumption left out."""
     batch = run.facts.get("images_per_step")
     for state in folder.glob("checkpoint-*/state.json"):
-        batch = batch or _read(run, state, json.loads, None).get("global_batch")
+        batch = batch or _read(run, state, read_json, None).get("global_batch")
     rates = [_number(row, ["time", "images_per_second"]) for row in run.log]
     if not isinstance(batch, int) or not rates or not all(rates):
         if run.log:
@@ -173,7 +174,7 @@ def _read_pictures(run: Run, folder: Path) -> None:
 
 def _picture(run: Run, file: Path, title: str) -> Picture | None:
     try:
-        data = file.read_bytes()
+        data = read_plain(file)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             size = image.size
             image.load()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import cm_diffusers.engine.settings_files as settings_files
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.run import main
 
@@ -231,10 +232,151 @@ def test_files_that_are_no_settings_are_refused_by_name(tmp_path, content, reaso
         parse("--config", path)
 
 
-@pytest.mark.parametrize("name", [".", "missing.yaml"])
-def test_unreadable_files_are_refused_by_name(tmp_path, name):
-    with pytest.raises(ValueError, match=re.escape(f"config {tmp_path / name}: can't be read")):
+@pytest.mark.parametrize("name, reason", [("missing.yaml", "can't be read"), (".", "is a folder instead of a file")])
+def test_unreadable_files_are_refused_by_name(tmp_path, name, reason):
+    with pytest.raises(ValueError, match=re.escape(f"config {tmp_path / name}: {reason}")):
         parse("--config", tmp_path / name)
+
+
+# --- what expands, nests or repeats itself ---------------------------------------------------------------------------
+
+
+def nested(levels):
+    return f"q: {'[' * levels}{']' * levels}"
+
+
+def nested_by_lines(levels):
+    return "\n".join(" " * i + "q:" for i in range(levels)) + " 1"
+
+
+def nested_by_aliases(levels):
+    """Each level is half of what is above the limit; only where they are joined it is too much."""
+    return f"a: &a {'[' * levels}{']' * levels}\nq: {'[' * levels}*a{']' * levels}"
+
+
+def expanded(values):
+    """A list of ten, repeated until there are a little more than so many values."""
+    return f"a: &a [{', '.join('x' * 10)}]\nq: [{', '.join(['*a'] * (values // 11))}]"
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (nested(settings_files.DEPTH + 3), "nests more than 20 levels deep .line 1"),
+        (nested_by_lines(settings_files.DEPTH + 3), "nests more than 20 levels deep .line 21"),
+        (nested_by_aliases(settings_files.DEPTH // 2 + 2), "nests more than 20 levels deep .line 2"),
+        (expanded(settings_files.NODES + 100), "holds more than 10000 values, with those that aliases repeat .line 2"),
+        (f"q: [{'1, ' * (settings_files.NODES + 10)}]", "holds more than 10000 values"),
+        ("# " + "x" * settings_files.BYTES, "has 262146 bytes, more than 262144"),
+        ("q: &a [*a]", "holds itself, by .a"),
+        ("q: &a {b: {c: *a}}", "holds itself, by .a"),
+    ],
+)
+def test_files_beyond_the_limits_are_refused_before_anything_is_made_of_them(tmp_path, monkeypatch, text, reason):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    monkeypatch.setattr(settings_files.yaml, "load", None)
+    with pytest.raises(ValueError, match=f"^config .*c.yaml: {reason}"):
+        parse("--config", path)
+
+
+@pytest.mark.parametrize(
+    "text", [nested(settings_files.DEPTH - 2), nested_by_lines(15), nested_by_aliases(9), expanded(9_000), "a: *b"]
+)
+def test_files_within_the_limits_are_read_as_before(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    try:
+        expected = yaml.safe_load(text)
+    except yaml.YAMLError:
+        with pytest.raises(ValueError, match="undefined alias 'b'"):
+            settings_files.read_yaml(path)
+    else:
+        assert settings_files.read_yaml(path) == expected
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("seed: 1\nlearning_rate: 1e-3\nseed: 1", "seed"),
+        ("method: ect\nmethod: ect", "method"),
+        ("{q: 3, q: 4}", "q"),
+        ("'q': 3\nq: 4", "q"),
+        ("q: {a: 1, b: 2, a: 3}", "a"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_by_name(tmp_path, text, key):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"c.yaml: gives '{key}' twice .the second time in line"):
+        parse_digits("--config", tmp_path / "c.yaml")
+
+
+def test_keys_of_different_mappings_and_values_are_no_repetitions(tmp_path):
+    text = "a: {b: 1, c: b}\nb: {b: b, a: a}\nc: [a, a, b]\nd: {<<: {a: 1}, a: 2}"
+    (tmp_path / "c.yaml").write_text(text)
+    assert settings_files.read_yaml(tmp_path / "c.yaml") == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("learning_rate: [1e-3, 1e-4]", "learning_rate takes one value, got a list"),
+        ("learning_rate: {a: 1}", "learning_rate takes one value"),
+        ("learning_rate: 2024-01-01", "learning_rate.*invalid float value: '2024-01-01'"),
+        ("learning_rate: 2024-99-99", "'learning_rate' can't be read: month must be in"),
+        ("learning_rate: -1e-3", "learning_rate must lie in"),
+        ("learning_rate: .nan", "learning_rate must lie in"),
+        ("learning_rate: fast", "learning_rate.*invalid float value"),
+        ("lr_scheduler: zigzag", "lr_scheduler.*invalid choice"),
+        ("dropout: 2", "dropout must lie in"),
+        ("ema_decay: [0.5, 2]", "ema_decay must be at least 0"),
+        ("ema_decay: [null]", "ema_decay takes single values"),
+        ("ema_decay: []", "ema_decay is an empty list"),
+        ("resolution: [[8, 8]]", "resolution takes single values"),
+        ("mixed_precision: no", "mixed_precision is False here, as YAML reads"),
+        ("seed: true", "seed is True here"),
+        ("seed: !!int x", "'seed' can't be read"),
+        ("seed: !!bool x", "'seed' can't be read"),
+        ("seed: !!timestamp x", "'seed' can't be read"),
+        (f"seed: {'9' * 5000}", "'seed' can't be read"),
+        ("max_train_steps: 1.5", "max_train_steps.*invalid int value"),
+        ("class_conditional: 3", "class_conditional.*Truthy value expected"),
+        ("method: [ect]", "Unknown method .'ect'."),
+        ("config: other.yaml", "config names another file"),
+        ("dataset_revision: 12", "dataset_revision 12 has no effect"),
+        ("max_train_steps: 10\ntrain_data_dir: x", "dataset_name and train_data_dir"),
+        ("teacher_revision: x", "teacher_revision is that of"),
+        ("checkpoints_total_limit: 1", "checkpoints_total_limit must be"),
+    ],
+)
+def test_what_is_wrong_with_a_value_names_the_file_and_the_key(tmp_path, text, reason):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"dataset_name: digits\n{text}")
+    with pytest.raises(ValueError, match=f"^config {re.escape(str(path))}: .*{reason}"):
+        parse("--config", path)
+
+
+@pytest.mark.parametrize(
+    "text, key, value",
+    [
+        ("dataset_name: digits\nlearning_rate: null", "learning_rate", 1e-4),
+        ("dataset_name: digits\nmethod: null", "method", "ect"),
+        ("dataset_name: digits\nresolution: 8", "resolution", [8]),
+        ("dataset_name: digits\noutput_dir: --odd", "output_dir", "--odd"),
+        ("dataset_name: digits\np_mean: -1.1e0", "p_mean", -1.1),
+        ("dataset_name: digits\nmixed_precision: 'no'", "mixed_precision", "no"),
+        ("dataset_name: digits\nclass_conditional: on", "class_conditional", True),
+    ],
+)
+def test_unusual_values_that_are_right_are_taken(tmp_path, text, key, value):
+    (tmp_path / "c.yaml").write_text(text)
+    assert parse("--config", tmp_path / "c.yaml").to_dict()[key] == value
+
+
+def test_a_flag_that_is_wrong_is_not_blamed_on_the_file(tmp_path):
+    path = write_yaml(tmp_path / "c.yaml", dataset_name="digits", seed=3)
+    with pytest.raises(ValueError, match="^dropout must lie"):
+        parse("--config", path, "--dropout", 2)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "training" / "configs").glob("*.yaml")), ids=lambda p: p.name)
