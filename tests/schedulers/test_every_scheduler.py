@@ -118,6 +118,25 @@ def test_labels_are_float64_except_where_the_device_has_none(make, monkeypatch):
         assert scheduler.sigmas.dtype == torch.float64
 
 
+def test_sigma_max_in_float32_is_not_beyond_sigma_max(make):
+    """14.6 is rounded up, and 80 (1 + 1e-7) is what a way through labels makes of 80; more than 1e-6 is refused."""
+    assert float(np.float32(14.6)) > 14.6
+    for sigmas in (np.array([14.6, 1], dtype=np.float32), torch.tensor([14.6, 1.0])):
+        assert make(sigmas=sigmas, sigma_max=14.6).num_inference_steps == 2
+    make(sigmas=[80 * (1 + 9e-7)])
+    with pytest.raises(ValueError, match="exceed sigma_max"):
+        make(sigmas=[80 * (1 + 1.1e-6)])
+
+
+def test_all_labels_go_to_the_device_that_is_asked_for(make):
+    scheduler = make(3, device="meta")
+    labels = [
+        value for name, value in vars(scheduler).items() if name.endswith("timesteps") and torch.is_tensor(value)
+    ]
+    assert labels and all(value.is_meta for value in labels)
+    assert not scheduler.sigmas.is_meta
+
+
 # --- which step
 
 
@@ -148,6 +167,15 @@ def test_begin_index_starts_in_the_middle(make):
     assert scheduler.step_index == 2
     scheduler.step(x, scheduler.timesteps[2], x)
     assert scheduler.step_index == 3
+
+
+def test_new_levels_begin_with_the_first_whatever_began_before(make):
+    scheduler, x = make(4), torch.randn(SHAPE)
+    scheduler.set_begin_index(2)
+    scheduler.set_timesteps(4)
+    assert scheduler.begin_index is None and scheduler.step_index is None
+    scheduler.scale_model_input(x, scheduler.timesteps[0])
+    assert scheduler.step_index == 0
 
 
 # --- steps
