@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
+    ConfigMixin,
     ConsistencyModelPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -17,7 +18,9 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    ModelMixin,
 )
+from diffusers.configuration_utils import register_to_config
 
 from cm_diffusers import (
     ConsistencyPipeline,
@@ -337,6 +340,36 @@ def test_pipelines_of_the_same_parts_make_the_same_images(pipe, tmp_path):
     copies += [type(pipe)(pipe.unet, scheduler), DiffusionPipeline.from_pretrained(tmp_path)]
     for copy in copies:
         assert torch.equal(images(quiet(copy)), expected)
+
+
+class PlainAutoencoder(ModelMixin, ConfigMixin):
+    """Its images are its latents, in its own dtype."""
+
+    @register_to_config
+    def __init__(self, scaling_factor=None, shift_factor=None, block_out_channels=(1,), out_channels=1):
+        super().__init__()
+        self.one = torch.nn.Parameter(torch.ones(()))
+
+    def decode(self, latents, return_dict=True):
+        return (self.one * latents,)
+
+
+@pytest.mark.parametrize(
+    "config, image",
+    [({}, 0.3), ({"scaling_factor": 0.5}, 0.6), ({"scaling_factor": 0.5, "shift_factor": -0.25}, 0.35)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latents_are_decoded_as_the_autoencoder_s_config_says_into_float32(make, config, image, dtype):
+    pipe = make("consistency")
+    pipe = quiet(ConsistencyPipeline(pipe.unet, pipe.scheduler, PlainAutoencoder(**config)))
+    pipe.vae.to(dtype)
+    decoded = pipe.decode(torch.full((2, 1, 8, 8), 0.3))
+    assert decoded.dtype == torch.float32
+    torch.testing.assert_close(
+        decoded, torch.full((2, 1, 8, 8), image), rtol=0, atol=1e-6 if dtype.itemsize > 2 else 2e-3
+    )
+    made = images(pipe)
+    assert made.dtype == torch.float32 and made.shape == (1, 1, 8, 8)
 
 
 def test_from_pipe_keeps_the_autoencoder(make):

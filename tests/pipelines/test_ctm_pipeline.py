@@ -322,6 +322,16 @@ def test_jumps_of_half_precision_networks_are_float32(random_network):
     torch.testing.assert_close(half, full, rtol=0, atol=0.05)
 
 
+def test_a_level_in_float32_is_the_level_itself():
+    """0.1 is rounded up there, and a jump from 0.1 to it is none to a higher level; one by a share of 1e-5 is."""
+    pipe, x = ctm(GaussianTrajectory()), torch.randn(2, 1, 4, 4)
+    assert float(torch.tensor(0.1)) > 0.1
+    for same in (torch.tensor(0.1), torch.tensor([0.1, 0.1])):
+        torch.testing.assert_close(pipe.jump(x, 0.1, same), x, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="higher levels"):
+        pipe.jump(x, 0.1, 0.1 * (1 + 1e-5))
+
+
 # --- inversion
 
 

@@ -188,6 +188,18 @@ def test_churn_is_algorithm_2(gaussian_denoiser, solver, limits, s_churn):
     torch.testing.assert_close(images.double(), x, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_levels_at_the_limits_of_churn_are_churned(gaussian_denoiser, place):
+    """Algorithm 2: S_min <= t_i <= S_max. Each level that is churned draws once."""
+    pipe, noise, n = quiet(DenoisingPipeline(gaussian_denoiser(), EDMEulerScheduler())), torch.randn(1, 1, 4, 4), 6
+    pipe.scheduler.set_timesteps(n)
+    level = float(pipe.scheduler.sigmas[place])
+    used, expected = seeded(7), seeded(7)
+    pipe(latents=noise, generator=used, num_inference_steps=n, s_churn=3.0, s_tmin=level, s_tmax=level)
+    torch.randn(noise.shape, generator=expected)
+    assert torch.equal(used.get_state(), expected.get_state())
+
+
 @pytest.mark.parametrize("solver, order", [("sde", 1), ("sde_2m", 2)])
 def test_weak_order_of_the_sde(gaussian_denoiser, monkeypatch, solver, order):
     """The variance of samples of Gaussian data, without sampling: images are linear in the noise of each step."""
@@ -288,6 +300,22 @@ def test_flow_networks_are_given_flow_times_and_flow_samples(gaussian_flow):
     sigmas = karras_sigmas(5)
     assert [float(t) for _, t in seen] == pytest.approx((sigmas / (1 + sigmas)).tolist(), rel=1e-6)
     torch.testing.assert_close(seen[0][0], noise * 80 / 81)
+
+
+@pytest.mark.parametrize(
+    "time_label, labels",
+    [
+        ("log_sigma", [1095.5066587, -1553.6520246]),
+        ("quarter_log_sigma", [1.0955066587, -1.5536520246]),
+        ("angle", [1.5645464111, 0.0039999787]),
+    ],
+)
+def test_edm_networks_are_told_of_the_level_by_their_time_label(network, time_label, labels):
+    """At sigma 80 and 0.002, for sigma_data 0.5."""
+    seen = []
+    network.register_forward_pre_hook(lambda module, args: seen.append(float(args[1])))
+    quiet(DenoisingPipeline(network, EDMEulerScheduler(), time_label))(num_inference_steps=2, solver="euler")
+    assert seen == pytest.approx(labels, rel=1e-5)
 
 
 @pytest.mark.parametrize("config", [{}, {"time_label": "log_sigma"}, {"time_label": "angle"}])
