@@ -32,8 +32,20 @@ EXPECTED = {  # family, pipeline and what its scheduler knows
     "edm_openai": ("openai", "DenoisingPipeline", {"sigma_min": 0.002, "sigma_data": 0.5}),
     "ctm": ("ctm", "CTMPipeline", {"num_train_timesteps": 40, "gamma_rule": "official", "sigma_min": 0.002}),
     "ctm_cifar": ("ctm", "CTMPipeline", {"num_train_timesteps": 18, "gamma_rule": "official"}),
-    "scm": ("scm", "TrigFlowPipeline", {"solver": "consistency", "sigma_data": 1.0, "sigma_max": 160.0}),
+    "scm": (
+        "scm",
+        "TrigFlowPipeline",
+        {"solver": "consistency", "sigma_data": 1.0, "sigma_min": 0.004, "sigma_max": 160.0},
+    ),
     "simo": ("simo", "ConsistencyPipeline", {"sigma_min": 0.002, "clip_denoised": False, "renoise": "floor"}),
+}
+
+
+SAMPLED = {  # as their authors do
+    **dict.fromkeys(("ddpmpp", "ncsnpp", "skip", "adm", "vp", "ve"), "--num_inference_steps 18"),
+    **dict.fromkeys(("cd", "ct", "ctm", "ctm_cifar"), "--num_inference_steps 1"),
+    **{"ect": "--sigmas 80 0.821", "edm_openai": "--num_inference_steps 40", "scm": "--num_inference_steps 2"},
+    "simo": "--sigmas 80 2",
 }
 
 
@@ -78,7 +90,7 @@ def test_a_file_becomes_a_pipeline_that_gives_the_same_numbers(case, tmp_path):
     check_numbers(pipeline, case)
     images = pipeline(batch_size=2, num_inference_steps=2, output_type="pt", generator=torch.Generator()).images
     assert images.shape == (2, *pipeline.sample_shape) and images.isfinite().all()
-    assert converted.sampling
+    assert converted.sampling == SAMPLED[case]
 
 
 def test_dropout_and_augmentation_labels_are_carried_over(tmp_path):
@@ -92,6 +104,15 @@ def test_dropout_and_augmentation_labels_are_carried_over(tmp_path):
         output = network(x / norm, 250 * sigma.log(), labels, augment).sample
     result = 0.25 / norm**2 * x + 0.5 * sigma / norm * output
     torch.testing.assert_close(result[0, 0, 0, :4], torch.tensor(foreign.AUGMENTED), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("kwargs", [{"dropout": 0.13, "label_dropout": 0.1}, {"dropout": 0.2}, {}])
+def test_what_training_goes_on_with_is_that_of_the_file(kwargs, tmp_path):
+    content = foreign.edm_content(foreign.edm_tensors())
+    content["ema"].state["_modules"]["model"].state["_init_kwargs"] = kwargs
+    config = convert(foreign.dump(content, tmp_path / "a.pkl")).result.unet.config
+    for name in ("dropout", "label_dropout"):
+        assert config[name] == kwargs.get(name, 0.0)
 
 
 def test_a_stock_network_needs_nothing_but_diffusers(tmp_path):
@@ -195,9 +216,13 @@ def test_assumptions_are_noted(tmp_path):
 @pytest.mark.parametrize("case, kind", [("cd", "diffusion"), ("edm_openai", "consistency"), ("scm", "diffusion")])
 def test_kind_decides_where_networks_are_the_same(case, kind, tmp_path):
     path, options = foreign.write(case, tmp_path)
-    result = convert(path, **options, kind=kind).result
+    converted = convert(path, **options, kind=kind)
+    result = converted.result
+    assert converted.sampling == f"--num_inference_steps { ({'cd': 40, 'edm_openai': 1, 'scm': 18}[case]) }"
     if case == "scm":
         assert result.scheduler.config.solver == "heun"
+        result.scheduler.set_timesteps(18)
+        assert result.scheduler.sigmas[[0, -2]].tolist() == pytest.approx([160, 0.004])  # of images twice as large
     else:
         assert type(result).__name__ == {"diffusion": "DenoisingPipeline"}.get(kind, "ConsistencyModelPipeline")
 

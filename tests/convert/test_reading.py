@@ -3,6 +3,7 @@
 import collections
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from cm_diffusers.convert import Options, convert_checkpoint
-from cm_diffusers.convert.reading import RestrictedUnpickler, flatten, read_checkpoint
+from cm_diffusers.convert.reading import RestrictedUnpickler, flatten, read_arrays, read_checkpoint
 
 
 ADVICE = re.compile(
@@ -198,6 +199,24 @@ def test_any_tensor_comes_out_of_both_readers_as_torch_has_it(dtype, shape, tmp_
         found = read_checkpoint(path)
         assert torch.equal(found["a"], tensor) and torch.equal(found["t"], content["t"])
         assert found["a"].dtype == dtype and found["module"].kind == "Layer"
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_numbers_of_numpy_come_out_as_plain_ones(protocol, tmp_path):
+    values = {"f8": 0.1, "f4": 1.5, "i8": -(2**40) - 3, "i4": 2**20 + 7, "b1": True}
+    content = {kind: np.dtype(kind).type(value) for kind, value in values.items()}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    found = read_checkpoint(tmp_path / "a.pkl")
+    assert found == values and [type(found[kind]) for kind in values] == [type(value) for value in values.values()]
+
+
+@pytest.mark.parametrize("protocol", [3, 4])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (5,)])
+def test_arrays_of_bytes_are_read_in_the_order_that_they_lie_in(shape, protocol):
+    array = np.arange(math.prod(shape), dtype=np.uint8).reshape(shape)
+    content = {"rows": array, "columns": np.asfortranarray(array), b"name": b"batch"}
+    found = read_arrays(pickle.dumps(content, protocol))
+    assert found["rows"].tolist() == found["columns"].tolist() == array.tolist() and found["name"] == b"batch"
 
 
 @pytest.mark.parametrize(
