@@ -94,6 +94,18 @@ def test_buffers_are_copied_and_integers_stay_integers():
     assert shadow["num_batches_tracked"].dtype == torch.int64 and shadow["num_batches_tracked"] == 1
 
 
+def test_every_average_has_the_buffers_that_are_saved_and_no_others():
+    module = nn.BatchNorm1d(3)
+    module.register_buffer("scratch", torch.zeros(2), persistent=False)
+    ema = EMA(module, [ConstantDecay(0.9), ConstantDecay(0.99), HalfLife(500)])
+    module(torch.randn(8, 3) + 5)
+    module.scratch += 1
+    ema.update(8, 8)
+    for shadow in ema.shadows.values():
+        assert torch.equal(shadow["running_mean"], module.running_mean) and shadow["num_batches_tracked"] == 1
+        assert shadow.keys() == module.state_dict().keys()
+
+
 def test_several_averages_at_once_are_those_of_each_alone():
     profiles = [ConstantDecay(0.9), ConstantDecay(0.99), HalfLife(0.5, 0)]
     module = nn.Linear(4, 3)
