@@ -292,6 +292,38 @@ def test_a_state_that_does_not_verify_is_passed_over(tmp_path, raw):
     assert newest_state(tmp_path) is None
 
 
+def test_a_state_that_does_not_verify_says_nothing_of_soundness(tmp_path):
+    """The run diverged after step 3, whose checkpoint is the one to go on from."""
+    for step, sound in ((3, True), (6, False), (9, False), (12, False)):
+        if step == 12:
+            empty(tmp_path / "checkpoint-9" / "state.json", None, None)
+        tensors, state = contents(step)
+        save_checkpoint(tmp_path, step, tensors, state | {"sound": sound})
+    assert folders(tmp_path) == ["checkpoint-12", "checkpoint-3", "checkpoint-9"]
+
+
+def test_a_copy_to_where_nothing_can_be_linked_holds_the_same(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write(tmp_path / "near", 3)
+    copy_checkpoint(tmp_path / "near" / "checkpoint-3", tmp_path / "far" / "checkpoint-3", {"a": 1})
+    copied = load_checkpoint(tmp_path / "far" / "checkpoint-3")
+    assert copied.state.pop("config") == {"a": 1}
+    assert_holds(copied, 3)
+    assert_holds(load_checkpoint(tmp_path / "near" / "checkpoint-3"), 3)
+
+
+def test_a_step_that_is_set_aside_again_takes_the_place_of_the_first(tmp_path):
+    for marks in (["first"], []):
+        write(tmp_path, 3, 6)
+        (tmp_path / "checkpoint-6" / "first").touch() if marks else None
+        set_aside_newer(tmp_path, 3)
+        assert folders(tmp_path) == ["checkpoint-3", "damaged-checkpoint-6"]
+        assert folders(tmp_path / "damaged-checkpoint-6") == sorted([*FILES, *marks])
+
+
 # --- faults while saving -------------------------------------------------------------------------------------------
 
 
