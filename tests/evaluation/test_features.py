@@ -14,6 +14,7 @@ from transformers import (
 from transformers import ViTImageProcessorPil as Processor
 
 from cm_diffusers.evaluation import load_extractor
+from cm_diffusers.evaluation.hub_networks import HubFeatures
 
 
 SETTINGS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "size": {"height": 32, "width": 24}}
@@ -81,6 +82,44 @@ def test_images_are_prepared_as_the_models_own_processor_does(folders):
     )
     extractor(images())
     assert (seen[0] - pixels).abs().max() < 1.01 / 255 / 0.2  # the processor rounds once more
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+def test_edges_are_resized_as_the_models_own_processor_does(folders, tmp_path, resample):
+    """Bicubic resizing overshoots there; PIL clips what it gives to the range of pixels."""
+    ViTForImageClassification.from_pretrained(folders["vit"]).save_pretrained(tmp_path)
+    processor = Processor(**SETTINGS, resample=resample)
+    processor.save_pretrained(tmp_path)
+    edges = torch.zeros(1, 3, 40, 30)
+    edges[..., 11:] = 1  # along one axis, as PIL clips after each
+    picture = Image.fromarray((edges[0].permute(1, 2, 0) * 255).to(torch.uint8).numpy())
+    seen, extractor = [], load_extractor(str(tmp_path))
+    extractor.network.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+    )
+    extractor(edges)
+    assert (seen[0] - processor(picture, return_tensors="pt")["pixel_values"]).abs().max() < 1.01 / 255 / 0.2
+    mean, std = (torch.tensor(SETTINGS[key])[:, None, None] for key in ("image_mean", "image_std"))
+    assert -1e-6 < (seen[0] * std + mean).min() and (seen[0] * std + mean).max() < 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "processor, size",
+    [
+        ({"size": {"height": 32, "width": 24}}, (32, 24)),
+        ({"size": {"shortest_edge": 40}}, (40, 40)),
+        ({"size": 30}, (30, 30)),
+        ({}, (224, 224)),
+        ({"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 28}, "do_center_crop": True}, (32, 28)),
+        ({"size": 40, "crop_size": 32, "do_center_crop": True}, (32, 32)),
+        ({"size": {"shortest_edge": 40}, "crop_size": 32, "do_center_crop": False}, (40, 40)),
+    ],
+)
+def test_images_get_the_size_that_the_model_sees_after_its_processor_s_cropping(processor, size):
+    network = HubFeatures(torch.nn.Identity(), {"do_normalize": False, **processor}, None)
+    assert network.size == size
+    network.model.forward = lambda pixel_values: type("Output", (), {"pooler_output": pixel_values})
+    assert network(images()).shape == (3, 3, *size)
 
 
 def test_features_of_dinov2_are_the_normed_class_token(folders):

@@ -6,6 +6,7 @@ import torch
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.evaluation import (
     Moments,
+    check_samples,
     density_coverage,
     frechet_distance,
     kernel_distance,
@@ -50,6 +51,9 @@ def test_other_images_another_order_and_another_extractor_are_computed_anew(tmp_
     reference_features(images().flip(0), load_extractor(Flat()), tmp_path)
     reference_features(images(), load_extractor(torch.nn.Flatten()), tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+    turned = images().reshape(60, 1, 3, 2)  # the same bytes
+    found = reference_features(turned, load_extractor(Flat()), tmp_path)
+    assert found.facts["shape"] == [1, 3, 2] and len(list(tmp_path.iterdir())) == 5
 
 
 def test_the_features_of_another_dataset_under_this_name_are_refused(tmp_path):
@@ -101,6 +105,24 @@ def test_all_metrics_are_measured_by_their_names():
         measure(made[:6], found)
     with pytest.raises(ValueError, match="not finite"):
         measure(made / 0, found)
+
+
+@pytest.mark.parametrize("samples, size", [(50, 25), (1999, 999), (2000, 1000), (2400, 1000)])
+def test_kernel_distances_are_of_subsets_of_a_thousand_or_of_half_of_fewer_samples(monkeypatch, samples, size):
+    sizes, module = [], sys.modules[measure.__module__]  # the module has the function's name
+    monkeypatch.setattr(module, "kernel_distance", lambda *args, **kwargs: (sizes.append(kwargs["subset_size"]), 0.0))
+    monkeypatch.setattr(module, "neighbour_metrics", lambda *args: (0.0,) * 4)
+    real = images(3000).flatten(1)
+    measure(images(samples, seed=2).flatten(1), reference.Reference(Moments(real), real, {"extractor": "x"}))
+    assert sizes == [size]
+
+
+def test_samples_and_a_reference_of_too_few_images_are_seen_beforehand():
+    few, many = (reference_features(images(n), load_extractor(Flat())) for n in (6, 7))
+    for count, found in ((100, few), (6, many)):
+        with pytest.raises(ValueError, match="6 images are too few for the covariance of 6 features"):
+            check_samples(count, found)
+    check_samples(7, many)
 
 
 @pytest.mark.parametrize(
