@@ -65,6 +65,13 @@ def test_a_head_is_the_formula():
     torch.testing.assert_close(head(features), expected)
 
 
+def test_channels_double_until_eight_times_as_many():
+    model = PatchDiscriminator(3, width=8, levels=6)
+    convolutions = [layer for layer in model.features if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [8, 16, 32, 64, 64, 64]
+    assert model.head.linear.in_channels == 64
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
