@@ -1,6 +1,7 @@
 """The model card: what a saved model is, how it was made, how to use it. All of it comes from the run itself."""
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 import cm_diffusers
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.description import DataDescription
-from cm_diffusers.engine.files import replace_file
+from cm_diffusers.engine.files import read_json, replace_file, why
 from cm_diffusers.objectives import Objective
 from cm_diffusers.objectives.options import phases
 from cm_diffusers.sampling import (
@@ -114,11 +115,43 @@ def licence_of(teacher: str | None, revision: str | None = None) -> str | None:
         return None
 
 
+def read_facts(file: Path) -> dict[str, Any]:
+    """A card.json. Raises OSError, or ValueError whose message goes on after the file's name."""
+    facts = read_json(file)
+    if not isinstance(facts, dict):
+        raise ValueError(f"holds {facts!r:.40} where names and values belong")
+    return facts
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """What is measured in a metrics.json. Raises OSError, or ValueError that goes on after the file's name."""
+    report = read_facts(file)
+    results = report.get("results")
+    if not isinstance(results, list) or not results or not all(map(_is_result, results)):
+        raise ValueError("holds no results, or others than are measured here")
+    return report
+
+
+def _is_result(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("name"), str)
+        and type(row.get("step", 0)) is int
+        and all(isinstance(value, (int, float)) for key, value in row.items() if key not in HOW)
+    )
+
+
 def read_metrics(file: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """The numbers of a metrics.json by name, those of its last step of training, and how they were taken."""
-    if not file.is_file():
+    """The numbers of a metrics.json by name, those of its last step of training, and how they were taken.
+
+    Raises OSError, or ValueError whose message goes on after the file's name.
+    """
+    if not os.path.lexists(file):
         return {}, {}
-    report = json.loads(file.read_text())
+    report = read_report(file)
+    extractor = report.get("extractor")
+    if not isinstance(extractor, dict) or not isinstance(extractor.get("name"), str):
+        raise ValueError("does not say which features were measured")
     last = max(row.get("step", 0) for row in report["results"])
     numbers = {
         f"{key.replace('_', ' ')}, {row['name']}": float(f"{value:.5g}")
@@ -128,9 +161,7 @@ def read_metrics(file: Path) -> tuple[dict[str, float], dict[str, str]]:
         if key not in HOW
     }
     notes = {key: str(report[key]) for key in ("dataset", "split", "num_samples") if key in report}
-    notes["features"] = report["extractor"]["name"] + (
-        "" if any("fid" in row for row in report["results"]) else " (not FID)"
-    )
+    notes["features"] = extractor["name"] + ("" if any("fid" in row for row in report["results"]) else " (not FID)")
     return numbers, notes | ({"step": str(last)} if last else {})
 
 
@@ -256,9 +287,12 @@ def model_card(facts: Mapping[str, Any], repo: str, metrics: Path) -> ModelCard:
         metrics: a JSON file of measured numbers, which may be absent.
 
     Raises:
-        ValueError: the card's front matter is not what the Hub reads.
+        ValueError: the metrics are damaged, or the card's front matter is not what the Hub reads.
     """
-    numbers, notes = read_metrics(metrics)
+    try:
+        numbers, notes = read_metrics(metrics)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{metrics} {why(error)}. Move it away, or measure again by training/evaluate.py.") from None
     results = [
         EvalResult(
             task_type="unconditional-image-generation",
@@ -300,10 +334,16 @@ def renew_card(model: Path, repo: str) -> None:
     """Write the card of a run's saved `model` again, under the name `repo` and with what was measured since.
 
     The run's facts and its report lie beside the model's folder; a model without facts keeps the card that it has.
+    Raises ValueError where they are damaged.
     """
-    if (model.parent / FACTS).is_file():
-        facts = json.loads((model.parent / FACTS).read_text())
-        card = model_card(facts, repo, model.parent / METRICS)
+    file = model.parent / FACTS
+    if os.path.lexists(file):
+        try:
+            card = model_card(read_facts(file), repo, model.parent / METRICS)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            if METRICS in str(error):
+                raise
+            raise ValueError(f"{file} {why(error)}. Move it away, and the model keeps the card that it has.") from None
         replace_file(model / "README.md", str(card))
 
 

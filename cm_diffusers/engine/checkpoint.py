@@ -20,7 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from cm_diffusers.engine.files import fsync_folder, parse_json, read_plain, remove, write_file
+from cm_diffusers.engine.files import fsync_folder, parse_json, read_plain, remove, why, write_file
 
 
 FORMAT = 1
@@ -169,7 +169,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedCheckpoint("manifest.json is missing") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedCheckpoint(f"manifest.json is damaged ({_why(error)})") from None
+        raise DamagedCheckpoint(f"manifest.json {why(error)}") from None
     if not sound:
         raise DamagedCheckpoint("manifest.json is damaged (its digest differs)")
     return manifest
@@ -200,14 +200,10 @@ def _read(folder: Path, name: str, size: int, sha256: str) -> bytes:
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{name} is missing") from None
     except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{name} {_why(error)}") from None
+        raise DamagedCheckpoint(f"{name} {why(error)}") from None
     if _digest(data) != sha256:
         raise DamagedCheckpoint(f"{name} was changed: its SHA-256 differs")
     return data
-
-
-def _why(error: Exception) -> str:
-    return f"can't be read: {error.strerror}" if isinstance(error, OSError) else str(error) or repr(error)
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint, set_aside_newer
 from cm_diffusers.engine.config import RunArguments
-from cm_diffusers.engine.files import replace_file
+from cm_diffusers.engine.files import read_json, replace_file
 
 
 ADVISED = ("learning_rate", "max_grad_norm", "mixed_precision")  # what a run that diverged may be resumed with changed
@@ -71,9 +71,21 @@ def go_back(root: Path, step: int, run: RunArguments) -> int | None:
 
 
 def read_note(root: Path) -> dict[str, Any] | None:
-    """What `go_back` noted: {"step": ..., "settings": {...}}; None in a run that never diverged."""
-    file = root / NOTE
-    return json.loads(file.read_text()) if file.exists() else None
+    """What `go_back` noted: {"step": ..., "settings": {...}}; None in a run that never diverged, or has lost it."""
+    try:
+        return check_note(root / NOTE)
+    except (OSError, ValueError):
+        return None
+
+
+def check_note(file: Path) -> dict[str, Any]:
+    """The note. Raises OSError, or ValueError whose message goes on after the file's name."""
+    note = read_json(file)
+    if not isinstance(note, dict) or type(note.get("step")) is not int or not isinstance(note.get("settings"), dict):
+        raise ValueError("does not say at which step the run diverged, and with which settings")
+    if not note["settings"].keys() <= set(ADVISED):
+        raise ValueError(f"holds other settings than {', '.join(ADVISED)}")
+    return note
 
 
 def advice(run: RunArguments, precision: str, sound: int | None, weights_moved: bool) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,13 +14,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers.utils.logging import disable_progress_bar
 
 import cm_diffusers
-from cm_diffusers.engine.card import HERE, METRICS, hub_id, renew_card
+from cm_diffusers.engine.card import HERE, METRICS, hub_id, read_report, renew_card
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
-from cm_diffusers.engine.files import replace_file
+from cm_diffusers.engine.files import replace_file, why
 from cm_diffusers.engine.judge import Clock, Judge, Source, sampler, stored
-from cm_diffusers.engine.pictures import plot_quality
+from cm_diffusers.engine.pictures import QUALITIES, plot_quality
 from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.references import build_judge
@@ -30,6 +31,7 @@ from cm_diffusers.sampling import load_pipeline
 
 
 PICTURE = "quality.png"
+MOVE = "Move it away, or choose another output_dir; the same command then measures anew."
 
 
 def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, Any]:
@@ -193,19 +195,30 @@ def _write(folder: Path, report: dict[str, Any], clock: Clock, processes: int) -
 def _earlier_results(args: EvaluationArguments) -> list[dict[str, Any]]:
     """What an earlier call has measured of a watched run. Raises ValueError where that or other work would be lost."""
     file = args.folder / METRICS
-    if not file.is_file():
+    if not os.path.lexists(file):
         return []
-    results = json.loads(file.read_text())["results"]
+    results = _read_report(args.folder)["results"]
     watched = any("step" in row for row in results)
     if watched != bool(args.watch):
         kind = "the series of a watched run" if watched else "results of one model, not of a watched run"
         raise ValueError(f"{file} holds {kind}; choose another output_dir.")
+    measured = {metric for _, *metrics in QUALITIES for metric in metrics}
+    if watched and not all(measured <= row.keys() for row in results):
+        raise ValueError(f"{file} lacks some of the metrics of its series. {MOVE}")
     return results if watched else []
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    """The metrics.json of an earlier call. Raises ValueError, naming the file, where it is damaged."""
+    try:
+        return read_report(folder / METRICS)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / METRICS} {why(error)}. {MOVE}") from None
 
 
 def _check_same(folder: Path, report: dict[str, Any]) -> None:
     """Raise ValueError unless what is there was measured as this will be."""
-    earlier = json.loads((folder / METRICS).read_text())
+    earlier = _read_report(folder)
     for key, value in report.items():
         if earlier.get(key) != value:
             raise ValueError(

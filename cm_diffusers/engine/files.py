@@ -100,14 +100,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename to damaged-NAME, or damaged-2-NAME and so on where that is taken; gives the new name."""
+def free_name(path: Path) -> Path:
+    """damaged-NAME, or damaged-2-NAME and so on where that is taken."""
     number, aside = 1, path.with_name(f"damaged-{path.name}")
     while os.path.lexists(aside):
         number += 1
         aside = path.with_name(f"damaged-{number}-{path.name}")
-    os.rename(path, aside)
     return aside
+
+
+def set_aside(path: Path) -> Path:
+    """Rename to damaged-NAME or, where that is taken, a numbered name; gives it."""
+    return path.rename(free_name(path))
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -176,6 +180,13 @@ def read_json(path: Path, limit: int = LIMIT) -> Any:
         return parse_json(data)
     except ValueError as error:
         raise ValueError(f"is not JSON ({error})") from None
+
+
+def why(error: Exception) -> str:
+    """What is wrong with a file, to go on after its name."""
+    if isinstance(error, OSError):
+        return f"can't be read ({error.strerror})"
+    return str(error) if isinstance(error, ValueError) else f"is not what this library writes ({error!r:.80})"
 
 
 # --- faults of the system ------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # the library's client: httpx in 1.x, httpx2 in 2.x
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint
+from cm_diffusers.engine.files import remove
 from cm_diffusers.lookup import AWAY
 
 
@@ -239,7 +240,7 @@ def fetch_checkpoint(repo_id: str, root: Path, api: HfApi | None = None) -> int:
         ValueError: the Hub is out of reach, or there is no checkpoint, or a damaged one. Nothing is left then.
     """
     arriving = root / ".tmp-hub"
-    shutil.rmtree(arriving, ignore_errors=True)
+    remove(arriving)
     try:
         (api or HfApi()).snapshot_download(
             repo_id, revision=CHECKPOINT_BRANCH, allow_patterns=list(CHECKPOINT_FILES), local_dir=arriving / "new"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -32,7 +33,8 @@ from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.diagnostics import save_diagnostics
 from cm_diffusers.engine.divergence import ADVISED, Diverged, advice, go_back, is_sound, norm, read_note
-from cm_diffusers.engine.files import naming
+from cm_diffusers.engine.files import free_name, holds, naming, replace_file
+from cm_diffusers.engine.log import read_log
 from cm_diffusers.engine.meter import LossMeter
 from cm_diffusers.engine.optimization import (
     LearningRate,
@@ -268,18 +270,19 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _cut_log(self, step: int) -> None:
-        """Drop the lines of the log after `step`, and a line that a kill cut off."""
-        if self.accelerator.is_main_process and self.log_file.exists():
-            kept = []
-            for line in self.log_file.read_text().splitlines(keepends=True):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break
-                if row["step"] > step:
-                    break
-                kept.append(line)
-            self.log_file.write_text("".join(kept))
+        """Drop the lines of the log after `step`, a line that a kill cut off, and damaged ones, which is said."""
+        if not self.accelerator.is_main_process or not self.log_file.exists():
+            return
+        log = read_log(self.log_file, step)
+        text = "".join(json.dumps(row) + "\n" for row in log.rows)
+        if log.damaged:
+            copy = free_name(self.log_file)
+            shutil.copyfile(self.log_file, copy)
+            self._say(
+                f"WARNING: {log.damaged} damaged line(s) of {self.log_file} are left out; {copy.name} is as it was."
+            )
+        if not holds(self.log_file, text):
+            replace_file(self.log_file, text)
 
     # --- one step ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Pictures for people: rows of pictures, curves of the loss."""
 
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from cm_diffusers.engine.files import written_aside
+from cm_diffusers.engine.log import read_log
 
 
 def titled_row(panels: Sequence[tuple[str, Image.Image]], gap: int = 12, title_height: int = 18) -> Image.Image:
@@ -31,30 +32,37 @@ def plot_losses(log: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    everything = [json.loads(line) for line in log.read_text().splitlines()]
-    rows = [row for row in everything if row["loss"] is not None]
+    everything = read_log(log).rows
+    rows = [row for row in everything if _is_number(row.get("loss"))]
     if not rows:
         return
-    others = sorted({name for row in everything for name in row.keys() - COMMON})
+    others = sorted({name for row in everything for name in row.keys() - COMMON if _is_number(row[name])})
+    levels = [row["loss_by_sigma"] if isinstance(row.get("loss_by_sigma"), dict) else {} for row in rows]
+    names = {name for row in levels for name in row if re.match(r"\d", name) and _is_number(row[name])}
     figure = Figure(figsize=(8, 8 if others else 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes, *below = figure.subplots(2 if others else 1, squeeze=False)[:, 0]
     steps = [row["step"] for row in rows]
     axes.plot(steps, [row["loss"] for row in rows], "k", linewidth=2, label="all")
-    for name in sorted({name for row in rows for name in row["loss_by_sigma"]}, key=lambda n: float(n.split("-")[0])):
-        axes.plot(steps, [row["loss_by_sigma"].get(name, float("nan")) for row in rows], label=f"sigma {name}")
+    for name in sorted(names, key=lambda name: float(re.match(r"\d+(\.\d+)?", name)[0])):
+        losses = [row.get(name) for row in levels]
+        axes.plot(steps, [loss if _is_number(loss) else float("nan") for loss in losses], label=f"sigma {name}")
     axes.set(
         xlabel="step", ylabel="loss", yscale="log", title="Loss by noise level (flat curves are normal: see README)"
     )
     axes.legend(fontsize="small", ncols=2)
     for axis in below:
         for name in others:
-            places = [(row["step"], row[name]) for row in everything if name in row]
+            places = [(row["step"], row[name]) for row in everything if _is_number(row.get(name))]
             axis.plot(*zip(*places), label=name)
         axis.set(xlabel="step", yscale="symlog")
         axis.legend(fontsize="small", ncols=2)
     with written_aside(picture) as aside:
         figure.savefig(aside, dpi=110)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def plot_quality(results: Sequence[dict[str, Any]], picture: Path) -> None:

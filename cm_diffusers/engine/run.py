@@ -29,6 +29,7 @@ from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, guided, load_teacher, load_vae
 from cm_diffusers.engine.precision import choose_precision
 from cm_diffusers.engine.processes import ends_with_a_line, start_accelerator, together
+from cm_diffusers.engine.run_folder import EXPORTED, look_over
 from cm_diffusers.engine.tracking import check_tracker, start_trackers
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.pipelines import name_classes
@@ -58,6 +59,8 @@ def train(config: Config) -> Path:
     )
     lock = lock_folder(folder) if accelerator.is_main_process else None
     try:
+        for line in look_over(folder) if accelerator.is_main_process else ():
+            tqdm.write(line)
         for note in config.notes if accelerator.is_main_process else ():
             tqdm.write(note)
         publisher = None
@@ -89,7 +92,7 @@ def train(config: Config) -> Path:
             with together(accelerator):
                 if accelerator.is_main_process:
                     _export(trainer, folder / "pipeline", publisher, verify=True)
-                    replace_file(folder / "exported.json", goal)
+                    replace_file(folder / EXPORTED, goal)
                     _say_what_next(folder)
                     if publisher is not None:
                         _publish(publisher, folder, run.hub_timeout)
@@ -236,7 +239,9 @@ def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator
 
 def _holds(folder: Path, export: str) -> bool:
     """Whether the last export of the run was this one, and is still there."""
-    return (folder / "pipeline" / "model_index.json").exists() and holds(folder / "exported.json", export)
+    model = folder / "pipeline"
+    files = [model / "model_index.json", *model.glob("*/*.json"), *model.glob("*/*.safetensors")]
+    return holds(folder / EXPORTED, export) and all(file.is_file() and file.stat().st_size for file in files)
 
 
 def _say_what_next(folder: Path) -> None:

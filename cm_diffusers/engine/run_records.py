@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cm_diffusers.engine.files import read_json, read_plain
+from cm_diffusers.engine.files import read_json, read_plain, why
 from cm_diffusers.engine.hub import short
+from cm_diffusers.engine.log import Log, read_log
 from cm_diffusers.engine.settings_files import read_yaml
 
 
@@ -120,24 +120,20 @@ def _read(run: Run, file: Path, read: Callable[[Path], Any], what: str | None) -
 
 
 def _read_log(run: Run, file: Path) -> None:
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-    bad = []
-    for i, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            step = row["step"]
-            if type(step) is not int or not run.step < step < 1 << 53:
-                raise ValueError("no step after the last one")
-            run.log.append(row)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            bad.append(i)
+    try:
+        log = read_log(file)
+    except FileNotFoundError:
+        log = Log([], 0, False)
+    except (OSError, ValueError) as error:
+        log = Log([], 0, False)
+        run.notes.append(f"{file.name} {why(error)}.")
+    run.log = log.rows
     if not run.log:
         run.notes.append("There are no curves: nothing is logged yet.")
-    if bad:
-        cut = bad == [len(lines) - 1]
-        run.notes.append(
-            "The last line of its log is cut off." if cut else f"{len(bad)} lines of its log are damaged."
-        )
+    if log.damaged:
+        run.notes.append(f"{log.damaged + log.cut} lines of its log are damaged.")
+    elif log.cut:
+        run.notes.append("The last line of its log is cut off.")
 
 
 def _hours(run: Run, folder: Path) -> list[float] | None:

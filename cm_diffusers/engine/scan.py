@@ -26,7 +26,7 @@ from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_u
 
 CACHE_BYTES = 4 << 30  # decoded datasets up to this size are kept in memory
 LISTED_FAULTS = 20
-VERSION = 1  # of what the file of a scan holds, and of how images are decoded
+VERSION = 2  # of what the file of a scan holds, and of how images are decoded
 
 
 def resize_and_crop(image: Image.Image, resolution: Sequence[int]) -> Image.Image:
@@ -176,7 +176,8 @@ def as_it_is(batch: Any) -> Any:
 
 def save_scan(file: Path, key: str, facts: Facts, images: Tensor) -> None:
     """Write what was found, and the images that are kept, as safetensors that say of which data they are."""
-    head = {"key": key, "facts": json.dumps(vars(facts)), "check": _checksum(images)}
+    found = json.dumps(vars(facts))
+    head = {"key": key, "facts": found, "check": _checksum(images, found)}
     with written_aside(file) as aside:
         save_file({"images": images}, aside, head)
 
@@ -189,14 +190,17 @@ def load_scan(file: Path, key: str) -> tuple[Facts, Tensor] | None:
             if head["key"] != key:
                 return None
             images = source.get_tensor("images")
-        if _checksum(images) != head["check"]:
-            return None
+        if _checksum(images, head["facts"]) != head["check"]:
+            raise ValueError("its checksum differs")
         facts = Facts(**json.loads(head["facts"]))
         facts.sizes = Counter(facts.sizes)
         return facts, images
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        tqdm.write(f"WARNING: {file} is damaged ({error}); the images are checked anew.")
         return None
 
 
-def _checksum(images: Tensor) -> str:
-    return str(zlib.crc32(images.numpy().reshape(-1)))
+def _checksum(images: Tensor, facts: str) -> str:
+    return str(zlib.crc32(images.numpy().reshape(-1), zlib.crc32(facts.encode())))

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from cm_diffusers.core.golden_section import search_levels
-from cm_diffusers.engine.card import FACTS, draw_grids
+from cm_diffusers.engine.card import FACTS, draw_grids, read_facts
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
 from cm_diffusers.engine.export import save_pipeline
-from cm_diffusers.engine.files import replace_file
+from cm_diffusers.engine.files import replace_file, why
 from cm_diffusers.engine.judge import Judge, sampler
 from cm_diffusers.evaluation import check_samples
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
@@ -62,5 +62,12 @@ def _save_copy(pipeline: ImagePipeline, args: EvaluationArguments) -> None:
     facts = Path(args.pretrained_model_name_or_path).parent / FACTS
     save_pipeline(pipeline, copy, complete=lambda written: grids.update(draw_grids(pipeline, written)))
     if facts.is_file():
-        changed = json.loads(facts.read_text()) | {"stock": False, "grids": grids}
+        changed = _facts(facts) | {"stock": False, "grids": grids}
         replace_file(args.folder / FACTS, json.dumps(changed, indent=1))
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    try:
+        return read_facts(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} {why(error)}. Move it away, and the copy gets no card.") from None

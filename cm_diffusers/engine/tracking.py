@@ -11,7 +11,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from cm_diffusers.engine.config import Config
-from cm_diffusers.engine.files import replace_file
+from cm_diffusers.engine.files import read_json, replace_file, why
 from cm_diffusers.engine.hub import short
 
 
@@ -63,7 +63,10 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
         ValueError: a tracker does not start (no login, no network, its run was deleted).
     """
     file = Path(config.run.output_dir) / NOTE
-    note = _read_note(file) or _new_note(config)
+    try:
+        note = read_note(file) if file.exists() else _new_note(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} {why(error)}. Delete it, and a new run of the tracker is begun.") from None
     project = note["name"] if config.run.report_to == "tensorboard" else PROJECT  # of tensorboard it names the run
     values = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.to_dict().items()}
     try:
@@ -87,18 +90,10 @@ def _new_note(config: Config) -> dict[str, Any]:
     return {"name": f"{folder}-{config.method}-{number[:6]}", "id": number, "runs": {}}
 
 
-def _read_note(file: Path) -> dict[str, Any] | None:
-    """Name, id and runs by tracker, as `start_trackers` wrote them; None in a new run."""
-    if not file.exists():
-        return None
-    try:
-        note = json.loads(file.read_text())
-        return {"name": str(note["name"]), "id": str(note["id"]), "runs": dict(note["runs"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged ({short(error)}). It says which run of the tracker this run belongs to; delete it, and"
-            " a new one is begun."
-        ) from None
+def read_note(file: Path) -> dict[str, Any]:
+    """Name, id and runs by tracker, as `start_trackers` wrote them. Raises OSError, or an error of another content."""
+    note = read_json(file)
+    return {"name": str(note["name"]), "id": str(note["id"]), "runs": dict(note["runs"])}
 
 
 def _init_kwargs(note: dict[str, Any], folder: Path, step: int) -> dict[str, dict[str, Any]]:

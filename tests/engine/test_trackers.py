@@ -142,15 +142,14 @@ def test_a_tracker_that_is_new_to_a_run_begins_with_its_settings(tmp_path, insta
     assert sorted(json.loads((tmp_path / NOTE).read_text())["runs"]) == ["mlflow", "trackio"]
 
 
-def test_a_damaged_note_of_the_tracker_is_named_with_what_to_do(tmp_path, install):
+def test_a_damaged_note_of_the_tracker_is_set_aside_and_a_new_run_begun(tmp_path, install):
     _, begin = install("trackio")
     run(tmp_path, max_train_steps=3, report_to="trackio")
     (tmp_path / NOTE).write_text('{"name"')
-    with pytest.raises(ValueError, match="tracker.json is damaged .* delete it"):
-        run(tmp_path, max_train_steps=6, report_to="trackio")
-    (tmp_path / NOTE).unlink()
+    with pytest.raises(ValueError, match="tracker.json is not JSON .*Delete it, and a new run of the"):
+        start(tmp_path, "trackio")
     run(tmp_path, max_train_steps=6, report_to="trackio")
-    assert begin.call_count == 2
+    assert begin.call_count == 2 and (tmp_path / f"damaged-{NOTE}").read_text() == '{"name"'
 
 
 def test_tensorboard_shows_one_run_without_the_steps_that_a_resumed_run_trains_again(tmp_path):
