@@ -59,11 +59,11 @@ class EMA:
     @torch.no_grad()
     def update(self, images_seen: int, batch_size: int) -> None:
         """Average in the weights after an optimiser step that brought the run to `images_seen` images."""
-        weights = [p.detach().float() for p in self.module.parameters()]
-        names = [name for name, _ in self.module.named_parameters()]
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))  # as in a state dict
+        weights = [p.detach().float() for p in parameters.values()]
         for name, profile in self.profiles.items():
             shadow = self.shadows[name]
-            torch._foreach_lerp_([shadow[n] for n in names], weights, 1 - profile(images_seen, batch_size))
+            torch._foreach_lerp_([shadow[n] for n in parameters], weights, 1 - profile(images_seen, batch_size))
             for n, buffer in self.module.named_buffers():
                 if n in shadow:
                     shadow[n].copy_(buffer)

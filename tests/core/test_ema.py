@@ -106,6 +106,18 @@ def test_every_average_has_the_buffers_that_are_saved_and_no_others():
         assert shadow.keys() == module.state_dict().keys()
 
 
+def test_weights_that_layers_share_are_averaged_under_all_their_names():
+    """Else loading the average would give the layers the weights of before training, by their second name."""
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    module[1].weight = module[0].weight
+    ema, before = EMA(module, [ConstantDecay(0.75)]), module[0].weight.detach().clone()
+    nn.init.zeros_(module[0].weight)
+    ema.update(8, 8)
+    module.load_state_dict(ema.shadows["ema_0.75"])
+    torch.testing.assert_close(module[0].weight, 0.75 * before)
+    assert module[1].weight is module[0].weight
+
+
 def test_several_averages_at_once_are_those_of_each_alone():
     profiles = [ConstantDecay(0.9), ConstantDecay(0.99), HalfLife(0.5, 0)]
     module = nn.Linear(4, 3)
