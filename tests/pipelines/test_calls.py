@@ -381,6 +381,16 @@ def test_from_pipe_keeps_the_autoencoder(make):
     assert again.vae is pipe.vae
 
 
+def test_no_saved_file_names_the_folder_that_a_part_came_from(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "first")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "first")
+    came_from = [config for config in (again.config, again.unet.config) if str(tmp_path) in str(config)]
+    again.save_pretrained(tmp_path / "second")
+    texts = [path.read_text() for path in (tmp_path / "second").rglob("*") if path.suffix in (".json", ".py")]
+    assert came_from and len(texts) >= 3 and not any(str(tmp_path) in text for text in texts)
+    assert all(str(tmp_path) in str(config) for config in came_from)  # saving changes nothing
+
+
 def test_a_scheduler_of_another_prediction_is_refused(make):
     flow, edm = make("flow"), make("denoising")
     with pytest.raises(ValueError, match="a network with prediction='flow', and this one's is 'edm'"):
