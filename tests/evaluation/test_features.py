@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers import ViTImageProcessorPil as Processor
 
-from cm_diffusers.evaluation import load_extractor
+from cm_diffusers.evaluation import features, load_extractor, train_classifier
 from cm_diffusers.evaluation.hub_networks import HubFeatures
 
 
@@ -192,6 +192,32 @@ def test_the_classifier_knows_its_shape_and_needs_labels():
             extractor(wrong)
     with pytest.raises(ValueError, match="these have no labels"):
         load_extractor("classifier", reference=(images(), None))
+
+
+@pytest.mark.parametrize("n, epochs", [(3, 20), (10, 20), (11, 19), (100, 2), (201, 1)])
+def test_the_classifier_is_shown_about_so_many_images(monkeypatch, n, epochs):
+    """200 here: each of up to 10 images 20 times, of more all together about 200."""
+    shown = []
+
+    def train(images, labels, seed, epochs):
+        shown.append(epochs)
+        return train_classifier(images[:3], labels[:3], seed, 1)
+
+    monkeypatch.setattr(features, "CLASSIFIER_IMAGES", 200)
+    monkeypatch.setattr(features, "train_classifier", train)
+    load_extractor("classifier", reference=(torch.zeros(n, 1, 4, 4), torch.arange(n) % 3))
+    assert shown == [epochs]
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_images_are_normalised_where_the_processor_does(normalised):
+    seen = []
+    network = HubFeatures(torch.nn.Identity(), {**SETTINGS, "do_normalize": normalised}, None)
+    network.model.forward = lambda pixel_values: (seen.append(pixel_values), type("", (), {"pooler_output": 0}))[1]
+    pixels = images(size=(32, 24))
+    network(pixels)
+    mean, std = (torch.tensor(SETTINGS[key])[:, None, None] for key in ("image_mean", "image_std"))
+    torch.testing.assert_close(seen[0], (pixels - mean) / std if normalised else pixels)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,12 @@ def test_distance_is_symmetric_and_invariant_under_rotation_and_zero_to_itself()
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
 
 
+def test_no_distance_is_negative_by_rounding():
+    for seed in range(20):
+        features = 1e3 * normals(100, 5, seed=seed)
+        assert 0 <= frechet_distance(features, features.flip(0)) < 1e-6
+
+
 @pytest.mark.parametrize("other", [[1.0, 4.0, 9.0, 0.25, 2.0, 3.0, 1.0], [1.0, 4.0, 9.0, 0.25, 0.0, 0.0, 0.0]])
 def test_features_that_are_zero_for_all_images_cost_no_digits(other):
     mix = torch.linalg.qr(normals(7, 7, seed=2)).Q  # so that what is singular is not along the axes

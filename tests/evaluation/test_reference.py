@@ -80,6 +80,14 @@ def test_of_many_images_some_are_kept_and_all_are_counted(monkeypatch):
     torch.testing.assert_close(found.moments.mean, rows.double().mean(0))
 
 
+def test_a_cached_reference_counts_all_images_though_it_keeps_some(monkeypatch, tmp_path):
+    monkeypatch.setattr(reference, "KEPT", 20)
+    for _ in range(2):
+        found = reference_features(images(), load_extractor(Flat()), tmp_path)
+        assert found.moments.count == 60 and len(found.features) == 20
+        torch.testing.assert_close(found.moments.covariance, images().flatten(1).double().T.cov())
+
+
 def test_images_that_can_not_be_a_reference_are_refused():
     with pytest.raises(ValueError, match="not an iterator"):
         reference_features(iter([images()]), load_extractor(Flat()))
