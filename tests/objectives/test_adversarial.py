@@ -12,7 +12,7 @@ from cm_diffusers.objectives.base import Batch
 
 
 class Watched(nn.Module):
-    """A discriminator that keeps what it is given; its one logit is a weight times the image's mean."""
+    """A discriminator that keeps what it is given; its two logits are the image's mean times a weight, and 9 times."""
 
     def __init__(self):
         super().__init__()
@@ -21,7 +21,7 @@ class Watched(nn.Module):
 
     def forward(self, images, labels=None):
         self.calls.append((images, labels))
-        return self.weight * images.mean((1, 2, 3))[:, None]
+        return self.weight * images.mean((1, 2, 3))[:, None] * torch.tensor([1, 9])
 
 
 DRAWS = Draws(0, 3, range(4))
@@ -44,8 +44,8 @@ def test_the_discriminator_sees_real_and_made_images_augmented_with_their_own_la
     real, fake = (differentiable_augmentation(pictures(i), DRAWS, name) for i, name in enumerate(("real", "fake")))
     assert torch.equal(seen, torch.cat([real, fake]))
     assert labels.tolist() == [*LABELS.tolist(), *LABELS.tolist()]
-    logits = 0.5 * seen.mean((1, 2, 3))
-    hinge = (1 - logits[:4]).relu() + (1 + logits[4:]).relu()
+    logits = seen.mean((1, 2, 3))[:, None] * torch.tensor([0.5, 4.5])
+    hinge = ((1 - logits[:4]).relu() + (1 + logits[4:]).relu()).sum(1) / 2
     torch.testing.assert_close(loss.terms["discriminator"], hinge)
     torch.testing.assert_close(loss.total, hinge.mean())
 
@@ -55,7 +55,7 @@ def test_the_model_s_images_are_judged_as_the_discriminator_learned_to_see_them(
     loss = adversary.generator_loss(fake, LABELS, DRAWS)
     ((seen, labels),) = adversary.network.calls
     assert torch.equal(seen, differentiable_augmentation(fake, DRAWS, "fake")) and labels is LABELS
-    torch.testing.assert_close(loss, -0.5 * seen.mean((1, 2, 3)))
+    torch.testing.assert_close(loss, -2.5 * seen.mean((1, 2, 3)))
     loss.sum().backward()
     assert fake.grad.abs().amax((1, 2, 3)).min() > 0 and adversary.network.weight.grad is None
 

@@ -267,6 +267,16 @@ def test_the_discriminator_learns_and_the_model_stands_still(random):
     assert loss.per_sample.numel() == 0 and set(loss.terms) == {"discriminator"}
 
 
+def test_both_players_judge_the_same_images_of_a_step(random, monkeypatch):
+    objective, judged = random(gan_weight=1.0), []
+    monkeypatch.setattr(
+        objective.adversary, "generator_loss", lambda fake, *_: (judged.append(fake), fake.mean((1, 2, 3)))[1]
+    )
+    for step in (1, 3):
+        objective.loss(image_batch(), draws(4, step))
+        torch.testing.assert_close(objective.fakes(image_batch(), draws(4, step)), judged[-1], rtol=1e-12, atol=1e-12)
+
+
 def test_the_hinge_loss_of_a_discriminator_that_knows(random):
     objective = random(gan_weight=1.0)
     for logit, expected in ((0.0, 2.0), (3.0, 0.0)):
