@@ -206,6 +206,12 @@ def test_weights_alone_say_less_and_the_notes_say_what_is_assumed(tmp_path):
     assert convert(tmp_path / "weights.safetensors").family == "edm"
 
 
+def test_what_is_no_tensor_is_left_out_with_a_note(tmp_path):
+    values = foreign.tensors(foreign.simo_layout()) | {"step": 3, "name": "a run"}
+    notes = convert(foreign.save({"ema": values}, tmp_path / "a.pt")).notes
+    assert notes[:3] == ["weights: ema", *(f"left out: {name}, which is no tensor" for name in ("step", "name"))]
+
+
 def test_assumptions_are_noted(tmp_path):
     path, _ = foreign.write("ctm", tmp_path)
     notes = " ".join(convert(path).notes)

@@ -318,6 +318,15 @@ def test_edm_networks_are_told_of_the_level_by_their_time_label(network, time_la
     assert seen == pytest.approx(labels, rel=1e-5)
 
 
+@pytest.mark.parametrize("time_scale", [1.0, 1000.0])
+def test_flow_networks_are_told_of_the_flow_time_in_their_scale(network, time_scale):
+    seen = []
+    network.register_forward_pre_hook(lambda module, args: seen.append(float(args[1])))
+    pipe = quiet(DenoisingPipeline(network, EDMEulerScheduler(), prediction="flow", time_scale=time_scale))
+    pipe(num_inference_steps=2, solver="euler")
+    assert seen == pytest.approx([time_scale * 80 / 81, time_scale * 0.002 / 1.002], rel=1e-5)
+
+
 @pytest.mark.parametrize("config", [{}, {"time_label": "log_sigma"}, {"time_label": "angle"}])
 def test_models_saved_before_there_were_flow_models_load(network, config, tmp_path):
     pipe = DenoisingPipeline(network, EDMEulerScheduler(), **config)

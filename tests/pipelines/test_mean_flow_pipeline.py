@@ -73,8 +73,11 @@ def test_sampling_starts_from_noise_of_the_first_level():
         ({"sigmas": [math.inf, 80, 1, 0.25]}, [1, 80 / 81, 0.5, 0.2, 0]),
     ],
 )
-def test_the_network_is_given_both_flow_times(steps, times):
+@pytest.mark.parametrize("time_scale", [1.0, 1000.0])
+def test_the_network_is_given_both_flow_times_in_its_scale(steps, times, time_scale):
     pipe, seen = mean_flow(GaussianMeanFlow()), []
+    pipe = MeanFlowPipeline(pipe.unet, FlowMatchEulerDiscreteScheduler(), time_scale=time_scale)
+    times = [time_scale * time for time in times]
     pipe.unet.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((float(args[1]), float(kwargs["target_timestep"]))), with_kwargs=True
     )
