@@ -73,7 +73,7 @@ def best_name(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with ends_with_a_line():
+    with ends_with_a_line(then="give the same command again"):
         argv = sys.argv[1:] if argv is None else argv
         args, data_args = parse_groups(argv, (EvaluationArguments, DataArguments), __doc__)
         report = evaluate(args, data_args)

@@ -34,7 +34,7 @@ def lock_folder(folder: Path) -> FileLock:
 def _make_way(path: Path) -> None:
     """Set aside what is not a file."""
     if os.path.lexists(path) and (kind := kind_of(os.lstat(path).st_mode)):
-        tqdm.write(f"WARNING: {path} is {kind} instead of a file; it is {set_aside(path).name} from here on.")
+        tqdm.write(f"WARNING: {path} is {kind} instead of a file; it is renamed to {set_aside(path).name}.")
 
 
 def _read_owner(file: Path) -> str:

@@ -34,7 +34,7 @@ from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.diagnostics import save_diagnostics
 from cm_diffusers.engine.divergence import ADVISED, Diverged, advice, go_back, is_sound, norm, read_note
 from cm_diffusers.engine.files import free_name, holds, naming, replace_file
-from cm_diffusers.engine.log import read_log
+from cm_diffusers.engine.log import Log, read_log
 from cm_diffusers.engine.meter import LossMeter
 from cm_diffusers.engine.optimization import (
     LearningRate,
@@ -271,17 +271,19 @@ class Trainer:
 
     def _cut_log(self, step: int) -> None:
         """Drop the lines of the log after `step`, a line that a kill cut off, and damaged ones, which is said."""
-        if not self.accelerator.is_main_process or not self.log_file.exists():
+        if not self.accelerator.is_main_process:
             return
-        log = read_log(self.log_file, step)
+        log = read_log(self.log_file, step) if self.log_file.exists() else Log([], 0, False)
         text = "".join(json.dumps(row) + "\n" for row in log.rows)
-        if log.damaged:
+        damaged = log.damaged + (log.cut and not log.rows)
+        if damaged:
             copy = free_name(self.log_file)
             shutil.copyfile(self.log_file, copy)
-            self._say(
-                f"WARNING: {log.damaged} damaged line(s) of {self.log_file} are left out; {copy.name} is as it was."
-            )
-        if not holds(self.log_file, text):
+            said = f"{damaged} damaged line(s) of {self.log_file} are left out; {copy.name} is as it was."
+            self._say(f"WARNING: {said}")
+        if not log.rows and step >= self.run.logging_steps:
+            self._say(f"{self.log_file} holds no line up to step {step}: its curves begin there.")
+        if self.log_file.exists() and not holds(self.log_file, text):
             replace_file(self.log_file, text)
 
     # --- one step ----------------------------------------------------------------------------------------------

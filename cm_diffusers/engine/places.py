@@ -23,7 +23,7 @@ def check_place(folder: Path, flag: str = "output_dir") -> None:
     if not there.is_dir():
         raise ValueError(f"{flag} {str(folder)!r} can't be a folder: {there} is a file.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag} {str(folder)!r} can't be written: {there} does not allow it.")
+        raise ValueError(f"{flag} {str(folder)!r} can't be written: allow writing in {there}, or give another.")
 
 
 def earlier_files(folder: Path, made: str, overwrite: bool) -> list[Path]:

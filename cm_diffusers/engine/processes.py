@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -82,5 +82,6 @@ def end_with(error: Exception | str) -> NoReturn:
     number = int(os.environ.get("RANK", 0))
     if number > 0:
         time.sleep(PATIENCE)
-    print(f"error: {error}" + (f" (process {number})" if number > 0 else ""), file=sys.stderr, flush=True)
+    with suppress(OSError):  # where stderr goes to a full disk as well
+        print(f"error: {error}" + (f" (process {number})" if number > 0 else ""), file=sys.stderr, flush=True)
     raise SystemExit(2) from None

@@ -50,7 +50,7 @@ def look_over(folder: Path) -> list[str]:
     faults = {name: _fault(folder / name, check) for name, check in FILES.items()}
     faults |= {name: None if (folder / name).is_dir() else "is not a folder" for name in FOLDERS}
     return [
-        f"WARNING: {folder / name} {fault}; it is {set_aside(folder / name).name} from here on, and is made anew."
+        f"WARNING: {folder / name} {fault}; it is renamed to {set_aside(folder / name).name}, and made anew."
         for name, fault in faults.items()
         if fault is not None and os.path.lexists(folder / name)
     ]

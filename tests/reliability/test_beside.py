@@ -106,9 +106,9 @@ def test_a_run_goes_on_whatever_its_files_hold(kind, whole, stopped, capsys):
     before = (stopped / "card.json").read_bytes()
     said = assert_goes_on(stopped, whole, capsys)
     for name in CHECKED:
-        assert f"{stopped / name} " in said and f"it is damaged-{name} from here on" in said
+        assert f"{stopped / name} " in said and f"it is renamed to damaged-{name}," in said
         assert (stopped / f"damaged-{name}").read_bytes() == before
-    assert ("damaged line(s) of" in said) == (kind in ("binary", "other", "deep"))
+    assert ("damaged line(s) of" in said) == (kind != "empty") and "holds no line up to step 3" in said
     assert f"{stopped / 'images_checked.safetensors'} is damaged" in said
     assert [row["step"] for row in read_log(stopped)] == [4, 5, 6]
     assert (stopped / "data.json").read_bytes() == (whole / "data.json").read_bytes()
@@ -146,7 +146,11 @@ def test_a_run_goes_on_where_all_but_its_checkpoints_is_missing(whole, stopped, 
         if not path.name.startswith("checkpoint-"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     said = assert_goes_on(stopped, whole, capsys)
-    assert "WARNING" not in said and not list(stopped.glob("damaged-*"))
+    assert (
+        "WARNING" not in said
+        and "log.jsonl holds no line up to step 3" in said
+        and not list(stopped.glob("damaged-*"))
+    )
 
 
 def test_links_to_files_and_folders_elsewhere_are_followed(whole, stopped, tmp_path, capsys):
@@ -226,7 +230,7 @@ def test_other_json_than_a_run_leaves_is_set_aside(tmp_path, name, value):
     (tmp_path / name).write_text(json.dumps(value))
     (tmp_path / f"damaged-{name}").write_text("of an earlier time")
     (line,) = look_over(tmp_path)
-    assert f"{tmp_path / name} " in line and f"it is damaged-2-{name} from here on" in line and len(line) < 400
+    assert f"{tmp_path / name} " in line and f"it is renamed to damaged-2-{name}," in line and len(line) < 400
     assert (tmp_path / f"damaged-{name}").read_text() == "of an earlier time"
     assert json.loads((tmp_path / f"damaged-2-{name}").read_text()) == value
     assert look_over(tmp_path) == []
