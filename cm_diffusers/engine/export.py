@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,8 @@ def save_pipeline(
                     os.fsync(file.fileno())
         _put_in_place(written, folder)
     fsync_folder(folder.parent)
-    remove(written)
+    with suppress(OSError):  # an old one of another user's files, whose place the new one has
+        remove(written)
 
 
 def _save_variant(pipeline: DiffusionPipeline, folder: Path, variant: str, max_shard_size: int | str) -> None:

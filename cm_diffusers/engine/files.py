@@ -95,7 +95,11 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def remove(path: Path) -> None:
     """Delete a file, a link (and not what it leads to) or a folder; nothing where there is nothing."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            error.filename = str(path)  # it names what is in there without its folder
+            raise
     else:
         path.unlink(missing_ok=True)
 

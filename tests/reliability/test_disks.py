@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from training_runs import differences, flags, read_log, run
 
 import cm_diffusers.engine.processes as processes
-from cm_diffusers.engine.files import explain, replace_file, written_aside
+from cm_diffusers.engine.files import explain, remove, replace_file, written_aside
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.processes import ends_with_a_line, together
 
@@ -225,6 +225,16 @@ def test_a_file_is_the_old_one_or_the_new_one_and_never_a_half(tmp_path, before)
     (tmp_path / ".tmp-a.json").mkdir()  # whatever lies there
     replace_file(file, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and file.read_text() == "new"
+
+
+def test_a_folder_that_can_not_be_deleted_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", "data.json")
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    with pytest.raises(OSError) as caught:
+        remove(tmp_path)
+    assert explain(caught.value).startswith(f"{tmp_path}: Permission denied. Allow writing there")
 
 
 def empty(path):
