@@ -95,6 +95,31 @@ def test_threads_that_share_a_pipeline_make_the_images_of_one(pipe):
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-4)
 
 
+WAYS = [
+    *[(kind, {}) for kind in KINDS],
+    ("consistency", {"sigmas": [80.0, 2.0, 0.3]}),
+    ("ctm", {"gamma": 0.0}),
+    *[("denoising", {"solver": solver}) for solver in ("euler", "heun", "sde", "sde_2m")],
+    ("denoising", {"s_churn": 4.0}),
+    *[(kind, {"solver": "sde_2m"}) for kind in ("flow", "epsilon")],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, way", WAYS, ids=str)
+def test_eight_threads_with_fifty_calls_each_make_the_images_of_one(make, kind, way):
+    pipe, seeds = make(kind), range(8 * 50)
+    work = [{"generator": seed, "class_labels": seed % 10, **way} for seed in seeds]
+    if "sigmas" in way:
+        work = [{**arguments, "num_inference_steps": None} for arguments in work]
+    else:
+        work = [{**arguments, "num_inference_steps": 2 + seed % 3} for seed, arguments in zip(seeds, work)]
+    alone = [images(pipe, **arguments) for arguments in work]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda arguments: images(pipe, **arguments), work))
+    assert all(torch.equal(image, expected) for image, expected in zip(together, alone))
+
+
 def test_a_call_within_a_call_disturbs_neither(pipe):
     other = quiet(type(pipe)(**pipe.components))
     expected, inner = images(pipe), []
