@@ -18,6 +18,7 @@ TRAINING = [
     "jinja2>=3.1",
     "markupsafe>=2.1.1",
     "matplotlib>=3.9",
+    "psutil>=5.9.5",
     "pyarrow>=17.0",
     "pyyaml>=6.0.1",
     "tqdm>=4.66.3",

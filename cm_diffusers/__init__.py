@@ -1,5 +1,9 @@
 """Consistency models and their relatives for diffusers: train them, share them, sample them in one to four steps."""
 
+import cm_diffusers.parent  # noqa: F401  (first: it is to see what is there before the imports that take seconds)
+
+
+# isort: split
 import sys
 
 import diffusers

@@ -32,6 +32,10 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint whose files are not what was written."""
 
 
+class NotFinite(ValueError):
+    """Tensors that no run can go on from; nothing was written."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What was saved: groups of tensors by name, and a JSON state."""
@@ -58,8 +62,16 @@ def save_checkpoint(
         tensors: groups of tensors; each group becomes a safetensors file.
         state: values that JSON can hold; "sound" says whether a run that diverged can go on from it (by default yes).
         keep: how many checkpoints stay, at least 2.
+
+    Raises:
+        NotFinite: a value is infinite or no number.
+        OSError: it can't be written; what was there before is as it was.
     """
     assert keep >= 2
+    for group, values in tensors.items():
+        for name, value in values.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise NotFinite(f"{name} of {group} is not finite")
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp-*"):
         if leftover.name[5:].isdecimal():

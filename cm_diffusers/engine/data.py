@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import permutation
@@ -30,7 +30,7 @@ from cm_diffusers.engine.image_sources import declares_parts, is_table, load_loc
 from cm_diffusers.engine.labels import read_labels
 from cm_diffusers.engine.order import KeyedOrder, Spot
 from cm_diffusers.engine.records import name_in_messages, open_image, why
-from cm_diffusers.engine.scan import CACHE_BYTES, VERSION, DecodedImages, Facts, as_it_is, load_scan, save_scan, scan
+from cm_diffusers.engine.scan import CACHE_BYTES, VERSION, DecodedImages, Facts, load_scan, loaded, save_scan, scan
 from cm_diffusers.engine.streams import StreamedRows, StreamOrder, numbered, stream_batches
 from cm_diffusers.lookup import looked_up
 from cm_diffusers.pixels import size_of
@@ -292,4 +292,4 @@ class ImageData:
         order = KeyedOrder(len(self.images), spot, seed, step)
         workers = 0 if torch.is_tensor(self.images) else self.args.dataloader_num_workers
         rows = _Rows(self.images, self.labels)
-        return iter(DataLoader(rows, batch_sampler=order, num_workers=workers, collate_fn=as_it_is))
+        return loaded(rows, workers, batch_sampler=order)

@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint, set_aside_newer
@@ -16,23 +17,40 @@ from cm_diffusers.engine.files import read_json, replace_file
 ADVISED = ("learning_rate", "max_grad_norm", "mixed_precision")  # what a run that diverged may be resumed with changed
 NOTE = "diverged.json"  # in the run's folder, once it has diverged: at which step, with which of these settings
 FAR = 10.0
+BROKEN = 1000.0  # a factor by which no training that works changes the size of all weights together
 
 
 class Diverged(ValueError):
-    """Too many steps in a row had no finite loss or gradient."""
+    """The weights are broken, or too many steps in a row had no finite loss or gradient."""
 
 
-def norm(values: Mapping[str, Tensor]) -> float:
-    """Root of the sum of squares of all floating-point values."""
-    return math.sqrt(sum(v.double().square().sum().item() for v in values.values() if v.is_floating_point()))
+def norm(values: Iterable[Tensor]) -> float:
+    """Root of the sum of squares of all floating-point values; not finite where one of them is not."""
+    values = [value for value in values if value.is_floating_point()]
+    return torch.stack(torch._foreach_norm(values, dtype=torch.float64)).norm().item() if values else 0.0
+
+
+def breakage(weights: Mapping[str, Tensor], start: float) -> str:
+    """What is wrong with weights that no training can repair; empty where nothing is.
+
+    Args:
+        weights: by name.
+        start: their norm at the start of the run.
+    """
+    size = norm(weights.values())
+    if not math.isfinite(size):
+        broken = [name for name, value in weights.items() if not value.isfinite().all()]
+        return f"{len(broken)} of {len(weights)} tensors of its weights are not finite, the first is {broken[0]}"
+    if size > BROKEN * start:
+        return f"its weights have grown to {size / start:.1e} times their size at the start"
+    return ""
 
 
 def is_sound(tensors: Mapping[str, Mapping[str, Tensor]], average: str, start: float, skipped_in_a_row: int) -> bool:
-    """Whether a run can go on from a state.
+    """Whether a run can go on from a state, which is finite.
 
-    Its last step had a finite loss and gradient; all of it is finite; and the weights are near their average, which
-    is of the size that weights had at the start: both within a factor of 10, where those of a broken network are off
-    by hundreds.
+    Its last step had a finite loss and gradient; and the weights are near their average, which is of the size that
+    weights had at the start: both within a factor of 10, where those of a broken network are off by hundreds.
 
     Args:
         tensors: groups of tensors as a checkpoint holds them, with the weights in "model".
@@ -40,13 +58,11 @@ def is_sound(tensors: Mapping[str, Mapping[str, Tensor]], average: str, start: f
         start: the norm of the weights at the start of the run.
         skipped_in_a_row: how many steps up to now were not finite.
     """
-    if skipped_in_a_row or not all(
-        v.isfinite().all() for group in tensors.values() for v in group.values() if v.is_floating_point()
-    ):
+    if skipped_in_a_row:
         return False
     mean = tensors[average]
-    gap = norm({key: value - mean[key] for key, value in tensors["model"].items()})
-    return gap <= FAR * norm(mean) and norm(mean) <= FAR * start
+    gap, size = norm(value - mean[key] for key, value in tensors["model"].items()), norm(mean.values())
+    return gap <= FAR * size and size <= FAR * start
 
 
 def go_back(root: Path, step: int, run: RunArguments) -> int | None:

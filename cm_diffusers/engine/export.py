@@ -54,18 +54,23 @@ def save_pipeline(
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = folder.with_name(f".tmp-{folder.name}")
     remove(written)
-    with naming(folder):
-        save_with_code(pipeline, written, max_shard_size=max_shard_size)
-        if variant is not None:
-            _save_variant(pipeline, written, variant, max_shard_size)
-        if verify:
-            verify_export(pipeline, written)
-        complete(written)
-        for path in written.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        _put_in_place(written, folder)
+    try:
+        with naming(folder):
+            save_with_code(pipeline, written, max_shard_size=max_shard_size)
+            if variant is not None:
+                _save_variant(pipeline, written, variant, max_shard_size)
+            if verify:
+                verify_export(pipeline, written)
+            complete(written)
+            for path in written.rglob("*"):
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+            _put_in_place(written, folder)
+    except BaseException as error:
+        if not isinstance(error, RuntimeError):  # a model that is not what was to be saved is there to be looked at
+            remove(written)
+        raise
     fsync_folder(folder.parent)
     with suppress(OSError):  # an old one of another user's files, whose place the new one has
         remove(written)

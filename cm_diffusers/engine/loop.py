@@ -3,12 +3,11 @@
 import json
 import math
 import shutil
-import signal
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +22,7 @@ from cm_diffusers.engine.card import HERE, Surroundings
 from cm_diffusers.engine.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
+    NotFinite,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
@@ -32,7 +32,16 @@ from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.diagnostics import save_diagnostics
-from cm_diffusers.engine.divergence import ADVISED, Diverged, advice, go_back, is_sound, norm, read_note
+from cm_diffusers.engine.divergence import (
+    ADVISED,
+    Diverged,
+    advice,
+    breakage,
+    go_back,
+    is_sound,
+    norm,
+    read_note,
+)
 from cm_diffusers.engine.files import free_name, holds, naming, replace_file
 from cm_diffusers.engine.log import Log, read_log
 from cm_diffusers.engine.meter import LossMeter
@@ -48,6 +57,7 @@ from cm_diffusers.engine.precision import CastPass
 from cm_diffusers.engine.preview import save_preview, with_vae
 from cm_diffusers.engine.processes import together
 from cm_diffusers.engine.stock import null_class
+from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.streams import StreamFault
 from cm_diffusers.objectives import Batch, Objective
 
@@ -61,10 +71,6 @@ FREE_TO_CHANGE = {
     "export_weights", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_timeout",
     "export_variant", "resume_from_hub", "cache_latents", "allow_data_change",
 }  # fmt: skip
-
-
-class Stopped(SystemExit):
-    """The run was asked to stop by a signal, and was saved."""
 
 
 class Trainer:
@@ -103,10 +109,9 @@ class Trainer:
         profiles = [HalfLife(kimg, run.ema_rampup) for kimg in run.ema_half_life or []]
         profiles += [ConstantDecay(decay) for decay in run.ema_decay or []]
         self.ema = EMA(network, profiles or [HalfLife(DEFAULT_HALF_LIFE, run.ema_rampup)])
-        self._start_norm = norm(network.state_dict())
+        self._start_norm = norm(network.state_dict().values())
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.meter = LossMeter(self.objective.terms)
-        self._signal = 0
         self._shown: dict[str, Tensor | None] | None = None  # images for the diagnostics, read once
         self.on_save: Callable[[], None] = lambda: None  # called on the main process after each checkpoint
 
@@ -149,13 +154,25 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write a checkpoint of the present step; the log and the meter are complete up to it."""
+        """Write a checkpoint of the present step; the log and the meter are complete up to it.
+
+        Raises Diverged on all processes where no run could go on from it.
+        """
         self._gather_meter()
+        fault = ""
         with together(self.accelerator):
             if self.accelerator.is_main_process:
                 tensors, keep = self._tensors(), self.run.checkpoints_total_limit
+                fault = breakage(tensors["model"], self._start_norm)
                 self.sound = is_sound(tensors, next(iter(self.ema.shadows)), self._start_norm, self.skipped_in_a_row)
-                save_checkpoint(self.folder, self.step, tensors, {**self._state(), "sound": self.sound}, keep)
+                try:
+                    if not fault:
+                        save_checkpoint(self.folder, self.step, tensors, {**self._state(), "sound": self.sound}, keep)
+                except NotFinite as error:
+                    fault = str(error)
+        [fault] = broadcast_object_list([fault])
+        if fault:
+            self._diverge(f"The run has diverged by step {self.step}, which is not saved: {fault}")
 
     def _gather_meter(self) -> None:
         """Count on the main process what all have measured."""
@@ -328,7 +345,7 @@ class Trainer:
             )
         return raw
 
-    def _train_step(self, batches) -> tuple[float, bool]:
+    def _train_step(self, batches, stopping: Stopping) -> tuple[float, bool]:
         """Forward and backward passes and an optimiser's step; gives the gradient norm, and whether to stop."""
         accelerator, passes = self.accelerator, self.spot.accumulation
         player, optimizer = self.objective, self.optimizer
@@ -348,7 +365,7 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(gradients)
         finite_loss = math.isfinite(sum(loss.total.item() for loss in losses))
         finite = finite_loss and math.isfinite(norm.item())
-        trouble, diverged, stop = self._agree(not finite, not finite_loss, self._signal != 0)
+        trouble, diverged, stop = self._agree(not finite, not finite_loss, stopping.requested != 0)
         if trouble:
             self._skip(diverged)
         else:
@@ -382,14 +399,26 @@ class Trainer:
             scaler.update()  # lowers its scale
         self.skipped += 1
         self.skipped_in_a_row += not scaled_too_high  # which says nothing of the run
+        fault = breakage(self.objective.network.state_dict(), self._start_norm)
+        if fault:
+            self._diverge(f"The run has diverged by step {self.step}: {fault}")
         if self.skipped_in_a_row > self.run.max_skipped_steps:
-            sound = [go_back(self.folder, self.step, self.run) if self.accelerator.is_main_process else None]
-            (sound,) = broadcast_object_list(sound)
-            raise Diverged(
+            self._diverge(
                 f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or a gradient that is not"
-                " finite; the run ends. "
-                + advice(self.run, self.accelerator.mixed_precision, sound, self.skipped <= self.step)
+                " finite, though the weights are"
             )
+        if self.skipped_in_a_row == 1:
+            self._say(
+                f"WARNING: step {self.step + 1} is left out, as its loss or gradient is not finite; the weights are as"
+                " they were. Look at the images if that happens often."
+            )
+
+    def _diverge(self, why: str) -> NoReturn:
+        """End the run so that it can go on from its newest sound checkpoint."""
+        sound = [go_back(self.folder, self.step, self.run) if self.accelerator.is_main_process else None]
+        (sound,) = broadcast_object_list(sound)
+        moved = self.skipped <= self.step
+        raise Diverged(f"{why}; the run ends. " + advice(self.run, self.accelerator.mixed_precision, sound, moved))
 
     # --- the run -----------------------------------------------------------------------------------------------
 
@@ -410,16 +439,18 @@ class Trainer:
             self.accelerator.log(flat, step=self.step)
         return row
 
-    def fit(self) -> None:
-        """Train to the last step. Raises Stopped after a SIGTERM or SIGINT, once a checkpoint is written."""
+    def fit(self, stopping: Stopping) -> None:
+        """Train to the last step. Raises Stopped if a process was asked for that, once a checkpoint is written."""
+        with stopping.held(), closing(self.data.batches(self.spot, self.run.seed, self.step)) as batches:
+            self._fit(batches, stopping)
+
+    def _fit(self, batches: Iterator[dict[str, Tensor | None]], stopping: Stopping) -> None:
         run, main = self.run, self.accelerator.is_main_process
-        previous = {s: signal.signal(s, self._remember_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         bar = tqdm(total=run.max_train_steps, initial=self.step, desc=self.config.method, disable=not main)
-        batches = self.data.batches(self.spot, run.seed, self.step)
         clock, clock_step = time.perf_counter(), self.step
         try:
             while self.step < run.max_train_steps:
-                norm, stop = self._train_step(batches)
+                norm, stop = self._train_step(batches, stopping)
                 bar.update()
                 last = self.step == run.max_train_steps
                 if last or self.step % run.logging_steps == 0:
@@ -432,17 +463,15 @@ class Trainer:
                     with together(self.accelerator):
                         if main and not last and self.sound:  # the last step is exported anyway
                             self.on_save()
-                if stop and not last:
-                    self._say(f"Stopped by a signal at step {self.step}; the same command resumes.")
-                    raise Stopped(128 + (self._signal or signal.SIGTERM))
+                if stop:
+                    then, where = "exports the model" if last else "goes on", f"{self.step} of {run.max_train_steps}"
+                    raise stopping.stopped(f"at step {where}, which is saved; the same command {then}.")
                 if run.validation_steps and (last or self.step % run.validation_steps == 0):
                     with together(self.accelerator):
                         if main:
                             self._draw()
         finally:
             bar.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _draw(self) -> None:
         """Pictures of the model as it would be exported now: samples, what it makes of noise, losses."""
@@ -465,11 +494,6 @@ class Trainer:
                 self._say(f"Step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
         if self.log_file.exists():
             plot_losses(self.log_file, self.folder / "losses.png")
-
-    def _remember_signal(self, number: int, frame: object) -> None:
-        if self._signal:
-            raise KeyboardInterrupt  # asked twice: go at once
-        self._signal = number
 
     def exported(self):
         """The pipeline with the first average of the weights, or the weights themselves where asked for."""

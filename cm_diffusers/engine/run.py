@@ -30,6 +30,7 @@ from cm_diffusers.engine.models import build_start, guided, load_teacher, load_v
 from cm_diffusers.engine.precision import choose_precision
 from cm_diffusers.engine.processes import ends_with_a_line, start_accelerator, together
 from cm_diffusers.engine.run_folder import EXPORTED, look_over
+from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
 from cm_diffusers.engine.tracking import check_tracker, start_trackers
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.pipelines import name_classes
@@ -42,11 +43,29 @@ def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -
         if config.run.dry_run:
             print("".join(f"# {note}\n" for note in config.notes) + config.to_yaml(), end="")
         else:
-            train(config)
+            try:
+                train(config)
+            except Stopped as stop:
+                stop.end()
 
 
 def train(config: Config) -> Path:
-    """Train as `config` says, resuming what is there, and export the result. Gives the pipeline's folder."""
+    """Train as `config` says, resuming what is there, and export the result. Gives the pipeline's folder.
+
+    Raises:
+        ValueError: settings or data that can't be, or a run that can't go on.
+        Stopped: the run was asked to stop, and its state is saved.
+    """
+    with unbroken_output(), Stopping() as stopping:
+        try:
+            return _train(config, stopping)
+        except Stopped as stop:
+            if int(os.environ.get("RANK", 0)) == 0:
+                tqdm.write(stop.message)
+            raise
+
+
+def _train(config: Config, stopping: Stopping) -> Path:
     run = config.run
     folder = Path(run.output_dir)
     disable_progress_bar()
@@ -88,18 +107,24 @@ def train(config: Config) -> Path:
                 start_trackers(accelerator, config, trainer.step)
             if publisher is not None and run.hub_strategy == "every_save":
                 trainer.on_save = lambda: _publish_checkpoint(trainer, publisher, folder)
-            trainer.fit()
+            stopping.remark = "as the model was exported; the same command exports it anew."
+            trainer.fit(stopping)
             with together(accelerator):
                 if accelerator.is_main_process:
                     _export(trainer, folder / "pipeline", publisher, verify=True)
                     replace_file(folder / EXPORTED, goal)
                     _say_what_next(folder)
                     if publisher is not None:
+                        stopping.remark = f"as it was published. {_how_to_push(publisher, folder)}"
                         _publish(publisher, folder, run.hub_timeout)
         accelerator.wait_for_everyone()
         trainer = None  # the distributed wrapper goes before its process group: the other way round gloo can deadlock
         accelerator.free_memory()
         accelerator.end_training()
+    except Stopped:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise
     finally:
         if lock is not None:
             lock.release()
@@ -166,10 +191,14 @@ def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
     if publisher.finish(timeout):
         print(f"Pushed to {publisher.url}.")
     else:
-        print(
-            f"The model is complete in {folder / 'pipeline'}, but not all of it is on the Hub. Finish the push with:"
-            f"\n  python training/push.py --model_dir {folder / 'pipeline'} --hub_model_id {publisher.repo_id}"
-        )
+        print(_how_to_push(publisher, folder))
+
+
+def _how_to_push(publisher: Publisher, folder: Path) -> str:
+    return (
+        f"The model is complete in {folder / 'pipeline'}, but not all of it is on the Hub. Finish the push with:"
+        f"\n  python training/push.py --model_dir {folder / 'pipeline'} --hub_model_id {publisher.repo_id}"
+    )
 
 
 def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.engine.files import written_aside
 from cm_diffusers.engine.records import Content, decode_content, name_in_messages, open_image, read_content, why
+from cm_diffusers.engine.stopping import leave_signals_to_the_run
 from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_uint8
 
 
@@ -137,8 +138,8 @@ def scan(decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bo
     """
     facts, digest, faults, images = Facts(), hashlib.sha256(), [], torch.empty(0, 1, *decoder.resolution)
     ranges, own = Ranges(), {}  # the scales that images were decoded by
-    loader = DataLoader(decoder, batch_size=None, num_workers=workers, collate_fn=as_it_is)
-    for i, seen in enumerate(tqdm(loader, desc="Reading images", disable=not show_progress, leave=False)):
+    bar = {"desc": "Reading images", "total": len(decoder), "disable": not show_progress, "leave": False}
+    for i, seen in enumerate(tqdm(loaded(decoder, workers, batch_size=None), **bar)):
         if isinstance(seen, str):
             faults.append(seen)
             continue
@@ -169,8 +170,17 @@ def scan(decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bo
     return facts, images
 
 
-def as_it_is(batch: Any) -> Any:
-    """What loaders of ready batches collate by; workers need a name for it."""
+def loaded(rows: Dataset, workers: int, **settings: Any) -> Iterator[Any]:
+    """What a DataLoader of ready batches gives; its workers end with the iteration, however that ends."""
+    settings |= {"num_workers": workers, "collate_fn": _as_it_is}
+    batches = iter(DataLoader(rows, **settings, worker_init_fn=leave_signals_to_the_run if workers else None))
+    try:
+        yield from batches
+    finally:
+        del batches  # a traceback would keep it, and the workers with it
+
+
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.engine.order import Spot
 from cm_diffusers.engine.records import name_in_messages, open_image, why
-from cm_diffusers.engine.scan import DecodedImages, as_it_is
+from cm_diffusers.engine.scan import DecodedImages, loaded
 from cm_diffusers.pixels import is_grey
 
 
@@ -160,7 +160,7 @@ class StreamedRows(Dataset):
 
 def stream_batches(order: StreamOrder, rows: StreamedRows, workers: int = 0) -> Iterator[dict[str, Tensor | None]]:
     """Batches without end, decoded by `workers` processes. Raises StreamFault where a row can't be used."""
-    loader = iter(DataLoader(rows, batch_sampler=order, num_workers=workers, collate_fn=as_it_is))
+    loader = loaded(rows, workers, batch_sampler=order)
     while True:
         try:
             batch = next(loader)

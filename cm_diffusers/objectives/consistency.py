@@ -72,8 +72,8 @@ def cm_weight(name: str, sigma: Tensor, sigma_data: float) -> Tensor:
 
 
 def moving_target(network: nn.Module) -> nn.Module:
-    """A copy of `network` that has no gradient and follows it by `follow`."""
-    return copy.deepcopy(network).requires_grad_(False)
+    """A copy of `network` that has no gradient and follows it by `follow`, in training mode: both drop alike."""
+    return copy.deepcopy(network).requires_grad_(False).train()
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from safetensors.torch import save
 import cm_diffusers.engine.checkpoint as checkpoint_module
 from cm_diffusers.engine.checkpoint import (
     DamagedCheckpoint,
+    NotFinite,
     copy_checkpoint,
     load_checkpoint,
     newest_checkpoint,
@@ -97,6 +98,18 @@ def test_an_unfinished_save_is_passed_over_and_swept(tmp_path):
     assert faults == []
     write(tmp_path, 9)
     assert folders(tmp_path) == ["checkpoint-3", "checkpoint-9"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("group", ["model", "optimizer", "ema_0.99"])
+def test_what_is_not_finite_is_not_written(tmp_path, group, value):
+    write(tmp_path, 3, 6)
+    tensors, state = contents(9)
+    name, broken = next((name, tensor) for name, tensor in tensors[group].items() if tensor.ndim)
+    broken.view(-1)[-1] = value
+    with pytest.raises(NotFinite, match=f"{name} of {group} is not finite"):
+        save_checkpoint(tmp_path, 9, tensors, state)
+    assert folders(tmp_path) == ["checkpoint-3", "checkpoint-6"]
 
 
 # --- damage --------------------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ import torch
 from accelerate.state import AcceleratorState
 from training_runs import flags, read_log, run, tensors
 
+import cm_diffusers.engine.loop as loop
+from cm_diffusers.core.ema import EMA
 from cm_diffusers.engine.checkpoint import list_checkpoints, load_checkpoint
 from cm_diffusers.engine.config import RunArguments
-from cm_diffusers.engine.divergence import NOTE, Diverged, advice, is_sound
+from cm_diffusers.engine.divergence import NOTE, Diverged, advice, breakage, is_sound
 from cm_diffusers.objectives.ect import ECT
 
 
@@ -23,20 +25,20 @@ SHORT = {"max_train_steps": 30, "checkpointing_steps": 1, "max_skipped_steps": 2
 
 @pytest.fixture
 def explode(monkeypatch):
-    """Makes the weights huge in the step after `step`, and every loss after it nan, until it is called with None."""
+    """Makes the weights large after `step` steps, and the losses three steps later nan, until called with None."""
     original = ECT.loss
 
-    def set_step(step):
+    def set_step(step, factor=100.0, broken=True):
         def loss(self, batch, draws):
             result = original(self, batch, draws)
-            if draws.step > step + 2:
+            if broken and draws.step > step + 2:
                 return replace(result, total=result.total * float("nan"))
             if draws.step < step:
                 return result
             parameters = list(self.network.parameters())
             if draws.step == step:
                 with torch.no_grad():
-                    torch._foreach_mul_(parameters, 1e4)
+                    torch._foreach_mul_(parameters, factor)
             total = 1e-9 * sum(parameter.mean() for parameter in parameters)
             return replace(result, total=total, per_sample=result.per_sample.nan_to_num(1.0, 1.0))
 
@@ -66,6 +68,69 @@ def test_the_newest_sound_checkpoint_outlives_those_after_a_blow_up(tmp_path, ex
         "diverged-checkpoint-7",
         "diverged-checkpoint-8",
     ]
+
+
+def test_weights_that_are_large_and_give_finite_losses_end_the_run(tmp_path, explode):
+    """One wild gradient leaves weights of 1e13: the loss stays finite, and no later step repairs them."""
+    explode(3, 1e13, broken=False)
+    message = diverge(tmp_path)
+    assert "has diverged by step 4, which is not saved: its weights have grown to 1.0e+13 times" in message
+    assert "checkpoint-3 is sound" in message and steps_of(tmp_path) == [3, 2]
+
+
+def test_a_weight_that_is_no_number_ends_the_run_before_anything_of_it_is_saved(tmp_path, monkeypatch):
+    after_step = ECT.after_step
+
+    def broken(self, step):
+        after_step(self, step)
+        if step == 3:
+            with torch.no_grad():
+                next(self.network.parameters()).view(-1)[0] = float("nan")
+
+    monkeypatch.setattr(ECT, "after_step", broken)
+    message = diverge(tmp_path / "often", checkpointing_steps=1)
+    assert "by step 4, which is not saved: 1 of " in message and "not finite, the first is conv_in.weight" in message
+    message = diverge(tmp_path / "seldom", checkpointing_steps=3)  # found by the loss of the step after it
+    assert "diverged by step 4: 1 of " in message and "checkpoint-3 is sound" in message
+    for folder in (tmp_path / "often", tmp_path / "seldom"):
+        assert steps_of(folder)[0] == 3 and not list(folder.glob("diverged-*"))
+        for _, path in list_checkpoints(folder):
+            assert all(v.isfinite().all() for group in load_checkpoint(path).tensors.values() for v in group.values())
+
+
+@pytest.mark.parametrize("group, name", [("ema_halflife_500kimg", "conv_in.bias"), ("optimizer", "0.exp_avg")])
+def test_a_state_that_is_no_number_is_not_saved(tmp_path, monkeypatch, group, name):
+    update, state = EMA.update, loop.optimizer_tensors
+
+    def broken_update(self, images_seen, batch_size):
+        update(self, images_seen, batch_size)
+        if images_seen == 4 * batch_size:
+            self.shadows[group][name][0] = float("inf")
+
+    def broken_state(optimizer):
+        return state(optimizer) | ({name: torch.tensor(float("nan"))} if steps_of(tmp_path)[:1] == [3] else {})
+
+    if group == "optimizer":
+        monkeypatch.setattr(loop, "optimizer_tensors", broken_state)
+    else:
+        monkeypatch.setattr(EMA, "update", broken_update)
+    message = diverge(tmp_path)
+    assert f"by step 4, which is not saved: {name} of {group} is not finite" in message
+    assert steps_of(tmp_path) == [3, 2]
+
+
+def test_a_bad_batch_is_told_apart_from_a_divergence(tmp_path, capsys, monkeypatch):
+    loss = ECT.loss
+
+    def bad_batch(self, batch, draws):
+        result = loss(self, batch, draws)
+        return replace(result, total=result.total * float("nan")) if draws.step == 2 else result
+
+    monkeypatch.setattr(ECT, "loss", bad_batch)
+    run(tmp_path, max_train_steps=5)
+    said = capsys.readouterr().out
+    assert "WARNING: step 3 is left out" in said and "the weights are as they were" in said
+    assert read_log(tmp_path)[-1]["skipped"] == 1
 
 
 @pytest.mark.parametrize(
@@ -171,6 +236,15 @@ def test_the_advice_is_of_settings_that_are_not_so_yet(run_settings, precision, 
 def test_what_a_sound_state_is(weights, average, skipped, sound):
     state = {"model": {"w": torch.full((4,), weights)}, "ema": {"w": torch.full((4,), average)}}
     assert is_sound(state, "ema", 2.0, skipped) is sound
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [(1.0, ""), (900.0, ""), (1e13, "grown to 1.0e+13 times"), (1e25, "grown to 1.0e+25"), (float("inf"), "is w")],
+)
+def test_what_weights_are_that_no_training_repairs(value, words):
+    fault = breakage({"n": torch.tensor(7), "v": torch.zeros(3), "w": torch.full((4,), value)}, 2.0)
+    assert words in fault and bool(fault) == bool(words)
 
 
 def test_a_checkpoint_says_whether_it_is_sound(tmp_path, explode):

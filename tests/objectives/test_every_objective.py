@@ -64,7 +64,7 @@ def make(tiny_unet):
         for parameter in network.parameters():  # a fresh U-Net has zeros, which stop gradients
             torch.nn.init.normal_(parameter, std=0.05)
         teacher = None
-        if "pretrained_teacher_model" in vars(options):
+        if getattr(options, "pretrained_teacher_model", None) is not None:
             teacher = spec.denoiser(copy.deepcopy(network).eval().requires_grad_(False))
         network = cls.adapt(network, spec).train()
         for parameter in network.parameters():

@@ -1,0 +1,295 @@
+"""Signals, a second Ctrl-C, and launchers that end: what was trained is saved, and nothing is left running."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from training_runs import differences, flags, read_log, run
+
+from cm_diffusers.engine.checkpoint import newest_checkpoint
+
+
+SCRIPT = str(Path(__file__).parents[2] / "training" / "train_consistency.py")
+PYTHON = [sys.executable, SCRIPT]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", SCRIPT]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+LONG = {"max_train_steps": 3000, "checkpointing_steps": 100_000, "pretrain_steps": 2, "stage_steps": 2}
+ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+
+
+def name_of(number):
+    return number.name
+
+
+class Started:
+    """A training run in processes of its own: by its launcher, and by each process that trains."""
+
+    def __init__(self, launch, folder, **settings):
+        self.folder, self.workers = folder, 2 if launch is TORCHRUN else 1
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        self.output = folder.with_name(f"{folder.name}.txt")
+        with open(self.output, "w") as output:
+            self.launcher = psutil.Popen(
+                [*launch, *flags(folder, **{**LONG, **settings})],
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.launch, self.trainers, self.rest = launch, [], []
+
+    def until(self, condition, seconds=120):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end and self.launcher.poll() is None, self.text()
+            time.sleep(0.01)
+        self.rest = [self.launcher, *self.launcher.children(recursive=True)]
+        self.trainers = [self.launcher] if self.launch is PYTHON else self.launcher.children()[: self.workers]
+        return self
+
+    def until_it_trains(self):
+        return self.until(lambda: (self.folder / "log.jsonl").exists())
+
+    def send(self, number, processes):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def ends(self, seconds=20):
+        """Whether all processes are gone after so many seconds; those that are not are killed."""
+        _, alive = psutil.wait_procs(self.rest, seconds)
+        for process in alive:
+            process.kill()
+        return not alive
+
+    def text(self):
+        return self.output.read_text()
+
+
+@pytest.fixture
+def start(tmp_path):
+    runs = []
+
+    def begin(launch, **settings):
+        runs.append(Started(launch, tmp_path / f"run{len(runs)}", **settings))
+        return runs[-1]
+
+    yield begin
+    for one in runs:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*one.launcher.children(recursive=True), one.launcher]:
+                process.kill()
+
+
+def assert_goes_on_exactly(folder, capsys):
+    """The same command, with two more steps to do, gives what an uninterrupted run does."""
+    step = newest_checkpoint(folder)[0].step
+    assert 1 <= step < 3000 and read_log(folder)[-1]["step"] == step
+    settings = {**LONG, "max_train_steps": step + 2}
+    run(folder, **settings)
+    assert f"Resumed from step {step}" in capsys.readouterr().out
+    run(folder.with_name("whole"), **settings)
+    assert differences(folder, folder.with_name("whole")) == []
+    assert read_log(folder) == read_log(folder.with_name("whole"))
+
+
+@pytest.mark.parametrize("number", ALL, ids=name_of)
+def test_each_signal_saves_and_stops(start, capsys, number):
+    one = start(PYTHON).until_it_trains()
+    one.send(number, one.trainers)
+    assert one.launcher.wait(20) == 128 + number and one.ends()
+    said = f"Stopped by {number.name} at step {newest_checkpoint(one.folder)[0].step} of 3000, which is saved"
+    assert said in one.text() and "Traceback" not in one.text()
+    if number == signal.SIGUSR1:
+        assert_goes_on_exactly(one.folder, capsys)
+
+
+def test_a_signal_that_the_run_was_started_to_ignore_stays_ignored(start):
+    one = start(["nohup", *PYTHON]).until_it_trains()
+    one.send(signal.SIGHUP, [one.launcher])
+    step = read_log(one.folder)[-1]["step"]
+    one.until(lambda: read_log(one.folder)[-1]["step"] > step + 3)
+    one.send(signal.SIGTERM, [one.launcher])
+    assert one.launcher.wait(20) == 128 + signal.SIGTERM and "Stopped by SIGTERM" in one.text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=name_of)
+def test_a_run_whose_launcher_is_gone_saves_and_stops(start, capsys, number):
+    """accelerate launch of one process hands no signal on."""
+    one = start(ACCELERATE).until_it_trains()
+    one.send(number, [one.launcher])
+    assert one.ends()
+    assert "Stopped by the end of the program that started it" in one.text()
+    assert_goes_on_exactly(one.folder, capsys)
+
+
+def test_a_shell_may_end_before_the_run_that_it_started(start, tmp_path):
+    command, said = " ".join(map(str, [*PYTHON, *flags(tmp_path / "run0", **LONG)])), tmp_path / "said.txt"
+    words = f"{command} > {said} 2>&1 & echo $!; sleep 100; true"
+    shell = psutil.Popen(["bash", "-c", words], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(shell.stdout.readline()))
+    while not (tmp_path / "run0" / "log.jsonl").exists():
+        time.sleep(0.01)
+    for process in shell.children():
+        if process != child:
+            process.kill()
+    shell.kill()
+    shell.wait()
+    time.sleep(3)
+    child.send_signal(signal.SIGTERM)
+    psutil.wait_procs([child], 20)
+    assert not child.is_running() and "Stopped by SIGTERM at step" in said.read_text()
+
+
+@pytest.mark.parametrize(
+    "number", [ALL[0], *(pytest.param(number, marks=pytest.mark.slow) for number in ALL[1:])], ids=name_of
+)
+def test_a_signal_to_every_process_of_two_saves(start, number):
+    """As SLURM sends it: the launcher has it, too, and hands it on, so that it comes twice."""
+    one = start(TORCHRUN, train_batch_size=4).until_it_trains()
+    one.send(number, [one.launcher, *one.trainers])
+    assert one.ends()
+    assert "at step" in one.text().split("Stopped by ")[1]
+    assert read_log(one.folder)[-1]["step"] == newest_checkpoint(one.folder)[0].step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_signal_to_one_process_of_two_saves(start, which):
+    one = start(TORCHRUN, train_batch_size=4).until_it_trains()
+    one.send(signal.SIGUSR1, one.trainers[which : which + 1])
+    assert one.ends()
+    assert read_log(one.folder)[-1]["step"] == newest_checkpoint(one.folder)[0].step
+
+
+@pytest.mark.slow
+def test_two_processes_whose_launcher_is_killed_save(start):
+    one = start(TORCHRUN, train_batch_size=4).until_it_trains()
+    one.send(signal.SIGKILL, [one.launcher])
+    assert one.ends()
+    assert read_log(one.folder)[-1]["step"] == newest_checkpoint(one.folder)[0].step
+
+
+def test_a_second_interrupt_leaves_at_once_by_one_line(start):
+    """The step after the first one never ends, as where another process is gone."""
+    program = """
+import runpy, sys, time
+from cm_diffusers.objectives import ECT
+sys.argv, loss = sys.argv[1:], ECT.loss
+def stuck(self, batch, draws):
+    if draws.step == 2:
+        time.sleep(1000)
+    return loss(self, batch, draws)
+ECT.loss = stuck
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    one = start([sys.executable, "-c", program, SCRIPT])
+    one.until(lambda: len(read_log(one.folder)) == 2 if (one.folder / "log.jsonl").exists() else False)
+    time.sleep(0.2)
+    one.send(signal.SIGINT, [one.launcher])
+    time.sleep(0.5)
+    assert one.launcher.poll() is None  # it waits for the end of the step
+    one.send(signal.SIGINT, [one.launcher])
+    assert one.launcher.wait(5) == 130
+    last = one.text().splitlines()[-1]
+    assert last == "Left at once, as a second Ctrl-C asks; the same command goes on from the newest checkpoint."
+    assert "Traceback" not in one.text()
+
+
+def test_workers_that_load_images_end_with_the_run(start, tmp_path):
+    settings = {"dataloader_num_workers": 2, "streaming": True, "dataset_name": write_images(tmp_path / "images")}
+    settings |= {"class_conditional": None, "max_train_samples": None}
+    one = start(PYTHON, **settings).until_it_trains()
+    assert len(one.rest) >= 3
+    one.send(signal.SIGTERM, one.rest)  # to the workers as well
+    assert one.launcher.wait(20) == 128 + signal.SIGTERM and one.ends(), one.text()
+    assert newest_checkpoint(one.folder)[0].step == read_log(one.folder)[-1]["step"]
+    two = start(PYTHON, **settings).until_it_trains()
+    two.send(signal.SIGKILL, [two.launcher])
+    assert two.ends()
+
+
+def write_images(folder):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)) for _ in range(40)]
+    datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()})).to_parquet(
+        folder / "train.parquet"
+    )
+    return folder
+
+
+def slowed(where, name):
+    """A program that runs the script with a pause before `where.name`, once it has made a file that says so."""
+    return f"""
+import pathlib, runpy, sys, time
+import {where} as module
+sys.argv, old = sys.argv[1:], module.{name}
+def slow(*args, **kwargs):
+    pathlib.Path(sys.argv[-1] + ".reached").touch()
+    time.sleep(30)
+    return old(*args, **kwargs)
+module.{name} = slow
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "number", [ALL[1], *(pytest.param(number, marks=pytest.mark.slow) for number in (ALL[0], *ALL[2:]))], ids=name_of
+)
+@pytest.mark.parametrize(
+    "where, name, said, settings",
+    [
+        ("cm_diffusers.engine.data", "save_scan", "before training began; nothing is lost", {}),
+        (
+            "cm_diffusers.engine.run",
+            "draw_grids",
+            "as the model was exported; the same command exports it",
+            {"max_train_steps": 3},
+        ),
+        ("cm_diffusers.engine.export", "verify_export", "as the model was exported", {"max_train_steps": 3}),
+    ],
+)
+def test_where_nothing_is_to_be_saved_a_signal_ends_the_run_at_once(start, number, where, name, said, settings):
+    one = start([sys.executable, "-c", slowed(where, name), SCRIPT], **settings)
+    one.until(lambda: one.folder.with_name(one.folder.name + ".reached").exists())
+    one.send(number, [one.launcher])
+    assert one.launcher.wait(5) == 128 + number and one.ends()
+    assert f"Stopped by {number.name} {said}" in one.text() and "Traceback" not in one.text()
+    made = {path.name for path in one.folder.iterdir()}
+    assert not any(name.startswith(".tmp") for name in made) and "pipeline" not in made and "exported.json" not in made
+    settings = {**LONG, "max_train_steps": 3}
+    run(one.folder, **settings)
+    assert (one.folder / "pipeline" / "model_index.json").exists()
+
+
+def test_a_process_that_waits_for_another_one_does_not_outlive_a_signal(start):
+    """While the main process reads the images, the other one is in a call that does not return."""
+    program = slowed("cm_diffusers.engine.data", "save_scan")
+    one = start([*TORCHRUN[:-1], "--no-python", sys.executable, "-c", program, SCRIPT], train_batch_size=4)
+    one.until(lambda: one.folder.with_name(one.folder.name + ".reached").exists())
+    one.trainers = one.launcher.children()
+    one.send(signal.SIGTERM, one.trainers)
+    assert one.ends() and "before training began" in one.text()
+
+
+def test_a_closed_terminal_does_not_keep_the_run_from_saving(tmp_path):
+    """The reader of its output is gone, as `tee` is after a connection was cut."""
+    command = [*PYTHON, *flags(tmp_path / "run", **LONG)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert process.poll() is None
+        os.read(process.stdout.fileno(), 4096)
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(20) in (128 + signal.SIGHUP, 120)  # 120: the interpreter could not flush its output
+    assert newest_checkpoint(tmp_path / "run")[0].step == read_log(tmp_path / "run")[-1]["step"]
