@@ -1,6 +1,7 @@
 """From settings to a saved pipeline: what the training scripts call."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence

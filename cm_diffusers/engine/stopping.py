@@ -47,7 +47,7 @@ class Stopped(SystemExit):
         self.message = message
 
     def end(self) -> NoReturn:
-        """End the program; one of several processes without its orderly end, which waits for others that may be gone."""
+        """End the program; one of several processes without the orderly end, which waits for the others."""
         if "WORLD_SIZE" in os.environ:
             end_children()
             sys.stdout.flush()
