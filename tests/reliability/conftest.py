@@ -16,3 +16,19 @@ def server():
 def teacher(tmp_path_factory):
     """A diffusion model, trained a little."""
     return run(tmp_path_factory.mktemp("runs") / "teacher", "diffusion", max_train_steps=4) / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Diffusion models by their process, trained a little."""
+    folder, made = tmp_path_factory.mktemp("models"), {}
+
+    def model(process):
+        if process not in made:
+            own = {"edm": {}}.get(process, {"interpolant": process})
+            preset = "tiny" if process == "edm" else "jvp_tiny"
+            settings = {"max_train_steps": 2, "model_preset": preset, **own}
+            made[process] = run(folder / process, "diffusion", **settings) / "pipeline"
+        return made[process]
+
+    return model

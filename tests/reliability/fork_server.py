@@ -89,6 +89,8 @@ def serve():
                 try:
                     main(words, [method], "")
                     code = 0
+                except SystemExit as stop:
+                    code = stop.code
                 finally:
                     sys.stdout.flush()
                     os._exit(code)

@@ -3,33 +3,12 @@
 import shutil
 
 import pytest
+from methods import STARTS, settings_of
 from training_runs import differences, read_log, run
 
 from cm_diffusers.engine.loop import Trainer
-from cm_diffusers.objectives import OBJECTIVES
 
 
-SETTINGS = {
-    "ect": {"pretrain_steps": 1, "stage_steps": 1},
-    "ct": {"s1": 12},
-    "ict": {"s0": 4, "s1": 16},
-    "cd": {"num_scales": 12},
-    "ecd": {"stage_steps": 1},
-    "sct": {"tangent_warmup_steps": 3},
-    "scd": {"tangent_warmup_steps": 3},
-    "cdm": {"rollout_steps": 2},
-    "ctm": {"solver_steps": 2},
-}
-TAUGHT = ("cd", "ecd", "scd")  # which always have a teacher
-# the diffusion model that a method can start from
-MODELS = {"sct": "trigflow", "scd": "trigflow", "mean_flow": "flow"}
-STARTS = [
-    (method, start)
-    for method in OBJECTIVES
-    for start in ("scratch", "saved", "teacher")
-    if start != "teacher" or method in (*TAUGHT, "ctm")
-]
-ADVERSARY = {"gan_weight": 0.5, "discriminator_start_step": 1}
 FULL = [
     (method, start, dropout, accumulation, adversary)
     for method, start in STARTS
@@ -37,44 +16,6 @@ FULL = [
     for accumulation in (1, 2)
     for adversary in ((False, True) if method == "ctm" else (False,))
 ]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Diffusion models by their process, trained a little."""
-    folder, made = tmp_path_factory.mktemp("models"), {}
-
-    def model(process):
-        if process not in made:
-            own = {"edm": {}}.get(process, {"interpolant": process})
-            preset = "tiny" if process == "edm" else "jvp_tiny"
-            settings = {"max_train_steps": 2, "model_preset": preset, **own}
-            made[process] = run(folder / process, "diffusion", **settings) / "pipeline"
-        return made[process]
-
-    return model
-
-
-def settings_of(models, method, start, dropout=0.1, accumulation=2, adversary=False):
-    model, settings = models(MODELS.get(method, "edm")), {**SETTINGS.get(method, {})}
-    if method in TAUGHT or start == "teacher":
-        settings["pretrained_teacher_model"] = model
-    if start == "scratch":
-        settings |= {"from_scratch": True} if method in TAUGHT else {}
-        settings["model_preset"] = "jvp_tiny" if method in MODELS else "tiny"
-    elif start == "saved":
-        settings["pretrained_model_name_or_path"] = model
-    if adversary:
-        settings |= ADVERSARY
-    return {
-        **settings,
-        "dropout": dropout,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": 8 // accumulation,
-        "max_train_steps": 4,
-        "checkpointing_steps": 2,
-        "max_train_samples": 50,
-    }
 
 
 def assert_resumes_exactly(folder, method, settings):
