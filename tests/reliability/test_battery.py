@@ -62,7 +62,7 @@ def wait_for_a_moment(rng, folder, process, start=3):
     while steps_logged(folder) <= before and time.monotonic() < end and process.is_running():
         time.sleep(0.002)
     if kind < 0.6:
-        while not any(folder.glob(".tmp-*")) and time.monotonic() < end and process.is_running():
+        while not any(folder.glob(".tmp-[0-9]*")) and time.monotonic() < end and process.is_running():
             time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.6))
 
@@ -110,7 +110,7 @@ def test_kills_and_signals_at_random_moments_change_nothing(server, models, tmp_
         done["kills"] += child.is_running()
         send(signal.SIGKILL, [child])
         server.wait()
-        done["in a save"] += any(folder.glob(".tmp-*"))
+        done["in a save"] += any(folder.glob(".tmp-[0-9]*"))
         if steps_saved(folder) == STEPS:
             break
     end(server, folder, method, 1, settings, wholes)

@@ -40,7 +40,7 @@ def newest_step(folder):
 
 
 def being_saved(folder):
-    return any(folder.glob(".tmp-*"))
+    return any(folder.glob(".tmp-[0-9]*"))
 
 
 def has_saved_after(folder, step):
