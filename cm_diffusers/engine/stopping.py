@@ -26,6 +26,7 @@ from cm_diffusers.parent import parent
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 LOOK = 1.0  # seconds between two looks at the parent
 ECHO = 1.0  # seconds within which a launcher hands on a signal that its processes had already
+LONGEST_SAVE = 300  # seconds
 PATIENCE = 5.0  # seconds that a process has to end where nothing is to be saved; it may wait for another one
 
 
@@ -176,6 +177,8 @@ def leave_signals_to_the_run(worker: int) -> None:
     """For a process that loads images: a signal to all processes must not end it before the run has saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # else the run, which ends it, would wait for it if it can't
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(LONGEST_SAVE))
 
 
 def end_children() -> None:

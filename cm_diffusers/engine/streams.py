@@ -7,6 +7,7 @@ before it are read again, but not decoded. A process reads its rows by itself; i
 
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -160,12 +161,12 @@ class StreamedRows(Dataset):
 
 def stream_batches(order: StreamOrder, rows: StreamedRows, workers: int = 0) -> Iterator[dict[str, Tensor | None]]:
     """Batches without end, decoded by `workers` processes. Raises StreamFault where a row can't be used."""
-    loader = loaded(rows, workers, batch_sampler=order)
-    while True:
-        try:
-            batch = next(loader)
-        except RuntimeError as error:  # a worker that was killed, as for want of memory
-            raise StreamFault(f"the images can't be decoded: {why(error)}") from error
-        if isinstance(batch, StreamFault):
-            raise batch
-        yield batch
+    with closing(loaded(rows, workers, batch_sampler=order)) as loader:
+        while True:
+            try:
+                batch = next(loader)
+            except RuntimeError as error:  # a worker that was killed, as for want of memory
+                raise StreamFault(f"the images can't be decoded: {why(error)}") from error
+            if isinstance(batch, StreamFault):
+                raise batch
+            yield batch

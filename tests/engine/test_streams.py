@@ -6,6 +6,7 @@ import os
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -228,8 +229,10 @@ def test_what_a_scan_would_find_is_found_in_the_stream_with_its_row(tmp_path, mo
     before, row, message = LATE_FAULTS[fault]
     folder = write_shards(tmp_path / "d", before, [row])
     data = open_stream(folder, conditional=True, dataloader_num_workers=workers)
-    with pytest.raises(StreamFault, match=message):
+    before = set(psutil.Process().children())
+    with pytest.raises(StreamFault, match=message) as kept:
         take(data.batches(Spot(4), 0), 5)
+    assert kept.value and set(psutil.Process().children()) <= before  # the error does not keep the workers
 
 
 def test_what_is_wrong_with_the_first_rows_is_found_before_training(tmp_path):
