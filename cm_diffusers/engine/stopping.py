@@ -1,8 +1,7 @@
 """How a run stops before its end: by a signal, by a second Ctrl-C, or because its launcher is gone.
 
 SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 all ask for the same: save what is trained and stop. While nothing is to
-be saved (images are read, the model is exported), they end the run at once. A signal that the run was started to
-ignore, as `nohup` does with SIGHUP, stays ignored.
+be saved (images are read, the model is exported), they end the run at once. Under `nohup` SIGHUP stays ignored.
 """
 
 import contextlib
@@ -80,8 +79,8 @@ class Stopping:
         if threading.current_thread() is not threading.main_thread():
             return self
         self._is_launched = _is_launched(self._parent)
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        self._before = {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+        ours = [number for number in SIGNALS if signal.Signals(number).name != "SIGHUP" or not _is_under_nohup()]
+        self._before = {number: signal.getsignal(number) for number in ours}
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
@@ -97,7 +96,7 @@ class Stopping:
         if not self._before:
             return
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._wakeup)
         self._mouth.close()
         self._thread.join()
@@ -188,6 +187,10 @@ def end_children() -> None:
             child.kill()
 
 
+def _is_under_nohup() -> bool:
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 def _is_launched(parent: int) -> bool:
     """Whether the run is to end with the process that started it: a Python program, as accelerate and torchrun are.
 
@@ -195,7 +198,7 @@ def _is_launched(parent: int) -> bool:
     """
     if parent <= 1 or sys.platform == "win32" or os.getsid(0) == os.getpid():
         return False
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    if _is_under_nohup():
         return False
     try:
         return Path(psutil.Process(parent).exe()).name.lower().startswith("python")

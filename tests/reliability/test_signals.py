@@ -113,7 +113,7 @@ def test_each_signal_saves_and_stops(start, capsys, number):
         assert_goes_on_exactly(one.folder, capsys)
 
 
-def test_a_signal_that_the_run_was_started_to_ignore_stays_ignored(start):
+def test_under_nohup_a_closed_terminal_stops_nothing(start):
     one = start(["nohup", *PYTHON]).until_it_trains()
     one.send(signal.SIGHUP, [one.launcher])
     step = read_log(one.folder)[-1]["step"]
