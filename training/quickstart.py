@@ -22,6 +22,7 @@ from cm_diffusers.engine.card import METRICS, renew_card
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.pictures import titled_row
+from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.evaluation import frechet_distance, train_classifier
 from cm_diffusers.objectives.options import steps_of
 from cm_diffusers.sampling import image_grid
@@ -53,9 +54,13 @@ assert "cm_diffusers" not in sys.modules
 def train() -> None:
     command = [sys.executable, str(ROOT / "training" / "train_consistency.py"), "--config", str(CONFIG)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*command, "--output_dir", str(FOLDER)], env=environment)
-    if done.returncode:  # it has said why
-        raise SystemExit(done.returncode)
+    run = subprocess.Popen([*command, "--output_dir", str(FOLDER)], env=environment)
+    try:
+        code = run.wait()
+    except KeyboardInterrupt:  # the run has it as well, and saves
+        code = run.wait()
+    if code:  # it has said why
+        raise SystemExit(code)
 
 
 def sample(count: int) -> dict[int, np.ndarray]:
@@ -91,6 +96,11 @@ def draw(samples: dict[int, np.ndarray], data: ImageData) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()  # it has no options: for --help, and to refuse others
+    with ends_with_a_line(then="give the same command again"):
+        quickstart()
+
+
+def quickstart() -> None:
     data = ImageData(DataArguments(dataset_name="digits"), class_conditional=True, show_progress=False)
     clock = [time.perf_counter()]
     train()

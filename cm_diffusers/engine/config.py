@@ -201,6 +201,9 @@ class RunArguments:
         check_between("max_grad_norm", self.max_grad_norm, 0, float("inf"))
         check_between("ema_rampup", self.ema_rampup, 0, 1)
         check_between("hub_timeout", self.hub_timeout, 0, 1e9)
+        for name, values in (("ema_decay", self.ema_decay or []), ("ema_half_life", self.ema_half_life or [])):
+            if len({f"{value:g}" for value in values}) < len(values):
+                raise ValueError(f"{name} must be different values, which six digits tell apart; got {values}.")
         for decay in self.ema_decay or []:
             if not 0 <= decay < 1:
                 raise ValueError(f"ema_decay must be at least 0 and below 1, got {decay!r}.")
@@ -265,7 +268,7 @@ def _own_option(name: str, methods: Sequence[str], method: str) -> str:
 
 def _read_settings(path: str) -> dict[str, Any]:
     try:
-        values = read_yaml(Path(path))
+        values = read_yaml(Path(path), named=True)
     except OSError as error:
         raise ValueError(f"config {path}: can't be read ({error.strerror}).") from None
     except ValueError as error:

@@ -13,15 +13,25 @@ NODES = 10_000  # values and keys, with all that aliases repeat
 DEPTH = 20
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, named: bool = False) -> Any:
     """The YAML of a file, in plain types.
+
+    Args:
+        path: of the file.
+        named: whether a person named it, who may mean a pipe (`--config <(command)`, /dev/stdin).
 
     Raises:
         OSError: it can't be read.
         ValueError: it is not a file, not YAML, larger than the limits above, or gives a key twice; the message goes on
             after the file's name.
     """
-    data = read_plain(path, limit=BYTES)
+    if named and path.is_fifo():
+        with open(path, "rb") as pipe:
+            data = pipe.read(BYTES + 1)
+        if len(data) > BYTES:
+            raise TooMuch(f"has more than {BYTES} bytes")
+    else:
+        data = read_plain(path, limit=BYTES)
     try:
         text = data.decode("utf-8")
         _check(text)

@@ -24,7 +24,7 @@ from cm_diffusers.parent import parent
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 LOOK = 1.0  # seconds between two looks at the parent
-ECHO = 1.0  # seconds within which a launcher hands on a signal that its processes had already
+ECHO = 3.0  # seconds within which a launcher hands on a signal that its processes had already
 LONGEST_SAVE = 300  # seconds
 PATIENCE = 5.0  # seconds that a process has to end where nothing is to be saved; it may wait for another one
 

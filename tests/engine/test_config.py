@@ -1,8 +1,11 @@
 """Settings: flags and YAML are one thing, and every mistake is named."""
 
+import os
 import re
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -163,6 +166,8 @@ WRONG_VALUES = [
     ("mixed_precision", "fp8"),
     ("ema_decay", "1"),
     ("ema_decay", "-0.1"),
+    ("ema_decay", "0.99999991 0.99999992"),
+    ("ema_half_life", "1 1"),
     ("ema_half_life", "0"),
     ("ema_rampup", "1.5"),
     ("seed", "-1"),
@@ -315,6 +320,18 @@ def test_keys_of_different_mappings_and_values_are_no_repetitions(tmp_path):
     text = "a: {b: 1, c: b}\nb: {b: b, a: a}\nc: [a, a, b]\nd: {<<: {a: 1}, a: 2}"
     (tmp_path / "c.yaml").write_text(text)
     assert settings_files.read_yaml(tmp_path / "c.yaml") == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("comment, message", [("", None), ("#" * (1 << 18), "has more than 262144 bytes")])
+def test_a_config_may_come_from_a_pipe(tmp_path, comment, message):
+    """As from `--config <(command)` of a shell."""
+    os.mkfifo(tmp_path / "pipe")
+    text = f"dataset_name: digits\nseed: 3\n{comment}"
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,))
+    writer.start()
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        assert parse("--config", tmp_path / "pipe").run.seed == 3
+    writer.join()
 
 
 @pytest.mark.parametrize(
