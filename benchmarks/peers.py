@@ -29,6 +29,7 @@ from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.noise_levels import lognormal_bins, uniform_bins
 from cm_diffusers.core.schedules import ct_scales, ct_target_decay, ict_scales, karras_sigmas
 from cm_diffusers.core.time_labels import TIME_LABELS
+from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.objectives import CD, CT, ICT, Batch, ModelSpec, Objective
 
 
@@ -317,7 +318,7 @@ def main(openai: Path | None, diffusers: Path | None, rounds: int) -> None:
         def times(name: str, theirs) -> dict:
             trainer = trainers[name]
             batches = trainer.data.batches(trainer.spot, 0)
-            return paired(lambda: trainer._train_step(batches), {"theirs": theirs}, rounds)
+            return paired(lambda: trainer._train_step(batches, Stopping()), {"theirs": theirs}, rounds)
 
         if openai is not None:
             peer, network = OpenAI(openai, scratch), trainers["ct"].objective.network

@@ -27,6 +27,7 @@ from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start
 from cm_diffusers.engine.optimization import build_optimizer
+from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.objectives import OBJECTIVES
 
 
@@ -133,11 +134,11 @@ def measure(name: str, rounds: int) -> dict:
             parts["tangent"] = tangent
         if METHODS[name].frozen:
             parts["frozen"] = frozen
-        batches = trainer.data.batches(trainer.spot, 0)
+        batches, stopping = trainer.data.batches(trainer.spot, 0), Stopping()
 
         def whole() -> None:
             trainer.optimizer.zero_grad()
-            trainer._train_step(batches)
+            trainer._train_step(batches, stopping)
 
         report = paired(whole, parts, rounds)
         if METHODS[name].tangent:

@@ -11,10 +11,12 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -69,8 +71,11 @@ def save_checkpoint(
     """
     assert keep >= 2
     for group, values in tensors.items():
-        for name, value in values.items():
-            if value.is_floating_point() and not value.isfinite().all():
+        numbers = {name: value for name, value in values.items() if value.is_floating_point()}
+        if not numbers or all(norm.isfinite() for norm in torch._foreach_norm(list(numbers.values()))):
+            continue  # the norms are faster than the question to each value; their squares may overflow
+        for name, value in numbers.items():
+            if not value.isfinite().all():
                 raise NotFinite(f"{name} of {group} is not finite")
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".tmp-*"):
@@ -118,8 +123,10 @@ def _says_sound(path: Path) -> bool:
 
 
 def _add(folder: Path, manifest: dict[str, Any], name: str, data: bytes) -> None:
-    manifest["files"][name] = {"size": len(data), "sha256": _digest(data)}
-    write_file(folder / name, data)
+    with ThreadPoolExecutor(1) as beside:  # neither hashing nor writing holds Python's lock
+        digest = beside.submit(_digest, data)
+        write_file(folder / name, data)
+    manifest["files"][name] = {"size": len(data), "sha256": digest.result()}
 
 
 def _seal(folder: Path, manifest: dict[str, Any]) -> None:
@@ -163,7 +170,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     state = _read_state(path, manifest)
     try:
         others = {name: expected for name, expected in manifest["files"].items() if name != "state.json"}
-        contents = {name: _read(path, name, **expected) for name, expected in others.items()}
+        with ThreadPoolExecutor(2) as both:  # one reads while the other hashes
+            reads = {name: both.submit(_read, path, name, **expected) for name, expected in others.items()}
+        contents = {name: read.result() for name, read in reads.items()}
         tensors = {name.removesuffix(".safetensors"): load_tensors(data) for name, data in contents.items()}
     except (TypeError, SafetensorError) as error:
         raise DamagedCheckpoint(f"it was not written by this library: {error!r}") from None

@@ -27,7 +27,10 @@ class Diverged(ValueError):
 def norm(values: Iterable[Tensor]) -> float:
     """Root of the sum of squares of all floating-point values; not finite where one of them is not."""
     values = [value for value in values if value.is_floating_point()]
-    return torch.stack(torch._foreach_norm(values, dtype=torch.float64)).norm().item() if values else 0.0
+    total = math.hypot(*(part.item() for part in torch._foreach_norm(values))) if values else 0.0
+    if math.isfinite(total):
+        return total
+    return math.hypot(*(part.item() for part in torch._foreach_norm(values, dtype=torch.float64)))  # squares overflow
 
 
 def breakage(weights: Mapping[str, Tensor], start: float) -> str:
@@ -49,8 +52,9 @@ def breakage(weights: Mapping[str, Tensor], start: float) -> str:
 def is_sound(tensors: Mapping[str, Mapping[str, Tensor]], average: str, start: float, skipped_in_a_row: int) -> bool:
     """Whether a run can go on from a state, which is finite.
 
-    Its last step had a finite loss and gradient; and the weights are near their average, which is of the size that
-    weights had at the start: both within a factor of 10, where those of a broken network are off by hundreds.
+    Its last step had a finite loss and gradient; and the weights are of the size of their average, and that one is of
+    the size that weights had at the start: both within a factor of 10, where those of a broken network are off by
+    hundreds.
 
     Args:
         tensors: groups of tensors as a checkpoint holds them, with the weights in "model".
@@ -60,9 +64,8 @@ def is_sound(tensors: Mapping[str, Mapping[str, Tensor]], average: str, start: f
     """
     if skipped_in_a_row:
         return False
-    mean = tensors[average]
-    gap, size = norm(value - mean[key] for key, value in tensors["model"].items()), norm(mean.values())
-    return gap <= FAR * size and size <= FAR * start
+    size = norm(tensors[average].values())
+    return norm(tensors["model"].values()) <= FAR * size and size <= FAR * start
 
 
 def go_back(root: Path, step: int, run: RunArguments) -> int | None:
