@@ -12,7 +12,7 @@ optimiser step of diffusion (`over_diffusion`).
 import argparse
 import copy
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,8 @@ from cm_diffusers.objectives import OBJECTIVES
 class Method:
     """Forward passes without gradient in a step, flags, whether there are a teacher and a tangent, the real name.
 
-    Then how many forward passes there are with a backward pass, and such through frozen weights.
+    Then how many forward passes there are with a backward pass, and such through frozen weights; and the network,
+    which is a new one where there is a teacher as well.
     """
 
     forwards: int
@@ -45,9 +46,10 @@ class Method:
     method: str | None = None
     trained: int = 1
     frozen: int = 0
+    preset: str = "small"
 
 
-JVP = ("--model_preset", "jvp_small")
+JVP = "jvp_small"
 METHODS = {  # solvers are Heun's, which asks the teacher twice
     "diffusion": Method(0),
     "cdm": Method(8, trained=3),  # four steps of two rollouts, whose first ones take the denoiser's own output
@@ -56,10 +58,10 @@ METHODS = {  # solvers are Heun's, which asks the teacher twice
     "ict": Method(1),
     "cd": Method(3, ("--pretrained_teacher_model", "given"), teacher=True),
     "ecd": Method(3, ("--pretrained_teacher_model", "given", "--pretrain_steps", "0"), teacher=True),
-    "trigflow": Method(0, ("--interpolant", "trigflow", *JVP), method="diffusion"),
-    "sct": Method(0, JVP, tangent=True),
-    "scd": Method(1, ("--pretrained_teacher_model", "given", *JVP), teacher=True, tangent=True),
-    "mean_flow": Method(0, JVP, tangent=True),
+    "trigflow": Method(0, ("--interpolant", "trigflow"), method="diffusion", preset=JVP),
+    "sct": Method(0, tangent=True, preset=JVP),
+    "scd": Method(1, ("--pretrained_teacher_model", "given"), teacher=True, tangent=True, preset=JVP),
+    "mean_flow": Method(0, tangent=True, preset=JVP),
     # two of the teacher, two of the target; the jump and the denoiser are trained; the jump on to the data is frozen
     "ctm": Method(
         4, ("--pretrained_teacher_model", "given", "--solver_steps", "1"), teacher=True, trained=2, frozen=1
@@ -80,6 +82,7 @@ def build_trainer(name: str, folder: str, accelerator: Accelerator, batch: int =
     flags = ["--dataset_name", f"{folder}/data", "--output_dir", f"{folder}/run", "--class_conditional"]
     flags += ["--train_batch_size", str(batch), *method.flags]
     config = parse_config(["--method", name, *flags], [name], "")
+    config = replace(config, model=replace(config.model, model_preset=method.preset))
     data = ImageData(config.data, True, show_progress=False)
     start = build_start(config.model, data, 0, method=OBJECTIVES[name], options=config.options)
     teacher = None
