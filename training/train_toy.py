@@ -23,6 +23,7 @@ from tqdm.auto import trange
 from cm_diffusers.core.ema import EMA, HalfLife
 from cm_diffusers.core.tangents import jvp
 from cm_diffusers.engine.places import make_folder
+from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec, Objective
 from cm_diffusers.toys import TASKS, Mixture, Shape, ToyDraws, ToyNetwork
 
@@ -216,4 +217,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_with_a_line(then="give the same command again"):
+        main()

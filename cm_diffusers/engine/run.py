@@ -30,7 +30,7 @@ from cm_diffusers.engine.loop import Trainer
 from cm_diffusers.engine.models import build_start, guided, load_teacher, load_vae
 from cm_diffusers.engine.precision import choose_precision
 from cm_diffusers.engine.processes import ends_with_a_line, start_accelerator, together
-from cm_diffusers.engine.run_folder import EXPORTED, look_over
+from cm_diffusers.engine.run_folder import EXPORTED, check_ours, look_over
 from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
 from cm_diffusers.engine.tracking import check_tracker, start_trackers
 from cm_diffusers.objectives import OBJECTIVES
@@ -77,6 +77,9 @@ def _train(config: Config, stopping: Stopping) -> Path:
         log_with=run.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tracker")),
     )
+    with together(accelerator):
+        if accelerator.is_main_process:
+            check_ours(folder)
     lock = lock_folder(folder) if accelerator.is_main_process else None
     try:
         for line in look_over(folder) if accelerator.is_main_process else ():

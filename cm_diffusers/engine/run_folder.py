@@ -11,6 +11,7 @@ from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.divergence import NOTE as DIVERGED
 from cm_diffusers.engine.divergence import check_note
 from cm_diffusers.engine.files import kind_of, read_json, set_aside, why
+from cm_diffusers.engine.lock import OWNER
 from cm_diffusers.engine.settings_files import read_yaml
 from cm_diffusers.engine.tracking import NOTE as TRACKER
 from cm_diffusers.engine.tracking import read_note as read_tracker
@@ -43,6 +44,18 @@ FILES: dict[str, Callable[[Path], Any] | None] = {
     "latents.safetensors": None,
 }
 FOLDERS = ("samples", "pipeline", "tracker")
+OVERWRITTEN = ("config.yaml", "pipeline", "losses.png", DATA, FACTS)  # at the start, while it trains, at the end
+MARKS = ("checkpoint-*", "*-checkpoint-*", "log.jsonl", EXPORTED, OWNER)  # each says that a folder is that of a run
+
+
+def check_ours(folder: Path) -> None:
+    """Raise ValueError where a run would write over files that no run has left there."""
+    theirs = [name for name in OVERWRITTEN if os.path.lexists(folder / name)]
+    if theirs and not any(any(folder.glob(mark)) for mark in MARKS):
+        raise ValueError(
+            f"output_dir {str(folder)!r} is not the folder of a run and holds {', '.join(theirs)}, which a run would"
+            " write over; give another folder."
+        )
 
 
 def look_over(folder: Path) -> list[str]:

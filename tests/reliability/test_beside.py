@@ -16,7 +16,7 @@ from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
 from cm_diffusers.engine.log import read_log as parse_log
 from cm_diffusers.engine.pictures import plot_losses
 from cm_diffusers.engine.report import write_report
-from cm_diffusers.engine.run_folder import FILES, FOLDERS, look_over
+from cm_diffusers.engine.run_folder import FILES, FOLDERS, OVERWRITTEN, look_over
 
 
 SETTINGS = {"validation_steps": 3}
@@ -288,3 +288,23 @@ def test_curves_are_drawn_of_whatever_rows_there_are(tmp_path):
     assert parse_log(tmp_path / "log.jsonl").rows == rows
     plot_losses(tmp_path / "log.jsonl", tmp_path / "losses.png")
     assert (tmp_path / "losses.png").stat().st_size > 1000 and read_metrics(tmp_path / "metrics.json") == ({}, {})
+
+
+@pytest.mark.parametrize("name", OVERWRITTEN)
+def test_what_a_stranger_has_left_in_the_folder_is_not_written_over(tmp_path, name):
+    if name == "pipeline":
+        (tmp_path / name).mkdir()
+        kept = tmp_path / name / "model_index.json"
+    else:
+        kept = tmp_path / name
+    kept.write_text("theirs")
+    with pytest.raises(ValueError, match=f"not the folder of a run and holds {name}, which a run would write over"):
+        run(tmp_path)
+    assert kept.read_text() == "theirs" and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_other_files_of_a_stranger_are_no_obstacle(tmp_path):
+    (tmp_path / "notes.txt").write_text("theirs")
+    (tmp_path / "samples").mkdir()
+    run(tmp_path, max_train_steps=1)
+    assert (tmp_path / "notes.txt").read_text() == "theirs"
