@@ -98,8 +98,9 @@ class Stopping:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._wakeup)
-        self._mouth.close()
+        self._mouth.send(bytes(1))  # forked processes may keep it open
         self._thread.join()
+        self._mouth.close()
         self._ear.close()
         self._before = {}
 
@@ -138,7 +139,7 @@ class Stopping:
         while True:
             if select.select([self._ear], [], [], LOOK)[0]:
                 numbers = self._ear.recv(64)
-                if not numbers:
+                if 0 in numbers:
                     return
                 for number in numbers:
                     self._hear(number)

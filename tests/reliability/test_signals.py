@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from training_runs import differences, flags, read_log, run
 
 from cm_diffusers.engine.checkpoint import newest_checkpoint
+from cm_diffusers.engine.stopping import Stopped, Stopping
 
 
 SCRIPT = str(Path(__file__).parents[2] / "training" / "train_consistency.py")
@@ -280,6 +282,52 @@ def test_a_process_that_waits_for_another_one_does_not_outlive_a_signal(start):
     one.trainers = one.launcher.children()
     one.send(signal.SIGTERM, one.trainers)
     assert one.ends() and "before training began" in one.text()
+
+
+def test_a_forked_process_neither_keeps_the_run_nor_speaks_for_it():
+    with Stopping() as stopping:
+        child = os.fork()
+        if child == 0:
+            time.sleep(100)
+            os._exit(0)
+        os.kill(child, signal.SIGUSR1)
+        time.sleep(0.1)
+        start = time.monotonic()
+    assert time.monotonic() - start < 5 and not stopping.requested
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_outside_of_the_main_thread_nothing_is_caught():
+    before = [signal.getsignal(number) for number in ALL]
+
+    def look():
+        with Stopping() as stopping, stopping.held():
+            seen.append([signal.getsignal(number) for number in ALL])
+
+    seen = []
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in ALL]
+    with Stopping() as stopping:
+        assert all(signal.getsignal(number) == stopping._on_signal for number in ALL)
+    assert [signal.getsignal(number) for number in ALL] == before and signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_request_raises_at_once_or_after_the_block(held):
+    with Stopping() as stopping, pytest.raises(Stopped) as caught:
+        stopping.remark = "here."
+        with stopping.held() if held else contextlib.nullcontext():
+            signal.raise_signal(signal.SIGUSR1)
+            assert held and stopping.requested == signal.SIGUSR1
+            signal.raise_signal(signal.SIGTERM)  # an echo
+    assert caught.value.code == 128 + signal.SIGUSR1 and caught.value.message == "Stopped by SIGUSR1 here."
 
 
 def test_a_closed_terminal_does_not_keep_the_run_from_saving(tmp_path):
