@@ -11,7 +11,7 @@ from cm_diffusers.engine.card import HUB_CARDS, licence_of
 
 
 GRADIO = "6.31.0"  # as in constraints.txt
-MODULES = ("__init__.py", "demo.py", "lookup.py", "pipelines.py", "pixels.py", "sampling.py")
+MODULES = ("__init__.py", "demo.py", "lookup.py", "parent.py", "pipelines.py", "pixels.py", "sampling.py")
 LIBRARY = (*MODULES, "models/*.py", "schedulers/*.py")
 SPACE = ("README.md", "app.py", "requirements.txt", "pipelines/*.py", *(f"cm_diffusers/{part}" for part in LIBRARY))
 

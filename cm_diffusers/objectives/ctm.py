@@ -124,9 +124,8 @@ class CTM(Objective):
         levels, s = (value.to(x0) for value in self.times(draws))
         t, u, noise = levels[0], levels[-1], draws.normal("noise", x0.shape[1:])
         x_t = VE().add_noise(x0, noise, t)
-        with torch.no_grad():
-            with draws.dropout():  # of the model itself, where there is no teacher
-                x_u = self.point_at_u(x0, noise, x_t, levels, labels)
+        with torch.no_grad(), draws.dropout():  # the trajectory is the model's own, where there is no teacher
+            x_u = self.point_at_u(x0, noise, x_t, levels, labels)
             target = self.jump_on(self.jump(x_u, u, s, labels, draws), s, labels, draws)
         cut = Cut.at(self.jump(x_t, t, s, labels, draws))
         estimate = self.jump_on(cut.leaf, s, labels, draws)

@@ -19,7 +19,8 @@ from cm_diffusers.models import build_unet
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("cm_diffusers/models", "cm_diffusers/schedulers", "pipelines")
-MODULES = {f"cm_diffusers/{name}.py" for name in ("__init__", "demo", "lookup", "pipelines", "pixels", "sampling")}
+NAMES = ("__init__", "demo", "lookup", "parent", "pipelines", "pixels", "sampling")
+MODULES = {f"cm_diffusers/{name}.py" for name in NAMES}
 FILES = {"README.md", "app.py", "requirements.txt", *MODULES} | {
     path.relative_to(ROOT).as_posix() for part in PARTS for path in (ROOT / part).glob("*.py")
 }

@@ -24,7 +24,7 @@ SCRIPT = str(Path(__file__).parents[2] / "training" / "train_consistency.py")
 PYTHON = [sys.executable, SCRIPT]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", SCRIPT]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
-LONG = {"max_train_steps": 3000, "checkpointing_steps": 100_000, "pretrain_steps": 2, "stage_steps": 2}
+LONG = {"max_train_steps": 3000, "checkpointing_steps": 100_000, "pretrain_steps": 2, "stage_steps": 1000}
 ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
 

@@ -160,7 +160,7 @@ def test_a_row_that_one_process_can_not_read_is_the_end_of_both_and_all_is_saved
     folder, settings = tmp_path / "run", {**STREAM, "dataset_name": write_stream(tmp_path / "d", n, [n - 5])}
     settings |= {"max_train_samples": None, "max_train_steps": 70, "train_batch_size": 8, "checkpointing_steps": 500}
     server.start(folder, processes=2, **settings)
-    assert 1 in server.wait()
+    assert 2 in server.wait()
     batches = iter(StreamOrder(range(n), Spot(16), seed=0))
     step = next(step for step, batch in enumerate(batches) if any(number == n - 5 for number, _ in batch))
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"]
