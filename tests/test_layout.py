@@ -22,6 +22,7 @@ PARTS = {
     "schedulers": ((), {"torch", "numpy", "diffusers"}),
     "pipelines": ((), {"torch", "numpy", "diffusers"}),
     "lookup": ((), {"huggingface_hub"}),
+    "parent": ((), set()),
     "sampling": (("lookup", "pipelines"), {"torch", "numpy", "diffusers", "PIL"}),
     "pixels": ((), {"numpy", "PIL"}),
     "demo": (("pipelines", "sampling", "pixels"), {"torch", "numpy", "diffusers", "PIL", "gradio"}),
