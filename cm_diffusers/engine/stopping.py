@@ -197,14 +197,16 @@ def _is_launched(parent: int) -> bool:
 
     Shells and terminals may be closed behind a run; so may all that started it in a session of its own, or with nohup.
     """
-    if parent <= 1 or sys.platform == "win32" or os.getsid(0) == os.getpid():
+    if parent <= 1 or sys.platform == "win32":
         return False
-    if _is_under_nohup():
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun gives each process a session of its own
+        return True
+    if os.getsid(0) == os.getpid() or _is_under_nohup():
         return False
     try:
         return Path(psutil.Process(parent).exe()).name.lower().startswith("python")
     except psutil.NoSuchProcess:  # it is gone already; these leave a trace
-        return any(key.startswith(("ACCELERATE_", "TORCHELASTIC_")) for key in os.environ)
+        return any(key.startswith("ACCELERATE_") for key in os.environ)
     except psutil.Error:
         return False
 

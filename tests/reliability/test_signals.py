@@ -173,7 +173,6 @@ def test_a_signal_to_one_process_of_two_saves(start, which):
     assert read_log(one.folder)[-1]["step"] == newest_checkpoint(one.folder)[0].step
 
 
-@pytest.mark.slow
 def test_two_processes_whose_launcher_is_killed_save(start):
     one = start(TORCHRUN, train_batch_size=4).until_it_trains()
     one.send(signal.SIGKILL, [one.launcher])
