@@ -48,7 +48,7 @@ class Stopped(SystemExit):
 
     def end(self) -> NoReturn:
         """End the program; one of several processes without the orderly end, which waits for the others."""
-        if "WORLD_SIZE" in os.environ:
+        if _is_one_of_several():
             end_children()
             sys.stdout.flush()
             os._exit(self.code)
@@ -72,15 +72,17 @@ class Stopping:
         self._held, self._cause = False, ""
         self._first = self._answered = float("inf")  # when the first signal came, and when the main thread saw to it
         self._process, self._parent = os.getpid(), parent()
-        self._has_others = "WORLD_SIZE" in os.environ
+        self._has_others = _is_one_of_several()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopping":
         if threading.current_thread() is not threading.main_thread():
             return self
         self._is_launched = _is_launched(self._parent)
-        ours = [number for number in SIGNALS if signal.Signals(number).name != "SIGHUP" or not _is_under_nohup()]
-        self._before = {number: signal.getsignal(number) for number in ours}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        if _is_under_nohup():
+            del before[signal.SIGHUP]
+        self._before = before
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
@@ -189,7 +191,11 @@ def end_children() -> None:
 
 
 def _is_under_nohup() -> bool:
-    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def _is_one_of_several() -> bool:
+    return "WORLD_SIZE" in os.environ
 
 
 def _is_launched(parent: int) -> bool:

@@ -143,8 +143,8 @@ def caused_by(error, cause):
             ["No space left on device."],
         ),
         (
-            RuntimeError("it failed\nOSError: [Errno 28] No space left on device: '/tmp/x'\n"),
-            ["/tmp/x: No space left"],
+            RuntimeError("it failed\nOSError: [Errno 28] No space left on device: 'a/x'\n"),
+            ["a/x: No space left"],
         ),
         (
             caused_by(RuntimeError("a library failed"), OSError(errno.ENOSPC, "x", "a")),
