@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +11,11 @@ from cm_diffusers.core.denoisers import edm_scalings
 from cm_diffusers.core.solvers import heun_step
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
 from cm_diffusers.toys import TASKS, Mixture, Shape, ToyDraws, ToyNetwork, ToyOutput
+from tests.helpers.scripts import load_script
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-import toy_ctm  # noqa: E402
-import train_toy  # noqa: E402
-
-
+train_toy = load_script("train_toy")
+toy_ctm = train_toy.toy_ctm
 MIXTURES = {name: task for name, task in TASKS.items() if isinstance(task, Mixture)}
 SHAPES = {name: task for name, task in TASKS.items() if isinstance(task, Shape)}
 SAMPLERS = ["data", "one_step", "two_steps", "gamma_0.5", "euler_10"]

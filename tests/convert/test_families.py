@@ -1,14 +1,9 @@
 """Files of each family, as the tests' own writer makes them, become the right pipelines with the right numbers."""
 
-import importlib.util
-from pathlib import Path
-
-import foreign
 import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline, UNet2DModel
 from safetensors.torch import save_file
-from training_runs import run
 
 import cm_diffusers
 from cm_diffusers import EDMUNet2DModel
@@ -16,6 +11,9 @@ from cm_diffusers.convert import Options, convert_checkpoint
 from cm_diffusers.convert.accounting import ordered_qkv
 from cm_diffusers.engine.models import denoiser_of, load_pipeline
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
+from tests.helpers import foreign_checkpoints as foreign
+from tests.helpers.scripts import load_script
+from tests.helpers.training_runs import run
 
 
 CASES = list(foreign.DENOISED)
@@ -383,10 +381,7 @@ def test_a_converted_trajectory_model_is_trained_as_it_is(tmp_path):
 
 
 def run_script(*words):
-    path = Path(__file__).parents[2] / "training" / "convert.py"
-    spec = importlib.util.spec_from_file_location("convert_script", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("convert")
     script.convert(script.parse_args([str(word) for word in words]))
 
 

@@ -11,13 +11,13 @@ import struct
 import tarfile
 import zipfile
 
-import foreign
 import numpy as np
 import pytest
 import torch
 
 from cm_diffusers.convert import Options, convert_checkpoint
 from cm_diffusers.convert.reading import RestrictedUnpickler, flatten, read_arrays, read_checkpoint
+from tests.helpers import foreign_checkpoints as foreign
 
 
 ADVICE = re.compile(

@@ -7,14 +7,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, DiTPipeline
 from safetensors.torch import load_file
-from stock_pipelines import PIPELINES, autoencoder_kl, autoencoder_tiny, dit, save, unet
-from training_runs import differences, read_log, run, tensors
 
 from cm_diffusers import ConsistencyPipeline, DenoisingPipeline
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.export import verify_export
 from cm_diffusers.engine.models import denoiser_of, load_pipeline, load_teacher
 from cm_diffusers.objectives import OBJECTIVES
+from tests.helpers.stock_pipelines import PIPELINES, autoencoder_kl, autoencoder_tiny, dit, save, unet
+from tests.helpers.training_runs import differences, read_log, run, tensors
 
 
 TRAINED_FROM = [

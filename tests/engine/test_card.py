@@ -8,7 +8,6 @@ import pytest
 import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from training_runs import flags, run
 
 from cm_diffusers.engine.card import Surroundings, card_facts, hub_id, model_card
 from cm_diffusers.engine.config import parse_config
@@ -16,6 +15,7 @@ from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.export import save_pipeline
 from cm_diffusers.engine.models import load_pipeline
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
+from tests.helpers.training_runs import flags, run
 
 
 DATA = DataDescription(100, 1, (8, 8), 10, {label: str(label) for label in range(10)}, "0" * 64)

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from training_runs import run
 
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.engine.card import draw_grids
@@ -22,6 +21,7 @@ from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.hub import PUBLISHED
 from cm_diffusers.pipelines import name_classes
 from cm_diffusers.sampling import captions_of, image_grid, labels_in_turn, load_pipeline, sample_images
+from tests.helpers.training_runs import run
 
 
 BEFORE = DataDescription(8, 1, (8, 8), 2, {0: "cat", 1: "dog"}, "a" * 64)

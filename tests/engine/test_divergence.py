@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from training_runs import flags, read_log, run, tensors
 
 import cm_diffusers.engine.loop as loop
 from cm_diffusers.core.ema import EMA
@@ -17,6 +16,7 @@ from cm_diffusers.engine.checkpoint import list_checkpoints, load_checkpoint
 from cm_diffusers.engine.config import RunArguments
 from cm_diffusers.engine.divergence import NOTE, Diverged, advice, breakage, is_sound
 from cm_diffusers.objectives.ect import ECT
+from tests.helpers.training_runs import flags, read_log, run, tensors
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "train_consistency.py"

@@ -12,7 +12,6 @@ import torch
 from diffusers import DiffusionPipeline
 from filelock import FileLock
 from huggingface_hub import ModelCard
-from training_runs import run
 
 import cm_diffusers.engine.judge
 from cm_diffusers.engine import watch
@@ -22,6 +21,7 @@ from cm_diffusers.engine.evaluate import evaluate
 from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
 from cm_diffusers.evaluation import load_extractor, measure, reference_features
 from cm_diffusers.sampling import load_pipeline, sample_images, to_pil
+from tests.helpers.training_runs import run
 
 
 SCRIPT = str(Path(__file__).parents[2] / "training" / "evaluate.py")

@@ -21,7 +21,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from safetensors.torch import load_file
-from training_runs import flags, run, tensors
 
 import cm_diffusers
 from cm_diffusers import (
@@ -43,6 +42,7 @@ from cm_diffusers.engine.export import save_pipeline, verify_export
 from cm_diffusers.engine.run import train
 from cm_diffusers.models import build_unet
 from cm_diffusers.pipelines.travel import _sources, bundle, travelling_files
+from tests.helpers.training_runs import flags, run, tensors
 
 
 ROOT = Path(__file__).resolve().parents[2]

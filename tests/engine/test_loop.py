@@ -15,7 +15,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
-from training_runs import differences, flags, read_log, run, tensors
 
 import cm_diffusers.engine.loop as loop_module
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
@@ -24,6 +23,7 @@ from cm_diffusers.engine.divergence import Diverged
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.models import load_pipeline
 from cm_diffusers.objectives import ECT
+from tests.helpers.training_runs import differences, flags, read_log, run, tensors
 
 
 REPOSITORY = Path(__file__).parents[2]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
-from training_runs import differences, read_log, run
 
 import cm_diffusers.engine.run as run_module
 from cm_diffusers.core.draws import Draws
@@ -19,6 +18,7 @@ from cm_diffusers.engine.divergence import Diverged
 from cm_diffusers.engine.precision import CastPass, choose_precision
 from cm_diffusers.models import JVPUNet2DModel, build_unet, keep_time_embedding_in_float32
 from cm_diffusers.objectives import OBJECTIVES, Batch, Diffusion, ModelSpec
+from tests.helpers.training_runs import differences, read_log, run
 
 
 SETTINGS = {

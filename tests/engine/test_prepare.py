@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -26,17 +25,11 @@ from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import ImageData
 from cm_diffusers.engine.image_sources import open_source
 from cm_diffusers.engine.prepare import crop_middle
+from tests.helpers.scripts import load_script
 
 
 SCRIPT = Path(__file__).parents[2] / "training" / "prepare_data.py"
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +40,7 @@ def own_cache(tmp_path, monkeypatch):
 def prepare(source, output, *words):
     """Run the script in this process; gives its exit code."""
     with pytest.raises(SystemExit) as end:
-        load_script().main([str(source), str(output), *map(str, words)])
+        load_script("prepare_data").main([str(source), str(output), *map(str, words)])
     return end.value.code
 
 
@@ -467,7 +460,7 @@ def test_a_run_that_is_stopped_at_any_write_gives_the_same_bytes(tmp_path, monke
 
     monkeypatch.setattr(prepare_module, "write_file", stopping)
     monkeypatch.setattr(Image, "open", lambda *a, **k: looks.append(1) or read_image(*a, **k))
-    script = load_script()
+    script = load_script("prepare_data")
     for k in range(1, 6):
         output = tmp_path / f"out{k}"
         stop_at[0] = k

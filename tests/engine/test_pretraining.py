@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from stock_pipelines import autoencoder_kl
-from training_runs import differences, flags, read_log, run, tensors
 
 from cm_diffusers import DenoisingPipeline
 from cm_diffusers.core.labelled_augmentation import augment
@@ -18,6 +16,8 @@ from cm_diffusers.engine.models import ModelArguments, guided, load_pipeline, lo
 from cm_diffusers.engine.optimization import LearningRate
 from cm_diffusers.models import EDM_PRESETS, EDMUNet2DModel
 from cm_diffusers.objectives import OBJECTIVES, Diffusion
+from tests.helpers.stock_pipelines import autoencoder_kl
+from tests.helpers.training_runs import differences, flags, read_log, run, tensors
 
 
 RECIPES = Path(__file__).parents[2] / "training" / "configs"

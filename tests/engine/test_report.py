@@ -6,17 +6,17 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from training_runs import run
 
 from cm_diffusers.engine.charts import POINTS, Line, chart, thinned
 from cm_diffusers.engine.report import write_report
 from cm_diffusers.engine.run_records import MOST_PICTURES, read_run
+from tests.helpers.scripts import load_script
+from tests.helpers.training_runs import run
 
 
 VOID = {"meta", "img", "br", "input", "link"}
@@ -263,10 +263,8 @@ def test_whatever_a_run_calls_things_stays_text(tmp_path):
     assert page.text.count("<script") == 0 and page.text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
 
 
-def test_a_folder_that_is_no_run_ends_the_script_with_code_2(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "training")
-    import report
-
+def test_a_folder_that_is_no_run_ends_the_script_with_code_2(tmp_path, capsys):
+    report = load_script("report")
     output = tmp_path / "report.html"
     (tmp_path / "empty").mkdir()
     for name in ("empty", "missing"):

@@ -29,13 +29,13 @@ from diffusers import (
     TCDScheduler,
     UniPCMultistepScheduler,
 )
-from stock_pipelines import COSINE, PIPELINES, ZERO_SNR, dit, save, unet
 
 from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.solvers import euler_step, heun_step
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.models import load_teacher
 from cm_diffusers.engine.stock import is_few_step, read_scheduler, read_stock, without_variance
+from tests.helpers.stock_pipelines import COSINE, PIPELINES, ZERO_SNR, dit, save, unet
 
 
 # --- the closed form on a mixture of Gaussians, whose score is known

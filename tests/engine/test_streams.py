@@ -10,7 +10,6 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from training_runs import differences, flags, read_log, run
 
 import cm_diffusers.engine.data as data_module
 import cm_diffusers.engine.streams as streams
@@ -20,6 +19,7 @@ from cm_diffusers.engine.order import Spot
 from cm_diffusers.engine.run import main
 from cm_diffusers.engine.scan import DecodedImages
 from cm_diffusers.engine.streams import StreamedRows, StreamFault, StreamOrder, shuffled, stream_batches
+from tests.helpers.training_runs import differences, flags, read_log, run
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import accelerate.tracking
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import LoggerType, ProjectConfiguration
-from training_runs import flags, run
 
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.tracking import NOTE, check_tracker, start_trackers
+from tests.helpers.training_runs import flags, run
 
 
 TRACKERS = ["wandb", "swanlab", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive"]

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from gaussians import exactly, normals
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from cm_diffusers.evaluation import Moments, frechet, frechet_distance
+from tests.helpers.gaussians import exactly, normals
 
 
 def test_distance_of_gaussians_with_axes_in_common_is_the_closed_form():

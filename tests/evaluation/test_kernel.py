@@ -1,9 +1,9 @@
 import pytest
 import torch
-from gaussians import normals
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from cm_diffusers.evaluation import kernel_distance
+from tests.helpers.gaussians import normals
 
 
 def test_distance_of_gaussians_is_the_closed_form_within_its_error():

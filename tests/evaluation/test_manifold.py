@@ -1,9 +1,9 @@
 import pytest
 import torch
-from gaussians import normals
 from prdc import compute_prdc
 
 from cm_diffusers.evaluation import density_coverage, manifold, precision_recall
+from tests.helpers.gaussians import normals
 
 
 def column(*values):

@@ -1,5 +1,6 @@
 """What the tests of the Hub share."""
 
+import threading
 import time
 
 import pytest
@@ -10,7 +11,8 @@ from huggingface_hub.utils import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from loopback import TOKEN, LoopbackHub
+
+from tests.helpers.loopback import TOKEN, LoopbackHub
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +52,11 @@ def sleeps(monkeypatch):
     asked = []
     monkeypatch.setattr(time, "sleep", asked.append)
     return asked
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pauses take a hundredth of their time."""
+    sleep, wait = time.sleep, threading.Event.wait
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 100))
+    monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: wait(self, timeout and timeout / 100))

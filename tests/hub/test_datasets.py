@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback import File, Repository
 from PIL import Image
-from test_push import quick  # noqa: F401
 
 from cm_diffusers.engine import hub as engine_hub
+from tests.helpers.loopback import File, Repository
+from tests.helpers.scripts import load_script
 
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -36,12 +36,10 @@ print(json.dumps(next(data.batches(Spot(limit), 0))["images"][:, 0, 0, 0].tolist
 
 
 @pytest.fixture
-def prepare(hub, api, quick, monkeypatch, tmp_path):  # noqa: F811
+def prepare(hub, api, quick, monkeypatch, tmp_path):
     """training/prepare_data.py of six images in two classes, as exit code."""
     monkeypatch.setattr(engine_hub, "HfApi", lambda: api)
-    monkeypatch.syspath_prepend(TRAINING)
-    import prepare_data
-
+    prepare_data = load_script("prepare_data")
     for i in range(6):
         file = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from loopback import File, Repository
-from training_runs import flags, run
 
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import load_source
+from tests.helpers.loopback import File, Repository
+from tests.helpers.training_runs import flags, run
 
 
 CANARY = "hf_canaryXofXtheXtokenXtest"

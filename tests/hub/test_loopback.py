@@ -43,7 +43,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import httpx
-from loopback import LFS_SUFFIXES, TOKEN, User
+
+from tests.helpers.loopback import LFS_SUFFIXES, TOKEN, User
 
 
 REPO = "tester/model"

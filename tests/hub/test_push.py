@@ -7,10 +7,10 @@ import time
 
 import pytest
 from huggingface_hub import constants
-from loopback import TOKEN, User
 
 from cm_diffusers.engine import hub as engine_hub
 from cm_diffusers.engine.hub import Publisher, Push, is_passing
+from tests.helpers.loopback import TOKEN, User, pushed
 
 
 FILES = {
@@ -32,14 +32,6 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Pauses take a hundredth of their time."""
-    sleep, wait = time.sleep, threading.Event.wait
-    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 100))
-    monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: wait(self, timeout and timeout / 100))
-
-
-@pytest.fixture
 def publisher(hub, api, quick):
     """A maker of publishers."""
     said = []
@@ -50,10 +42,6 @@ def publisher(hub, api, quick):
         return made
 
     return make
-
-
-def pushed(hub, repo="tester/model"):
-    return {name: content for name, content in hub.repository(repo).files.items() if name != ".gitattributes"}
 
 
 def test_what_a_model_consists_of_arrives_and_nothing_else(hub, publisher, folder):

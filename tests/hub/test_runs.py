@@ -10,13 +10,13 @@ from unittest import mock
 
 import pytest
 from huggingface_hub import ModelCard
-from loopback import TOKEN, File
-from test_push import pushed, quick  # noqa: F401
-from training_runs import differences, flags, read_log, run
 
 from cm_diffusers.engine import hub as engine_hub
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.run import train
+from tests.helpers.loopback import TOKEN, File, pushed
+from tests.helpers.scripts import load_script
+from tests.helpers.training_runs import differences, flags, read_log, run
 
 
 @pytest.fixture
@@ -27,9 +27,7 @@ def client(api, monkeypatch):
 
 def push(words):
     """Run training/push.py in this process."""
-    sys.path.insert(0, "training")
-    import push as script
-
+    script = load_script("push")
     with pytest.raises(SystemExit) as end:
         script.main(words)
     assert end.value.code == 0
@@ -77,7 +75,7 @@ def test_a_hub_that_is_away_does_not_stop_training_and_the_command_it_prints_com
     client,
     tmp_path,
     capsys,
-    quick,  # noqa: F811
+    quick,
 ):
     hub.down()
     run(tmp_path / "digits", "ect", max_train_steps=2, push_to_hub=True, hub_model_id="tester/late", hub_timeout=3)
@@ -209,7 +207,7 @@ def test_a_non_commercial_teacher_is_warned_of_before_training(tmp_path, capsys)
     assert "does not allow commercial use" in (tmp_path / "student/pipeline/README.md").read_text()
 
 
-def test_a_later_push_has_its_own_name_and_what_was_measured_since_on_the_card(hub, client, tmp_path, quick):  # noqa: F811
+def test_a_later_push_has_its_own_name_and_what_was_measured_since_on_the_card(hub, client, tmp_path, quick):
     folder = run(tmp_path / "digits", "ect", max_train_steps=1)
     assert "frechet" not in (folder / "pipeline/README.md").read_text()
     report = {"dataset": "digits", "extractor": {"name": "inception"}}

@@ -9,14 +9,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import yaml
-from loopback import File
-from training_runs import flags
 
 from cm_diffusers.engine import clean_process
 from cm_diffusers.engine import hub as engine_hub
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.run import save_pipeline, train
 from cm_diffusers.objectives import OBJECTIVES
+from tests.helpers.loopback import File
+from tests.helpers.training_runs import flags
 
 
 JVP = {"model_preset": "jvp_tiny"}

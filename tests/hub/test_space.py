@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
-from loopback import TOKEN
-from test_push import quick  # noqa: F401
 
 from cm_diffusers import CTMPipeline, CTMScheduler, TwoTimeModel
 from cm_diffusers.engine import hub as engine_hub
 from cm_diffusers.engine import space
 from cm_diffusers.models import build_unet
+from tests.helpers.loopback import TOKEN
+from tests.helpers.scripts import load_script
 
 
 ROOT = Path(__file__).parents[2]
@@ -30,12 +30,11 @@ FILES = {"README.md", "app.py", "requirements.txt", *MODULES} | {
 def push(hub, api, monkeypatch):
     """training/push.py with what it is given, as exit code."""
     monkeypatch.setattr(engine_hub, "HfApi", lambda: api)
-    monkeypatch.syspath_prepend(ROOT / "training")
-    import push
+    script = load_script("push")
 
     def run(*words):
         with pytest.raises(SystemExit) as end:
-            push.main([str(word) for word in words])
+            script.main([str(word) for word in words])
         return end.value.code
 
     return run
@@ -82,7 +81,7 @@ def test_without_the_flag_there_is_no_space(hub, push, model_dir):
     assert ("space", "tester/model") not in hub.repositories
 
 
-def test_a_second_push_makes_no_commit_and_an_outage_none_twice(hub, push, model_dir, quick):  # noqa: F811
+def test_a_second_push_makes_no_commit_and_an_outage_none_twice(hub, push, model_dir, quick):
     words = ("--model_dir", model_dir, "--hub_model_id", "tester/model", "--space")
     hub.fail("POST .*/spaces/.*/commit/", times=1, reset=True, processed=True)
     hub.fail("POST .*/spaces/.*/preupload/", times=3, status=503)

@@ -1,8 +1,9 @@
 """What the tests of reliability share."""
 
 import pytest
-from fork_server import ForkServer
-from training_runs import run
+
+from tests.helpers.fork_server import ForkServer
+from tests.helpers.training_runs import run
 
 
 @pytest.fixture(scope="session")

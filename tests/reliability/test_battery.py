@@ -12,12 +12,12 @@ import time
 
 import psutil
 import pytest
-from methods import settings_of
-from test_signals import ACCELERATE, SCRIPT, TORCHRUN
-from training_runs import differences, flags, read_log
 
 from cm_diffusers.engine.checkpoint import newest_checkpoint
 from cm_diffusers.objectives import OBJECTIVES
+from tests.helpers.method_runs import settings_of
+from tests.helpers.scripts import ACCELERATE, SCRIPT, TORCHRUN
+from tests.helpers.training_runs import differences, flags, read_log
 
 
 TRAINED_BY = {"diffusion": "diffusion", "cdm": "diffusion", "ctm": "trajectory"}

@@ -6,9 +6,7 @@ import shutil
 
 import pytest
 import torch
-from disks import train
 from safetensors.torch import save_file
-from training_runs import differences, flags, read_log, run
 
 from cm_diffusers.engine import evaluate
 from cm_diffusers.engine.card import read_metrics, renew_card
@@ -17,6 +15,8 @@ from cm_diffusers.engine.log import read_log as parse_log
 from cm_diffusers.engine.pictures import plot_losses
 from cm_diffusers.engine.report import write_report
 from cm_diffusers.engine.run_folder import FILES, FOLDERS, OVERWRITTEN, look_over
+from tests.helpers.disks import train
+from tests.helpers.training_runs import differences, flags, read_log, run
 
 
 SETTINGS = {"validation_steps": 3}

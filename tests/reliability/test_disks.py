@@ -1,21 +1,20 @@
 """Disks that are full, limited or closed: one line and code 2, nothing lost, and the same command goes on."""
 
 import errno
-import importlib.util
 import os
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from disks import MOMENTS, Disk, at, file_sizes_limited_later, train
 from safetensors import SafetensorError
-from training_runs import differences, flags, read_log, run
 
 import cm_diffusers.engine.processes as processes
 from cm_diffusers.engine.files import explain, remove, replace_file, written_aside
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.processes import ends_with_a_line, together
+from tests.helpers.disks import MOMENTS, Disk, at, file_sizes_limited_later, train
+from tests.helpers.scripts import load_script
+from tests.helpers.training_runs import differences, flags, read_log, run
 
 
 SETTINGS = {"validation_steps": 6}
@@ -279,13 +278,6 @@ def test_a_folder_in_use_is_said_to_be_whatever_the_owner_has_left(tmp_path, mak
 
 
 # --- other scripts -------------------------------------------------------------------------------------------------
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "training" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def assert_ends_in_a_line(main, words, capsys):

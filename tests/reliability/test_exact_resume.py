@@ -3,10 +3,10 @@
 import shutil
 
 import pytest
-from methods import STARTS, settings_of
-from training_runs import differences, read_log, run
 
 from cm_diffusers.engine.loop import Trainer
+from tests.helpers.method_runs import STARTS, settings_of
+from tests.helpers.training_runs import differences, read_log, run
 
 
 FULL = [

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from training_runs import differences, flags, read_log, tensors
+
+from tests.helpers.training_runs import differences, flags, read_log, tensors
 
 
 REPOSITORY = Path(__file__).parents[2]

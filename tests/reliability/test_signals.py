@@ -7,23 +7,19 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import datasets
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from training_runs import differences, flags, read_log, run
 
 from cm_diffusers.engine.checkpoint import newest_checkpoint
 from cm_diffusers.engine.stopping import Stopped, Stopping
+from tests.helpers.scripts import ACCELERATE, PYTHON, SCRIPT, TORCHRUN
+from tests.helpers.training_runs import differences, flags, read_log, run
 
 
-SCRIPT = str(Path(__file__).parents[2] / "training" / "train_consistency.py")
-PYTHON = [sys.executable, SCRIPT]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", SCRIPT]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
 LONG = {"max_train_steps": 3000, "checkpointing_steps": 100_000, "pretrain_steps": 2, "stage_steps": 1000}
 ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 

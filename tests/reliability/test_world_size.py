@@ -5,22 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import flags, read_log, run, tensors
 
 from cm_diffusers.engine.data import FIRST_ROWS
 from cm_diffusers.engine.order import Spot
 from cm_diffusers.engine.streams import StreamOrder
 from cm_diffusers.objectives import OBJECTIVES
+from tests.helpers.scripts import SCRIPT
+from tests.helpers.training_runs import flags, read_log, run, tensors
 
 
-SCRIPT = str(Path(__file__).parents[2] / "training" / "train_consistency.py")
 SETTINGS = {
     "max_train_steps": 40,
     "checkpointing_steps": 20,

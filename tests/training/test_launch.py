@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_runs import flags
 
 from cm_diffusers.engine import processes
 from cm_diffusers.engine.processes import end_with
+from tests.helpers.training_runs import flags
 
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,5 @@
 """Folders with older files, places that are none, devices that are not there; and commands that are proposed."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training_runs import flags, run, tensors
 
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.engine.evaluate import _check_images
@@ -18,16 +16,11 @@ from cm_diffusers.engine.places import check_place, find_device
 from cm_diffusers.engine.run import main as train_main
 from cm_diffusers.objectives import ModelSpec
 from cm_diffusers.sampling import load_pipeline
+from tests.helpers.scripts import load_script
+from tests.helpers.training_runs import flags, run, tensors
 
 
 TRAINING = Path(__file__).parents[2] / "training"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The scripts, started as a user starts them, from training to images."""
 
-import importlib.util
 import json
 import os
 import re
@@ -13,10 +12,11 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline
 from PIL import Image
-from training_runs import flags, read_log, run
 
 from cm_diffusers import ConsistencyPipeline, CTMPipeline, CTMScheduler, TwoTimeModel
 from cm_diffusers.engine.models import load_pipeline
+from tests.helpers.scripts import load_script
+from tests.helpers.training_runs import flags, read_log, run
 
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -44,13 +44,6 @@ def diffusion_model(tmp_path_factory):
     result = launch("train_diffusion.py", *words)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def sample(model, folder, *words):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from training_runs import flags
+from tests.helpers.training_runs import flags
 
 
 class ForkServer:
@@ -21,7 +21,7 @@ class ForkServer:
     def __init__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen([sys.executable, __file__], env=environment, text=True, **pipes)
+        self.process = subprocess.Popen([sys.executable, "-m", __name__], env=environment, text=True, **pipes)
         self.said: list[str] = []
 
     def start(self, folder, method="ect", processes=1, **settings):

@@ -651,3 +651,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
+
+
+def pushed(hub: LoopbackHub, repo: str = "tester/model") -> dict[str, bytes]:
+    """The files of a repository but for what the Hub itself adds."""
+    return {name: content for name, content in hub.repository(repo).files.items() if name != ".gitattributes"}

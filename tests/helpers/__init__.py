@@ -1,0 +1,1 @@
+"""What the tests of several folders share: runs, models, checkpoints, disks and a Hub."""
