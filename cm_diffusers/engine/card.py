@@ -20,7 +20,7 @@ from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.description import DataDescription
 from cm_diffusers.engine.files import read_json, replace_file, why
 from cm_diffusers.objectives import Objective
-from cm_diffusers.objectives.options import phases
+from cm_diffusers.objectives.options import HUB_ID, Flag, flags_of, phases
 from cm_diffusers.sampling import (
     captions_of,
     image_grid,
@@ -34,27 +34,7 @@ from cm_diffusers.sampling import (
 _here = Path(cm_diffusers.__file__).parent
 HUB_CARDS = next(f for f in (_here / "hub_cards", _here.parent / "hub_cards") if f.is_dir())
 TEMPLATE = HUB_CARDS / "model_card.md"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HERE = "local"  # what a card says of a name that means something on this machine only
-PLACES = ("output_dir", "train_data_dir", "config")
-NAMES = (
-    "dataset_name",
-    "pretrained_teacher_model",
-    "pretrained_model_name_or_path",
-    "model_config_name_or_path",
-    "vae_name_or_path",
-)
-NO_RECIPE = (
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-    "hub_strategy",
-    "hub_timeout",
-    "resume_from_hub",
-    "report_to",
-    "allow_data_change",
-    "dry_run",
-)
 FACTS = "card.json"  # beside a saved model: all that its card says, but for what was measured of it
 METRICS = "metrics.json"  # beside it, where something was measured
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
@@ -206,10 +186,19 @@ def _listed_names(data: DataDescription) -> str | None:
 
 def portable_settings(config: Config) -> dict[str, Any]:
     """The settings, with `HERE` in place of the names of folders of this machine."""
-    settings = config.to_dict()
-    local = [key for key in PLACES if settings.get(key) is not None]
-    local += [key for key in NAMES if settings.get(key) not in (None, "digits") and hub_id(settings[key]) is None]
-    return settings | dict.fromkeys(local, HERE)
+    return config.to_dict() | {
+        name: HERE
+        for part in config.parts
+        for name, flag in flags_of(part).items()
+        if flag.place is not None and portable(flag, getattr(part, name)) is None and getattr(part, name) is not None
+    }
+
+
+def portable(flag: Flag, value: str | None) -> str | None:
+    """A name that `flag` was given, where it means the same on every machine."""
+    if value in flag.words:
+        return value
+    return None if flag.place == "path" else hub_id(value)
 
 
 def card_facts(
@@ -228,7 +217,7 @@ def card_facts(
         around: what else the run knows.
         grids: by title the pictures in the model's folder ("file") and the noise levels that they took ("sigmas").
     """
-    data, settings = config.data, portable_settings(config)
+    data, settings, flags = config.data, portable_settings(config), config.flags()
     teacher, revision = getattr(config.options, "pretrained_teacher_model", None), config.model.teacher_revision
     licence = licence_of(teacher, revision)
     count, device = around.processes, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -267,7 +256,9 @@ def card_facts(
         "hardware": f"{count} process{'es' if count > 1 else ''}, {device}",
         "library": commit(),
         "recipe": {
-            key: value for key, value in settings.items() if value not in (None, HERE) and key not in NO_RECIPE
+            key: value
+            for key, value in settings.items()
+            if value not in (None, HERE) and (key == "method" or flags[key].in_recipe)
         },
     }
 

@@ -1,10 +1,11 @@
 """Settings of a run: frozen dataclasses, read from flags and from a YAML file with the same keys; flags win."""
 
 import argparse
+import copy
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,11 +17,12 @@ from cm_diffusers.engine.effects import replaced, say_replaced, without_effect
 from cm_diffusers.engine.settings_files import read_yaml
 from cm_diffusers.models import EDM_PRESETS, UNET_PRESETS
 from cm_diffusers.objectives import OBJECTIVES
-from cm_diffusers.objectives.options import Length, check_between, check_lengths, option
+from cm_diffusers.objectives.options import SOME_STEPS, STEPS, Flag, Length, Options, flags_of, option
 
 
 LR_SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
 OPTIMIZERS = ["adam", "adamw", "radam"]
+BESIDE_TRAINING: dict[str, Any] = {"may_change": True, "in_recipe": False}  # what a setting with this says of itself
 # flags of diffusers' own scripts that have no like here
 ELSEWHERE = {
     "resume_from_checkpoint": "the same command resumes the run in --output_dir by itself",
@@ -30,23 +32,29 @@ ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class ModelArguments:
+class ModelArguments(Options):
     pretrained_model_name_or_path: str | None = option(
-        None, "Start from this diffusion or consistency model of the library or of diffusers: a folder or a Hub id."
+        None,
+        "Start from this diffusion or consistency model of the library or of diffusers: a folder or a Hub id.",
+        place="path or Hub id",
     )
     revision: str | None = option(None, "Revision of the pretrained model on the Hub.")
     model_preset: str = option("small", "Size of the U-Net.", choices=[*UNET_PRESETS, *EDM_PRESETS])
-    model_config_name_or_path: str | None = option(None, "Config of a UNet2DModel to use instead of a preset.")
+    model_config_name_or_path: str | None = option(
+        None, "Config of a UNet2DModel to use instead of a preset.", place="path or Hub id"
+    )
     vae_name_or_path: str | None = option(
         None,
         "Train on latents of this AutoencoderKL, AutoencoderTiny or VQModel: a folder or a Hub id. Default: that of"
         " the teacher, or of the pretrained model, if it has one.",
+        place="path or Hub id",
     )
-    dropout: float = option(0.0, "Dropout probability of the U-Net.")
+    dropout: float = option(0.0, "Dropout probability of the U-Net.", "[0, 0.99]")
     class_conditional: bool = option(False, "Condition the model on the labels of the dataset.")
     label_dropout: float = option(
         0.0,
         f"How often a class label is left out, so that the model can be guided: {', '.join(EDM_PRESETS)}, and DiT.",
+        "[0, 0.99]",
     )
     teacher_revision: str | None = option(None, "Revision of the teacher on the Hub.")
     time_label: str | None = option(
@@ -60,157 +68,175 @@ class ModelArguments:
         1.0,
         "Classifier-free guidance of the teacher, w in D_null + w (D - D_null); 1 for none. For teachers with a class"
         " for none (DiT, and those that were trained with --label_dropout).",
+        "[0, 100]",
     )
-    sigma_data: float | None = option(None, "Root mean square of the data in [-1, 1]. Default: measured.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    sigma_data: float | None = option(
+        None, "Root mean square of the data, of images in [-1, 1]. Default: measured.", "[1e-3, 1e3]"
+    )
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass to save memory.", may_change=True
+    )
 
     _argument_group_name = "model"
 
     def __post_init__(self) -> None:
-        check_between("dropout", self.dropout, 0, 0.99)
-        check_between("label_dropout", self.label_dropout, 0, 0.99)
+        super().__post_init__()
         if self.revision is not None and self.pretrained_model_name_or_path is None:
             raise ValueError("revision is that of --pretrained_model_name_or_path, which is not given.")
-        if self.sigma_data is not None:
-            check_between("sigma_data", self.sigma_data, 1e-3, 1e3)
-        check_between("teacher_guidance_scale", self.teacher_guidance_scale, 0, 100)
 
 
 @dataclass(frozen=True)
-class DataArguments:
+class DataArguments(Options):
     dataset_name: str | None = option(
         None,
         "A dataset on the Hub, a parquet file, a folder of parquet files or images, or 'digits' (scikit-learn's).",
+        may_change=True,
+        place="path or Hub id",
+        words=("digits",),
     )
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     dataset_revision: str | None = option(None, "Revision of the dataset on the Hub.")
-    train_data_dir: str | None = option(None, "A folder of images (a folder per class), instead of dataset_name.")
+    train_data_dir: str | None = option(
+        None, "A folder of images (a folder per class), instead of dataset_name.", may_change=True, place="path"
+    )
     split: str = option("train", "Split of the dataset.")
     image_column: str | None = option(None, "Column of the images. Default: detected.")
     label_column: str | None = option(None, "Column of the labels. Default: detected.")
     resolution: list[int] | None = option(
-        None, "Side, or height and width, in pixels. Default: that of the first image."
+        None, "Side, or height and width, in pixels. Default: that of the first image.", "[1, 1e6]"
     )
     channels: int | None = option(None, "1 for grey, 3 for RGB. Default: detected.", choices=[1, 3])
-    random_flip: bool = option(False, "Flip half of the images left to right.")
+    random_flip: bool = option(False, "Flip half of the images left to right.", for_training=True)
     augment: float = option(
         0.0,
         "Probability of each augmentation that the network is told of (EDM's: mirrored, scaled, turned, stretched,"
         f" shifted); 0 for none. For {', '.join(EDM_PRESETS)}.",
+        "[0, 1]",
+        for_training=True,
     )
-    max_train_samples: int | None = option(None, "Use only the first samples.")
-    streaming: bool = option(False, "Read the dataset row by row in training, not as a whole before it.")
-    cache_latents: bool = option(False, "Keep the latents that images are encoded to in a file beside the run.")
-    dataloader_num_workers: int = option(0, "Processes that load images.")
+    max_train_samples: int | None = option(None, "Use only the first samples.", SOME_STEPS)
+    streaming: bool = option(
+        False, "Read the dataset row by row in training, not as a whole before it.", for_training=True
+    )
+    cache_latents: bool = option(
+        False,
+        "Keep the latents that images are encoded to in a file beside the run.",
+        may_change=True,
+        for_training=True,
+    )
+    dataloader_num_workers: int = option(0, "Processes that load images.", "[0, 1024]", may_change=True)
 
     _argument_group_name = "data"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError("Give exactly one of dataset_name and train_data_dir.")
         if self.dataset_revision is not None and (self.dataset_name is None or Path(self.dataset_name).exists()):
             raise ValueError("dataset_revision is for a dataset_name on the Hub.")
-        if self.resolution is not None and (len(self.resolution) > 2 or min(self.resolution) < 1):
-            raise ValueError(f"resolution takes one or two positive numbers, got {self.resolution}.")
-        check_between("augment", self.augment, 0, 1)
-        if self.max_train_samples is not None:
-            check_between("max_train_samples", self.max_train_samples, 1, 1 << 40)
-        check_between("dataloader_num_workers", self.dataloader_num_workers, 0, 1024)
+        if self.resolution is not None and len(self.resolution) > 2:
+            raise ValueError(f"resolution takes one or two numbers, got {self.resolution}.")
 
 
 @dataclass(frozen=True)
-class RunArguments:
-    output_dir: str = option("runs/model", "Folder of the run. The same command resumes a run that was stopped.")
-    seed: int = option(0, "Every random number of the run follows from it.")
-    max_train_steps: int = option(10_000, "Number of optimiser steps.")
-    train_batch_size: int = option(64, "Images per process and forward pass.")
-    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.")
-    learning_rate: float = option(1e-4, "Peak learning rate.")
+class RunArguments(Options):
+    output_dir: str = option(
+        "runs/model",
+        "Folder of the run. The same command resumes a run that was stopped.",
+        may_change=True,
+        place="path",
+    )
+    seed: int = option(0, "Every random number of the run follows from it.", STEPS)
+    max_train_steps: int = option(10_000, "Number of optimiser steps.", SOME_STEPS, may_change=True)
+    train_batch_size: int = option(64, "Images per process and forward pass.", SOME_STEPS, may_change=True)
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.", SOME_STEPS, may_change=True)
+    learning_rate: float = option(1e-4, "Peak learning rate.", "[1e-12, 1e3]")
     lr_scheduler: str = option("constant_with_warmup", "Course of the learning rate.", choices=LR_SCHEDULES)
-    lr_warmup_steps: Length = option(0, "Steps of linear warm-up, or below 1 their share of the run.")
+    lr_warmup_steps: Length = option(0, "Steps of linear warm-up, or below 1 their share of the run.", STEPS)
     optimizer: str = option("radam", "Optimiser.", choices=OPTIMIZERS)
-    adam_beta1: float = option(0.9, "First beta of the optimiser.")
-    adam_beta2: float = option(0.999, "Second beta of the optimiser.")
-    adam_epsilon: float = option(1e-8, "Epsilon of the optimiser.")
-    adam_weight_decay: float = option(0.0, "Weight decay of the optimiser.")
-    max_grad_norm: float = option(0.0, "Clip the gradient to this norm; 0 for no clipping.")
-    max_skipped_steps: int = option(20, "Stop after more successive steps with a loss or gradient that is not finite.")
+    adam_beta1: float = option(0.9, "First beta of the optimiser.", "[0, 1)")
+    adam_beta2: float = option(0.999, "Second beta of the optimiser.", "[0, 1)")
+    adam_epsilon: float = option(1e-8, "Epsilon of the optimiser.", "[0, 1]")
+    adam_weight_decay: float = option(0.0, "Weight decay of the optimiser.", "[0, 1e3]")
+    max_grad_norm: float = option(0.0, "Clip the gradient to this norm; 0 for no clipping.", "[0, inf]")
+    max_skipped_steps: int = option(
+        20, "Stop after more successive steps with a loss or gradient that is not finite.", STEPS, may_change=True
+    )
     mixed_precision: str | None = option(
         None,
         "Default: fp16 or bf16 if accelerate launch was told so; else on a GPU by the method, fp16 where neighbouring"
         " noise levels are compared and bf16 elsewhere; without one no, float32.",
         choices=["no", "fp16", "bf16"],
     )
-    compile: bool = option(False, "Compile the network with torch.compile.")
+    compile: bool = option(False, "Compile the network with torch.compile.", may_change=True)
     ema_half_life: list[float] | None = option(
-        None, "Half-lives of averages of the weights, in thousands of images. Default: 500, if no ema_decay is given."
+        None,
+        "Half-lives of averages of the weights, in thousands of images. Default: 500, if no ema_decay is given.",
+        "[1e-6, 1e9]",
     )
     ema_rampup: float = option(
-        0.05, "No half-life is longer than this share of the images seen so far; 0 for no ramp."
+        0.05, "No half-life is longer than this share of the images seen so far; 0 for no ramp.", "[0, 1]"
     )
-    ema_decay: list[float] | None = option(None, "Decays of averages of the weights, constant.")
+    ema_decay: list[float] | None = option(None, "Decays of averages of the weights, constant.", "[0, 1)")
     export_weights: str = option(
         "ema",
         "Which weights the pipeline gets: their first average, or those that are trained.",
         choices=["ema", "online"],
+        may_change=True,
     )
     export_variant: str | None = option(
-        None, "Save the model in this precision, too, for from_pretrained(variant=...).", choices=["fp16", "bf16"]
+        None,
+        "Save the model in this precision, too, for from_pretrained(variant=...).",
+        choices=["fp16", "bf16"],
+        may_change=True,
     )
-    checkpointing_steps: int = option(1000, "Steps between checkpoints.")
-    checkpoints_total_limit: int = option(2, "How many checkpoints are kept.")
-    validation_steps: int = option(1000, "Steps between sample grids; 0 for none.")
-    logging_steps: int = option(50, "Steps between lines of the log.")
-    push_to_hub: bool = option(False, "Publish the model on the Hub, with a card.")
-    hub_model_id: str | None = option(None, "Where: user/name, or a name. Default: the name of output_dir.")
-    hub_private_repo: bool = option(False, "If the repository has to be made, make it private.")
+    checkpointing_steps: int = option(1000, "Steps between checkpoints.", SOME_STEPS, may_change=True)
+    checkpoints_total_limit: int = option(
+        2,
+        "How many checkpoints are kept; more than one, as the newest may be found damaged.",
+        "[2, 1e12]",
+        may_change=True,
+    )
+    validation_steps: int = option(1000, "Steps between sample grids; 0 for none.", STEPS, may_change=True)
+    logging_steps: int = option(50, "Steps between lines of the log.", SOME_STEPS)
+    push_to_hub: bool = option(False, "Publish the model on the Hub, with a card.", **BESIDE_TRAINING)
+    hub_model_id: str | None = option(
+        None, "Where: user/name, or a name. Default: the name of output_dir.", **BESIDE_TRAINING
+    )
+    hub_private_repo: bool = option(False, "If the repository has to be made, make it private.", **BESIDE_TRAINING)
     hub_strategy: str = option(
         "end",
         "When: at the end, or at each checkpoint, too, with what is needed to resume.",
         choices=["end", "every_save"],
+        **BESIDE_TRAINING,
     )
-    hub_timeout: float = option(120.0, "Seconds to keep trying after training while the Hub is out of reach.")
+    hub_timeout: float = option(
+        120.0, "Seconds to keep trying after training while the Hub is out of reach.", "[0, 1e9]", **BESIDE_TRAINING
+    )
     resume_from_hub: str | None = option(
         None,
         "Where output_dir holds no checkpoint, resume from the newest that a run with --hub_strategy every_save left"
         " in this model repository.",
+        place="Hub id",
+        **BESIDE_TRAINING,
     )
     allow_data_change: bool = option(
-        False, "Resume although the images, their order or their classes are not those that the run was trained on."
+        False,
+        "Resume although the images, their order or their classes are not those that the run was trained on.",
+        **BESIDE_TRAINING,
     )
-    report_to: str | None = option(None, "A tracker that Accelerate knows: tensorboard, wandb, trackio, ...")
-    dry_run: bool = option(False, "Print the resolved settings and stop.")
+    report_to: str | None = option(
+        None, "A tracker that Accelerate knows: tensorboard, wandb, trackio, ...", **BESIDE_TRAINING
+    )
+    dry_run: bool = option(False, "Print the resolved settings and stop.", **BESIDE_TRAINING)
 
     _argument_group_name = "run"
 
     def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise ValueError("output_dir is empty; give the folder of the run.")
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
-            check_between(name, getattr(self, name), 1, 1 << 40)
-        check_lengths(self)
-        for name in ("validation_steps", "max_skipped_steps", "seed"):
-            check_between(name, getattr(self, name), 0, 1 << 40)
-        check_between("logging_steps", self.logging_steps, 1, 1 << 40)
-        check_between("learning_rate", self.learning_rate, 1e-12, 1e3)
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)!r}.")
-        check_between("adam_epsilon", self.adam_epsilon, 0, 1)
-        check_between("adam_weight_decay", self.adam_weight_decay, 0, 1e3)
-        check_between("max_grad_norm", self.max_grad_norm, 0, float("inf"))
-        check_between("ema_rampup", self.ema_rampup, 0, 1)
-        check_between("hub_timeout", self.hub_timeout, 0, 1e9)
+        super().__post_init__()
         for name, values in (("ema_decay", self.ema_decay or []), ("ema_half_life", self.ema_half_life or [])):
             if len({f"{value:g}" for value in values}) < len(values):
                 raise ValueError(f"{name} must be different values, which six digits tell apart; got {values}.")
-        for decay in self.ema_decay or []:
-            if not 0 <= decay < 1:
-                raise ValueError(f"ema_decay must be at least 0 and below 1, got {decay!r}.")
-        for half_life in self.ema_half_life or []:
-            check_between("ema_half_life", half_life, 1e-6, 1e9)
-        if self.checkpoints_total_limit < 2:
-            raise ValueError("checkpoints_total_limit must be at least 2: the newest may be found damaged.")
 
 
 @dataclass(frozen=True)
@@ -224,14 +250,21 @@ class Config:
     run: RunArguments
     notes: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        return (self.data, self.model, self.options, self.run)
+
     def to_dict(self) -> dict[str, Any]:
         """All settings by their flag names."""
-        parts = (self.data, self.model, self.options, self.run)
-        return {"method": self.method, **{key: value for part in parts for key, value in asdict(part).items()}}
+        return {"method": self.method, **{key: value for part in self.parts for key, value in asdict(part).items()}}
 
     def defaults(self) -> dict[str, Any]:
         """What the settings are where nobody has said anything, by their flag names."""
-        return {f.name: f.default for part in (self.data, self.model, self.options, self.run) for f in fields(part)}
+        return {f.name: f.default for part in self.parts for f in fields(part)}
+
+    def flags(self) -> Mapping[str, Flag]:
+        """What the settings declare, by their flag names."""
+        return flags_of(*self.parts)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
@@ -246,6 +279,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 class _Parser(HfArgumentParser):
     """An argument parser whose errors are ValueErrors."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, part: Field) -> None:
+        """Hand on what argparse takes of the metadata of a field: all but its declaration."""
+        part = copy.copy(part)
+        part.metadata = {key: value for key, value in part.metadata.items() if key != "flag"}
+        HfArgumentParser._parse_dataclass_field(parser, part)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.replace("argument --", "--"))

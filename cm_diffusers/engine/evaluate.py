@@ -26,6 +26,7 @@ from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.references import build_judge
 from cm_diffusers.engine.sigma_search import check_search, improve_sigmas
 from cm_diffusers.engine.watch import follow
+from cm_diffusers.objectives.options import flags_of
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import load_pipeline
 
@@ -78,7 +79,7 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
 
 def _check_data(data_args: DataArguments) -> None:
     """Raise ValueError for what is for training only."""
-    given = [name for name in ("streaming", "random_flip", "augment", "cache_latents") if getattr(data_args, name)]
+    given = [name for name, flag in flags_of(data_args).items() if flag.for_training and getattr(data_args, name)]
     if given:
         raise ValueError(f"{given[0]} is for training; here the dataset is read as it is, and whole.")
 
@@ -160,12 +161,13 @@ def _heading(
 ) -> dict[str, Any]:
     """All that a result depends on."""
     extractor = judge.extractor
+    name = "a local network" if Path(extractor.name).exists() else extractor.name  # it goes on the model's card
     packages = {"cm_diffusers": cm_diffusers, "diffusers": diffusers, "torch": torch}
     return {
         "model": hub_id(args.pretrained_model_name_or_path) or HERE,
         "revision": args.revision,
         **facts,
-        "extractor": {"name": extractor.name, "fingerprint": extractor.fingerprint},
+        "extractor": {"name": name, "fingerprint": extractor.fingerprint},
         "num_samples": count,
         "seed": args.seed,
         "class_labels": _which_labels(subject),

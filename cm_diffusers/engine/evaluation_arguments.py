@@ -4,41 +4,57 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cm_diffusers.engine.card import FACTS
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import SOME_STEPS, Options, option
 
 
 @dataclass(frozen=True)
-class EvaluationArguments:
-    pretrained_model_name_or_path: str | None = option(None, "The model, a folder or a Hub id; or else")
-    images_dir: str | None = option(None, "a folder of images; or else")
-    watch: str | None = option(None, "the folder of a training run: each checkpoint, until the run ends.")
+class EvaluationArguments(Options):
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        "Model to evaluate, a folder or a Hub id. Give exactly one of this, --images_dir and --watch.",
+        place="path or Hub id",
+    )
+    images_dir: str | None = option(None, "Folder of images to evaluate.", place="path")
+    watch: str | None = option(
+        None, "Folder of a training run: each checkpoint is evaluated, until the run ends.", place="path"
+    )
     revision: str | None = option(None, "Revision of the model on the Hub.")
-    num_samples: int | None = option(None, "How many images. Default: 10,000, or all of images_dir.")
+    num_samples: int | None = option(None, "How many images. Default: 10,000, or all of images_dir.", SOME_STEPS)
     num_inference_steps: list[int] | None = option(
         None, "Numbers of steps, as 1 2 4. Default: the model's usual ones."
     )
     sigmas: list[str] | None = option(None, "Lists of noise levels to sample at as well, as 80,0.8 80,5,0.5.")
     search_sigmas: int | None = option(
-        None, "Find the best noise levels for so many steps, and save a copy of the model that takes them."
+        None,
+        "Find the best noise levels for this many steps, and save a copy of the model that takes them.",
+        "[2, 10]",
     )
-    search_samples: int = option(2000, "Images per distance in that search; their seeds are not those of the results.")
-    seed: int = option(0, "Image i is made from seed + i alone; classes take turns.")
-    batch_size: int = option(250, "Images made at once by each process.")
+    search_samples: int = option(
+        2000, "Images per distance in that search; their seeds are not those of the results.", SOME_STEPS
+    )
+    seed: int = option(0, "Image i is made from seed + i alone; classes take turns.", "[0, 1e18]")
+    batch_size: int = option(250, "Images made at once by each process.", SOME_STEPS)
     feature_extractor: str | None = option(
         None,
         "inception (of FID), dinov2, classifier (a small one, trained on the labelled dataset), an image classifier's"
         " Hub id, or module:name of an nn.Module. Default: inception where its weights can be had, else classifier.",
+        place="path or Hub id",
+        words=("inception", "dinov2", "classifier"),
     )
-    feature_weights: str | None = option(None, "The extractor's weights, a file or folder, instead of a download.")
-    reference_cache: str = option("runs/references", "Folder that keeps the dataset's features.")
+    feature_weights: str | None = option(
+        None, "The extractor's weights, a file or folder, instead of a download.", place="path"
+    )
+    reference_cache: str = option("runs/references", "Folder that keeps the dataset's features.", place="path")
     output_dir: str | None = option(
         None,
         "Gets metrics.json and quality.png. Default: the folder of the run that made the model, else runs/evaluation.",
+        place="path",
     )
 
     _argument_group_name = "evaluation"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [self.pretrained_model_name_or_path, self.images_dir, self.watch]
         if sum(name is not None for name in given) != 1:
             raise ValueError("Give exactly one of pretrained_model_name_or_path, images_dir and watch.")
@@ -56,12 +72,6 @@ class EvaluationArguments:
             raise ValueError(
                 "revision has no effect: revisions are those of a model on the Hub, and this is a folder."
             )
-        for name in ("num_samples", "search_samples", "batch_size"):
-            if getattr(self, name) is not None:
-                check_between(name, getattr(self, name), 1, 1 << 40)
-        if self.search_sigmas is not None:
-            check_between("search_sigmas", self.search_sigmas, 2, 10)
-        check_between("seed", self.seed, 0, 1 << 60)
         self.sigma_lists()
 
     def sigma_lists(self) -> list[list[float]]:

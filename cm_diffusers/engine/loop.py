@@ -63,14 +63,6 @@ from cm_diffusers.objectives import Batch, Objective
 
 
 DEFAULT_HALF_LIFE = 500.0
-# settings that may change when a run is resumed: they move neither the weights nor the randomness
-FREE_TO_CHANGE = {
-    "output_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "report_to", "dry_run", "dataloader_num_workers", "max_skipped_steps", "train_batch_size",
-    "gradient_accumulation_steps", "compile", "gradient_checkpointing", "train_data_dir", "dataset_name",
-    "export_weights", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_timeout",
-    "export_variant", "resume_from_hub", "cache_latents", "allow_data_change",
-}  # fmt: skip
 
 
 class Trainer:
@@ -216,9 +208,10 @@ class Trainer:
         return True
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
-        now = self.config.to_dict()
+        now, flags = self.config.to_dict(), self.config.flags()
         before = self.config.defaults() | state["config"]  # a setting that is newer than the run had its default
-        changed = [key for key in now if key not in FREE_TO_CHANGE and before.get(key) not in (now[key], HERE)]
+        fixed = [key for key in now if key == "method" or not flags[key].may_change]
+        changed = [key for key in fixed if before.get(key) not in (now[key], HERE)]
         if read_note(self.folder) is not None:
             for key in [key for key in changed if key in ADVISED]:
                 changed.remove(key)

@@ -14,28 +14,30 @@ from torch.func import functional_call
 from cm_diffusers.core.augmentation import differentiable_augmentation
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives.base import Batch, Loss
-from cm_diffusers.objectives.options import Length, check_between, check_lengths, option
+from cm_diffusers.objectives.options import STEPS, Length, Options, option
 
 
 @dataclass(frozen=True)
-class AdversaryOptions:
-    gan_weight: float = option(0.0, "Weight of the adversarial loss; 0 for no discriminator.")
+class AdversaryOptions(Options):
+    gan_weight: float = option(0.0, "Weight of the adversarial loss; 0 for no discriminator.", "[0, 1e6]")
     discriminator_start_step: Length = option(
-        0, "First step of the adversarial loss, or below 1 the share of the run before it."
+        0, "First step of the adversarial loss, or below 1 the share of the run before it.", STEPS
     )
-    discriminator_period: int = option(2, "From then on, every so many steps train the discriminator, not the model.")
-    discriminator_learning_rate: float = option(2e-3, "Learning rate of the discriminator (RAdam, betas 0.5, 0.9).")
+    discriminator_period: int = option(
+        2, "From then on, every so many steps train the discriminator, not the model.", "[2, 1e6]"
+    )
+    discriminator_learning_rate: float = option(
+        2e-3, "Learning rate of the discriminator (RAdam, betas 0.5, 0.9).", "[1e-12, 1e3]"
+    )
     discriminator_backbone: str | None = option(
         None,
         "Let the discriminator see the features of this vision model of transformers, a folder or a Hub id such as"
         " facebook/dinov2-small. Default: pixels, by a small convolutional network; needs no download.",
+        place="path or Hub id",
     )
 
     def __post_init__(self) -> None:
-        check_between("gan_weight", self.gan_weight, 0, 1e6)
-        check_lengths(self)
-        check_between("discriminator_period", self.discriminator_period, 2, 1 << 20)
-        check_between("discriminator_learning_rate", self.discriminator_learning_rate, 1e-12, 1e3)
+        super().__post_init__()
         if self.discriminator_backbone is not None and not self.gan_weight:
             raise ValueError("discriminator_backbone is for a discriminator, which gan_weight 0 leaves out.")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.objectives.options import check_choices, in_steps
+from cm_diffusers.objectives.options import in_steps
 from cm_diffusers.objectives.spec import ModelSpec
 
 
@@ -96,7 +96,6 @@ class Objective(ABC):
         pretrained: bool = False,
         teacher: Denoiser | None = None,
     ):
-        check_choices(options)
         self.network, self.spec, self.total_steps = network, spec, total_steps
         self.options = in_steps(options, total_steps)
         self.model: Callable = network  # the engine puts the wrapped (DDP, compiled, autocast) network here

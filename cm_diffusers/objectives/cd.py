@@ -30,25 +30,25 @@ from cm_diffusers.objectives.consistency import (
     moving_target,
     teacher_step,
 )
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import Options, option
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 @dataclass(frozen=True)
-class CDOptions:
-    pretrained_teacher_model: str | None = option(None, TEACHER_HELP)
+class CDOptions(Options):
+    pretrained_teacher_model: str | None = option(None, TEACHER_HELP, place="path or Hub id")
     solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
-    num_scales: int = option(40, "Levels of the Karras grid (18 for CIFAR-10, 40 for ImageNet-64 in the paper).")
-    mu: float = option(0.95, "Decay of the target average.")
+    num_scales: int = option(
+        40, "Levels of the Karras grid (18 for CIFAR-10, 40 for ImageNet-64 in the paper).", "[2, 1e6]"
+    )
+    mu: float = option(0.95, "Decay of the target average.", "[0, 1]")
     distance: str = option("l2", "Distance of estimate and target.", choices=DISTANCES)
-    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.")
+    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
     weighting: str = option("uniform", "1, 1 / sigma^2, or that plus 1 / sigma_data^2.", choices=CM_WEIGHTS)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_teacher("cd", self.pretrained_teacher_model)
-        check_between("num_scales", self.num_scales, 2, 1 << 20)
-        check_between("mu", self.mu, 0, 1)
-        check_between("huber_c", self.huber_c, 0, 1e6)
         check_distance(self.distance)
 
 

@@ -17,23 +17,20 @@ from cm_diffusers.core.schedules import karras_sigma
 from cm_diffusers.core.solvers import reverse_sde_step
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.diffusion import DiffusionOptions, denoising_error, denoising_pipeline, noised
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import check_order, option
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 @dataclass(frozen=True)
 class CDMOptions(DiffusionOptions):
-    martingale_weight: float = option(10.0, "lambda, the weight of the martingale term.")
-    rollout_steps: int = option(5, "Steps of each rollout of the reverse SDE (Karras levels, less one).")
-    epsilon_min: float = option(0.0, "Least length of a rollout, in sigma.")
-    epsilon_max: float = option(0.05, "Greatest length of a rollout; lengths are uniform.")
+    martingale_weight: float = option(10.0, "lambda, the weight of the martingale term.", "[0, 1e6]")
+    rollout_steps: int = option(5, "Steps of each rollout of the reverse SDE (Karras levels, less one).", "[1, 1024]")
+    epsilon_min: float = option(0.0, "Least length of a rollout, in sigma.", "[0, 1e3]")
+    epsilon_max: float = option(0.05, "Greatest length of a rollout; lengths are uniform.", "[0, 1e3]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_between("martingale_weight", self.martingale_weight, 0, 1e6)
-        check_between("rollout_steps", self.rollout_steps, 1, 1 << 10)
-        check_between("epsilon_max", self.epsilon_max, 0, 1e3)
-        check_between("epsilon_min", self.epsilon_min, 0, self.epsilon_max)
+        check_order(self, "epsilon_min", "epsilon_max")
 
 
 class CDM(Objective):

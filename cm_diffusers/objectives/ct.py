@@ -26,24 +26,22 @@ from cm_diffusers.objectives.consistency import (
     follow,
     moving_target,
 )
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import Options, check_order, option
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 @dataclass(frozen=True)
-class CTOptions:
-    s0: int = option(2, "Levels of the grid at the start.")
-    s1: int = option(150, "Levels of the grid at the end, less one.")
-    mu0: float = option(0.95, "Decay of the target average at the start.")
+class CTOptions(Options):
+    s0: int = option(2, "Levels of the grid at the start.", "[2, 1e6]")
+    s1: int = option(150, "Levels of the grid at the end, less one, s0 or more.", "[2, 1e6]")
+    mu0: float = option(0.95, "Decay of the target average at the start.", "[1e-6, 1]")
     distance: str = option("l2", "Distance of estimate and target.", choices=DISTANCES)
-    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.")
+    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
     weighting: str = option("uniform", "1, 1 / sigma^2, or that plus 1 / sigma_data^2.", choices=CM_WEIGHTS)
 
     def __post_init__(self) -> None:
-        check_between("s0", self.s0, 2, 1 << 20)
-        check_between("s1", self.s1, self.s0, 1 << 20)
-        check_between("mu0", self.mu0, 1e-6, 1)
-        check_between("huber_c", self.huber_c, 0, 1e6)
+        super().__post_init__()
+        check_order(self, "s0", "s1")
         check_distance(self.distance)
 
 

@@ -19,7 +19,7 @@ from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.weightings import edm_weight
 from cm_diffusers.models import with_log_variance, without_log_variance
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import Options, option
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS, ModelSpec
 from cm_diffusers.pipelines import DenoisingPipeline, TrigFlowPipeline
 from cm_diffusers.schedulers import TrigFlowScheduler
@@ -30,14 +30,14 @@ LAWS = {"edm": (-1.2, 1.2), "trigflow": (-1.0, 1.4), "flow": (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
-class DiffusionOptions:
+class DiffusionOptions(Options):
     interpolant: str = option("edm", "Process and prediction of the network.", choices=list(LAWS))
-    p_mean: float | None = option(None, "Mean of ln(sigma) in training. Default: -1.2; -1.0 (trigflow); 0 (flow).")
-    p_std: float | None = option(None, "Standard deviation of ln(sigma). Default: 1.2; 1.4 (trigflow); 1 (flow).")
-
-    def __post_init__(self) -> None:
-        check_between("p_mean", self.law[0], -20, 20)
-        check_between("p_std", self.law[1], 1e-3, 10)
+    p_mean: float | None = option(
+        None, "Mean of ln(sigma) in training. Default: -1.2; -1.0 (trigflow); 0 (flow).", "[-20, 20]"
+    )
+    p_std: float | None = option(
+        None, "Standard deviation of ln(sigma). Default: 1.2; 1.4 (trigflow); 1 (flow).", "[1e-3, 10]"
+    )
 
     @property
     def law(self) -> tuple[float, float]:

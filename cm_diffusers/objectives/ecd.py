@@ -11,17 +11,22 @@ from torch import Tensor
 from cm_diffusers.objectives.base import Facts
 from cm_diffusers.objectives.consistency import SOLVERS, TEACHER_HELP, check_teacher, teacher_step
 from cm_diffusers.objectives.ect import ECT, ECTOptions
-from cm_diffusers.objectives.options import Length, option
+from cm_diffusers.objectives.options import PRETRAINING, STEPS, Length, option
 
 
 @dataclass(frozen=True)
 class ECDOptions(ECTOptions):
-    pretrained_teacher_model: str | None = option(None, TEACHER_HELP)
+    pretrained_teacher_model: str | None = option(None, TEACHER_HELP, place="path or Hub id")
     solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
     pretrain_steps: Length | None = option(
-        0, "Steps with r = 0, or below 1 their share of the run, where the teacher's denoised image is the target."
+        0,
+        "Steps with r = 0, or below 1 their share of the run, where the teacher's denoised image is the target.",
+        STEPS,
+        phases=PRETRAINING,
     )
-    huber_c: float = option(0.03, "c of the pseudo-Huber distance, as iCT's for 32x32 colour images; see below.")
+    huber_c: float = option(
+        0.03, "c of the pseudo-Huber distance; this one is iCT's for 32x32 colour images.", "[0, 1e6]"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ from cm_diffusers.objectives.consistency import (
     estimate_and_target,
     middle_rho,
 )
-from cm_diffusers.objectives.options import Length, check_between, check_lengths, option, steps_of
+from cm_diffusers.objectives.options import PRETRAINING, SOME_STEPS, STEPS, Length, Options, option, steps_of
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
@@ -36,22 +36,26 @@ DEFAULT_STAGES = 8  # as in the paper's CIFAR-10 run
 
 
 @dataclass(frozen=True)
-class ECTOptions:
+class ECTOptions(Options):
     pretrain_steps: Length | None = option(
         None,
         "Steps with r = 0 (diffusion pretraining), or below 1 their share of the run. Default: half of the run, or 0"
         " from a pretrained model.",
+        STEPS,
+        phases=PRETRAINING,
     )
     stage_steps: Length | None = option(
-        None, "Steps, or share of the run, of each stage. Default: an eighth of the steps after pretraining."
+        None,
+        "Steps, or share of the run, of each stage. Default: an eighth of the steps after pretraining.",
+        SOME_STEPS,
     )
-    q: float = option(2.0, "The gap t - r shrinks by this factor at each stage.")
-    k: float = option(8.0, "n(t) = 1 + k sigmoid(-b t) widens the gap at small t.")
-    b: float = option(1.0, "See k.")
-    p_mean: float = option(-1.1, "Mean of ln(sigma) in training.")
-    p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.")
+    q: float = option(2.0, "The gap t - r shrinks by this factor at each stage.", "(1, 1e6]")
+    k: float = option(8.0, "n(t) = 1 + k sigmoid(-b t) widens the gap at small t.", "[0, 1e6]")
+    b: float = option(1.0, "How soon that widening ends as t grows, see k.", "[0, 1e6]")
+    p_mean: float = option(-1.1, "Mean of ln(sigma) in training.", "[-20, 20]")
+    p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.", "[1e-3, 10]")
     distance: str = option("pseudo_huber", "Distance of estimate and target.", choices=DISTANCES)
-    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.")
+    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
     weighting: str = option(
         "inverse_gap",
         "Weight of a sample: 1 / (t - r), or EDM's 1 / c_out^2 (its root for pseudo_huber, which is a norm).",
@@ -59,15 +63,7 @@ class ECTOptions:
     )
 
     def __post_init__(self) -> None:
-        check_lengths(self)
-        if self.stage_steps == 0:
-            raise ValueError("stage_steps must be at least 1, or a share of the run.")
-        check_between("q", self.q, 1.0 + 1e-6, 1e6)
-        check_between("k", self.k, 0, 1e6)
-        check_between("b", self.b, 0, 1e6)
-        check_between("p_mean", self.p_mean, -20, 20)
-        check_between("p_std", self.p_std, 1e-3, 10)
-        check_between("huber_c", self.huber_c, 0, 1e6)
+        super().__post_init__()
         check_distance(self.distance)
 
 

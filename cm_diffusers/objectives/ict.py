@@ -18,25 +18,21 @@ from cm_diffusers.core.schedules import ict_scales, karras_sigmas
 from cm_diffusers.core.weightings import inverse_gap
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import consistency_pipeline, estimate_and_target
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import Options, check_order, option
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 @dataclass(frozen=True)
-class ICTOptions:
-    s0: int = option(10, "Levels of the grid at the start, less one.")
-    s1: int = option(1280, "Levels of the grid at the end, less one.")
-    p_mean: float = option(-1.1, "Mean of ln(sigma) in training.")
-    p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.")
-    huber_c: float | None = option(None, "c of the pseudo-Huber distance. Default: 0.00054 sqrt(d).")
+class ICTOptions(Options):
+    s0: int = option(10, "Levels of the grid at the start, less one.", "[1, 1e6]")
+    s1: int = option(1280, "Levels of the grid at the end, less one, s0 or more.", "[1, 1e6]")
+    p_mean: float = option(-1.1, "Mean of ln(sigma) in training.", "[-20, 20]")
+    p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.", "[1e-3, 10]")
+    huber_c: float | None = option(None, "c of the pseudo-Huber distance. Default: 0.00054 sqrt(d).", "[0, 1e6]")
 
     def __post_init__(self) -> None:
-        check_between("s0", self.s0, 1, 1 << 20)
-        check_between("s1", self.s1, self.s0, 1 << 20)
-        check_between("p_mean", self.p_mean, -20, 20)
-        check_between("p_std", self.p_std, 1e-3, 10)
-        if self.huber_c is not None:
-            check_between("huber_c", self.huber_c, 0, 1e6)
+        super().__post_init__()
+        check_order(self, "s0", "s1")
 
 
 class ICT(Objective):

@@ -21,26 +21,25 @@ from cm_diffusers.core.tangents import jvp, jvp_ready
 from cm_diffusers.models import TwoTimeModel
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
-from cm_diffusers.objectives.options import check_between, option
+from cm_diffusers.objectives.options import Options, option
 from cm_diffusers.objectives.spec import ModelSpec
 from cm_diffusers.pipelines import MeanFlowPipeline
 
 
 @dataclass(frozen=True)
-class MeanFlowOptions:
-    p_mean: float = option(-2.0, "Mean of the logit of the two times (-0.4 for ImageNet latents in the paper).")
-    p_std: float = option(2.0, "Standard deviation of the logit of the two times (1 for ImageNet latents).")
-    equal_times: float = option(0.25, "Share of the samples with r = t, which is flow matching (0.75 for ImageNet).")
-    power: float = option(0.75, "p of the weight 1 / (|error|^2 + c)^p (1 for ImageNet).")
-    weight_c: float = option(1e-3, "c of the weight.")
+class MeanFlowOptions(Options):
+    p_mean: float = option(
+        -2.0, "Mean of the logit of the two times (-0.4 for ImageNet latents in the paper).", "[-20, 20]"
+    )
+    p_std: float = option(
+        2.0, "Standard deviation of the logit of the two times (1 for ImageNet latents).", "[1e-3, 10]"
+    )
+    equal_times: float = option(
+        0.25, "Share of the samples with r = t, which is flow matching (0.75 for ImageNet).", "[0, 1]"
+    )
+    power: float = option(0.75, "p of the weight 1 / (|error|^2 + c)^p (1 for ImageNet).", "[0, 4]")
+    weight_c: float = option(1e-3, "c of the weight.", "[1e-12, 1e6]")
     jvp_mode: str = option("exact", "How tangents are taken.", choices=JVP_MODES)
-
-    def __post_init__(self) -> None:
-        check_between("p_mean", self.p_mean, -20, 20)
-        check_between("p_std", self.p_std, 1e-3, 10)
-        check_between("equal_times", self.equal_times, 0, 1)
-        check_between("power", self.power, 0, 4)
-        check_between("weight_c", self.weight_c, 1e-12, 1e6)
 
 
 def jump_to_zero(network: Callable, time_scale: float = 1.0) -> ProcessDenoiser:

@@ -1,34 +1,123 @@
 """Options of a method: fields of a frozen dataclass that document and check themselves."""
 
 import math
-from dataclasses import field, fields, replace
-from typing import Any
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A documented field of an `Options` dataclass, read by the command line as a flag."""
-    return field(default=default, metadata={"help": help, **metadata})
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+STEPS, SOME_STEPS = "[0, 1e12]", "[1, 1e12]"  # ranges of counts
+PRETRAINING = ("diffusion pretraining", "the method itself")  # phases of a run
 
 
-def check_between(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}.")
+@dataclass(frozen=True)
+class Interval:
+    """The numbers between two ends, written as in mathematics: [0, 1) has 0 and has not 1."""
+
+    text: str
+    low: float
+    high: float
+
+    @classmethod
+    def read(cls, text: str) -> "Interval":
+        low, high = text[1:-1].split(",")
+        return cls(text, float(low), float(high))
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low <= value if self.text[0] == "[" else self.low < value
+        return above and (value <= self.high if self.text[-1] == "]" else value < self.high)
+
+    def __str__(self) -> str:
+        return self.text
 
 
-def check_choices(options: Any) -> None:
-    """Raise ValueError unless every field with choices holds one of them."""
-    for part in fields(options):
-        choices, value = part.metadata.get("choices"), getattr(options, part.name)
-        if choices is not None and value is not None and value not in choices:
-            raise ValueError(f"{part.name} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+@dataclass(frozen=True)
+class Flag:
+    """What a setting says of itself beside its type, default, help and choices.
+
+    Args:
+        within: the numbers that it takes, each one of a list; of a `Length` the whole numbers of steps.
+        may_change: whether a run may be resumed with another value, as it moves neither weights nor randomness.
+        place: what it names: a "path" of this machine, a "path or Hub id", or a "Hub id".
+        words: values of it that are no names of places.
+        in_recipe: whether the recipe on a model card has it; a path of this machine never is there.
+        for_training: whether a dataset that is only measured must not have it.
+        phases: of a length at the start of the run, what the steps of that length are, and what those after it are.
+    """
+
+    within: Interval | None = None
+    may_change: bool = False
+    place: Literal["path", "path or Hub id", "Hub id"] | None = None
+    words: tuple[str, ...] = ()
+    in_recipe: bool = True
+    for_training: bool = False
+    phases: tuple[str, str] | None = None
 
 
-# what the steps before and after a length of a method's own are
-PHASES = {
-    "pretrain_steps": ("diffusion pretraining", "the method itself"),
-    "tangent_warmup_steps": ("the tangent's warm-up", "the whole tangent"),
-}
+def option(
+    default: Any, help: str, within: str | None = None, choices: list[Any] | None = None, **declared: Any
+) -> Any:
+    """A documented field of an `Options` dataclass, read by the command line as a flag.
+
+    Args:
+        default: its value where nobody has said anything.
+        help: what it is, for `--help`, which shows the range as well.
+        within: the range of its numbers, as "[0, 1)".
+        choices: the values that it may have, where these are few.
+        declared: see `Flag`.
+    """
+    flag = Flag(None if within is None else Interval.read(within), **declared)
+    if flag.within is not None:
+        help = f"{help} In {flag.within}." if flag.within.high < 1e6 else f"{help} At least {flag.within.low:g}."
+    return field(default=default, metadata={"help": help, "flag": flag} | ({"choices": choices} if choices else {}))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings that check themselves. Raises ValueError unless each is one of its choices, or lies in its range.
+
+    A subclass checks in `__post_init__`, after this one's, what relates several settings.
+    """
+
+    def __post_init__(self) -> None:
+        for part in fields(self):
+            value, flag, choices = getattr(self, part.name), flag_of(part), part.metadata.get("choices")
+            if value is None:
+                continue
+            if choices is not None and value not in choices:
+                raise ValueError(f"{part.name} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+            if flag.within is not None:
+                _check_within(part.name, value, flag.within, part.name in length_names(self))
+            if flag.place is not None and value == "":
+                raise ValueError(f"{part.name} is empty; give a {flag.place}.")
+            if flag.place == "Hub id" and not HUB_ID.fullmatch(value):
+                raise ValueError(f"{part.name} must be a Hub id, as user/name; got {value!r}.")
+
+
+def _check_within(name: str, value: Any, within: Interval, is_length: bool) -> None:
+    if is_length and not 0 < value < 1 and not (value in within and float(value).is_integer()):
+        raise ValueError(f"{name} must lie in {within} and be whole, or below 1 be a share of the run; got {value}.")
+    for one in value if isinstance(value, list) else () if is_length else (value,):
+        if one not in within:
+            raise ValueError(f"{name} must lie in {within}, got {one!r}.")
+
+
+def check_order(options: Any, low: str, high: str) -> None:
+    """Raise ValueError where the setting `high` is below the setting `low`."""
+    if getattr(options, high) < getattr(options, low):
+        raise ValueError(f"{high} must be at least {low}, {getattr(options, low):g}; got {getattr(options, high):g}.")
+
+
+def flag_of(part: Any) -> Flag:
+    """What a field of a dataclass declares; nothing where it is no `option`."""
+    return part.metadata.get("flag", Flag())
+
+
+def flags_of(*groups: Any) -> Mapping[str, Flag]:
+    """What the settings of dataclasses, or of instances, declare, by their names."""
+    return {part.name: flag_of(part) for group in groups for part in fields(group)}
 
 
 class Length(float):
@@ -44,16 +133,6 @@ class Length(float):
 def length_names(options: Any) -> list[str]:
     """The fields of a dataclass, or of an instance, that are lengths."""
     return [part.name for part in fields(options) if part.type in (Length, Length | None)]
-
-
-def check_lengths(options: Any, low: int = 0) -> None:
-    """Raise ValueError unless every length is a share of the run or a whole number of steps from `low` on."""
-    for name in length_names(options):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < 1 and not (float(value).is_integer() and low <= value <= 1 << 40):
-            raise ValueError(
-                f"{name} must lie in [{low}, {1 << 40:g}] and be whole, or below 1 be a share of the run; got {value}."
-            )
 
 
 def steps_of(length: float | None, total: int) -> int:
@@ -72,8 +151,7 @@ def in_steps(options: Any, total: int) -> Any:
 def phases(options: Any, steps: int) -> dict[str, int]:
     """What the first `steps` steps of training were, by name; empty where they were all alike."""
     found = {}
-    for name, (before, after) in PHASES.items():
-        first = min(steps, getattr(options, name, 0))
-        if first:
-            found |= {before: first, after: steps - first}
+    for name, flag in flags_of(options).items():
+        if flag.phases is not None and (first := min(steps, getattr(options, name))):
+            found |= dict(zip(flag.phases, (first, steps - first)))
     return found

@@ -21,22 +21,27 @@ from cm_diffusers.models import with_log_variance, without_log_variance
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import TEACHER_HELP, check_teacher, trigflow_pipeline
 from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
-from cm_diffusers.objectives.options import Length, check_between, check_lengths, option
+from cm_diffusers.objectives.options import STEPS, Length, Options, option
 from cm_diffusers.objectives.spec import ModelSpec
 
 
 @dataclass(frozen=True)
-class SCTOptions:
-    p_mean: float = option(-1.0, "Mean of ln(sigma) in training.")
-    p_std: float = option(1.4, "Standard deviation of ln(sigma) in training.")
-    tangent_warmup_steps: Length = option(10_000, "Steps, or share, until the tangent's unstable part counts fully.")
+class SCTOptions(Options):
+    p_mean: float = option(-1.0, "Mean of ln(sigma) in training.", "[-20, 20]")
+    p_std: float = option(1.4, "Standard deviation of ln(sigma) in training.", "[1e-3, 10]")
+    tangent_warmup_steps: Length = option(
+        10_000,
+        "Steps, or share, until the tangent's unstable part counts fully.",
+        STEPS,
+        phases=("the tangent's warm-up", "the whole tangent"),
+    )
     tangent_norm: str = option(
         "norm",
         "g / (|g| + c) with the norm of the sample, or its root mean square (the same for images of any size); g"
         " clipped to [-1, 1]; or g as it is.",
         choices=list(NORMS),
     )
-    tangent_c: float = option(0.1, "c of the normalisation.")
+    tangent_c: float = option(0.1, "c of the normalisation.", "[1e-12, 1e6]")
     prior_weight: str = option(
         "one",
         "Weight by noise level. The tangent cos(t) df/dt holds the paper's prior 1 / (sigma_data tan t) already, so"
@@ -44,12 +49,6 @@ class SCTOptions:
         choices=["one", "inverse_sigma"],
     )
     jvp_mode: str = option("exact", "How tangents are taken.", choices=JVP_MODES)
-
-    def __post_init__(self) -> None:
-        check_between("p_mean", self.p_mean, -20, 20)
-        check_between("p_std", self.p_std, 1e-3, 10)
-        check_lengths(self)
-        check_between("tangent_c", self.tangent_c, 1e-12, 1e6)
 
 
 class SCT(Objective):
@@ -129,7 +128,7 @@ class SCT(Objective):
 
 @dataclass(frozen=True)
 class SCDOptions(SCTOptions):
-    pretrained_teacher_model: str | None = option(None, TEACHER_HELP)
+    pretrained_teacher_model: str | None = option(None, TEACHER_HELP, place="path or Hub id")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -166,7 +166,7 @@ def test_without_the_term_it_is_diffusion_bit_for_bit(tiny_unet, interpolant):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"epsilon_min": 0.1}, r"epsilon_min must lie in \[0, 0.05\], got 0.1"),
+        ({"epsilon_min": 0.1}, "epsilon_max must be at least epsilon_min, 0.1; got 0.05"),
         ({"epsilon_max": -1.0}, "epsilon_max"),
         ({"rollout_steps": 0}, "rollout_steps"),
         ({"martingale_weight": -1.0}, "martingale_weight"),
