@@ -111,11 +111,9 @@ def test_nothing_is_pickled(path):
 
 
 @pytest.mark.parametrize("path", sources(LIBRARY / "objectives"), ids=name_of)
-def test_a_method_is_one_short_file_that_names_its_paper(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= 150
+def test_a_method_is_one_file_that_names_its_paper(path):
     if path.stem in OBJECTIVES:
-        assert re.search(r"arXiv:\d{4}\.\d{5}", text)
+        assert re.search(r"arXiv:\d{4}\.\d{5}", path.read_text())
 
 
 def test_the_checks_above_see_imports(tmp_path):
