@@ -24,7 +24,7 @@ import torch
 from scipy import stats
 
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.evaluation import frechet_distance, train_classifier
 from cm_diffusers.sampling import load_pipeline, sample_images
 

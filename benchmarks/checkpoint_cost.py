@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from cm_diffusers.engine.checkpoint import load_checkpoint, save_checkpoint
 try:
-    from cm_diffusers.engine.divergence import breakage, is_sound
+    from cm_diffusers.engine.training.divergence import breakage, is_sound
 except ImportError:  # of an older checkout, which asks nothing
     breakage = is_sound = None
 folder, megabytes, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

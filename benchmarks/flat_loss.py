@@ -19,8 +19,8 @@ from quickstart import CONFIG, judge  # noqa: E402
 
 from cm_diffusers.engine.checkpoint import load_checkpoint  # noqa: E402
 from cm_diffusers.engine.config import DataArguments, parse_config  # noqa: E402
-from cm_diffusers.engine.data import ImageData  # noqa: E402
-from cm_diffusers.engine.run import train  # noqa: E402
+from cm_diffusers.engine.data.images import ImageData  # noqa: E402
+from cm_diffusers.engine.training.run import train  # noqa: E402
 from cm_diffusers.objectives.options import in_steps  # noqa: E402
 from cm_diffusers.sampling import load_pipeline, sample_images  # noqa: E402
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.order import Spot
-from cm_diffusers.engine.pictures import titled_row
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.pictures.curves import titled_row
 from cm_diffusers.sampling import image_grid, load_pipeline
 
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from common import show
 from step_cost import METHODS, build_trainer
 
-from cm_diffusers.engine.loop import Trainer
+from cm_diffusers.engine.training.trainer import Trainer
 
 
 BATCH = 256

@@ -26,7 +26,7 @@ from pathlib import Path
 import datasets
 datasets.disable_progress_bars()
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
+from cm_diffusers.engine.data.images import ImageData
 folder, scanned = sys.argv[1:]
 start, used = time.perf_counter(), time.process_time()
 data = ImageData(DataArguments(train_data_dir=folder), True, Path(scanned), show_progress=False)

@@ -23,11 +23,11 @@ from datasets import Dataset, Features, Image, Value
 
 from cm_diffusers.core.tangents import jvp, jvp_ready
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.loop import Trainer
-from cm_diffusers.engine.models import build_start
-from cm_diffusers.engine.optimization import build_optimizer
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.saved.start import build_start
 from cm_diffusers.engine.stopping import Stopping
+from cm_diffusers.engine.training.optimisers import build_optimizer
+from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.objectives import OBJECTIVES
 
 

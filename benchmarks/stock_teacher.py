@@ -27,8 +27,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.order import Spot
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.order import Spot
 from cm_diffusers.models import build_unet
 
 

@@ -8,7 +8,7 @@
 # trains on a part of the data from there on. Calling dataset.set_epoch(epoch) before each epoch is the remedy
 # for datasets alone.
 #
-# What we do: engine/streams.py counts rows itself and starts each epoch from the first one.
+# What we do: engine/data/streams.py counts rows itself and starts each epoch from the first one.
 # Output seen (2026-11-28, Python 3.11, torch 2.13.0+cpu), rows of four epochs after the resume:
 #   datasets alone: [35, 35, 35, 35]
 #   datasets alone, with set_epoch: [35, 60, 60, 60]

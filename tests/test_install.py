@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cm_diffusers.engine.space import write_space
+from cm_diffusers.engine.sharing.space import write_space
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,9 @@ def test_a_wheel_holds_the_package_and_its_pipelines(wheel_folder, tmp_path):
 
 def test_a_wheel_trains(wheel_folder, tmp_path):
     """The engine finds what it reads at import, such as the template of model cards."""
-    show = "import cm_diffusers.engine.run, cm_diffusers.engine.card as c; print(c.TEMPLATE.read_text())"
+    show = (
+        "import cm_diffusers.engine.training.run, cm_diffusers.engine.sharing.card as c; print(c.TEMPLATE.read_text())"
+    )
     environment = {**os.environ, "PYTHONPATH": str(wheel_folder)}
     result = subprocess.run(
         [sys.executable, "-c", show], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -66,7 +68,8 @@ def test_pipelines_have_one_home_in_the_tree():
 
 def test_a_wheel_holds_what_a_space_consists_of(wheel_folder, tmp_path):
     code = (
-        "import pathlib, cm_diffusers.engine.space as s; s.write_space(pathlib.Path('wheel'), 'a/b', pathlib.Path())"
+        "from pathlib import Path; from cm_diffusers.engine.sharing.space import write_space;"
+        " write_space(Path('wheel'), 'a/b', Path())"
     )
     for name in ("tree", "wheel"):
         (tmp_path / name).mkdir()

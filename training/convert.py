@@ -16,9 +16,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
 from cm_diffusers.convert import FAMILIES, Options, convert_checkpoint
-from cm_diffusers.engine.export import save_pipeline
 from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.processes import ends_with_a_line
+from cm_diffusers.engine.saved.export import save_pipeline
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from cm_diffusers.engine.config import DataArguments, ModelArguments
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.diagnostics import save_diagnostics
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.order import Spot
 from cm_diffusers.engine.files import replace_file
-from cm_diffusers.engine.models import check_fit, denoiser_of, load_pipeline, load_teacher
-from cm_diffusers.engine.order import Spot
+from cm_diffusers.engine.pictures.diagnostics import save_diagnostics
 from cm_diffusers.engine.places import check_place, find_device, make_folder
 from cm_diffusers.engine.processes import ends_with_a_line
+from cm_diffusers.engine.saved.start import check_fit, denoiser_of, load_pipeline, load_teacher
 
 
 def diagnose(args: argparse.Namespace) -> dict[str, float]:

@@ -18,8 +18,8 @@ from shlex import quote
 from typing import Any
 
 from cm_diffusers.engine.config import DataArguments, parse_groups
-from cm_diffusers.engine.evaluate import PICTURE, evaluate
-from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
+from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
+from cm_diffusers.engine.evaluation.evaluate import PICTURE, evaluate
 from cm_diffusers.engine.processes import ends_with_a_line
 
 

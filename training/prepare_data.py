@@ -20,11 +20,11 @@ from shlex import quote
 import datasets
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.hub import Publisher, Push
-from cm_diffusers.engine.image_sources import open_source
+from cm_diffusers.engine.data.prepare import FILES, TRANSFORMS, Asked, Plan, prepare, write_card
+from cm_diffusers.engine.data.sources import open_source
 from cm_diffusers.engine.places import check_place
-from cm_diffusers.engine.prepare import FILES, TRANSFORMS, Asked, Plan, prepare, write_card
 from cm_diffusers.engine.processes import ends_with_a_line
+from cm_diffusers.engine.sharing.hub import Publisher, Push
 
 
 def run(args: argparse.Namespace) -> bool:

@@ -12,10 +12,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from cm_diffusers.engine.card import renew_card
-from cm_diffusers.engine.hub import Publisher, Push
 from cm_diffusers.engine.processes import ends_with_a_line
-from cm_diffusers.engine.space import SPACE, write_space
+from cm_diffusers.engine.sharing.card import renew_card
+from cm_diffusers.engine.sharing.hub import Publisher, Push
+from cm_diffusers.engine.sharing.space import SPACE, write_space
 
 
 def push(args: argparse.Namespace) -> bool:

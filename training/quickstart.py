@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import yaml
 
-from cm_diffusers.engine.card import METRICS, renew_card
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.pictures import titled_row
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.pictures.curves import titled_row
 from cm_diffusers.engine.processes import ends_with_a_line
+from cm_diffusers.engine.sharing.card import METRICS, renew_card
 from cm_diffusers.evaluation import frechet_distance, train_classifier
 from cm_diffusers.objectives.options import steps_of
 from cm_diffusers.sampling import image_grid

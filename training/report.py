@@ -9,9 +9,9 @@ The page is one file that needs nothing else. It shows what there is: a run that
 import argparse
 from pathlib import Path
 
+from cm_diffusers.engine.pictures.report import write_report
 from cm_diffusers.engine.places import make_folder
 from cm_diffusers.engine.processes import ends_with_a_line
-from cm_diffusers.engine.report import write_report
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,7 @@
 The same command resumes a run that was stopped.
 """
 
-from cm_diffusers.engine.run import main
+from cm_diffusers.engine.training.run import main
 
 
 METHODS = ["ect", "ct", "ict", "cd", "ecd"]

@@ -6,7 +6,7 @@
 The same command resumes a run that was stopped.
 """
 
-from cm_diffusers.engine.run import main
+from cm_diffusers.engine.training.run import main
 
 
 METHODS = ["sct", "scd", "mean_flow"]

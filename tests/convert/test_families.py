@@ -9,7 +9,7 @@ import cm_diffusers
 from cm_diffusers import EDMUNet2DModel
 from cm_diffusers.convert import Options, convert_checkpoint
 from cm_diffusers.convert.accounting import ordered_qkv
-from cm_diffusers.engine.models import denoiser_of, load_pipeline
+from cm_diffusers.engine.saved.start import denoiser_of, load_pipeline
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
 from tests.helpers import foreign_checkpoints as foreign
 from tests.helpers.scripts import load_script

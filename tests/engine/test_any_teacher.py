@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from cm_diffusers import ConsistencyPipeline, DenoisingPipeline
 from cm_diffusers.engine.config import ModelArguments
-from cm_diffusers.engine.export import verify_export
-from cm_diffusers.engine.models import denoiser_of, load_pipeline, load_teacher
+from cm_diffusers.engine.saved.export import verify_export
+from cm_diffusers.engine.saved.start import denoiser_of, load_pipeline, load_teacher
 from cm_diffusers.objectives import OBJECTIVES
 from tests.helpers.stock_pipelines import PIPELINES, autoencoder_kl, autoencoder_tiny, dit, save, unet
 from tests.helpers.training_runs import differences, read_log, run, tensors
@@ -206,7 +206,7 @@ def test_students_of_a_table_that_ends_early_sample_from_its_end(tmp_path):
 
 def test_guidance_is_on_the_denoiser(tmp_path):
     save("dit", tmp_path)
-    from cm_diffusers.engine.models import guided
+    from cm_diffusers.engine.saved.start import guided
 
     teacher = load_teacher(str(tmp_path), ModelArguments())
     x, sigma, labels = torch.randn(3, 4, 4, 4), torch.tensor([0.3, 2.0, 30.0]), torch.tensor([1, 2, 3])
@@ -255,7 +255,7 @@ def test_a_dit_on_latents_of_a_tiny_autoencoder(tiny_dit, tmp_path):
 
 def test_latents_are_those_of_the_autoencoder_and_decode(tmp_path):
     """The latents of training are shifted and scaled; a pipeline undoes it."""
-    from cm_diffusers.engine.latents import encode
+    from cm_diffusers.engine.data.latents import encode
 
     vae, images = autoencoder_kl(), torch.rand(3, 1, 8, 8) * 2 - 1
     latents = encode(vae, images)

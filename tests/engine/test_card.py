@@ -9,11 +9,11 @@ import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
-from cm_diffusers.engine.card import Surroundings, card_facts, hub_id, model_card
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.description import DataDescription
-from cm_diffusers.engine.export import save_pipeline
-from cm_diffusers.engine.models import load_pipeline
+from cm_diffusers.engine.data.description import DataDescription
+from cm_diffusers.engine.saved.export import save_pipeline
+from cm_diffusers.engine.saved.start import load_pipeline
+from cm_diffusers.engine.sharing.card import Surroundings, card_facts, hub_id, model_card
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
 from tests.helpers.training_runs import flags, run
 

@@ -13,7 +13,7 @@ import yaml
 
 import cm_diffusers.engine.settings_files as settings_files
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.run import main
+from cm_diffusers.engine.training.run import main
 
 
 REPOSITORY = Path(__file__).parents[2]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-import cm_diffusers.engine.data as data_module
+import cm_diffusers.engine.data.images as data_module
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.order import KeyedOrder, Spot
-from cm_diffusers.engine.records import open_image
-from cm_diffusers.engine.scan import DecodedImages, resize_and_crop
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.order import KeyedOrder, Spot
+from cm_diffusers.engine.data.records import open_image
+from cm_diffusers.engine.data.scan import DecodedImages, resize_and_crop
 from cm_diffusers.pixels import to_uint8
 
 

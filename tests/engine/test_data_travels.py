@@ -15,10 +15,10 @@ import yaml
 from PIL import Image
 
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
-from cm_diffusers.engine.card import draw_grids
 from cm_diffusers.engine.checkpoint import newest_checkpoint, save_checkpoint
-from cm_diffusers.engine.description import DataDescription
-from cm_diffusers.engine.hub import PUBLISHED
+from cm_diffusers.engine.data.description import DataDescription
+from cm_diffusers.engine.sharing.card import draw_grids
+from cm_diffusers.engine.sharing.hub import PUBLISHED
 from cm_diffusers.pipelines import name_classes
 from cm_diffusers.sampling import captions_of, image_grid, labels_in_turn, load_pipeline, sample_images
 from tests.helpers.training_runs import run
@@ -206,7 +206,8 @@ def test_a_grid_shows_captions_below_its_images():
 
 def test_the_samples_of_a_model_are_drawn_with_the_names(named, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("cm_diffusers.engine.card.image_grid", lambda *a, captions: seen.append(captions) or a[0])
+    grid = "cm_diffusers.engine.sharing.card.image_grid"
+    monkeypatch.setattr(grid, lambda *a, captions: seen.append(captions) or a[0])
     with pytest.raises(AttributeError):  # the stand-in of the picture can't be saved
         draw_grids(named, tmp_path)
     assert seen[0][:4] == ["cat", "dog", "dog", "cat"]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-import cm_diffusers.engine.loop as loop
+import cm_diffusers.engine.training.trainer as loop
 from cm_diffusers.core.ema import EMA
 from cm_diffusers.engine.checkpoint import list_checkpoints, load_checkpoint
 from cm_diffusers.engine.config import RunArguments
-from cm_diffusers.engine.divergence import NOTE, Diverged, advice, breakage, is_sound
+from cm_diffusers.engine.training.divergence import NOTE, Diverged, advice, breakage, is_sound
 from cm_diffusers.objectives.ect import ECT
 from tests.helpers.training_runs import flags, read_log, run, tensors
 

@@ -9,8 +9,8 @@ import yaml
 from PIL import Image
 
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.optimization import LearningRate
-from cm_diffusers.engine.run import main, train
+from cm_diffusers.engine.training.optimisers import LearningRate
+from cm_diffusers.engine.training.run import main, train
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.objectives.options import Length, in_steps, phases, steps_of
 
@@ -281,8 +281,8 @@ def test_a_recipe_of_another_dataset_trains_on_class_folders_and_says_what_it_re
         Image.new("RGB", (12, 15), (20 * i, 0, 90)).save(path)
     said = []
     monkeypatch.setattr("tqdm.auto.tqdm.write", lambda line, **kwargs: said.append(line))
-    monkeypatch.setattr("cm_diffusers.engine.export.verify_export", lambda *args, **kwargs: None)
-    monkeypatch.setattr("cm_diffusers.engine.run.draw_grids", lambda *args: {})
+    monkeypatch.setattr("cm_diffusers.engine.saved.export.verify_export", lambda *args, **kwargs: None)
+    monkeypatch.setattr("cm_diffusers.engine.training.run.draw_grids", lambda *args: {})
     words = ["--train_data_dir", tmp_path / "mine", "--max_train_steps", 4, "--train_batch_size", 2]
     words += ["--model_preset", "tiny", "--validation_steps", 0, "--output_dir", tmp_path / "run"]
     train(recipe("mnist_ect_small", *words))

@@ -13,12 +13,12 @@ from diffusers import DiffusionPipeline
 from filelock import FileLock
 from huggingface_hub import ModelCard
 
-import cm_diffusers.engine.judge
-from cm_diffusers.engine import watch
+import cm_diffusers.engine.evaluation.judge
 from cm_diffusers.engine.config import DataArguments, parse_groups
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.evaluate import evaluate
-from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.evaluation import watch
+from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
+from cm_diffusers.engine.evaluation.evaluate import evaluate
 from cm_diffusers.evaluation import load_extractor, measure, reference_features
 from cm_diffusers.sampling import load_pipeline, sample_images, to_pil
 from tests.helpers.training_runs import run
@@ -176,7 +176,7 @@ def test_what_can_not_be_measured_is_said_before_sampling(judged, monkeypatch, s
     def sampled(*args):
         raise AssertionError("images are made")
 
-    monkeypatch.setattr(cm_diffusers.engine.judge.Judge, "features", sampled)
+    monkeypatch.setattr(cm_diffusers.engine.evaluation.judge.Judge, "features", sampled)
     with pytest.raises(ValueError, match=message):
         judged(**settings)
 

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.loop import Trainer
-from cm_diffusers.engine.models import denoiser_of, load_pipeline
+from cm_diffusers.engine.saved.start import denoiser_of, load_pipeline
+from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.objectives import OBJECTIVES
 from tests.helpers.training_runs import differences, flags, read_log, run, tensors
 

@@ -35,11 +35,11 @@ from cm_diffusers import (
     TrigFlowScheduler,
     TwoTimeModel,
 )
-from cm_diffusers.engine import clean_process, export
-from cm_diffusers.engine.clean_process import describe, two_images
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.export import save_pipeline, verify_export
-from cm_diffusers.engine.run import train
+from cm_diffusers.engine.saved import clean_process, export
+from cm_diffusers.engine.saved.clean_process import describe, two_images
+from cm_diffusers.engine.saved.export import save_pipeline, verify_export
+from cm_diffusers.engine.training.run import train
 from cm_diffusers.models import build_unet
 from cm_diffusers.pipelines.travel import _sources, bundle, travelling_files
 from tests.helpers.training_runs import flags, run, tensors

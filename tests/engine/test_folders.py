@@ -13,10 +13,10 @@ import pytest
 from PIL import Image, features
 
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.image_sources import open_source
-from cm_diffusers.engine.listing import list_images, natural_key
-from cm_diffusers.engine.prepare import Asked, prepare
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.listing import list_images, natural_key
+from cm_diffusers.engine.data.prepare import Asked, prepare
+from cm_diffusers.engine.data.sources import open_source
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from cm_diffusers import CTMPipeline, CTMScheduler, TwoTimeModel
-from cm_diffusers.engine.export import save_pipeline
+from cm_diffusers.engine.saved.export import save_pipeline
 from cm_diffusers.models import build_unet
 from cm_diffusers.sampling import load_pipeline
 

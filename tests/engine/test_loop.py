@@ -16,12 +16,12 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 
-import cm_diffusers.engine.loop as loop_module
+import cm_diffusers.engine.training.trainer as loop_module
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from cm_diffusers.engine.divergence import Diverged
 from cm_diffusers.engine.lock import lock_folder
-from cm_diffusers.engine.models import load_pipeline
+from cm_diffusers.engine.saved.start import load_pipeline
+from cm_diffusers.engine.training.divergence import Diverged
 from cm_diffusers.objectives import ECT
 from tests.helpers.training_runs import differences, flags, read_log, run, tensors
 
@@ -374,9 +374,10 @@ def test_tensorboard_gets_the_losses(tmp_path):
 
 def test_the_settings_of_a_run_are_kept_as_yaml_that_repeats_it(tmp_path, whole, monkeypatch):
     from cm_diffusers.engine.config import parse_config
-    from cm_diffusers.engine.run import train
+    from cm_diffusers.engine.training.run import train
 
-    monkeypatch.setattr("cm_diffusers.engine.export.verify_export", lambda pipeline, folder: None)  # takes seconds
+    verify = "cm_diffusers.engine.saved.export.verify_export"
+    monkeypatch.setattr(verify, lambda pipeline, folder: None)  # takes seconds
     train(parse_config(["--config", str(whole / "config.yaml"), "--output_dir", str(tmp_path)], ["ect"], ""))
     assert differences(tmp_path, whole) == [] and read_log(tmp_path) == read_log(whole)
 

@@ -17,7 +17,7 @@ from cm_diffusers import (
 )
 from cm_diffusers.core.denoisers import TrajectoryDenoiser
 from cm_diffusers.engine.config import ModelArguments
-from cm_diffusers.engine.models import build_start, denoiser_of, load_pipeline, load_teacher
+from cm_diffusers.engine.saved.start import build_start, denoiser_of, load_pipeline, load_teacher
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec, Objective
 
 

@@ -11,11 +11,11 @@ import torch
 from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
 
-import cm_diffusers.engine.run as run_module
+import cm_diffusers.engine.training.run as run_module
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.engine.checkpoint import load_checkpoint
-from cm_diffusers.engine.divergence import Diverged
-from cm_diffusers.engine.precision import CastPass, choose_precision
+from cm_diffusers.engine.training.divergence import Diverged
+from cm_diffusers.engine.training.precision import CastPass, choose_precision
 from cm_diffusers.models import JVPUNet2DModel, build_unet, keep_time_embedding_in_float32
 from cm_diffusers.objectives import OBJECTIVES, Batch, Diffusion, ModelSpec
 from tests.helpers.training_runs import differences, read_log, run

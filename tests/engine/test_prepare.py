@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cm_diffusers.engine.image_archives as archives_module
-import cm_diffusers.engine.prepare as prepare_module
+import cm_diffusers.engine.data.archives as archives_module
+import cm_diffusers.engine.data.prepare as prepare_module
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.image_sources import open_source
-from cm_diffusers.engine.prepare import crop_middle
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.prepare import crop_middle
+from cm_diffusers.engine.data.sources import open_source
 from tests.helpers.scripts import load_script
 
 

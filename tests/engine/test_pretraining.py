@@ -11,9 +11,9 @@ import torch
 from cm_diffusers import DenoisingPipeline
 from cm_diffusers.core.labelled_augmentation import augment
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.loop import Trainer
-from cm_diffusers.engine.models import ModelArguments, guided, load_pipeline, load_teacher
-from cm_diffusers.engine.optimization import LearningRate
+from cm_diffusers.engine.saved.start import ModelArguments, guided, load_pipeline, load_teacher
+from cm_diffusers.engine.training.optimisers import LearningRate
+from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.models import EDM_PRESETS, EDMUNet2DModel
 from cm_diffusers.objectives import OBJECTIVES, Diffusion
 from tests.helpers.stock_pipelines import autoencoder_kl

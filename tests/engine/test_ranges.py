@@ -6,13 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-import cm_diffusers.engine.data as data_module
+import cm_diffusers.engine.data.images as data_module
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.image_sources import open_source
-from cm_diffusers.engine.order import Spot
-from cm_diffusers.engine.prepare import Asked, prepare
-from cm_diffusers.engine.scan import DecodedImages
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.prepare import Asked, prepare
+from cm_diffusers.engine.data.scan import DecodedImages
+from cm_diffusers.engine.data.sources import open_source
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def all_of(data):
 
 def streamed(folder, count, monkeypatch):
     """The images of a stream in the order of its rows."""
-    monkeypatch.setattr("cm_diffusers.engine.streams.shuffled", lambda rows, *key: rows)
+    monkeypatch.setattr("cm_diffusers.engine.data.streams.shuffled", lambda rows, *key: rows)
     data = read(folder, streaming=True)
     batches = data.batches(Spot(count), seed=0)
     return next(batches)["images"].permute(0, 2, 3, 1).numpy().astype(int)

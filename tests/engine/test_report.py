@@ -12,9 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from cm_diffusers.engine.charts import POINTS, Line, chart, thinned
-from cm_diffusers.engine.report import write_report
-from cm_diffusers.engine.run_records import MOST_PICTURES, read_run
+from cm_diffusers.engine.pictures.charts import POINTS, Line, chart, thinned
+from cm_diffusers.engine.pictures.report import write_report
+from cm_diffusers.engine.pictures.run_records import MOST_PICTURES, read_run
 from tests.helpers.scripts import load_script
 from tests.helpers.training_runs import run
 

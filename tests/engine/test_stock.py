@@ -33,8 +33,8 @@ from diffusers import (
 from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.solvers import euler_step, heun_step
 from cm_diffusers.engine.config import ModelArguments
-from cm_diffusers.engine.models import load_teacher
-from cm_diffusers.engine.stock import is_few_step, read_scheduler, read_stock, without_variance
+from cm_diffusers.engine.saved.start import load_teacher
+from cm_diffusers.engine.saved.stock import is_few_step, read_scheduler, read_stock, without_variance
 from tests.helpers.stock_pipelines import COSINE, PIPELINES, ZERO_SNR, dit, save, unet
 
 

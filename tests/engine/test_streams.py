@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-import cm_diffusers.engine.data as data_module
-import cm_diffusers.engine.streams as streams
+import cm_diffusers.engine.data.images as data_module
+import cm_diffusers.engine.data.streams as streams
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.order import Spot
-from cm_diffusers.engine.run import main
-from cm_diffusers.engine.scan import DecodedImages
-from cm_diffusers.engine.streams import StreamedRows, StreamFault, StreamOrder, shuffled, stream_batches
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.scan import DecodedImages
+from cm_diffusers.engine.data.streams import StreamedRows, StreamFault, StreamOrder, shuffled, stream_batches
+from cm_diffusers.engine.training.run import main
 from tests.helpers.training_runs import differences, flags, read_log, run
 
 

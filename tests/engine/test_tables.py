@@ -13,12 +13,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData, load_source
-from cm_diffusers.engine.image_sources import open_source
-from cm_diffusers.engine.labels import order_names, read_labels
-from cm_diffusers.engine.latents import LatentData
-from cm_diffusers.engine.records import open_image
-from cm_diffusers.engine.tables import split_of
+from cm_diffusers.engine.data.images import ImageData, load_source
+from cm_diffusers.engine.data.labels import order_names, read_labels
+from cm_diffusers.engine.data.latents import LatentData
+from cm_diffusers.engine.data.records import open_image
+from cm_diffusers.engine.data.sources import open_source
+from cm_diffusers.engine.data.tables import split_of
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType, ProjectConfiguration
 
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.tracking import NOTE, check_tracker, start_trackers
+from cm_diffusers.engine.training.tracking import NOTE, check_tracker, start_trackers
 from tests.helpers.training_runs import flags, run
 
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-import cm_diffusers.engine.data as data
-import cm_diffusers.engine.loop as loop
-import cm_diffusers.engine.run as run
-from cm_diffusers.engine.run import main
+import cm_diffusers.engine.data.images as data
+import cm_diffusers.engine.training.run as run
+import cm_diffusers.engine.training.trainer as loop
+from cm_diffusers.engine.training.run import main
 
 
 # what is called just before (or with True, just after) that, and how often before it matters
@@ -49,7 +49,8 @@ def at(moment, happen):
 
 def train(words, method="ect"):
     """The exit code of a training script in this process."""
-    with mock.patch("cm_diffusers.engine.export.verify_export"), mock.patch.object(run, "draw_grids", return_value={}):
+    verify = "cm_diffusers.engine.saved.export.verify_export"
+    with mock.patch(verify), mock.patch.object(run, "draw_grids", return_value={}):
         try:
             main(words, [method], "")
         except SystemExit as ended:

@@ -73,7 +73,7 @@ def free_port():
 
 def serve():
     from cm_diffusers.engine import export, run
-    from cm_diffusers.engine.run import main
+    from cm_diffusers.engine.training.run import main
 
     export.verify_export = lambda pipeline, folder: None  # these two take seconds
     run.draw_grids = lambda pipeline, folder: {}

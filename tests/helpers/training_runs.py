@@ -6,7 +6,7 @@ from unittest import mock
 
 from cm_diffusers.engine.checkpoint import newest_checkpoint
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.run import train
+from cm_diffusers.engine.training.run import train
 
 
 DEFAULTS = {
@@ -43,8 +43,8 @@ def flags(folder, method="ect", **settings):
 
 def run(folder, method="ect", **settings):
     """Train in this process; gives the folder of the run. Its export is not verified or drawn, which takes seconds."""
-    with mock.patch("cm_diffusers.engine.export.verify_export"):
-        with mock.patch("cm_diffusers.engine.run.draw_grids", return_value={}):
+    with mock.patch("cm_diffusers.engine.saved.export.verify_export"):
+        with mock.patch("cm_diffusers.engine.training.run.draw_grids", return_value={}):
             train(parse_config(flags(folder, method, **settings), [method], ""))
     return Path(folder)
 

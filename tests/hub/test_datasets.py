@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm_diffusers.engine import hub as engine_hub
+from cm_diffusers.engine.sharing import hub as engine_hub
 from tests.helpers.loopback import File, Repository
 from tests.helpers.scripts import load_script
 
@@ -26,8 +26,8 @@ print(json.dumps({split: [rows.features["label"].names, rows["label"][:], len(ro
 TRAIN = """
 import json, sys
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import ImageData
-from cm_diffusers.engine.order import Spot
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.order import Spot
 limit = int(sys.argv[2])
 args = DataArguments(dataset_name="tester/files", streaming=sys.argv[1] == "1", max_train_samples=limit)
 data = ImageData(args, False, show_progress=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import load_source
+from cm_diffusers.engine.data.images import load_source
 from tests.helpers.loopback import File, Repository
 from tests.helpers.training_runs import flags, run
 

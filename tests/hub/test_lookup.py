@@ -10,10 +10,10 @@ from PIL import Image
 
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler, lookup
 from cm_diffusers.engine.config import DataArguments, ModelArguments
-from cm_diffusers.engine.data import load_source
-from cm_diffusers.engine.discriminators import load_backbone
-from cm_diffusers.engine.hub import Publisher, Push
-from cm_diffusers.engine.models import load_vae
+from cm_diffusers.engine.data.images import load_source
+from cm_diffusers.engine.saved.discriminators import load_backbone
+from cm_diffusers.engine.saved.start import load_vae
+from cm_diffusers.engine.sharing.hub import Publisher, Push
 from cm_diffusers.evaluation.features import load_extractor
 from cm_diffusers.sampling import load_pipeline
 
@@ -74,7 +74,7 @@ def test_a_busy_hub_is_left_to_its_clients(hub, client):
 CACHED = """
 import json, sys
 from cm_diffusers.engine.config import DataArguments
-from cm_diffusers.engine.data import load_source
+from cm_diffusers.engine.data.images import load_source
 from cm_diffusers.sampling import load_pipeline
 pipe = load_pipeline("tester/model")
 rows = load_source(DataArguments(dataset_name="tester/mine"))

@@ -8,8 +8,8 @@ import time
 import pytest
 from huggingface_hub import constants
 
-from cm_diffusers.engine import hub as engine_hub
-from cm_diffusers.engine.hub import Publisher, Push, is_passing
+from cm_diffusers.engine.sharing import hub as engine_hub
+from cm_diffusers.engine.sharing.hub import Publisher, Push, is_passing
 from tests.helpers.loopback import TOKEN, User, pushed
 
 

@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 from huggingface_hub import ModelCard
 
-from cm_diffusers.engine import hub as engine_hub
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.run import train
+from cm_diffusers.engine.sharing import hub as engine_hub
+from cm_diffusers.engine.training.run import train
 from tests.helpers.loopback import TOKEN, File, pushed
 from tests.helpers.scripts import load_script
 from tests.helpers.training_runs import differences, flags, read_log, run
@@ -34,7 +34,7 @@ def push(words):
 
 
 def test_a_run_publishes_its_model_with_a_card_whose_snippet_runs(hub, client, tmp_path):
-    with mock.patch("cm_diffusers.engine.export.verify_export"):
+    with mock.patch("cm_diffusers.engine.saved.export.verify_export"):
         train(parse_config(flags(tmp_path / "digits", "ect", max_train_steps=2, push_to_hub=True), ["ect"], ""))
     files = pushed(hub, "tester/digits")
     grids = {f"samples/{name}.png" for name in ("1_step", "2_steps", "4_steps")}

@@ -10,8 +10,8 @@ import yaml
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
 from cm_diffusers import CTMPipeline, CTMScheduler, TwoTimeModel
-from cm_diffusers.engine import hub as engine_hub
-from cm_diffusers.engine import space
+from cm_diffusers.engine.sharing import hub as engine_hub
+from cm_diffusers.engine.sharing import space
 from cm_diffusers.models import build_unet
 from tests.helpers.loopback import TOKEN
 from tests.helpers.scripts import load_script

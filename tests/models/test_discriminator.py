@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, ResNetConfig, ResNetForImageClassification
 
-from cm_diffusers.engine.discriminators import build_discriminator, load_backbone
+from cm_diffusers.engine.saved.discriminators import build_discriminator, load_backbone
 from cm_diffusers.models.discriminator import (
     IMAGENET_MEAN,
     IMAGENET_STD,

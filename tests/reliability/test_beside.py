@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cm_diffusers.engine import evaluate
-from cm_diffusers.engine.card import read_metrics, renew_card
-from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
+from cm_diffusers.engine.evaluation import evaluate
+from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
 from cm_diffusers.engine.log import read_log as parse_log
-from cm_diffusers.engine.pictures import plot_losses
-from cm_diffusers.engine.report import write_report
-from cm_diffusers.engine.run_folder import FILES, FOLDERS, OVERWRITTEN, look_over
+from cm_diffusers.engine.pictures.curves import plot_losses
+from cm_diffusers.engine.pictures.report import write_report
+from cm_diffusers.engine.sharing.card import read_metrics, renew_card
+from cm_diffusers.engine.training.run_folder import FILES, FOLDERS, OVERWRITTEN, look_over
 from tests.helpers.disks import train
 from tests.helpers.training_runs import differences, flags, read_log, run
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from cm_diffusers.engine.loop import Trainer
+from cm_diffusers.engine.training.trainer import Trainer
 from tests.helpers.method_runs import STARTS, settings_of
 from tests.helpers.training_runs import differences, read_log, run
 

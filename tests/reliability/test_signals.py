@@ -246,14 +246,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize(
     "where, name, said, settings",
     [
-        ("cm_diffusers.engine.data", "save_scan", "before training began; nothing is lost", {}),
+        ("cm_diffusers.engine.data.images", "save_scan", "before training began; nothing is lost", {}),
         (
-            "cm_diffusers.engine.run",
+            "cm_diffusers.engine.training.run",
             "draw_grids",
             "as the model was exported; the same command exports it",
             {"max_train_steps": 3},
         ),
-        ("cm_diffusers.engine.export", "verify_export", "as the model was exported", {"max_train_steps": 3}),
+        ("cm_diffusers.engine.saved.export", "verify_export", "as the model was exported", {"max_train_steps": 3}),
     ],
 )
 def test_where_nothing_is_to_be_saved_a_signal_ends_the_run_at_once(start, number, where, name, said, settings):
@@ -271,7 +271,7 @@ def test_where_nothing_is_to_be_saved_a_signal_ends_the_run_at_once(start, numbe
 
 def test_a_process_that_waits_for_another_one_does_not_outlive_a_signal(start):
     """While the main process reads the images, the other one is in a call that does not return."""
-    program = slowed("cm_diffusers.engine.data", "save_scan")
+    program = slowed("cm_diffusers.engine.data.images", "save_scan")
     one = start([*TORCHRUN[:-1], "--no-python", sys.executable, "-c", program, SCRIPT], train_batch_size=4)
     one.until(lambda: one.folder.with_name(one.folder.name + ".reached").exists())
     one.trainers = one.launcher.children()

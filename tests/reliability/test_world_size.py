@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cm_diffusers.engine.data import FIRST_ROWS
-from cm_diffusers.engine.order import Spot
-from cm_diffusers.engine.streams import StreamOrder
+from cm_diffusers.engine.data.images import FIRST_ROWS
+from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.streams import StreamOrder
 from cm_diffusers.objectives import OBJECTIVES
 from tests.helpers.scripts import SCRIPT
 from tests.helpers.training_runs import flags, read_log, run, tensors
@@ -167,7 +167,7 @@ def test_a_row_that_one_process_can_not_read_is_the_end_of_both_and_all_is_saved
 
 
 def test_another_order_of_the_data_gives_other_losses(one, tmp_path, monkeypatch):
-    import cm_diffusers.engine.order as order
+    import cm_diffusers.engine.data.order as order
 
     monkeypatch.setattr(order, "permutation", lambda n, *key: torch.arange(n))
     other = on_one(tmp_path, max_train_steps=3, pretrain_steps=2)

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
-from cm_diffusers.engine.evaluate import _check_images
-from cm_diffusers.engine.evaluation_arguments import EvaluationArguments
-from cm_diffusers.engine.models import SavedModel, check_fit
+from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
+from cm_diffusers.engine.evaluation.evaluate import _check_images
 from cm_diffusers.engine.places import check_place, find_device
-from cm_diffusers.engine.run import main as train_main
+from cm_diffusers.engine.saved.start import SavedModel, check_fit
+from cm_diffusers.engine.training.run import main as train_main
 from cm_diffusers.objectives import ModelSpec
 from cm_diffusers.sampling import load_pipeline
 from tests.helpers.scripts import load_script
@@ -103,7 +103,7 @@ def test_a_folder_can_not_be_or_lie_in_a_file(file, below):
 
 
 def test_training_in_a_file_ends_in_a_line_before_the_data_are_read(file, capsys, monkeypatch):
-    monkeypatch.setattr("cm_diffusers.engine.run.ImageData", None)
+    monkeypatch.setattr("cm_diffusers.engine.training.run.ImageData", None)
     with pytest.raises(SystemExit) as ended:
         train_main(flags(file), ["ect"], "")
     (line,) = capsys.readouterr().err.splitlines()

@@ -14,7 +14,7 @@ from diffusers import ConsistencyModelPipeline
 from PIL import Image
 
 from cm_diffusers import ConsistencyPipeline, CTMPipeline, CTMScheduler, TwoTimeModel
-from cm_diffusers.engine.models import load_pipeline
+from cm_diffusers.engine.saved.start import load_pipeline
 from tests.helpers.scripts import load_script
 from tests.helpers.training_runs import flags, read_log, run
 

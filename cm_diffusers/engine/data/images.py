@@ -1,0 +1,304 @@
+"""Images from any source of the datasets library, checked before training, in an order that only the seed decides."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from cm_diffusers.core.draws import permutation
+from cm_diffusers.engine.config import DataArguments
+from cm_diffusers.engine.data.columns import (
+    Rows,
+    find_image_column,
+    find_label_column,
+    kind_of,
+    marks_of,
+    paths_of,
+    undecoded,
+)
+from cm_diffusers.engine.data.description import DataDescription
+from cm_diffusers.engine.data.labels import read_labels
+from cm_diffusers.engine.data.order import KeyedOrder, Spot
+from cm_diffusers.engine.data.records import name_in_messages, open_image, why
+from cm_diffusers.engine.data.scan import (
+    CACHE_BYTES,
+    VERSION,
+    DecodedImages,
+    Facts,
+    load_scan,
+    loaded,
+    save_scan,
+    scan,
+)
+from cm_diffusers.engine.data.sources import declares_parts, is_table, load_local
+from cm_diffusers.engine.data.streams import StreamedRows, StreamOrder, numbered, stream_batches
+from cm_diffusers.lookup import looked_up
+from cm_diffusers.pixels import size_of
+
+
+FIRST_ROWS = 1_000  # of a stream, which tell what all have to be
+SIGMA_DATA_SAMPLES = 10_000
+FIRST = 100  # images that are tried for the size
+
+
+def load_source(
+    args: DataArguments, labelled: bool = True, say: Callable[[str], None] = lambda line: None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The dataset that `args` name, images not decoded yet.
+
+    Args:
+        args: which one.
+        labelled: with labels, where folders of images or metadata tell them.
+        say: gets a line that says what was read, and what was left out and why.
+
+    Raises:
+        ValueError: it is not to be had, or empty.
+    """
+    name = args.train_data_dir or args.dataset_name
+    if args.dataset_name == "digits":
+        source = _digits()
+    elif args.train_data_dir is not None and not Path(name).is_dir():
+        raise ValueError(f"train_data_dir {name!r} is not a folder.")
+    else:
+        try:
+            source = _load(args, Path(name), labelled, say)
+        except Exception as error:  # the library raises many kinds; all mean that there is no dataset
+            raise ValueError(f"dataset {name!r}, split {args.split!r}, can't be loaded: {_causes(error)}") from error
+    if args.max_train_samples is not None and not args.streaming:
+        source = source.take(min(args.max_train_samples, len(source)))  # datasets before 5.2 can't take more
+    if not args.streaming and len(source) == 0:
+        raise ValueError(f"dataset {name!r} is empty.")
+    return source
+
+
+def _load(args: DataArguments, path: Path, labelled: bool, say: Callable[[str], None]) -> Rows:
+    tables = args.train_data_dir is None
+    if path.exists() and args.dataset_config_name is None and not (tables and declares_parts(path)):
+        columns = {"labelled": labelled, "label_column": args.label_column, "image_column": args.image_column}
+        source = load_local(path, args.split, args.streaming, **columns, tables=tables, say=say)
+        if source is not None:
+            return source
+    elif not path.exists() and is_table(path):
+        raise ValueError("there is no such file or folder.")
+    name, options = str(path) if path.exists() else args.dataset_name, {"revision": args.dataset_revision}
+    with looked_up(name, "dataset", args.dataset_revision) as cached, _offline(cached):
+        if not args.streaming:
+            return datasets.load_dataset(name, args.dataset_config_name, split=args.split, **options)
+        builder = datasets.load_dataset_builder(name, args.dataset_config_name, **options)
+    if hasattr(builder.config, "decode_num_threads"):
+        builder.config.decode_num_threads = 0  # or the library decodes, and fails without a name
+    return builder.as_streaming_dataset(args.split)
+
+
+@contextmanager
+def _offline(offline: bool) -> Iterator[None]:
+    """Let the datasets library look into its cache alone, for which `load_dataset` has no argument."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _causes(error: BaseException) -> str:
+    """A message with those of what caused it, which the datasets library hides."""
+    lines = []
+    while error is not None:
+        lines += [why(error)] if why(error) not in " ".join(lines) else []
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return " - because: ".join(lines)
+
+
+def _digits() -> datasets.Dataset:
+    """The 1,797 handwritten digits of 8x8 pixels that ship inside scikit-learn."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("dataset 'digits' needs scikit-learn: pip install 'cm-diffusers[quickstart]'") from None
+    digits = load_digits()
+    images = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+
+
+class _Rows(Dataset):
+    """Batches by lists of indices: {"images": uint8 (B, C, H, W), "labels": int64 (B,) or None}."""
+
+    def __init__(self, images: Tensor | DecodedImages, labels: Tensor | None):
+        self.images, self.labels = images, labels
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor | None]:
+        if torch.is_tensor(self.images):
+            images = self.images[indices]
+        else:
+            images = torch.stack([self.images.take(i) for i in indices])
+        return {"images": images, "labels": None if self.labels is None else self.labels[indices]}
+
+
+def _root_mean_square(images: Tensor) -> float:
+    """Of images, uint8, in [-1, 1]."""
+    return round((images.double() / 127.5 - 1).square().mean().sqrt().item(), 4)
+
+
+class ImageData:
+    """A dataset ready for training: known shape, checked, measured.
+
+    Args:
+        args: which dataset, and how its images are prepared.
+        class_conditional: read labels as well.
+        scanned: the file that remembers what the pass over all images found, until the data change.
+        show_progress: show bars, and say what was read and what was left out.
+
+    Raises:
+        ValueError: no such dataset, column or label; an empty dataset; images that can't be read (all are listed).
+    """
+
+    vae = None  # the autoencoder, for datasets of latents
+
+    def __init__(
+        self, args: DataArguments, class_conditional: bool, scanned: Path | None = None, show_progress: bool = True
+    ):
+        self.args, self.show_progress = args, show_progress
+        source = load_source(args, class_conditional, self._say)
+        features = source.features or source._resolve_features().features
+        self.column = find_image_column(features, args.image_column)
+        self.label_column = find_label_column(features, args.label_column) if class_conditional else None
+        self.source = undecoded(source, self.column, features)
+        self.resolution = self._find_size()
+        self.num_classes = self.labels = self._classes = self._fingerprint = None
+        if args.streaming:
+            self._find_streamed_labels(features)
+            self.images = None
+            self._look_at_first()
+        else:
+            if self.label_column is not None:
+                self._read_labels(features)
+            self._look_at_all(scanned)
+
+    def _say(self, line: str) -> None:
+        if self.show_progress:
+            tqdm.write(line)
+
+    def _find_size(self) -> tuple[int, int]:
+        """(height, width), as asked for, or as the first image that can be read has them."""
+        asked, faults = self.args.resolution, []
+        for i, row in numbered(self.source, FIRST):
+            try:
+                image = open_image(row[self.column])
+            except Exception as error:  # whatever is wrong with it, the scan names it
+                faults.append(f"{name_in_messages(i, row[self.column])}: {why(error)}")
+                continue
+            return size_of(image) if asked is None else tuple((asked * 2)[:2])
+        if not faults:
+            raise ValueError(f"dataset {self.args.train_data_dir or self.args.dataset_name!r} is empty.")
+        listed = "".join(f"\n  {fault}" for fault in faults[:5]) + ("\n  ..." if len(faults) > 5 else "")
+        raise ValueError(f"none of the first images of column {self.column!r} can be read:{listed}")
+
+    def _read_labels(self, features: datasets.Features) -> None:
+        labels = read_labels(self.source[self.label_column][:], features[self.label_column], self.label_column)
+        self.labels, self.num_classes, self._classes = labels.values, len(labels.names), labels.classes
+        if labels.gaps():
+            self._say(labels.gaps())
+
+    def _find_streamed_labels(self, features: datasets.Features) -> None:
+        if self.label_column is not None:
+            names = getattr(features[self.label_column], "names", None)
+            if names is None:
+                raise ValueError(
+                    f"a stream needs labels of the type ClassLabel, which says how many classes there are; column"
+                    f" {self.label_column!r} is {kind_of(features[self.label_column])}. Leave out --streaming."
+                )
+            self.num_classes, self._classes = len(names), dict(enumerate(names))
+
+    @property
+    def description(self) -> DataDescription:
+        """Number, shape, classes and fingerprint of the images, as far as they are known."""
+        number = None if self.images is None else len(self.images)
+        return DataDescription(
+            number, self.channels, self.resolution, self.num_classes, self._classes, self._fingerprint
+        )
+
+    def _look_at_all(self, scanned: Path | None) -> None:
+        """Decode every image once, or remember what that found; keep them if there is room."""
+        decoder = DecodedImages(self.source, self.column, self.args.channels, self.resolution)
+        keep = len(decoder) * (self.args.channels or 3) * self.resolution[0] * self.resolution[1] <= CACHE_BYTES
+        key = self._key(keep)
+        found = None if scanned is None else load_scan(scanned, key)
+        if found is None:
+            found = scan(decoder, keep, self.args.dataloader_num_workers, self.show_progress)
+            if scanned is not None:
+                scanned.parent.mkdir(parents=True, exist_ok=True)
+                save_scan(scanned, key, *found)
+        facts, images = found
+        self._use(facts, decoder)
+        self.images = images if keep else decoder
+        labels = b"" if self.labels is None else self.labels.numpy().tobytes()
+        self._fingerprint = hashlib.sha256(facts.fingerprint.encode() + labels).hexdigest()
+
+    def _look_at_first(self) -> None:
+        """Decode the first rows of a stream for what has to be known of all; the others are checked as they come."""
+        count = min(FIRST_ROWS, self.args.max_train_samples or FIRST_ROWS)
+        first = [row for _, row in numbered(self.source, count)]
+        decoder = DecodedImages(first, self.column, self.args.channels, self.resolution)
+        facts, images = scan(decoder, True, self.args.dataloader_num_workers, self.show_progress)
+        self._use(facts, decoder)
+        grey = self.args.channels is None and self.channels == 1
+        self._streamed = StreamedRows(decoder, self.label_column, self.num_classes, refuse_colours=grey)
+        self._streamed.check_labels(enumerate(first))
+        self._first_sigma_data = _root_mean_square(images)
+        decoder.rows = []
+
+    def _use(self, facts: Facts, decoder: DecodedImages) -> None:
+        """Decode all images by what was found, and say so."""
+        self.channels = decoder.channels = self.args.channels or facts.channels
+        decoder.scales = facts.scales
+        for line in facts.ranges:
+            self._say(line)
+        if self.args.resolution is None and len(facts.sizes) > 1:
+            own = "{} x {}".format(*self.resolution)
+            other = next(size for size in facts.sizes if size != own)
+            number = facts.sizes.total() - facts.sizes[own]
+            self._say(
+                f"WARNING: {number} of {len(decoder)} images are not of {own} pixels, as the first is, but for one of"
+                f" {other} ({facts.examples[other]}): they are resized and cropped. --resolution sets the size."
+            )
+
+    def _key(self, keep: bool) -> str:
+        """What tells this dataset and its shape from others without opening an image."""
+        marks = marks_of(paths_of(self.source, self.column))
+        facts = [VERSION, self.source._fingerprint, self.column, self.args.channels, self.resolution, keep, marks]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def measure_sigma_data(self) -> float:
+        """Root mean square of (a sample of) the data scaled to [-1, 1]: what EDM's preconditioning assumes.
+
+        It is the second moment about zero, not the standard deviation about the mean: c_skip = s^2 / (s^2 + sigma^2)
+        minimises the error of c_skip x against the data for s^2 = E[x0^2].
+        """
+        if self.args.streaming:
+            return self._first_sigma_data
+        return _root_mean_square(self.rows(permutation(len(self.images), "sigma_data")[:SIGMA_DATA_SAMPLES].tolist()))
+
+    def rows(self, indices: list[int]) -> Tensor:
+        """The images (B, C, H, W) at these places of the dataset."""
+        return _Rows(self.images, self.labels).__getitems__(indices)["images"]
+
+    def batches(self, spot: Spot, seed: int, step: int = 0) -> Iterator[dict[str, Tensor | None]]:
+        """Batches for the forward passes of this process from training step `step` on, without end."""
+        if self.args.streaming:
+            order = StreamOrder(self.source, spot, seed, step, self.args.max_train_samples)
+            return stream_batches(order, self._streamed, self.args.dataloader_num_workers)
+        order = KeyedOrder(len(self.images), spot, seed, step)
+        workers = 0 if torch.is_tensor(self.images) else self.args.dataloader_num_workers
+        rows = _Rows(self.images, self.labels)
+        return loaded(rows, workers, batch_sampler=order)

@@ -1,0 +1,125 @@
+"""Images as the latents of an autoencoder, encoded once before training, and kept in a file on request."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cm_diffusers.core.draws import permutation
+from cm_diffusers.engine.data.images import SIGMA_DATA_SAMPLES, ImageData
+from cm_diffusers.engine.files import replace_file
+
+
+ENCODED_AT_ONCE = 64
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, images: Tensor) -> Tensor:
+    """Latents (B, c, h, w) of images (B, C, H, W) in [-1, 1], shifted and scaled as the autoencoder's config says.
+
+    Of a posterior the mode is taken: a function of the image alone, so that latents can be kept and a run repeats
+    itself on any number of processes; the posterior's spread is far below that of the latents.
+    """
+    output = vae.encode(images.to(vae.dtype))
+    latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
+    config = vae.config
+    return (latents.float() - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
+
+
+class LatentData(ImageData):
+    """A dataset of latents, in the interface of `ImageData`: `images` are float32 (N, c, h, w).
+
+    Args:
+        data: the images.
+        vae: an autoencoder of diffusers.
+        cache: a file that keeps the latents; they are read from it if it verifies and is of these images, this
+            autoencoder and these settings.
+        device: where they are encoded.
+        say: prints a line.
+
+    Raises:
+        ValueError: a stream, mirrored or augmented images, or images that are not what the autoencoder takes.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        vae: nn.Module,
+        cache: Path | None = None,
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] = print,
+    ):
+        if data.args.streaming:
+            raise ValueError("streaming is not for latents: images are encoded once, before training.")
+        if data.args.random_flip:
+            raise ValueError("random_flip is not for latents: mirrored latents are not those of the mirrored image.")
+        if data.args.augment:
+            raise ValueError("augment is not for latents: turned latents are not those of the turned image.")
+        if data.channels != vae.config.in_channels:
+            raise ValueError(
+                f"the autoencoder takes images of {vae.config.in_channels} channels,"
+                f" the dataset gives {data.channels}: set --channels."
+            )
+        self.args, self.labels, self.num_classes = data.args, data.labels, data.num_classes
+        self._classes = data._classes
+        self.vae = vae.float().eval().requires_grad_(False).to(device)
+        self.show_progress = data.show_progress
+        self._fingerprint = key = _key(data, vae)
+        latents = None if cache is None else _read(cache, key, say)
+        if latents is None:
+            latents = self._encode(data, device)
+            if cache is not None:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(cache, save({"latents": latents}, {"key": key, "sha256": _digest(latents)}))
+        self.images, self.channels, self.resolution = latents, latents.shape[1], tuple(latents.shape[2:])
+
+    def _encode(self, data: ImageData, device: torch.device | str) -> Tensor:
+        parts = []
+        bar = range(0, len(data.images), ENCODED_AT_ONCE)
+        for start in tqdm(bar, desc="Encoding images", disable=not self.show_progress, leave=False):
+            images = data.rows(list(range(start, min(start + ENCODED_AT_ONCE, len(data.images)))))
+            parts.append(encode(self.vae, images.to(device).float() / 127.5 - 1).cpu())
+        return torch.cat(parts).contiguous()  # they may be channels-last
+
+    def measure_sigma_data(self) -> float:
+        """Root mean square of (a sample of) the latents."""
+        rows = permutation(len(self.images), "sigma_data")[:SIGMA_DATA_SAMPLES]
+        return round(self.images[rows].double().square().mean().sqrt().item(), 4)
+
+
+def _key(data: ImageData, vae: nn.Module) -> str:
+    """The SHA-256 of all that makes the latents: images, shape, weights and settings of the autoencoder."""
+    made_by = {"images": data.description.fingerprint, "shape": [len(data.images), data.channels, *data.resolution]}
+    made_by["vae"] = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode())
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {_digest(value)}".encode())
+    return digest.hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def _read(cache: Path, key: str, say: Callable[[str], None]) -> Tensor | None:
+    """The latents in `cache`, or None where there are none, or others, or damaged ones."""
+    if not cache.exists():
+        return None
+    try:
+        with safe_open(cache, "pt") as file:
+            found, latents = file.metadata(), file.get_tensor("latents")
+        if found["sha256"] != _digest(latents):
+            raise ValueError("its digest is another")
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        say(f"WARNING: {cache} is damaged ({error}); the images are encoded anew.")
+        return None
+    if found["key"] != key:
+        say(f"{cache} holds the latents of other images or of another autoencoder; the images are encoded anew.")
+        return None
+    return latents

@@ -1,0 +1,216 @@
+"""The first pass over all images of a dataset: every one is decoded once, so that bad ones are found before training,
+and what has to be known of all of them is. A file beside the run remembers it until the data change."""
+
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from cm_diffusers.engine.data.records import Content, decode_content, name_in_messages, open_image, read_content, why
+from cm_diffusers.engine.files import written_aside
+from cm_diffusers.engine.stopping import leave_signals_to_the_run
+from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_uint8
+
+
+CACHE_BYTES = 4 << 30  # decoded datasets up to this size are kept in memory
+LISTED_FAULTS = 20
+VERSION = 2  # of what the file of a scan holds, and of how images are decoded
+
+
+def resize_and_crop(image: Image.Image, resolution: Sequence[int]) -> Image.Image:
+    """Resize (bicubic, antialiased) to cover (height, width), and crop the middle."""
+    height, width = resolution
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def digest_of(content: Content) -> bytes:
+    """What tells the content of an image from that of another."""
+    if isinstance(content, Image.Image):
+        content = np.asarray(content)
+    if isinstance(content, np.ndarray):
+        content = f"{content.dtype} {content.shape}".encode() + content.tobytes()
+    return hashlib.sha256(content).digest()
+
+
+@dataclass
+class Facts:
+    """What a dataset was found to be.
+
+    Args:
+        channels: 1 where all images are grey, else 3.
+        sizes: numbers of images by their size, "height x width".
+        examples: an image of each size.
+        scales: what white is in images of more than 8 bits (`pixels.Ranges`).
+        ranges: lines that say so.
+        fingerprint: of the contents of all images in their order.
+    """
+
+    channels: int = 1
+    sizes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    scales: dict[str, int] = field(default_factory=dict)
+    ranges: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image as the scan saw it: `pixels` (C, H, W), uint8, in its own range; whether it is grey, (height, width)
+    and the range that it came with."""
+
+    pixels: Tensor
+    grey: bool
+    size: tuple[int, int]
+    extrema: Extrema | None
+    digest: bytes
+
+
+class DecodedImages(Dataset):
+    """The images of a dataset, decoded.
+
+    Args:
+        rows: the dataset, its images not decoded.
+        column: which holds them.
+        channels: 1 or 3, or None for those of each image.
+        resolution: (height, width) that they get.
+
+    Attributes:
+        scales: what white is in images of more than 8 bits.
+    """
+
+    def __init__(self, rows: Dataset, column: str, channels: int | None, resolution: Sequence[int]):
+        self.rows, self.column, self.channels, self.resolution = rows, column, channels, resolution
+        self.scales: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Seen | str:
+        """An image, or the reason why it can't be read."""
+        record = self.rows[index][self.column]
+        try:
+            content = read_content(record)
+            image = decode_content(content)
+            seen = extrema(image)
+            pixels = self.decode(image, {} if seen is None else {seen.type: seen.scale})
+            return Seen(pixels, is_grey(image), size_of(image), seen, digest_of(content))
+        except Exception as error:  # of hostile files, too: whatever it is, it is named
+            return f"{name_in_messages(index, record)}: {why(error)}"
+
+    def take(self, index: int) -> Tensor:
+        """The image (C, H, W) at a place."""
+        return self.decode(open_image(self.rows[index][self.column]), self.scales)
+
+    def decode(self, image: Image.Image | np.ndarray, scales: Mapping[str, int]) -> Tensor:
+        """(C, H, W), uint8, from an upright image of any type and size."""
+        channels = self.channels or (1 if is_grey(image) else 3)
+        image = resize_and_crop(to_uint8(image, channels, scales), self.resolution)
+        return torch.from_numpy(np.array(image)).reshape(*self.resolution, channels).permute(2, 0, 1).contiguous()
+
+
+def scan(decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bool = True) -> tuple[Facts, Tensor]:
+    """Look at every image once.
+
+    Args:
+        decoder: gives them.
+        keep: keep them in memory.
+        workers: processes that decode.
+        show_progress: show a bar.
+
+    Returns:
+        What was found, and the images (N, C, H, W), N = 0 unless they are kept.
+
+    Raises:
+        ValueError: images that can't be read; all are counted, and the first ones named with the reason.
+    """
+    facts, digest, faults, images = Facts(), hashlib.sha256(), [], torch.empty(0, 1, *decoder.resolution)
+    ranges, own = Ranges(), {}  # the scales that images were decoded by
+    bar = {"desc": "Reading images", "total": len(decoder), "disable": not show_progress, "leave": False}
+    for i, seen in enumerate(tqdm(loaded(decoder, workers, batch_size=None), **bar)):
+        if isinstance(seen, str):
+            faults.append(seen)
+            continue
+        size = "{} x {}".format(*seen.size)
+        facts.channels = facts.channels if seen.grey else 3
+        ranges.add(f"row {i}", seen.extrema)
+        if seen.extrema is not None:
+            own[i] = seen.extrema
+        facts.sizes[size] += 1
+        facts.examples.setdefault(size, f"row {i}")
+        digest.update(seen.digest)
+        if keep:
+            if not len(images) or len(seen.pixels) > images.shape[1]:  # the first one, or colour after grey
+                before = images
+                images = torch.empty(len(decoder), len(seen.pixels), *decoder.resolution, dtype=torch.uint8)
+                images[: len(before)] = before
+            images[i] = seen.pixels
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults[:LISTED_FAULTS])
+        more = "\n  ..." if len(faults) > LISTED_FAULTS else ""
+        raise ValueError(f"{len(faults)} of {len(decoder)} images can't be read; repair or remove them:{listed}{more}")
+    facts.scales, facts.ranges, facts.fingerprint = ranges.scales, ranges.describe(), digest.hexdigest()
+    if keep:
+        decoder.scales = facts.scales
+        for i, seen in own.items():
+            if seen.scale != facts.scales[seen.type]:
+                images[i] = decoder.take(i)
+    return facts, images
+
+
+def loaded(rows: Dataset, workers: int, **settings: Any) -> Iterator[Any]:
+    """What a DataLoader of ready batches gives; its workers end with the iteration, however that ends."""
+    settings |= {"num_workers": workers, "collate_fn": _as_it_is}
+    batches = iter(DataLoader(rows, **settings, worker_init_fn=leave_signals_to_the_run if workers else None))
+    try:
+        yield from batches
+    finally:
+        del batches  # a traceback would keep it, and the workers with it
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def save_scan(file: Path, key: str, facts: Facts, images: Tensor) -> None:
+    """Write what was found, and the images that are kept, as safetensors that say of which data they are."""
+    found = json.dumps(vars(facts))
+    head = {"key": key, "facts": found, "check": _checksum(images, found)}
+    with written_aside(file) as aside:
+        save_file({"images": images}, aside, head)
+
+
+def load_scan(file: Path, key: str) -> tuple[Facts, Tensor] | None:
+    """What `save_scan` wrote; None where there is nothing, of other data, or damaged."""
+    try:
+        with safe_open(file, "pt") as source:
+            head = source.metadata() or {}
+            if head["key"] != key:
+                return None
+            images = source.get_tensor("images")
+        if _checksum(images, head["facts"]) != head["check"]:
+            raise ValueError("its checksum differs")
+        facts = Facts(**json.loads(head["facts"]))
+        facts.sizes = Counter(facts.sizes)
+        return facts, images
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        tqdm.write(f"WARNING: {file} is damaged ({error}); the images are checked anew.")
+        return None
+
+
+def _checksum(images: Tensor, facts: str) -> str:
+    return str(zlib.crc32(images.numpy().reshape(-1), zlib.crc32(facts.encode())))

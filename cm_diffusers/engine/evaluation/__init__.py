@@ -1,0 +1,1 @@
+"""Models, folders of images and checkpoints measured against a dataset."""

@@ -1,0 +1,94 @@
+"""Settings of an evaluation, beside those of the dataset."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cm_diffusers.engine.sharing.card import FACTS
+from cm_diffusers.objectives.options import SOME_STEPS, Options, option
+
+
+@dataclass(frozen=True)
+class EvaluationArguments(Options):
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        "Model to evaluate, a folder or a Hub id. Give exactly one of this, --images_dir and --watch.",
+        place="path or Hub id",
+    )
+    images_dir: str | None = option(None, "Folder of images to evaluate.", place="path")
+    watch: str | None = option(
+        None, "Folder of a training run: each checkpoint is evaluated, until the run ends.", place="path"
+    )
+    revision: str | None = option(None, "Revision of the model on the Hub.")
+    num_samples: int | None = option(None, "How many images. Default: 10,000, or all of images_dir.", SOME_STEPS)
+    num_inference_steps: list[int] | None = option(
+        None, "Numbers of steps, as 1 2 4. Default: the model's usual ones."
+    )
+    sigmas: list[str] | None = option(None, "Lists of noise levels to sample at as well, as 80,0.8 80,5,0.5.")
+    search_sigmas: int | None = option(
+        None,
+        "Find the best noise levels for this many steps, and save a copy of the model that takes them.",
+        "[2, 10]",
+    )
+    search_samples: int = option(
+        2000, "Images per distance in that search; their seeds are not those of the results.", SOME_STEPS
+    )
+    seed: int = option(0, "Image i is made from seed + i alone; classes take turns.", "[0, 1e18]")
+    batch_size: int = option(250, "Images made at once by each process.", SOME_STEPS)
+    feature_extractor: str | None = option(
+        None,
+        "inception (of FID), dinov2, classifier (a small one, trained on the labelled dataset), an image classifier's"
+        " Hub id, or module:name of an nn.Module. Default: inception where its weights can be had, else classifier.",
+        place="path or Hub id",
+        words=("inception", "dinov2", "classifier"),
+    )
+    feature_weights: str | None = option(
+        None, "The extractor's weights, a file or folder, instead of a download.", place="path"
+    )
+    reference_cache: str = option("runs/references", "Folder that keeps the dataset's features.", place="path")
+    output_dir: str | None = option(
+        None,
+        "Gets metrics.json and quality.png. Default: the folder of the run that made the model, else runs/evaluation.",
+        place="path",
+    )
+
+    _argument_group_name = "evaluation"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [self.pretrained_model_name_or_path, self.images_dir, self.watch]
+        if sum(name is not None for name in given) != 1:
+            raise ValueError("Give exactly one of pretrained_model_name_or_path, images_dir and watch.")
+        if self.pretrained_model_name_or_path is None and (self.search_sigmas or self.revision):
+            raise ValueError("search_sigmas and revision are for --pretrained_model_name_or_path.")
+        if self.images_dir is not None and (self.num_inference_steps or self.sigmas):
+            raise ValueError("num_inference_steps and sigmas are for models, and images_dir is given.")
+        if self.images_dir is not None and self.seed:
+            raise ValueError("seed is for models, and images_dir is given.")
+        if self.search_samples != 2000 and self.search_sigmas is None:
+            raise ValueError("search_samples is for --search_sigmas, which is not given.")
+        if self.feature_weights is not None and self.feature_extractor == "classifier":
+            raise ValueError("feature_weights has no effect: the classifier is trained on the dataset.")
+        if self.revision is not None and Path(self.pretrained_model_name_or_path).exists():
+            raise ValueError(
+                "revision has no effect: revisions are those of a model on the Hub, and this is a folder."
+            )
+        self.sigma_lists()
+
+    def sigma_lists(self) -> list[list[float]]:
+        """The lists of noise levels. Raises ValueError where they can't be read."""
+        lists = self.sigmas or []
+        if len(lists) > 1 and not any("," in one for one in lists):
+            raise ValueError(f"sigmas takes one word per list; write {','.join(lists)} for these levels as one.")
+        try:
+            return [[float(sigma) for sigma in one.split(",")] for one in lists]
+        except ValueError:
+            raise ValueError(f"sigmas takes lists of numbers, as 80,0.8; got {', '.join(lists)}.") from None
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        if self.output_dir or self.watch:
+            return Path(self.output_dir or self.watch)
+        run = Path(self.pretrained_model_name_or_path or "").parent
+        has_card = (run / FACTS).is_file() and self.search_sigmas is None
+        return run if has_card else Path("runs/evaluation")

@@ -1,0 +1,73 @@
+"""The noise levels at which a saved model is best, found and kept in its scheduler."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cm_diffusers.core.golden_section import search_levels
+from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
+from cm_diffusers.engine.evaluation.judge import Judge, sampler
+from cm_diffusers.engine.files import replace_file, why
+from cm_diffusers.engine.saved.export import save_pipeline
+from cm_diffusers.engine.sharing.card import FACTS, draw_grids, read_facts
+from cm_diffusers.evaluation import check_samples
+from cm_diffusers.pipelines.image_pipeline import ImagePipeline
+
+
+def check_search(args: EvaluationArguments, pipeline: ImagePipeline) -> None:
+    scheduler = pipeline.scheduler
+    if "default_sigmas" not in scheduler.config:
+        raise ValueError(
+            f"search_sigmas: a {type(pipeline).__name__} samples by diffusers' {type(scheduler).__name__}, which has"
+            " no place for noise levels; those of consistency and trajectory models have."
+        )
+    model, copy = Path(args.pretrained_model_name_or_path), args.folder / "pipeline"
+    if model.exists() and copy.exists() and copy.samefile(model):
+        raise ValueError(f"search_sigmas saves a copy as {str(copy)!r}, which is the model itself; change output_dir.")
+
+
+def improve_sigmas(
+    pipeline: ImagePipeline, args: EvaluationArguments, first_seed: int, judge: Judge
+) -> dict[str, Any]:
+    """Find the best levels, give them to the scheduler, save the pipeline; and tell what was found."""
+    config, steps = pipeline.scheduler.config, args.search_sigmas
+    seeds = range(first_seed, first_seed + args.search_samples)
+    check_samples(len(seeds), judge.reference)
+    evaluations = []
+
+    def distance(sigmas: list[float]) -> float:
+        title = f"Levels {', '.join(f'{sigma:.3g}' for sigma in sigmas)}"
+        found = judge.distance(sampler(pipeline, title, sigmas=sigmas), seeds, title)
+        evaluations.append([*sigmas, found])
+        return found
+
+    start = sampler(pipeline, f"{steps} steps", num_inference_steps=steps).facts["sigmas"]
+    sigmas, _ = search_levels(distance, start, max(config.sigma_min, config.sigma_data / 50))
+    pipeline.scheduler.register_to_config(default_sigmas={**(config.default_sigmas or {}), str(steps): sigmas})
+    if judge.accelerator.is_main_process:
+        _save_copy(pipeline, args)
+    return {
+        "num_inference_steps": steps,
+        "from": start,
+        "to": sigmas,
+        "num_samples": len(seeds),
+        "first_seed": first_seed,
+        "levels_and_frechet_distances": evaluations,
+    }
+
+
+def _save_copy(pipeline: ImagePipeline, args: EvaluationArguments) -> None:
+    """The model with its new levels, with new pictures and, where its run knew what to say of it, a card to come."""
+    copy, grids = args.folder / "pipeline", {}
+    facts = Path(args.pretrained_model_name_or_path).parent / FACTS
+    save_pipeline(pipeline, copy, complete=lambda written: grids.update(draw_grids(pipeline, written)))
+    if facts.is_file():
+        changed = _facts(facts) | {"stock": False, "grids": grids}
+        replace_file(args.folder / FACTS, json.dumps(changed, indent=1))
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    try:
+        return read_facts(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} {why(error)}. Move it away, and the copy gets no card.") from None

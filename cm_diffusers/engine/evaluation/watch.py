@@ -1,0 +1,83 @@
+"""The checkpoints of a training run as models, one after the other, while it runs."""
+
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from cm_diffusers.engine.checkpoint import DamagedCheckpoint, copy_checkpoint, list_checkpoints, load_checkpoint
+from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.files import remove
+from cm_diffusers.engine.lock import is_locked
+from cm_diffusers.engine.training.run import build_trainer
+from cm_diffusers.objectives import OBJECTIVES
+from cm_diffusers.pipelines.image_pipeline import ImagePipeline
+from cm_diffusers.sampling import with_our_interface
+
+
+PAUSE = 5.0  # seconds between two looks at the folder
+
+
+def follow(
+    run: Path, accelerator: Accelerator, done: Collection[int], aside: Path
+) -> Iterator[tuple[int, ImagePipeline]]:
+    """(step, model as the run would export it) for each checkpoint of `run` that is not `done`, until the run ends.
+
+    A run that was stopped has ended, too; the same call goes on once it does.
+
+    Args:
+        run: its folder.
+        accelerator: whose processes all get the same models.
+        done: steps to leave out.
+        aside: a folder of links to the checkpoint in use, which the run may delete meanwhile.
+
+    Raises:
+        ValueError: the folder is not that of a run.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"watch {str(run)!r} is not a run: it holds no config.yaml.")
+    config = parse_config(["--config", str(run / "config.yaml")], list(OBJECTIVES), "")
+    config = replace(config, run=replace(config.run, output_dir=str(run), compile=False, report_to=None))
+    trainer, done = None, set(done)
+    while True:
+        [step] = broadcast_object_list([_next_step(run, done, aside) if accelerator.is_main_process else None])
+        if step is None:
+            if accelerator.is_main_process and config.run.max_train_steps not in done:
+                tqdm.write("The run has stopped before its last step; once it goes on, the same command does, too.")
+            return
+        done.add(step)
+        try:
+            checkpoint = load_checkpoint(aside)
+        except DamagedCheckpoint as error:
+            raise ValueError(f"checkpoint {step} of {run}: {error}") from None
+        if trainer is None:
+            trainer = build_trainer(config, accelerator)
+        trainer.load_weights(checkpoint)
+        yield step, with_our_interface(trainer.exported())
+
+
+def _next_step(run: Path, done: Collection[int], aside: Path) -> int | None:
+    """The first checkpoint that is not `done`, linked to `aside`, as soon as there is one; None at the run's end."""
+    while True:
+        faults = []
+        running = is_locked(run)  # asked first: what it saved before it ended is there then
+        for step, folder in reversed(list_checkpoints(run)):
+            if step not in done:
+                remove(aside)
+                try:
+                    copy_checkpoint(folder, aside, {})
+                    return step
+                except FileNotFoundError:  # the run has deleted it just now
+                    continue
+                except DamagedCheckpoint as error:  # or deletes it
+                    faults.append(f"checkpoint {step} of {run}: {error}")
+        if not running:
+            remove(aside)
+            if faults:
+                raise ValueError(faults[0])
+            return None
+        time.sleep(PAUSE)

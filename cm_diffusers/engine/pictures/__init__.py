@@ -1,0 +1,1 @@
+"""What people look at: samples, curves, diagnostics, the report of runs."""

@@ -1,0 +1,1 @@
+"""A run: from settings to a saved pipeline, through checkpoints."""

@@ -1,0 +1,285 @@
+"""From settings to a saved pipeline: what the training scripts call."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.utils.logging import disable_progress_bar
+from torch import nn
+from tqdm.auto import tqdm
+
+from cm_diffusers.engine.checkpoint import copy_checkpoint, newest_state
+from cm_diffusers.engine.config import Config, parse_config
+from cm_diffusers.engine.data.description import FILE as DATA
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.latents import LatentData
+from cm_diffusers.engine.files import holds, remove, replace_file
+from cm_diffusers.engine.lock import lock_folder
+from cm_diffusers.engine.processes import ends_with_a_line, start_accelerator, together
+from cm_diffusers.engine.saved.discriminators import build_discriminator
+from cm_diffusers.engine.saved.export import save_pipeline
+from cm_diffusers.engine.saved.start import build_start, guided, load_teacher, load_vae
+from cm_diffusers.engine.sharing.card import FACTS, METRICS, card_facts, draw_grids, model_card, portable_settings
+from cm_diffusers.engine.sharing.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
+from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
+from cm_diffusers.engine.training.precision import choose_precision
+from cm_diffusers.engine.training.run_folder import EXPORTED, check_ours, look_over
+from cm_diffusers.engine.training.tracking import check_tracker, start_trackers
+from cm_diffusers.engine.training.trainer import Trainer
+from cm_diffusers.objectives import OBJECTIVES
+from cm_diffusers.pipelines import name_classes
+
+
+def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
+    """Parse the command line, train, export; errors of the user end the program with a message and code 2."""
+    with ends_with_a_line():
+        config = parse_config(sys.argv[1:] if argv is None else argv, methods, description)
+        if config.run.dry_run:
+            print("".join(f"# {note}\n" for note in config.notes) + config.to_yaml(), end="")
+        else:
+            try:
+                train(config)
+            except Stopped as stop:
+                stop.end()
+
+
+def train(config: Config) -> Path:
+    """Train as `config` says, resuming what is there, and export the result. Gives the pipeline's folder.
+
+    Raises:
+        ValueError: settings or data that can't be, or a run that can't go on.
+        Stopped: the run was asked to stop, and its state is saved.
+    """
+    with unbroken_output(), Stopping() as stopping:
+        try:
+            return _train(config, stopping)
+        except Stopped as stop:
+            if int(os.environ.get("RANK", 0)) == 0:
+                tqdm.write(stop.message)
+            raise
+
+
+def _train(config: Config, stopping: Stopping) -> Path:
+    run = config.run
+    folder = Path(run.output_dir)
+    disable_progress_bar()
+    check_tracker(run.report_to)
+    precision, warning = choose_precision(OBJECTIVES[config.method], run.mixed_precision)
+    accelerator = start_accelerator(
+        mixed_precision=precision,
+        log_with=run.report_to,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tracker")),
+    )
+    with together(accelerator):
+        if accelerator.is_main_process:
+            check_ours(folder)
+    lock = lock_folder(folder) if accelerator.is_main_process else None
+    try:
+        for line in look_over(folder) if accelerator.is_main_process else ():
+            tqdm.write(line)
+        for note in config.notes if accelerator.is_main_process else ():
+            tqdm.write(note)
+        publisher = None
+        if accelerator.is_main_process and run.push_to_hub:
+            publisher = Publisher(run.hub_model_id or folder.resolve().name, run.hub_private_repo, tqdm.write)
+            publisher.check()
+            remove(folder / ".hub")  # copies for pushes of a run that was killed
+        trainer = build_trainer(config, accelerator)
+        if warning is not None:
+            trainer._say(f"WARNING: {warning}")
+        if accelerator.is_main_process:
+            _check_card(trainer, publisher)
+            if run.resume_from_hub and not any(folder.glob("checkpoint-*")):
+                step = fetch_checkpoint(run.resume_from_hub, folder)
+                trainer._say(f"Fetched the checkpoint of step {step} from {run.resume_from_hub}.")
+        resumed = trainer.resume()
+        with together(accelerator):
+            if accelerator.is_main_process:
+                _say_what_it_is(trainer, folder)
+        goal = json.dumps([run.max_train_steps, run.export_weights, run.export_variant])
+        if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
+            trainer._say(f"This run is finished: {folder / 'pipeline'} holds its model.")
+        else:
+            if run.report_to:
+                start_trackers(accelerator, config, trainer.step)
+            if publisher is not None and run.hub_strategy == "every_save":
+                trainer.on_save = lambda: _publish_checkpoint(trainer, publisher, folder)
+            stopping.remark = "as the model was exported; the same command exports it anew."
+            trainer.fit(stopping)
+            with together(accelerator):
+                if accelerator.is_main_process:
+                    _export(trainer, folder / "pipeline", publisher, verify=True)
+                    replace_file(folder / EXPORTED, goal)
+                    _say_what_next(folder)
+                    if publisher is not None:
+                        stopping.remark = f"as it was published. {_how_to_push(publisher, folder)}"
+                        _publish(publisher, folder, run.hub_timeout)
+        accelerator.wait_for_everyone()
+        trainer = None  # the distributed wrapper goes before its process group: the other way round gloo can deadlock
+        accelerator.free_memory()
+        accelerator.end_training()
+    except Stopped:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+    return folder / "pipeline"
+
+
+def _say_what_it_is(trainer: Trainer, folder: Path) -> None:
+    """Leave the settings, and what the data are, for people and other programs."""
+    description = trainer.data.description
+    replace_file(folder / "config.yaml", f"# data: {description}\n{trainer.config.to_yaml()}")
+    if not holds(folder / DATA, description.to_json()):
+        replace_file(folder / DATA, description.to_json())
+
+
+def _check_card(trainer: Trainer, publisher: Publisher | None) -> None:
+    """Find what could be wrong with the card before there is a model to go on it; warn of the teacher's licence."""
+    facts = card_facts(trainer.config, trainer.objective, trainer.exported(), trainer.surroundings(), {})
+    card = model_card(facts, "model", trainer.folder / METRICS)
+    if publisher is not None:
+        publisher.check_card(card)
+    if facts["warning"]:
+        trainer._say(f"WARNING: {facts['warning']}")
+
+
+def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, verify: bool = False) -> None:
+    """Save the model as it is now in `folder`, with its card and pictures; what the card says lies beside it."""
+    pipeline = trainer.exported()
+    name = publisher.repo_id if publisher is not None else trainer.folder.resolve().name
+
+    def complete(written: Path) -> None:
+        grids = draw_grids(pipeline, written)
+        facts = card_facts(trainer.config, trainer.objective, pipeline, trainer.surroundings(), grids)
+        model_card(facts, name, trainer.folder / METRICS).save(written / "README.md")
+        (written / DATA).write_text(trainer.data.description.to_json())
+        replace_file(folder.parent / FACTS, json.dumps(facts, indent=1))
+
+    save_pipeline(pipeline, folder, variant=trainer.run.export_variant, verify=verify, complete=complete)
+
+
+def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) -> None:
+    """Push the model as it is now, and what the run resumes from, in the background, from copies of their own."""
+    step = f"step-{trainer.step}"
+    if publisher.waiting > 2:
+        trainer._say(f"WARNING: {step} is not published, as earlier pushes still wait for the Hub.")
+        return
+    copies = folder / ".hub" / step
+    _export(trainer, copies / "pipeline", publisher)
+    source, state = folder / f"checkpoint-{trainer.step}", copies / "checkpoint"
+    copy_checkpoint(source, state, portable_settings(trainer.config))
+    publisher.push(Push(copies / "pipeline", f"Step {trainer.step}", tag=step))
+    publisher.push(
+        Push(
+            state,
+            f"State of step {trainer.step}",
+            branch=CHECKPOINT_BRANCH,
+            files=CHECKPOINT_FILES,
+            done=lambda: shutil.rmtree(copies),
+        )
+    )
+
+
+def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
+    publisher.push(Push(folder / "pipeline", "End of training"))
+    if publisher.finish(timeout):
+        print(f"Pushed to {publisher.url}.")
+    else:
+        print(_how_to_push(publisher, folder))
+
+
+def _how_to_push(publisher: Publisher, folder: Path) -> str:
+    return (
+        f"The model is complete in {folder / 'pipeline'}, but not all of it is on the Hub. Finish the push with:"
+        f"\n  python training/push.py --model_dir {folder / 'pipeline'} --hub_model_id {publisher.repo_id}"
+    )
+
+
+def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
+    """The run that `config` describes, at its start. Raises ValueError for settings that can't be met."""
+    main, folder = accelerator.is_main_process, Path(config.run.output_dir)
+    with accelerator.main_process_first():
+        data = ImageData(
+            config.data, config.model.class_conditional, folder / "images_checked.safetensors", show_progress=main
+        )
+    teacher_name = getattr(config.options, "pretrained_teacher_model", None)
+    saved_start = teacher_name or config.model.pretrained_model_name_or_path
+    if config.model.sigma_data is None and (config.run.allow_data_change or not saved_start):
+        config = replace(config, model=replace(config.model, sigma_data=_measured_before(folder)))
+    saved = load_teacher(teacher_name, config.model) if teacher_name else None
+    data = _latents(config, data, load_vae(config.model, saved), accelerator)
+    method = OBJECTIVES[config.method]
+    start = build_start(config.model, data, config.run.seed, saved, method, config.options)
+    teacher = None if saved is None else guided(saved, config.model.teacher_guidance_scale)
+    backbone, extra = getattr(config.options, "discriminator_backbone", None), {}
+    if backbone is not None:
+        extra["discriminator"] = build_discriminator(data.channels, data.num_classes, backbone, image_size=224)
+    objective = method(
+        start.network, start.spec, config.options, config.run.max_train_steps, start.pretrained, teacher, **extra
+    )
+    if data.num_classes is not None:
+        name_classes(objective.network, data.description.classes)
+    config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data))
+    trainer = Trainer(config, objective, data, accelerator)
+    if main:
+        count = sum(p.numel() for p in start.network.parameters())
+        trainer._say(f"Data: {data.description}{'' if data.vae is None else ' (latents)'}")
+        if config.data.dataloader_num_workers and torch.is_tensor(data.images):
+            trainer._say(
+                "dataloader_num_workers is for the first pass alone: the dataset fits in memory, and stays there."
+            )
+        if saved is not None:
+            trainer._say(f"Teacher: {saved}")
+        what = "images in [-1, 1]" if data.vae is None else "latents"
+        trainer._say(f"sigma_data: {start.spec.sigma_data} (root mean square of the {what})")
+        trainer._say(
+            f"Model: {count / 1e6:.2f} M parameters, {start.spec.prediction}, time label {start.spec.time_label}"
+        )
+        trainer._say(f"Method: {config.method}, {objective.options}")
+        trainer._say(f"Precision: {accelerator.mixed_precision.replace('no', 'float32')}")
+        trainer._say(f"Images per step: {trainer.spot.global_batch} on {accelerator.num_processes} process(es)")
+    return trainer
+
+
+def _measured_before(folder: Path) -> float | None:
+    """The sigma_data that the weights of the run in `folder` were trained with, whatever its images are now."""
+    state = newest_state(folder) or {}
+    return state["config"]["sigma_data"] if "data" in state else None
+
+
+def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator: Accelerator) -> ImageData:
+    """The images, or their latents where there is an autoencoder."""
+    if vae is None:
+        if config.data.cache_latents:
+            raise ValueError("cache_latents is for latents: give --vae_name_or_path, or a teacher that has its own.")
+        return data
+    if getattr(config.options, "distance", None) == "lpips":
+        raise ValueError("distance lpips compares images, and this run is one of latents; use pseudo_huber or l2.")
+    cache = Path(config.run.output_dir) / "latents.safetensors" if config.data.cache_latents else None
+    with accelerator.main_process_first():
+        return LatentData(data, vae, cache, accelerator.device, tqdm.write)
+
+
+def _holds(folder: Path, export: str) -> bool:
+    """Whether the last export of the run was this one, and is still there."""
+    model = folder / "pipeline"
+    files = [model / "model_index.json", *model.glob("*/*.json"), *model.glob("*/*.safetensors")]
+    return holds(folder / EXPORTED, export) and all(file.is_file() and file.stat().st_size for file in files)
+
+
+def _say_what_next(folder: Path) -> None:
+    print(
+        f"\nSaved {folder / 'pipeline'}; pictures in {folder / 'samples'}, curves in {folder / 'losses.png'}."
+        f"\nSample it:  python training/sample.py --pretrained_model_name_or_path {folder / 'pipeline'}"
+        f" --num_samples 64 --output_dir {folder / 'images'}"
+    )
