@@ -123,7 +123,7 @@ def sample(folder):
 
 def assert_same(found, recorded, recorded_on):
     """Equal to the bit where both are of machines that round alike, else close."""
-    found, recorded = torch.as_tensor(found), torch.as_tensor(recorded)
+    found, recorded = (torch.as_tensor(values, dtype=torch.float64) for values in (found, recorded))
     if recorded_on == machine():
         assert found.equal(recorded), (found - recorded).abs().max()
     else:
