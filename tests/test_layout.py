@@ -13,6 +13,7 @@ from cm_diffusers.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "cm_diffusers"
+ENGINE = LIBRARY / "engine"
 STDLIB = set(sys.stdlib_module_names)
 
 # the parts of the library that a part may import beside itself, and the packages; the standard library is free
@@ -29,6 +30,16 @@ PARTS = {
     "convert": (("models", "schedulers", "pipelines"), {"torch", "diffusers", "safetensors"}),
     "evaluation": (("core", "convert", "lookup"), {"torch", "safetensors", "transformers"}),
     "objectives": (("core", "models", "schedulers", "pipelines"), {"torch", "diffusers", "lpips"}),  # an extra
+}
+# the rooms of the engine, each with those that it may use
+ROOMS = {
+    "ground": (),
+    "data": (),
+    "pictures": (),
+    "saved": ("data",),
+    "sharing": ("data",),
+    "training": ("data", "pictures", "saved", "sharing"),
+    "evaluation": ("data", "pictures", "saved", "sharing", "training"),
 }
 
 
@@ -83,9 +94,25 @@ def test_the_library_imports_neither_its_scripts_nor_its_tests(path):
     assert not roots & {"training", "tests", "benchmarks", "train_consistency", "train_diffusion"}
 
 
-@pytest.mark.parametrize("path", [p for p in sources(LIBRARY) if p.parent.name != "engine"], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in sources(LIBRARY) if ENGINE not in p.parents], ids=name_of)
 def test_the_engine_is_imported_by_the_engine_alone(path):
     assert not any(name.startswith("cm_diffusers.engine") for name in imports(path))
+
+
+@pytest.mark.parametrize("path", sources(ENGINE), ids=name_of)
+def test_arrows_between_the_rooms_of_the_engine_lead_one_way(path):
+    """Files outside of all rooms are the ground, which every room may use and which uses none."""
+    room = path.relative_to(ENGINE).parts[0] if path.parent != ENGINE else "ground"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[:2] == ["cm_diffusers", "engine"] and len(parts) > 2:
+            assert (parts[2] if parts[2] in ROOMS else "ground") in (room, "ground", *ROOMS[room]), name
+
+
+def test_every_room_of_the_engine_is_known():
+    assert {path.name for path in ENGINE.iterdir() if path.is_dir() and path.name[0] != "_"} == ROOMS.keys() - {
+        "ground"
+    }
 
 
 @pytest.mark.parametrize("path", ALL_FILES, ids=name_of)

@@ -11,7 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cm_diffusers
 
+
+LIBRARY = Path(cm_diffusers.__file__).parent
+HUB_CARDS = next(f for f in (LIBRARY / "hub_cards", LIBRARY.parent / "hub_cards") if f.is_dir())  # templates
 LIMIT = 64 << 20  # bytes of a JSON file; those of runs hold a few thousand
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFLNK: "a link", stat.S_IFSOCK: "a socket"}
 _FULL = "Free some room (`df -h` shows it, `df -i` for numbers of files)"
@@ -184,6 +188,11 @@ def read_json(path: Path, limit: int = LIMIT) -> Any:
         return parse_json(data)
     except ValueError as error:
         raise ValueError(f"is not JSON ({error})") from None
+
+
+def headline(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def why(error: Exception) -> str:

@@ -14,10 +14,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.colors import to_hex
 
-from cm_diffusers.engine.files import replace_file
+from cm_diffusers.engine.files import HUB_CARDS, replace_file
 from cm_diffusers.engine.pictures.charts import Line, chart, thinned
 from cm_diffusers.engine.pictures.run_records import Run, is_number, read_run
-from cm_diffusers.engine.sharing.card import HUB_CARDS
 
 
 COLOURS = ("#2f7ed8", "#e8762c", "#2ca36b", "#c65bb5", "#b8960c", "#d0435a")  # seen on white and on black

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cm_diffusers.engine.files import read_json, read_plain, why
+from cm_diffusers.engine.files import headline, read_json, read_plain, why
 from cm_diffusers.engine.log import Log, read_log
 from cm_diffusers.engine.settings_files import read_yaml
-from cm_diffusers.engine.sharing.hub import short
 
 
 MOST_PICTURES = 12  # of a strip
@@ -115,7 +114,7 @@ def _read(run: Run, file: Path, read: Callable[[Path], Any], what: str | None) -
         if what is not None:
             run.notes.append(f"There are no {what}: no {file.name}.")
     except (OSError, ValueError) as error:
-        run.notes.append(f"{file.name} can't be read: {short(error)[:200]}.")
+        run.notes.append(f"{file.name} can't be read: {headline(error)[:200]}.")
     return {}
 
 
@@ -175,6 +174,6 @@ def _picture(run: Run, file: Path, title: str) -> Picture | None:
             size = image.size
             image.load()
     except Exception as error:  # Pillow raises many kinds for damaged files
-        run.notes.append(f"{file.name} can't be read: {short(error)}.")
+        run.notes.append(f"{file.name} can't be read: {headline(error)}.")
         return None
     return Picture(title, "data:image/png;base64," + base64.b64encode(data).decode(), *size)

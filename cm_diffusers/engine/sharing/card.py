@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 import cm_diffusers
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.description import DataDescription
-from cm_diffusers.engine.files import read_json, replace_file, why
+from cm_diffusers.engine.files import HUB_CARDS, LIBRARY, read_json, replace_file, why
 from cm_diffusers.objectives import Objective
 from cm_diffusers.objectives.options import HUB_ID, Flag, flags_of, phases
 from cm_diffusers.sampling import (
@@ -31,8 +31,6 @@ from cm_diffusers.sampling import (
 )
 
 
-_here = Path(cm_diffusers.__file__).parent
-HUB_CARDS = next(f for f in (_here / "hub_cards", _here.parent / "hub_cards") if f.is_dir())
 TEMPLATE = HUB_CARDS / "model_card.md"
 HERE = "local"  # what a card says of a name that means something on this machine only
 FACTS = "card.json"  # beside a saved model: all that its card says, but for what was measured of it
@@ -75,7 +73,7 @@ def shown(name: str | None, revision: str | None, otherwise: str) -> str:
 
 def commit() -> str:
     """The library's version, and its commit where it runs from a checkout."""
-    command = ["git", "-C", str(_here), "rev-parse", "--short=12", "HEAD"]
+    command = ["git", "-C", str(LIBRARY), "rev-parse", "--short=12", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True)
     return f"cm_diffusers {cm_diffusers.__version__}" + (
         f", commit {found.stdout.strip()}" if not found.returncode else ""

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # the library's client: httpx in 1.x, httpx2 in 2.x
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint
-from cm_diffusers.engine.files import remove
+from cm_diffusers.engine.files import headline, remove
 from cm_diffusers.lookup import AWAY
 
 
@@ -62,11 +62,6 @@ def pause_asked_for(error: BaseException) -> float | None:
     response = getattr(error, "response", None)
     value = response.headers.get("Retry-After") if response is not None else None
     return float(value) if value and value.isdigit() else None
-
-
-def short(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -126,18 +121,18 @@ class Publisher:
         except LocalTokenNotFoundError:
             raise ValueError(NO_TOKEN) from None
         except HFValidationError as error:
-            raise ValueError(f"{self.flag} {self.repo_id!r}: {short(error)}") from None
+            raise ValueError(f"{self.flag} {self.repo_id!r}: {headline(error)}") from None
         except Exception as error:
             if now and isinstance(error, AWAY):
                 raise ValueError(
-                    f"the Hub can't be reached ({short(error)}), so nothing was pushed. Run the same command again"
+                    f"the Hub can't be reached ({headline(error)}), so nothing was pushed. Run the same command again"
                     " once the network is back."
                 ) from None
             elif is_passing(error):
-                self.say(f"WARNING: the Hub can't be reached now ({short(error)}); pushes will be tried again.")
+                self.say(f"WARNING: the Hub can't be reached now ({headline(error)}); pushes will be tried again.")
             elif isinstance(error, HfHubHTTPError):
                 raise ValueError(
-                    f"{self.flag} {self.repo_id!r} can't be written to: {short(error)} Check the name, and that the"
+                    f"{self.flag} {self.repo_id!r} can't be written to: {headline(error)} Check the name, and that the"
                     " token (hf auth login, or HF_TOKEN) may write there."
                 ) from None
             else:
@@ -204,8 +199,8 @@ class Publisher:
                 if job.branch is not None:  # large files of older commits would be kept for ever
                     self._persist(self.api.super_squash_history, self.repo_id, branch=job.branch)
             except Exception as error:  # whatever it is, training is worth more
-                self.failures.append(short(error))
-                self.say(f"WARNING: {job.message!r} was not pushed to {self.repo_id}: {short(error)}")
+                self.failures.append(headline(error))
+                self.say(f"WARNING: {job.message!r} was not pushed to {self.repo_id}: {headline(error)}")
             finally:
                 job.done()
                 self._jobs.task_done()
@@ -255,13 +250,13 @@ def fetch_checkpoint(repo_id: str, root: Path, api: HfApi | None = None) -> int:
             " --hub_strategy every_save leave one. To start a new run, leave the flag out."
         ) from None
     except HFValidationError as error:
-        raise ValueError(f"resume_from_hub {repo_id!r}: {short(error)}") from None
+        raise ValueError(f"resume_from_hub {repo_id!r}: {headline(error)}") from None
     except DamagedCheckpoint as error:
         raise ValueError(f"resume_from_hub {repo_id!r}: its checkpoint can't be used: {error}.") from None
     except Exception as error:  # the client raises many kinds; all mean that it is not to be had now
         raise ValueError(
-            f"resume_from_hub {repo_id!r}: its checkpoint can't be fetched now: {short(error)} Try again; nothing was"
-            " changed here."
+            f"resume_from_hub {repo_id!r}: its checkpoint can't be fetched now: {headline(error)} Try again; nothing"
+            " was changed here."
         ) from error
     finally:
         shutil.rmtree(arriving, ignore_errors=True)

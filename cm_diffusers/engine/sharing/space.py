@@ -7,7 +7,8 @@ from huggingface_hub import SpaceCard, SpaceCardData
 
 import cm_diffusers
 import cm_diffusers.pipelines
-from cm_diffusers.engine.sharing.card import HUB_CARDS, licence_of
+from cm_diffusers.engine.files import HUB_CARDS
+from cm_diffusers.engine.sharing.card import licence_of
 
 
 GRADIO = "6.31.0"  # as in constraints.txt

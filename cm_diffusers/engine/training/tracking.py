@@ -11,8 +11,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from cm_diffusers.engine.config import Config
-from cm_diffusers.engine.files import read_json, replace_file, why
-from cm_diffusers.engine.sharing.hub import short
+from cm_diffusers.engine.files import headline, read_json, replace_file, why
 
 
 PROJECT = "cm_diffusers"
@@ -46,7 +45,7 @@ def check_tracker(name: str | None) -> None:
         importlib.import_module(module)
     except Exception as error:  # of another package's import: whatever it is, nothing would be tracked
         raise ValueError(
-            f"report_to {name!r}: the package {package} is installed, but importing it fails: {short(error)} Repair"
+            f"report_to {name!r}: the package {package} is installed, but importing it fails: {headline(error)} Repair"
             " it, or leave --report_to out."
         ) from error
 
@@ -76,8 +75,8 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
                 tracker.store_init_configuration(values)
     except Exception as error:  # trackers raise many kinds; training would go on unseen
         raise ValueError(
-            f"report_to {config.run.report_to!r}: the tracker does not start: {short(error)} If its run was deleted,"
-            f" delete {file}, and a new one is begun. Without --report_to nothing is tracked."
+            f"report_to {config.run.report_to!r}: the tracker does not start: {headline(error)} If its run was"
+            f" deleted, delete {file}, and a new one is begun. Without --report_to nothing is tracked."
         ) from error
     if accelerator.is_main_process:
         for tracker in accelerator.trackers:
