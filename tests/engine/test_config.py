@@ -1,19 +1,24 @@
 """Settings: flags and YAML are one thing, and every mistake is named."""
 
+import math
 import os
 import re
 import subprocess
 import sys
 import threading
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 import cm_diffusers.engine.settings_files as settings_files
-from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.config import DataArguments, ModelArguments, RunArguments, parse_config
+from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
 from cm_diffusers.engine.training.run import main
+from cm_diffusers.objectives import OBJECTIVES
+from cm_diffusers.objectives.options import Interval, flag_of
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -187,6 +192,7 @@ WRONG_VALUES = [
     ("sigma_data", "0"),
     ("model_preset", "huge"),
     ("class_conditional", "perhaps"),
+    ("resume_from_hub", "/home/me/run"),
 ]
 
 
@@ -199,6 +205,39 @@ def test_impossible_values_and_wrong_types_are_named(tmp_path, key, value):
     path = write_yaml(tmp_path / "c.yaml", dataset_name="digits", **{key: in_yaml if len(words) > 1 else in_yaml[0]})
     with pytest.raises(ValueError, match=key):
         parse("--config", path)
+
+
+GROUPS = [DataArguments, ModelArguments, RunArguments, EvaluationArguments]
+GROUPS += [cls.Options for cls in OBJECTIVES.values()]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+def test_every_number_declares_its_range_and_has_a_default_in_it(group):
+    for part in fields(group):
+        flag, is_number = flag_of(part), re.search("int|float|Length", str(part.type))
+        assert bool(is_number) == (flag.within is not None) or part.metadata.get("choices"), part.name
+        if flag.within is not None:
+            assert part.default is None or part.default in flag.within, part.name
+
+
+@pytest.mark.parametrize("text, inside, outside", [("[0, 1)", [0, 0.5], [-0.1, 1, math.nan]), ("(1, 2]", [2], [1])])
+def test_a_range_reads_as_in_mathematics(text, inside, outside):
+    interval = Interval.read(text)
+    assert all(value in interval for value in inside) and not any(value in interval for value in outside)
+    assert str(interval) == text
+
+
+def test_the_help_says_the_range(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Dropout probability of the U-Net. In [0, 0.99]. (default: 0.0)" in text
+    assert "Number of optimiser steps. At least 1. (default: 10000)" in text
+
+
+def test_an_empty_path_is_refused_by_name():
+    with pytest.raises(ValueError, match="output_dir is empty; give a path"):
+        parse_digits("--output_dir", "")
 
 
 @pytest.mark.parametrize("flags", [[], ["--dataset_name", "digits", "--train_data_dir", "x"]])

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from filelock import FileLock
 from huggingface_hub import ModelCard
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import cm_diffusers.engine.evaluation.judge
 from cm_diffusers.engine.config import DataArguments, parse_groups
@@ -162,7 +163,7 @@ def test_processes_that_do_not_know_of_each_other_are_told(judged, monkeypatch):
         ({"sigmas": ["80", "0.8"]}, "80,0.8"),
         ({"sigmas": ["80,x"]}, "lists of numbers"),
         ({"sigmas": ["0.8,80"]}, "sigmas 0.8, 80: `sigmas` must fall"),
-        ({"num_inference_steps": [0]}, "0 step: num_inference_steps must"),
+        ({"num_inference_steps": [0]}, r"num_inference_steps must lie in \[1, 1e12\], got 0"),
         ({"streaming": True}, "streaming is for training"),
         ({"augment": 0.5}, "augment is for training"),
         ({"pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
@@ -206,6 +207,18 @@ def test_the_numbers_go_on_the_card_of_the_run(judged, model):
     for row in report["results"]:
         assert numbers[f"frechet distance, {row['name']}"] == pytest.approx(row["frechet_distance"], rel=1e-4)
     assert "classifier (not FID)" in card.text and "num_samples: 50" in card.text
+
+
+def test_the_card_of_the_run_does_not_name_the_folder_of_an_extractor(judged, model, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "my extractor"
+    shape = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**shape)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    judged(feature_extractor=folder, output_dir=model.parent)
+    card, report = (model / "README.md").read_text(), model.parent / "metrics.json"
+    assert "features: a local network" in card and folder.name not in card + report.read_text()
+    report.unlink()
 
 
 def test_numbers_do_not_go_on_the_card_of_another_model(judged, model, flow_model):

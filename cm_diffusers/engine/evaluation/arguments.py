@@ -21,7 +21,7 @@ class EvaluationArguments(Options):
     revision: str | None = option(None, "Revision of the model on the Hub.")
     num_samples: int | None = option(None, "How many images. Default: 10,000, or all of images_dir.", SOME_STEPS)
     num_inference_steps: list[int] | None = option(
-        None, "Numbers of steps, as 1 2 4. Default: the model's usual ones."
+        None, "Numbers of steps, as 1 2 4. Default: the model's usual ones.", SOME_STEPS
     )
     sigmas: list[str] | None = option(None, "Lists of noise levels to sample at as well, as 80,0.8 80,5,0.5.")
     search_sigmas: int | None = option(
@@ -42,7 +42,7 @@ class EvaluationArguments(Options):
         words=("inception", "dinov2", "classifier"),
     )
     feature_weights: str | None = option(
-        None, "The extractor's weights, a file or folder, instead of a download.", place="path"
+        None, "The extractor's weights, a file or folder, instead of a download.", place="path or Hub id"
     )
     reference_cache: str = option("runs/references", "Folder that keeps the dataset's features.", place="path")
     output_dir: str | None = option(

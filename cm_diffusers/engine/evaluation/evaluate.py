@@ -167,6 +167,7 @@ def _heading(
         "model": hub_id(args.pretrained_model_name_or_path) or HERE,
         "revision": args.revision,
         **facts,
+        "reference": facts["reference"] | {"extractor": name},
         "extractor": {"name": name, "fingerprint": extractor.fingerprint},
         "num_samples": count,
         "seed": args.seed,
