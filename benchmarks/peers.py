@@ -26,8 +26,9 @@ from step_cost import BATCH, build_trainer
 from torch import Tensor, nn
 
 from cm_diffusers.core.denoisers import EDMDenoiser
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.noise_levels import lognormal_bins, uniform_bins
-from cm_diffusers.core.schedules import ct_scales, ct_target_decay, ict_scales, karras_sigmas
+from cm_diffusers.core.schedules import ct_scales, ct_target_decay, ict_scales
 from cm_diffusers.core.time_labels import TIME_LABELS
 from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.objectives import CD, CT, ICT, Batch, ModelSpec, Objective

@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
+from ..core.solvers import heun_end
 from .arguments import Generators, Labels, Levels, Samples, count_of, read_count, read_number, read_numbers
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 from .settings import SAMPLED_BY, check_scheduler, is_a, takes_two_times
 
 
-SOLVERS = ("gamma", "euler", "heun")
+CTM_SOLVERS = ("gamma", "euler", "heun")
 INVERSE_SOLVERS = ("jump", "heun")
 ONE_TIME = {name: found for name, found in SAMPLED_BY.items() if found[1] not in ("CTMPipeline", "MeanFlowPipeline")}
 
@@ -285,8 +286,8 @@ class CTMPipeline(ImagePipeline):
 
     def _set_levels(self, num_inference_steps: int | None, sigmas: Levels, gamma: float | None, solver: str) -> None:
         """Tell the scheduler the levels of a call."""
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+        if solver not in CTM_SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(CTM_SOLVERS)}; got {solver!r}.")
         if solver != "gamma" and gamma is not None:
             raise ValueError(f"gamma={gamma} means nothing to the solver {solver!r}; it is for 'gamma'.")
         num_inference_steps = read_count("num_inference_steps", num_inference_steps, None)
@@ -356,5 +357,5 @@ class CTMPipeline(ImagePipeline):
             slope = scheduler.velocity(output, sample, sigma)
             output_next = self._network(following, sigma_next, sigma_next, labels)
             slope_next = scheduler.velocity(output_next, following, sigma_next)
-            following = sample + float(sigma_next - sigma) * (slope + slope_next) / 2
+            following = heun_end(sample, float(sigma_next - sigma), slope, slope_next)
         return following, scheduler.jump(output, sample, sigma, 0.0)

@@ -14,7 +14,6 @@ from which it steps. Here it comes before, as in the paper.
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     DDPMScheduler,
@@ -26,18 +25,17 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..core.parameterisation import NetworkInput, read_out, read_out_of_input
+from ..core.solvers import heun_end
+from ..core.time_labels import checked_label, vp_angles
 from .arguments import Generators, Labels, Samples, read_count, read_number
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 from .settings import is_a, saying, settings_of
 
 
-SOLVERS = ("heun", "euler", "ddim", "sde", "sde_2m")
-# of each prediction, the default one first
-TIME_LABELS = {"trigflow": ("angle",), "edm": ("log_sigma", "quarter_log_sigma", "angle"), "flow": ("flow_time",)}
-TIME_LABELS |= {"epsilon": ("timestep",), "v_prediction": ("timestep",)}
-
-
+DIFFUSION_SOLVERS = ("heun", "euler", "ddim", "sde", "sde_2m")
+DIFFUSION_PREDICTIONS = ("trigflow", "edm", "flow", "epsilon", "v_prediction")
 DEFAULTS = {"prediction": "edm", "time_label": None, "time_scale": 1.0, "noise_schedule": None}
 
 
@@ -99,21 +97,12 @@ class DenoisingPipeline(ImagePipeline):
         prediction, time_label, noise_schedule = (
             settings[name] for name in ("prediction", "time_label", "noise_schedule")
         )
-        if prediction not in TIME_LABELS:
-            raise ValueError(f"prediction must be one of {', '.join(TIME_LABELS)}; got {prediction!r}.")
-        labels = TIME_LABELS[prediction]
-        time_label = time_label or labels[0]
-        if time_label not in labels:
-            raise ValueError(
-                f"time_label of the prediction {prediction!r} must be one of {', '.join(labels)}; got {time_label!r}."
-            )
-        if (time_label == "timestep") != (noise_schedule is not None):
-            raise ValueError("noise_schedule is for the predictions 'epsilon' and 'v_prediction', which need it.")
+        time_label = checked_label(prediction, time_label, noise_schedule is not None, DIFFUSION_PREDICTIONS)
         self.register_to_config(**settings | {"time_label": time_label})
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self._angles = None
         if noise_schedule is not None:
-            alphas_cumprod = DDPMScheduler(**noise_schedule).alphas_cumprod.double()
-            self._angles = torch.atan2((1 - alphas_cumprod).sqrt(), alphas_cumprod.sqrt()).numpy()
+            self._angles = vp_angles(DDPMScheduler(**noise_schedule).alphas_cumprod.double()).numpy()
 
     def accept_scheduler(self, scheduler: SchedulerMixin) -> EDMEulerScheduler:
         """See `ImagePipeline`: an `EDMEulerScheduler`, told what the network predicts."""
@@ -130,29 +119,23 @@ class DenoisingPipeline(ImagePipeline):
         The sample is x0 + sigma noise whatever the network predicts; a flow model is given sample / (1 + sigma), one
         of noise or v sample / sqrt(1 + sigma^2).
         """
-        prediction = self.config.prediction
-        spread = 1 + sigma if prediction == "flow" else (1 + sigma**2).sqrt()
+        prediction, given = self.config.prediction, self._network_input
         edm = prediction in ("edm", "trigflow")  # whose outputs differ in their sign alone
-        network_input = self.scheduler.precondition_inputs(sample, sigma) if edm else sample / spread
-        network = network_input.to(self.unet.dtype), self._label(sigma).to(sample.device)
+        network_input = self.scheduler.precondition_inputs(sample, sigma) if edm else sample / given.norm(sigma)
+        network = network_input.to(self.unet.dtype), given.label(sigma).to(sample.device)
         output = self.unet(*network, class_labels=labels, return_dict=False)[0].float()
         if edm:
             output = -output if prediction == "trigflow" else output
             return self.scheduler.precondition_outputs(sample, output, sigma)
         if prediction == "epsilon":
-            return sample - sigma * output
-        return (network_input if prediction == "flow" else network_input / spread) - sigma / spread * output
+            return read_out(prediction, output, sample, sigma)
+        return read_out_of_input(prediction, output, network_input, sigma)
 
-    def _label(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The network's time input at `sigma`."""
-        label = self.config.time_label
-        if label == "flow_time":
-            return self.config.time_scale * sigma / (1 + sigma)
-        if label == "timestep":
-            return torch.tensor(np.interp(float(sigma.double().atan()), self._angles, np.arange(len(self._angles))))
-        if label == "angle":
-            return (sigma / self.scheduler.config.sigma_data).atan()
-        return {"log_sigma": 250, "quarter_log_sigma": 0.25}[label] * sigma.log()
+    @property
+    def _network_input(self) -> NetworkInput:
+        """How the network is given a sample, as the config and the scheduler of this call say it."""
+        config, sigma_data = self.config, self.scheduler.config.sigma_data
+        return NetworkInput(config.prediction, config.time_label, sigma_data, config.time_scale, self._angles)
 
     def _heun_step(
         self, sample: torch.Tensor, denoised: torch.Tensor, euler: torch.Tensor, i: int, labels: torch.Tensor | None
@@ -163,7 +146,7 @@ class DenoisingPipeline(ImagePipeline):
             return euler
         slope = (sample - denoised) / now
         slope_then = (euler - self.denoise(euler, then, labels)) / then
-        return sample + (then - now) * (slope + slope_then) / 2
+        return heun_end(sample, then - now, slope, slope_then)
 
     def _sde_scheduler(self, order: int, num_inference_steps: int) -> EDMDPMSolverMultistepScheduler:
         """The stock solver of the SDE, at the levels of the pipeline's scheduler."""
@@ -181,8 +164,8 @@ class DenoisingPipeline(ImagePipeline):
     @staticmethod
     def _check_solver(solver: str, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
         """Raise ValueError for settings that are impossible or would not be used."""
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+        if solver not in DIFFUSION_SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(DIFFUSION_SOLVERS)}; got {solver!r}.")
         if not 0 <= s_churn < math.inf:
             raise ValueError(f"s_churn must be a number of at least 0, got {s_churn}.")
         if s_churn and solver not in ("heun", "euler"):

@@ -5,6 +5,7 @@ import math
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 
+from ..core.time_labels import flow_time_up_to_infinity
 from .arguments import Generators, Labels, Levels, Samples, read_count, read_numbers
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
@@ -85,7 +86,7 @@ class MeanFlowPipeline(ImagePipeline):
             raise ValueError(f"`sigmas` must be a non-empty list of positive numbers, got {levels}.")
         if any(then >= now for now, then in zip(levels, levels[1:])):
             raise ValueError(f"`sigmas` must fall strictly, got {levels}.")
-        return [1 / (1 + 1 / s) for s in levels]
+        return [flow_time_up_to_infinity(s) for s in levels]
 
     @torch.no_grad()
     @one_call

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import resolve_name
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,8 +84,7 @@ def bundle(sources: dict[str, str], title: str, version: str, hidden: Sequence[s
     """One self-contained module out of several.
 
     Args:
-        sources: the modules' texts by their full names, each after those neighbours that it imports by a relative
-            import.
+        sources: the modules' texts by their full names, each after those of the library that it imports from.
         title: what the module holds, for its docstring.
         version: of the library.
         hidden: names to delete at the end, as diffusers looks for one pipeline in a module.
@@ -117,19 +117,28 @@ def bundle(sources: dict[str, str], title: str, version: str, hidden: Sequence[s
 
 def _imports(node: ast.Import | ast.ImportFrom, module: str, sources: dict[str, str]) -> dict[str, str]:
     """By the names that it binds, the statement `node` as one per name; nothing for names out of `sources`."""
-    relative = isinstance(node, ast.ImportFrom) and node.level > 0
-    plain = not any(alias.asname for alias in node.names)
-    if relative and plain and node.level == 1 and f"{module.rpartition('.')[0]}.{node.module}" in sources:
-        return {}
+    followed = _followed(node, module)
+    if followed in sources:
+        there = {name for statement in ast.parse(sources[followed]).body for name in _defined(statement)}
+        if all(alias.name in there and alias.asname is None for alias in node.names):
+            return {}
     found = {}
     for alias in node.names:
         statement = copy.copy(node)
         statement.names = [alias]
         root = (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
-        if relative or root not in MAY_IMPORT:
+        if followed is not None or root not in MAY_IMPORT:
             raise ValueError(f"{module} can't travel with a saved pipeline, because of: {ast.unparse(statement)}")
         found[alias.asname or alias.name.split(".")[0]] = ast.unparse(statement)
     return found
+
+
+def _followed(node: ast.stmt, module: str) -> str | None:
+    """The full name of the library's module that a statement of `module` imports names from; None for others."""
+    if not isinstance(node, ast.ImportFrom):
+        return None
+    name = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+    return name if node.level or name.startswith(f"{LIBRARY}.") else None
 
 
 def _merged(imports: set[str]) -> str:
@@ -153,13 +162,14 @@ def _version() -> str:
 
 
 def _sources(classes: list[type]) -> dict[str, str]:
-    """The texts of the modules that define `classes`, and of the neighbours that these import, those first."""
+    """The texts of the modules that define `classes`, and of the library's that these import from, those first."""
 
     def texts(module: ModuleType) -> dict[str, str]:
         source, found = inspect.getsource(module), {}
         for node in ast.parse(source).body:
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                found |= texts(sys.modules[f"{module.__package__}.{node.module}"])
+            followed = _followed(node, module.__name__)
+            if followed is not None:
+                found |= texts(sys.modules[followed])
         return found | {module.__name__: source}
 
     found = {}

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from cm_diffusers.core.denoisers import edm_scalings
+from cm_diffusers.core.parameterisation import edm_scalings
 from cm_diffusers.core.solvers import heun_step
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
 from cm_diffusers.toys import TASKS, Mixture, Shape, ToyDraws, ToyNetwork, ToyOutput

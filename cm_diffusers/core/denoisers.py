@@ -10,24 +10,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from cm_diffusers.core.interpolants import Interpolant, LinearFlow, TrigFlow, append_dims
-from cm_diffusers.core.time_labels import TIME_LABELS
+from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.interpolants import Interpolant, LinearFlow, TrigFlow
+from cm_diffusers.core.parameterisation import edm_scalings, jump_scalings
+from cm_diffusers.core.time_labels import LABELS_OF_PREDICTION, TIME_LABELS
 
 
-PREDICTION_TYPES = ("sample", "epsilon", "v_prediction", "flow", "trigflow")
-
-
-def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out, c_in at `sigma`, any shape (Karras et al. 2022, table 1).
-
-    With a floor `sigma_min` > 0 they are those of the consistency models (Song et al. 2023, arXiv:2303.01469, app. C),
-    for which D(x, sigma_min) = x; with 0 they are EDM's own, for which D(x, 0) = x.
-    """
-    shifted = sigma - sigma_min
-    norm = (sigma**2 + sigma_data**2).sqrt()
-    c_skip = sigma_data**2 / (shifted**2 + sigma_data**2)
-    c_out = shifted * sigma_data / norm
-    return c_skip, c_out, 1 / norm
+PROCESS_PREDICTIONS = tuple(prediction for prediction in LABELS_OF_PREDICTION if prediction != "edm")
 
 
 @dataclass(frozen=True)
@@ -52,27 +41,6 @@ class EDMDenoiser:
         label = TIME_LABELS[self.time_label].from_sigma(sigma, self.sigma_data)
         output = self.network(c_in * x, label, class_labels=class_labels).sample
         return c_skip * x + c_out * output.to(x.dtype)
-
-
-def jump_scalings(prediction: str, sigma: Tensor, sigma_to: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """The factors of x and of the network's output F in a jump G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s).
-
-    g is the clean sample that F means: for "edm" c_skip(t) x + c_out(t) F without a floor. In a form where nothing
-    cancels for any t and s, 0 included, and which gives 1 and 0 for s = t.
-
-    Args:
-        prediction: "edm", "flow", "epsilon" or "v_prediction"; x is x0 + sigma noise for all of them.
-        sigma, sigma_to: t and s, any shape.
-        sigma_data: root mean square of the data, for "edm".
-    """
-    t, s = sigma, sigma_to
-    if prediction == "flow":
-        return (1 + s) / (1 + t), (s - t) / (1 + t)
-    if prediction == "epsilon":
-        return torch.ones_like(t), s - t
-    spread, sign = (1.0, -1) if prediction == "v_prediction" else (sigma_data, 1)
-    norm = t * t + spread**2
-    return (s * t + spread**2) / norm, sign * (t - s) * spread / norm.sqrt()
 
 
 @dataclass(frozen=True)
@@ -148,7 +116,7 @@ class ProcessDenoiser:
     Args:
         network: called as `network(x_t / process.scale, time, class_labels=...)`, answering with `.sample`.
         process: the forward process.
-        prediction: one of `PREDICTION_TYPES`.
+        prediction: one of `PROCESS_PREDICTIONS`.
         sigma_data: root mean square of the data; the denoiser itself does not need it.
         time_scale: the network is told the process' own time times this (1000 for diffusers' flow models).
     """
@@ -274,7 +242,7 @@ def to_denoised(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor, 
         return alpha * x - std * output
     if prediction_type == "flow":
         return x - std * output
-    raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}.")
+    raise ValueError(f"prediction_type must be one of {', '.join(PROCESS_PREDICTIONS)}; got {prediction_type!r}.")
 
 
 def from_denoised(
@@ -290,4 +258,4 @@ def from_denoised(
         return (alpha * x - denoised) / std
     if prediction_type == "flow":
         return (x - denoised) / std
-    raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}.")
+    raise ValueError(f"prediction_type must be one of {', '.join(PROCESS_PREDICTIONS)}; got {prediction_type!r}.")

@@ -11,10 +11,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-
-def append_dims(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape per-sample `values` (B,) so that they broadcast against `like` (B, ...)."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
+from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.parameterisation import input_norm
+from cm_diffusers.core.time_labels import flow_time_up_to_infinity, sigma_of_angle, sigma_of_flow_time, vp_angles
 
 
 class Interpolant(ABC):
@@ -86,23 +85,23 @@ class TrigFlow(Interpolant):
         return (sigma / self.sigma_data).atan()
 
     def sigma(self, time: Tensor) -> Tensor:
-        return torch.where(time >= math.pi / 2, math.inf, time.tan() * self.sigma_data)
+        return sigma_of_angle(time, self.sigma_data)
 
 
 class LinearFlow(Interpolant):
     """x = (1 - t) x0 + t noise, t in [0, 1]: rectified flow, flow matching (Lipman et al. 2022, arXiv:2210.02747)."""
 
     def alpha(self, sigma: Tensor) -> Tensor:
-        return 1 / (1 + sigma)
+        return 1 / input_norm("flow", sigma)
 
     def std(self, sigma: Tensor) -> Tensor:
-        return 1 / (1 + 1 / sigma)
+        return flow_time_up_to_infinity(sigma)
 
     def time(self, sigma: Tensor) -> Tensor:
         return self.std(sigma)
 
     def sigma(self, time: Tensor) -> Tensor:
-        return time / (1 - time)
+        return sigma_of_flow_time(time)
 
 
 class VP(Interpolant):
@@ -117,11 +116,11 @@ class VP(Interpolant):
         abar = alphas_cumprod.double()
         if abar.ndim != 1 or len(abar) < 2 or (abar.diff() >= 0).any() or abar[0] > 1 or abar[-1] < 0:
             raise ValueError("alphas_cumprod must fall strictly from at most 1 to at least 0.")
-        self.angles = torch.atan2((1 - abar).sqrt(), abar.sqrt())
+        self.angles = vp_angles(abar)
         self.sigma_max = self.sigma(torch.tensor(len(abar) - 1.0, dtype=torch.float64)).item()
 
     def alpha(self, sigma: Tensor) -> Tensor:
-        return 1 / (1 + sigma**2).sqrt()
+        return 1 / input_norm("epsilon", sigma)
 
     def std(self, sigma: Tensor) -> Tensor:
         return 1 / (1 + 1 / sigma**2).sqrt()
@@ -137,4 +136,4 @@ class VP(Interpolant):
         place = time.double().clamp(0, last)
         left = place.long().clamp(max=last - 1)
         angle = angles[left] + (place - left) * (angles[left + 1] - angles[left])
-        return torch.where(angle >= math.pi / 2, math.inf, angle.tan()).to(time.dtype)
+        return sigma_of_angle(angle).to(time.dtype)

@@ -1,25 +1,9 @@
-"""Grids of noise levels, and curricula as pure functions of the training step (so that nothing is checkpointed)."""
+"""Curricula as pure functions of the training step (so that nothing is checkpointed)."""
 
 import math
 
 import torch
 from torch import Tensor
-
-
-def karras_sigmas(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """`n` levels from `sigma_max` down to `sigma_min` (Karras et al. 2022, eq. 5), float64 (n,)."""
-    return karras_sigma(torch.linspace(0, 1, n, dtype=torch.float64), sigma_min, sigma_max, rho)
-
-
-def karras_sigma(
-    ramp: Tensor, sigma_min: float | Tensor = 0.002, sigma_max: float | Tensor = 80.0, rho: float = 7.0
-) -> Tensor:
-    """The level at a place `ramp` in [0, 1] of that grid, from `sigma_max` at 0 down to `sigma_min` at 1.
-
-    Both ends may be tensors that broadcast against `ramp`.
-    """
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho
 
 
 def ect_stage(step: int, pretrain_steps: int, stage_steps: int) -> int:

@@ -5,29 +5,34 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cm_diffusers.core.interpolants import append_dims
+from cm_diffusers.core.arrays import append_dims
 
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+BoundDenoiser = Callable[[Tensor, Tensor], Tensor]  # D(x, sigma), what it is conditioned on being settled
 
 
-def ode_slope(denoise: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
+def ode_slope(denoise: BoundDenoiser, x: Tensor, sigma: Tensor) -> Tensor:
     """(x - D(x, sigma)) / sigma for x (B, ...) and sigma > 0 (B,)."""
     return (x - denoise(x, sigma)) / append_dims(sigma, x)
 
 
-def euler_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+def euler_step(denoise: BoundDenoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """One first-order step from `sigma` to `sigma_next` (B,)."""
     return x + append_dims(sigma_next - sigma, x) * ode_slope(denoise, x, sigma)
 
 
-def heun_step(denoise: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+def heun_end(x: Tensor, step: Tensor | float, slope: Tensor, slope_next: Tensor) -> Tensor:
+    """Where Heun's step of length `step` in sigma ends, from the slopes at `x` and at the end of Euler's step."""
+    return x + step * (slope + slope_next) / 2  # Karras et al. 2022, algorithm 1, line 8
+
+
+def heun_step(denoise: BoundDenoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """One second-order step (Karras et al. 2022, algorithm 1); Euler's where sigma_next is 0, which has no slope."""
     slope = ode_slope(denoise, x, sigma)
     step = append_dims(sigma_next - sigma, x)
     slope_next = ode_slope(denoise, x + step * slope, sigma_next)
     slope_next = torch.where(append_dims(sigma_next > 0, x), slope_next, slope)
-    return x + step * (slope + slope_next) / 2
+    return heun_end(x, step, slope, slope_next)
 
 
 def reverse_sde_step(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cm_diffusers.core.interpolants import append_dims
+from cm_diffusers.core.arrays import append_dims
 
 
 MODES = ("auto", "exact", "finite_difference")

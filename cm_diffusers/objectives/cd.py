@@ -12,8 +12,8 @@ from torch import nn
 
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.noise_levels import draw_bins, uniform_bins
-from cm_diffusers.core.schedules import karras_sigmas
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import (
     CM_WEIGHTS,

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.core.schedules import karras_sigma
+from cm_diffusers.core.karras import karras_sigma
 from cm_diffusers.core.solvers import reverse_sde_step
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.diffusion import DiffusionOptions, denoising_error, denoising_pipeline, noised

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from cm_diffusers.core.denoisers import TrajectoryDenoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
+from cm_diffusers.core.karras import karras_sigma, karras_sigmas
 from cm_diffusers.core.noise_levels import draw_bins, linear_law, lognormal
-from cm_diffusers.core.schedules import karras_sigma, karras_sigmas
 from cm_diffusers.models import PatchDiscriminator, TwoTimeModel
 from cm_diffusers.objectives.adversarial import Adversary
 from cm_diffusers.objectives.balance import Cut, Part, balanced, last_layer

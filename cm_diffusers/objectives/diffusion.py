@@ -11,11 +11,11 @@ import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from torch import Tensor, nn
 
-from cm_diffusers.core.denoisers import jump_scalings
 from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.noise_levels import lognormal
+from cm_diffusers.core.parameterisation import jump_scalings
 from cm_diffusers.core.weightings import edm_weight
 from cm_diffusers.models import with_log_variance, without_log_variance
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective

@@ -13,9 +13,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.core.interpolants import VE, append_dims
+from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.schedules import ect_gap, ect_stage
 from cm_diffusers.core.weightings import edm_weight, inverse_gap

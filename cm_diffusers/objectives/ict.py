@@ -13,8 +13,9 @@ from torch import nn
 from cm_diffusers.core.distances import ict_huber_c, pseudo_huber
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins
-from cm_diffusers.core.schedules import ict_scales, karras_sigmas
+from cm_diffusers.core.schedules import ict_scales
 from cm_diffusers.core.weightings import inverse_gap
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
 from cm_diffusers.objectives.consistency import consistency_pipeline, estimate_and_target

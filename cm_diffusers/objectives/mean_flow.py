@@ -13,10 +13,10 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.denoisers import ProcessDenoiser, flow_denoiser
 from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.core.interpolants import append_dims
 from cm_diffusers.core.tangents import jvp, jvp_ready
 from cm_diffusers.models import TwoTimeModel
 from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective

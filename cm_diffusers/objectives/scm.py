@@ -12,9 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.denoisers import trigflow_velocity
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.core.interpolants import append_dims
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.tangents import NORMS, jvp, jvp_ready, normalised
 from cm_diffusers.models import with_log_variance, without_log_variance

@@ -9,12 +9,10 @@ from diffusers import DDPMScheduler
 
 from cm_diffusers.core.denoisers import Denoiser, EDMDenoiser, ProcessDenoiser, TrajectoryDenoiser, as_trigflow
 from cm_diffusers.core.interpolants import VE, VP, Interpolant, LinearFlow, TrigFlow
+from cm_diffusers.core.parameterisation import JUMP_PREDICTIONS
 
 
-# predictions whose networks have one time input; those of EDM have a choice, the keys of `TIME_LABELS`
-OWN_LABELS = {"trigflow": "angle", "flow": "flow_time"}
-OWN_LABELS |= dict.fromkeys(("epsilon", "v_prediction", "sample"), "timestep")
-PROCESS_STUDENTS = ("flow", "epsilon", "v_prediction")  # which are the identity at sigma 0 as they are
+PROCESS_STUDENTS = tuple(p for p in JUMP_PREDICTIONS if p != "edm")  # the identity at sigma 0 as they are
 
 
 @dataclass(frozen=True)
@@ -23,10 +21,10 @@ class ModelSpec:
 
     Args:
         sigma_data: root mean square of the data, > 0; None where a saved model does not say.
-        time_label: the network's time input: for "edm" a key of `TIME_LABELS`, else that of `OWN_LABELS`.
+        time_label: the network's time input, one of `LABELS_OF_PREDICTION`.
         sigma_max: the level of pure noise, where sampling starts.
-        prediction: "edm" or a key of `OWN_LABELS`: "flow" lives on linear flow, "trigflow" on TrigFlow, and "epsilon",
-            "v_prediction" and "sample" on a discrete VP process.
+        prediction: a key of `LABELS_OF_PREDICTION`: "edm" lives on VE, "flow" on linear flow, "trigflow" on TrigFlow,
+            and "epsilon", "v_prediction" and "sample" on a discrete VP process.
         time_scale: a flow model is told this times the flow time.
         noise_schedule: the settings of diffusers' `DDPMScheduler` that make the VP process.
     """

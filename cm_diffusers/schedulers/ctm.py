@@ -12,8 +12,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..core.arrays import append_dims
+from ..core.parameterisation import slope_scalings
 from .levels import KarrasLevels, as_float64, is_real
-from .network_input import NetworkInput
+from .network_input import network_input
 
 
 @dataclass
@@ -85,7 +87,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
         self._check_settings()
-        self.input = NetworkInput(prediction, time_label, sigma_data, time_scale, noise_schedule)
+        self.input = network_input(prediction, time_label, sigma_data, time_scale, noise_schedule)
         self.register_to_config(time_label=self.input.time_label)
         if gamma_rule not in ("paper", "official"):
             raise ValueError(f"gamma_rule must be 'paper' or 'official', got {gamma_rule!r}.")
@@ -166,7 +168,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
     def _factor(self, values: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """`values` () or (B,) as a factor of `sample` (B, ...), in float32 for half-precision samples."""
         if values.ndim:
-            values = values.reshape(-1, *[1] * (sample.ndim - 1))
+            values = append_dims(values, sample)
         return values.to(sample.device, torch.promote_types(sample.dtype, torch.float32))
 
     def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
@@ -206,13 +208,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
 
     def _slope(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The pull and the gain of `velocity` at t."""
-        prediction, norm = self.input.prediction, self.input.norm(t)
-        if prediction == "flow":
-            return 1 / norm, -1 / norm
-        if prediction == "epsilon":
-            return torch.zeros_like(t), -torch.ones_like(t)
-        gain = self.input.spread / norm
-        return t / norm**2, -gain if prediction == "v_prediction" else gain
+        return slope_scalings(self.config.prediction, t, self.config.sigma_data)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """`sample` divided by sqrt(sigma^2 + sigma_data^2), the network's input at `timestep`."""

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .network_input import NetworkInput
+from ..core.arrays import append_dims
+from ..core.karras import karras_sigma
+from ..core.parameterisation import NetworkInput
 
 
 # settings that are numbers: above 0, or at least 0; and those that are True or False
@@ -120,9 +122,7 @@ class KarrasLevels(Levels):
         return labels.to(device, torch.float32 if lacks_float64 else torch.float64)
 
     def _karras(self, ramp: np.ndarray, sigma_max: float | None = None) -> np.ndarray:
-        rho = self.config.rho
-        high, low = (sigma_max or self.config.sigma_max) ** (1 / rho), self.config.sigma_min ** (1 / rho)
-        return (high + ramp * (low - high)) ** rho
+        return karras_sigma(ramp, self.config.sigma_min, sigma_max or self.config.sigma_max, self.config.rho)
 
     def _chosen_levels(
         self, num_inference_steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
@@ -148,9 +148,9 @@ class KarrasLevels(Levels):
         return self._karras(np.arange(n) * (total // n) / (total - 1))
 
     def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
-        if levels.ndim != 1 or len(levels) == 0 or not np.isfinite(levels).all():
+        if levels.ndim != 1 or len(levels) == 0 or np.isnan(levels).any():
             raise ValueError(f"`{name}` must be a non-empty list of finite numbers.")
-        if (np.diff(levels) >= 0).any():
+        if (levels[1:] >= levels[:-1]).any():
             raise ValueError(f"`{name}` must fall strictly, got the levels {levels.tolist()}.")
         if levels[0] > self.config.sigma_max * (1 + 1e-6):
             raise ValueError(f"`{name}` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
@@ -206,7 +206,7 @@ class KarrasLevels(Levels):
         if sigmas is None:
             refuse_index("time labels as in `scheduler.timesteps` (floats)", timesteps)
             sigmas = self.timestep_to_sigma(as_float64(timesteps).numpy())
-        sigmas = as_float64(sigmas).reshape(-1, *[1] * (original_samples.ndim - 1))
+        sigmas = append_dims(as_float64(sigmas), original_samples)
         return original_samples + sigmas.to(original_samples.device, original_samples.dtype) * noise
 
 

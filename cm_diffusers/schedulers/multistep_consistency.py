@@ -11,8 +11,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..core.parameterisation import read_out
 from .levels import KarrasLevels
-from .network_input import NetworkInput
+from .network_input import network_input
 
 
 @dataclass
@@ -81,7 +82,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
         self._check_settings()
-        self.input = NetworkInput(prediction, time_label, sigma_data, time_scale, noise_schedule)
+        self.input = network_input(prediction, time_label, sigma_data, time_scale, noise_schedule)
         self.register_to_config(time_label=self.input.time_label)
         if renoise not in ("floor", "full"):
             raise ValueError(f"renoise must be 'floor' or 'full', got {renoise!r}.")
@@ -128,20 +129,6 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         """`sample` in the scale of the network's input at `timestep`: for "edm" / sqrt(sigma^2 + sigma_data^2)."""
         return sample / self.input.norm(self._sigma(sample, self._index_now(timestep)))
 
-    def _denoised(self, output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """The estimate of the clean sample from the network's output."""
-        sigma_min, sigma_data, prediction = self.config.sigma_min, self.config.sigma_data, self.config.prediction
-        if prediction == "epsilon":
-            return sample - sigma * output
-        if prediction == "v_prediction":
-            return sample / (sigma**2 + 1) - sigma / (sigma**2 + 1) ** 0.5 * output
-        if prediction == "flow":
-            return (sample - sigma * output) / (1 + sigma)
-        # in the order of the stock scheduler so that bits agree
-        c_skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
-        c_out = (sigma - sigma_min) * sigma_data / (sigma**2 + sigma_data**2) ** 0.5
-        return c_out * output + c_skip * sample
-
     def step(
         self,
         model_output: torch.Tensor,
@@ -163,7 +150,14 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         sigma, sigma_next = self._sigma(sample, index), self._sigma(sample, index + 1)
 
         # float32 arithmetic for half-precision samples
-        denoised = self._denoised(model_output.to(sigma.dtype), sample.to(sigma.dtype), sigma)
+        denoised = read_out(
+            self.config.prediction,
+            model_output.to(sigma.dtype),
+            sample.to(sigma.dtype),
+            sigma,
+            sigma_data=self.config.sigma_data,
+            sigma_min=self.config.sigma_min,
+        )
         if self.config.clip_denoised:
             denoised = denoised.clamp(-1, 1)
 

@@ -11,10 +11,13 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..core.arrays import append_dims
+from ..core.karras import karras_sigma
+from ..core.time_labels import TIME_LABELS
 from .levels import Levels, as_float64, is_integer, read_numbers, refuse_index
 
 
-SOLVERS = ("consistency", "euler", "heun")
+TRIGFLOW_SOLVERS = ("consistency", "euler", "heun")
 
 
 @dataclass
@@ -70,8 +73,8 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         clip_denoised: bool = True,
         default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+        if solver not in TRIGFLOW_SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(TRIGFLOW_SOLVERS)}; got {solver!r}.")
         self._check_settings()
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min must lie in (0, sigma_max), sigma_max in (0, inf): {sigma_min}, {sigma_max}.")
@@ -104,12 +107,11 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
 
     def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
         """The angles of the noise levels `sigmas`, pi/2 for inf."""
-        return np.arctan(np.asarray(sigmas) / self.config.sigma_data)
+        return TIME_LABELS["angle"].from_sigma(np.asarray(sigmas), self.config.sigma_data)
 
     def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
         """The noise levels of the angles `timesteps`, inf for pi/2."""
-        angles = np.asarray(timesteps)
-        return np.where(angles >= math.pi / 2, math.inf, np.tan(angles) * self.config.sigma_data)
+        return TIME_LABELS["angle"].to_sigma(np.asarray(timesteps), self.config.sigma_data)
 
     def set_timesteps(
         self,
@@ -150,8 +152,8 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         self._set_levels(angles, device)
 
     def _check_solver(self, solver: str) -> None:
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+        if solver not in TRIGFLOW_SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(TRIGFLOW_SOLVERS)}; got {solver!r}.")
         configured = self.config.solver
         if solver != configured and "consistency" in (solver, configured):
             reason = (
@@ -170,8 +172,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         sigma_min, sigma_max, rho = self.config.sigma_min, self.config.sigma_max, self.config.rho
         if self.config.solver == "consistency":
             return self.sigma_to_timestep(sigma_max) * np.sqrt(1 - np.arange(n) / n)
-        high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-        return self.sigma_to_timestep((high + np.linspace(0, 1, n) * (low - high)) ** rho)
+        return self.sigma_to_timestep(karras_sigma(np.linspace(0, 1, n), sigma_min, sigma_max, rho))
 
     def _check_fall(self, name: str, levels: np.ndarray) -> None:
         if levels.ndim != 1 or len(levels) == 0 or np.isnan(levels).any():
@@ -243,7 +244,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         t, t_next = self._angles[index], self._angles[index + 1]
         dtype = torch.promote_types(sample.dtype, torch.float32)  # float32 arithmetic for half-precision samples
         x, velocity = sample.to(dtype), self.config.sigma_data * model_output.to(dtype)
-        denoised = math.cos(t) * x - math.sin(t) * velocity
+        denoised = _turned(x, velocity, t)
         if self.solver == "consistency":
             if self.config.clip_denoised:
                 denoised = denoised.clamp(-1, 1)
@@ -251,7 +252,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         elif self._begun is not None:
             prev_sample = self._correct(x, velocity, t)
         else:
-            prev_sample = math.cos(t - t_next) * x - math.sin(t - t_next) * velocity
+            prev_sample = _turned(x, velocity, t - t_next)
             if self.solver == "heun" and t_next > 0:
                 self._begun = (t, x, velocity)
         self._step_index += 1
@@ -310,10 +311,15 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         if sigmas is None:
             refuse_index("angles as in `scheduler.timesteps` (floats)", timesteps)
         given = as_float64(sigmas if timesteps is None else timesteps)
-        angles = (given / self.config.sigma_data).atan() if timesteps is None else given
-        angles = angles.reshape(-1, *[1] * (original_samples.ndim - 1))
+        angles = TIME_LABELS["angle"].from_sigma(given, self.config.sigma_data) if timesteps is None else given
+        angles = append_dims(angles, original_samples)
         cos, sin = (
             factor.to(original_samples.device, original_samples.dtype)
             for factor in (angles.cos(), angles.sin() * self.config.sigma_data)
         )
         return cos * original_samples + sin * noise
+
+
+def _turned(x: torch.Tensor, velocity: torch.Tensor, angle: float) -> torch.Tensor:
+    """`x` turned back by `angle`, which is where the path of a fixed clean sample leads; D itself at angle 0."""
+    return math.cos(angle) * x - math.sin(angle) * velocity

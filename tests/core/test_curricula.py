@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins, uniform_bins
-from cm_diffusers.core.schedules import ct_scales, ct_target_decay, ict_scales, karras_sigmas
+from cm_diffusers.core.schedules import ct_scales, ct_target_decay, ict_scales
 from cm_diffusers.core.weightings import edm_weight, inverse_gap, karras_weight, snr_weight
 
 

@@ -11,11 +11,11 @@ from cm_diffusers.core.denoisers import (
     EDMDenoiser,
     ProcessDenoiser,
     TrajectoryDenoiser,
-    edm_scalings,
     to_denoised,
     trigflow_denoiser,
 )
 from cm_diffusers.core.interpolants import VP, LinearFlow
+from cm_diffusers.core.parameterisation import edm_scalings
 from cm_diffusers.core.time_labels import TIME_LABELS
 from cm_diffusers.core.weightings import edm_weight, inverse_gap
 

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.noise_levels import lognormal
-from cm_diffusers.core.schedules import ect_gap, ect_stage, karras_sigmas
+from cm_diffusers.core.schedules import ect_gap, ect_stage
 
 
 FULL_GRIDS = {

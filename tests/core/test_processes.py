@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from cm_diffusers.core.denoisers import PREDICTION_TYPES, from_denoised, to_denoised
+from cm_diffusers.core.denoisers import PROCESS_PREDICTIONS, from_denoised, to_denoised
 from cm_diffusers.core.interpolants import VE, VP, LinearFlow, TrigFlow
-from cm_diffusers.schedulers.network_input import NetworkInput
+from cm_diffusers.schedulers.network_input import network_input
 
 
 SIGMAS = torch.tensor([0.002, 0.02, 0.5, 0.821, 1.0, 1.526, 2.0, 5.0, 80.0, 800.0], dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_times_outside_a_table_have_the_levels_of_its_ends_as_in_the_schedulers(
     times = torch.tensor([-1e6, -1.0, -0.25, 0.0, 999.0, 999.25, 1e6], dtype=torch.float64)
     low, high = process.sigma(torch.tensor([0.0, 999.0], dtype=torch.float64)).tolist()
     assert process.sigma(times).tolist() == [low] * 4 + [high] * 3 and high == process.sigma_max
-    theirs = NetworkInput("epsilon", None, 0.5, 1.0, schedule).sigma(times.numpy())
+    theirs = network_input("epsilon", None, 0.5, 1.0, schedule).sigma(times.numpy())
     torch.testing.assert_close(process.sigma(times), torch.from_numpy(theirs), rtol=1e-4, atol=0)  # of a float32 table
 
 
@@ -185,7 +185,7 @@ def test_predictions_of_the_true_quantities_give_the_data(prediction, name):
 @pytest.mark.parametrize("convert", [to_denoised, from_denoised])
 def test_unknown_predictions_are_refused(convert):
     x = torch.zeros(1, 1)
-    with pytest.raises(ValueError, match=", ".join(PREDICTION_TYPES)):
+    with pytest.raises(ValueError, match=", ".join(PROCESS_PREDICTIONS)):
         convert("score", x, x, torch.ones(1), VE())
 
 

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from cm_diffusers.core.interpolants import VE, append_dims
-from cm_diffusers.core.schedules import karras_sigmas
+from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.interpolants import VE
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.solvers import euler_step, heun_step, ode_slope, reverse_sde_step
 
 

@@ -18,7 +18,7 @@ from tests.helpers.scripts import load_script
 
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("cm_diffusers/models", "cm_diffusers/schedulers", "pipelines")
+PARTS = ("cm_diffusers/core", "cm_diffusers/models", "cm_diffusers/schedulers", "pipelines")
 NAMES = ("__init__", "demo", "lookup", "parent", "pipelines", "pixels", "sampling")
 MODULES = {f"cm_diffusers/{name}.py" for name in NAMES}
 FILES = {"README.md", "app.py", "requirements.txt", *MODULES} | {

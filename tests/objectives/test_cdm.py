@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.core.interpolants import append_dims
-from cm_diffusers.core.schedules import karras_sigmas
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.models import EDMUNet2DModel, build_unet
 from cm_diffusers.objectives import CDM, Batch, Diffusion, ModelSpec
 from cm_diffusers.toys import TASKS, ToyDraws

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cm_diffusers.core.denoisers import EDMDenoiser, edm_scalings
+from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins, uniform_bins
-from cm_diffusers.core.schedules import ct_scales, ct_target_decay, ict_scales, karras_sigmas
+from cm_diffusers.core.parameterisation import edm_scalings
+from cm_diffusers.core.schedules import ct_scales, ct_target_decay, ict_scales
 from cm_diffusers.objectives import CD, CT, ECD, ECT, ICT, Batch, ModelSpec
 from cm_diffusers.objectives import consistency as family
 from cm_diffusers.objectives.consistency import teacher_step

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from cm_diffusers.core.denoisers import EDMDenoiser, edm_scalings
+from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.core.schedules import karras_sigmas
+from cm_diffusers.core.karras import karras_sigmas
+from cm_diffusers.core.parameterisation import edm_scalings
 from cm_diffusers.models import TwoTimeModel
 from cm_diffusers.objectives import CTM, Batch, ModelSpec
 from cm_diffusers.objectives.balance import Part, balanced

@@ -7,8 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.time_labels import OWN_LABELS
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
-from cm_diffusers.objectives.spec import OWN_LABELS
 
 
 # Settings, by method, under which the battery runs, where its defaults alone don't reach all of its code.

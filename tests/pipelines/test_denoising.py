@@ -8,7 +8,7 @@ from diffusers.schedulers import scheduling_edm_dpmsolver_multistep as stock_sde
 
 from cm_diffusers import DenoisingPipeline
 from cm_diffusers.core.denoisers import EDMDenoiser
-from cm_diffusers.core.schedules import karras_sigmas
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.solvers import euler_step, heun_step
 from cm_diffusers.toys import TASKS
 

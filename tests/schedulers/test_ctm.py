@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from cm_diffusers import CTMScheduler, MultistepConsistencyScheduler
-from cm_diffusers.core.denoisers import EDMDenoiser, edm_scalings
+from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.interpolants import VE
+from cm_diffusers.core.parameterisation import edm_scalings
 from cm_diffusers.core.solvers import heun_step
 
 

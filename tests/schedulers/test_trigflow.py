@@ -7,7 +7,7 @@ from diffusers import SCMScheduler
 
 from cm_diffusers import MultistepConsistencyScheduler, TrigFlowScheduler
 from cm_diffusers.core.interpolants import TrigFlow
-from cm_diffusers.core.schedules import karras_sigmas
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.solvers import heun_step
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.denoisers import Denoiser
-from cm_diffusers.core.interpolants import append_dims
-from cm_diffusers.core.schedules import karras_sigmas
+from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.solvers import heun_step, ode_slope
 from cm_diffusers.core.tangents import jvp, jvp_ready
 from cm_diffusers.engine.files import written_aside

@@ -13,7 +13,7 @@ from cm_diffusers.engine.sharing.card import licence_of
 
 GRADIO = "6.31.0"  # as in constraints.txt
 MODULES = ("__init__.py", "demo.py", "lookup.py", "parent.py", "pipelines.py", "pixels.py", "sampling.py")
-LIBRARY = (*MODULES, "models/*.py", "schedulers/*.py")
+LIBRARY = (*MODULES, "core/*.py", "models/*.py", "schedulers/*.py")
 SPACE = ("README.md", "app.py", "requirements.txt", "pipelines/*.py", *(f"cm_diffusers/{part}" for part in LIBRARY))
 
 

@@ -1,0 +1,166 @@
+"""What a network predicts of x = x0 + sigma noise, and in which scale it is given x: one table, and its formulas.
+
+    prediction      the network is given         and predicts (norm is that of `input_norm`)
+    edm             x / norm                     F under EDM's scalings: D = c_skip x + c_out F
+    trigflow        x / norm                     -F of edm, the velocity over sigma_data of TrigFlow
+    epsilon         x / norm, alpha = 1 / norm   the noise
+    v_prediction    x / norm                     alpha noise - std x0, std = sigma / norm
+    flow            x / norm, 1 - t = 1 / norm   noise - x0
+    sample          x / norm                     x0, which is not the identity at sigma = 0
+
+The estimate D of x0 is a sum of x and the output with factors that only depend on sigma. Their roundings differ with
+the order of operations, and the numbers of saved models and of training are kept to the bit. So there is a form for
+training on a network's own process (`to_denoised` of `core.denoisers`), one for jumps from level to level
+(`jump_scalings`), one for slopes (`slope_scalings`) and two for samplers (`read_out`, `read_out_of_input`).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cm_diffusers.core.arrays import Values
+from cm_diffusers.core.time_labels import TIME_LABELS, flow_time, sigma_of_flow_time, sigma_of_vp_time, vp_time
+
+
+# predictions of networks that may jump: D is the identity at sigma = 0, or at a floor
+JUMP_PREDICTIONS = ("edm", "flow", "epsilon", "v_prediction")
+
+
+def spread_of(prediction: str, sigma_data: float) -> float:
+    """Standard deviation of the data as the process of the network takes them: 1 but for EDM's and TrigFlow's."""
+    return sigma_data if prediction in ("edm", "trigflow") else 1.0
+
+
+def input_norm(prediction: str, sigma: Tensor, sigma_data: float = 1.0) -> Tensor:
+    """What x at `sigma` is divided by for the network: 1 + sigma for "flow", else sqrt(sigma^2 + spread^2).
+
+    1 / norm is EDM's c_in (Karras et al. 2022, table 1), the alpha of VP (Ho et al. 2020), 1 - t of linear flow.
+    """
+    if prediction == "flow":
+        return 1 + sigma
+    return (sigma**2 + spread_of(prediction, sigma_data) ** 2).sqrt()
+
+
+def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in at `sigma`, any shape (Karras et al. 2022, table 1).
+
+    With a floor `sigma_min` > 0 they are those of the consistency models (Song et al. 2023, arXiv:2303.01469, app. C),
+    for which D(x, sigma_min) = x; with 0 they are EDM's own, for which D(x, 0) = x.
+    """
+    shifted = sigma - sigma_min
+    norm = input_norm("edm", sigma, sigma_data)
+    c_skip = sigma_data**2 / (shifted**2 + sigma_data**2)
+    c_out = shifted * sigma_data / norm
+    return c_skip, c_out, 1 / norm
+
+
+def read_out(
+    prediction: str, output: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 1.0, sigma_min: float = 0.0
+) -> Tensor:
+    """D(x, sigma) that a network's output means, for x = x0 + sigma noise.
+
+    For "edm" in the order of diffusers' `CMStochasticIterativeScheduler`, to whose bits it agrees.
+
+    Args:
+        prediction: one of `JUMP_PREDICTIONS`.
+        output, x: (B, ...).
+        sigma: () or of a shape that broadcasts against `x`.
+        sigma_data: root mean square of the data, for "edm".
+        sigma_min: the floor of "edm", where D(x, sigma_min) = x.
+    """
+    if prediction == "epsilon":
+        return x - sigma * output
+    if prediction == "v_prediction":
+        return x / (sigma**2 + 1) - sigma / input_norm(prediction, sigma) * output
+    if prediction == "flow":
+        return (x - sigma * output) / input_norm(prediction, sigma)
+    c_skip, c_out, _ = edm_scalings(sigma, sigma_data, sigma_min)
+    return c_skip * x + c_out * output
+
+
+def read_out_of_input(prediction: str, output: Tensor, network_input: Tensor, sigma: Tensor) -> Tensor:
+    """`read_out` for "flow" and "v_prediction" from x / norm: the form of `DenoisingPipeline`.
+
+    It differs in the last bit, which the images of saved diffusion models have.
+    """
+    norm = input_norm(prediction, sigma)
+    return (network_input if prediction == "flow" else network_input / norm) - sigma / norm * output
+
+
+def jump_scalings(prediction: str, sigma: Tensor, sigma_to: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """The factors of x and of the network's output F in a jump G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s).
+
+    g is the clean sample that F means: for "edm" c_skip(t) x + c_out(t) F without a floor. In a form where nothing
+    cancels for any t and s, 0 included, and which gives 1 and 0 for s = t (Kim et al. 2023, arXiv:2310.02279, eq. 9).
+
+    Args:
+        prediction: one of `JUMP_PREDICTIONS`; x is x0 + sigma noise for all of them.
+        sigma, sigma_to: t and s, any shape.
+        sigma_data: root mean square of the data, for "edm".
+    """
+    t, s = sigma, sigma_to
+    if prediction == "flow":
+        return (1 + s) / (1 + t), (s - t) / (1 + t)
+    if prediction == "epsilon":
+        return torch.ones_like(t), s - t
+    spread, sign = spread_of(prediction, sigma_data), -1 if prediction == "v_prediction" else 1
+    norm = t * t + spread**2
+    return (s * t + spread**2) / norm, sign * (t - s) * spread / norm.sqrt()
+
+
+def slope_scalings(prediction: str, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """The pull and the gain in dx / dsigma = (x - g) / sigma = pull x - gain F, of the probability-flow ODE.
+
+    A jump is linear in s, G = x + (s - t) (pull x - gain F). Unlike the form of `jump_scalings` this one cancels for
+    large t and small s, so it is for float64.
+
+    Args:
+        prediction: one of `JUMP_PREDICTIONS`.
+        sigma: t, any shape; may be 0.
+        sigma_data: root mean square of the data, for "edm".
+    """
+    if prediction == "epsilon":
+        return torch.zeros_like(sigma), -torch.ones_like(sigma)
+    norm = input_norm(prediction, sigma, sigma_data)
+    if prediction == "flow":
+        return 1 / norm, -1 / norm
+    gain = spread_of(prediction, sigma_data) / norm
+    return sigma / norm**2, -gain if prediction == "v_prediction" else gain
+
+
+class NetworkInput:
+    """How a network is given a sample x0 + sigma noise: the sample in its own scale, and the level as its time.
+
+    Args:
+        prediction: a key of `LABELS_OF_PREDICTION`.
+        time_label: one of its labels there.
+        sigma_data: root mean square of the data, for "edm" and "trigflow".
+        time_scale: factor of the label "flow_time".
+        angles: for the label "timestep" the table that `vp_angles` gives, as an array.
+    """
+
+    def __init__(
+        self, prediction: str, time_label: str, sigma_data: float, time_scale: float, angles: np.ndarray | None
+    ):
+        self.prediction, self.time_label = prediction, time_label
+        self.sigma_data, self.time_scale, self.angles = sigma_data, time_scale, angles
+
+    def label(self, sigma: Values) -> Values:
+        """The network's time input at `sigma`, any shape."""
+        if self.time_label == "flow_time":
+            return flow_time(sigma, self.time_scale)
+        if self.time_label == "timestep":
+            return vp_time(sigma, self.angles)
+        return TIME_LABELS[self.time_label].from_sigma(sigma, self.sigma_data)
+
+    def sigma(self, label: Values) -> Values:
+        """The level whose time input `label` is, any shape; an array for the label "timestep"."""
+        if self.time_label == "flow_time":
+            return sigma_of_flow_time(label, self.time_scale)
+        if self.time_label == "timestep":
+            return sigma_of_vp_time(label, self.angles)
+        return TIME_LABELS[self.time_label].to_sigma(label, self.sigma_data)
+
+    def norm(self, sigma: Tensor) -> Tensor:
+        """What a sample at `sigma` is divided by; see `input_norm`."""
+        return input_norm(self.prediction, sigma, self.sigma_data)
