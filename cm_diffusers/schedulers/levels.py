@@ -148,7 +148,8 @@ class KarrasLevels(Levels):
         return self._karras(np.arange(n) * (total // n) / (total - 1))
 
     def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
-        if levels.ndim != 1 or len(levels) == 0 or np.isnan(levels).any():
+        highest = math.inf if name == "timesteps" else np.finfo(float).max  # a finite label may mean an infinite level
+        if levels.ndim != 1 or len(levels) == 0 or not (np.abs(levels) <= highest).all():
             raise ValueError(f"`{name}` must be a non-empty list of finite numbers.")
         if (levels[1:] >= levels[:-1]).any():
             raise ValueError(f"`{name}` must fall strictly, got the levels {levels.tolist()}.")
