@@ -1,4 +1,4 @@
-# Every target makes the virtual environment first. PYTHON is any Python 3.11 or newer.
+# `make help` lists the targets. Every one makes the virtual environment first. PYTHON is any Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -9,9 +9,16 @@ FLOORS := .venv-floors
 FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_lookup.py \
 	tests/engine/test_data.py tests/engine/test_tables.py tests/engine/test_card.py tests/pipelines/test_consistency.py
 
-.PHONY: venv quickstart test test-slow test-floors quality style clean
+# The oracles of a minute: closed forms, golden numbers, stock schedulers.
+FAST_TESTS := tests/core tests/schedulers tests/test_layout.py tests/test_results.py tests/objectives/test_adversarial.py \
+	tests/objectives/test_diffusion.py tests/objectives/test_ect.py
 
-venv: $(STAMP)
+.PHONY: help venv quickstart check oracles test test-slow test-floors quality style clean
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## the virtual environment, with what the tests need
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +29,12 @@ $(STAMP): setup.py constraints.txt
 quickstart: venv  ## train a consistency model on handwritten digits, sample it, judge it (some minutes on a CPU)
 	$(RUN) training/quickstart.py
 
-test: venv quality  ## the tests, about ten minutes on two cores
+check: venv quality oracles  ## the linter and the fast oracles, in less than a minute
+
+oracles: venv
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL) $(FAST_TESTS)
+
+test: venv quality  ## the tests but for the slow ones, about ten minutes on two cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL)
 
 test-slow: venv  ## the longer runs as well
@@ -47,5 +59,5 @@ style: venv  ## let the linter mend what it can
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-clean:
+clean:  ## take away the environments and what was built
 	rm -rf $(VENV) $(FLOORS) build dist *.egg-info

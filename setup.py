@@ -1,4 +1,6 @@
-from setuptools import setup
+import re
+
+from setuptools import find_packages, setup
 
 
 # The lower bounds are those of constraints-floors.txt, with which `make test-floors` runs a part of the tests. Older
@@ -28,36 +30,25 @@ QUICKSTART = ["scikit-learn>=1.5"]
 DEMO = ["gradio>=6.0"]
 ORACLES = ["prdc>=0.2", "torchmetrics>=1.9"]
 TEST = ["pytest>=8.0", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15", *ORACLES]
-QUALITY = ["ruff==0.17.5"]
+QUALITY = ["mypy==2.4.1", "ruff==0.17.5"]
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
 
 setup(
     name="cm-diffusers",
-    version="0.1.0",
+    version=re.search('^__version__ = "(.+)"$', read("cm_diffusers/__init__.py"), re.MULTILINE)[1],
     description="Consistency models and their relatives for diffusers: generators that sample in one to four steps",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=read("README.md"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     keywords="consistency models, diffusion, distillation, few-step generation, diffusers",
     python_requires=">=3.11",
-    packages=[
-        "cm_diffusers",
-        "cm_diffusers.convert",
-        "cm_diffusers.core",
-        "cm_diffusers.engine",
-        "cm_diffusers.engine.data",
-        "cm_diffusers.engine.evaluation",
-        "cm_diffusers.engine.pictures",
-        "cm_diffusers.engine.saved",
-        "cm_diffusers.engine.sharing",
-        "cm_diffusers.engine.training",
-        "cm_diffusers.evaluation",
-        "cm_diffusers.hub_cards",
-        "cm_diffusers.models",
-        "cm_diffusers.objectives",
-        "cm_diffusers.pipelines",
-        "cm_diffusers.schedulers",
-    ],
+    packages=[*find_packages(include=["cm_diffusers*"]), "cm_diffusers.hub_cards", "cm_diffusers.pipelines"],
     package_dir={"cm_diffusers.pipelines": "pipelines", "cm_diffusers.hub_cards": "hub_cards"},
     package_data={"cm_diffusers": ["py.typed"], "cm_diffusers.hub_cards": ["model_card.md", "report.html", "space/*"]},
     install_requires=BASE,

@@ -1,12 +1,14 @@
 """The package as people get it: from a wheel, in the tree, and (as these tests run) from an editable install."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import cm_diffusers
 from cm_diffusers.engine.sharing.space import write_space
 
 
@@ -18,11 +20,15 @@ SHOW = (
 
 @pytest.fixture(scope="module")
 def wheel_folder(tmp_path_factory):
-    """A folder into which a freshly built wheel was installed."""
+    """A folder into which a wheel was installed, built of a copy, since builds leave files and use them."""
     folder = tmp_path_factory.mktemp("wheel")
+    for name in ("cm_diffusers", "hub_cards", "pipelines"):
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder / "tree")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     built = folder / "built"
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", built, ROOT], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", built, folder / "tree"], check=True)
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", *built.glob("*.whl")], check=True)
     return folder / "site"
 
@@ -32,6 +38,19 @@ def imported_from(path, cwd):
     result = subprocess.run([sys.executable, "-c", SHOW], cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return [Path(line) for line in result.stdout.split()]
+
+
+def test_a_wheel_holds_every_module_and_what_they_read_and_nothing_else(wheel_folder):
+    def files(folder, pattern="*"):
+        paths = (path for path in folder.rglob(pattern) if path.is_file() and "__pycache__" not in path.parts)
+        return {path.relative_to(folder.parent).as_posix() for path in paths}
+
+    modules = files(ROOT / "cm_diffusers", "*.py") | {f"cm_diffusers/{name}" for name in files(ROOT / "pipelines")}
+    space = {f"cm_diffusers/hub_cards/{name}" for name in files(ROOT / "hub_cards" / "space")}
+    templates = {f"cm_diffusers/hub_cards/{name}" for name in ("model_card.md", "report.html")}
+    assert files(wheel_folder / "cm_diffusers") == modules | space | templates | {"cm_diffusers/py.typed"}
+    info = f"cm_diffusers-{cm_diffusers.__version__}.dist-info"
+    assert {path.name for path in wheel_folder.iterdir()} == {"cm_diffusers", info}
 
 
 def test_a_wheel_holds_the_package_and_its_pipelines(wheel_folder, tmp_path):

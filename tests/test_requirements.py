@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 import cm_diffusers
 
@@ -24,7 +25,9 @@ TOOLS = {"pytest", "pytest-timeout", "pytest-xdist"}  # which run the tests ther
 def setup(monkeypatch):
     """What setup.py hands to setuptools."""
     given = {}
-    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=given.update))
+    monkeypatch.setitem(
+        sys.modules, "setuptools", SimpleNamespace(setup=given.update, find_packages=lambda include: [])
+    )
     monkeypatch.chdir(ROOT)
     runpy.run_path("setup.py")
     return given
@@ -85,6 +88,20 @@ def test_the_versions_of_the_tests_are_as_high_as_the_lower_bounds(setup):
     newest = bounds(line for line in lines if not line.startswith("#"))
     for name, version in bounds(setup["extras_require"]["dev"]).items():
         assert [*map(int, newest[name].split("."))] >= [*map(int, version.split("."))], name
+
+
+def test_the_version_is_that_of_the_package(setup):
+    assert setup["version"] == cm_diffusers.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == cm_diffusers.__version__
+    assert f"## [{cm_diffusers.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_tools_are_pinned_alike(setup):
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    pinned = set((ROOT / "constraints.txt").read_text().splitlines())
+    (ruff,) = (tool for tool in setup["extras_require"]["dev"] if tool.startswith("ruff=="))
+    assert ruff in pinned and hooks.count(f"[{ruff}]") == 2
 
 
 def test_every_module_can_be_imported():
