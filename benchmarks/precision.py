@@ -179,7 +179,7 @@ def measure(name: str, start: nn.Module, data: Data, args: argparse.Namespace) -
     """A row for each place of a method and each lower precision."""
     case = CASES[name]
     objective = build(name, start)
-    tangents = objective.facts.jvp == "yes"
+    tangents = objective.needs_tangents
     batch = data.batch(args.batch, seed=1 << 20)
     for number, (place, step) in enumerate(case.places.items()):
         train(objective, data, step, args.tune, args.train_batch, args.rate, seed=1000 * (number + 1))

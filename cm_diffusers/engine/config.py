@@ -17,7 +17,17 @@ from cm_diffusers.engine.effects import replaced, say_replaced, without_effect
 from cm_diffusers.engine.settings_files import read_yaml
 from cm_diffusers.models import EDM_PRESETS, UNET_PRESETS
 from cm_diffusers.objectives import OBJECTIVES
-from cm_diffusers.objectives.options import SOME_STEPS, STEPS, Flag, Length, Options, flags_of, option
+from cm_diffusers.objectives.base import missing_teacher
+from cm_diffusers.objectives.options import (
+    SOME_STEPS,
+    STEPS,
+    Flag,
+    Length,
+    Options,
+    check_for_latents,
+    flags_of,
+    option,
+)
 
 
 LR_SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
@@ -106,17 +116,26 @@ class DataArguments(Options):
         None, "Side, or height and width, in pixels. Default: that of the first image.", "[1, 1e6]"
     )
     channels: int | None = option(None, "1 for grey, 3 for RGB. Default: detected.", choices=[1, 3])
-    random_flip: bool = option(False, "Flip half of the images left to right.", for_training=True)
+    random_flip: bool = option(
+        False,
+        "Flip half of the images left to right.",
+        for_training=True,
+        images_only="mirrored latents are not those of the mirrored image",
+    )
     augment: float = option(
         0.0,
         "Probability of each augmentation that the network is told of (EDM's: mirrored, scaled, turned, stretched,"
         f" shifted); 0 for none. For {', '.join(EDM_PRESETS)}.",
         "[0, 1]",
         for_training=True,
+        images_only="turned latents are not those of the turned image",
     )
     max_train_samples: int | None = option(None, "Use only the first samples.", SOME_STEPS)
     streaming: bool = option(
-        False, "Read the dataset row by row in training, not as a whole before it.", for_training=True
+        False,
+        "Read the dataset row by row in training, not as a whole before it.",
+        for_training=True,
+        images_only="images are encoded once, before training",
     )
     cache_latents: bool = option(
         False,
@@ -440,10 +459,19 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
 
 
 def _check_together(method: str, options: Any, data: DataArguments, model: ModelArguments) -> None:
-    """Raise ValueError for settings that are not those of the method, or of a teacher that there is none of."""
+    """Raise ValueError for settings that are not those of the method, or of a teacher that is missing."""
+    cls, without_teacher = OBJECTIVES[method], options.teacher is None
+    if cls.needs_teacher and without_teacher:
+        raise ValueError(missing_teacher(method))
     for name, value in (("augment", data.augment), ("label_dropout", model.label_dropout)):
-        if value and not OBJECTIVES[method].teaches:
-            teachers = [m for m, cls in OBJECTIVES.items() if cls.teaches]
+        if value and not cls.trains_teachers:
+            teachers = [m for m, other in OBJECTIVES.items() if other.trains_teachers]
             raise ValueError(f"{name} is for the training of teachers by {', '.join(teachers)}, and not for {method}.")
-    if model.teacher_revision is not None and getattr(options, "pretrained_teacher_model", None) is None:
+    if model.from_scratch and (without_teacher or model.pretrained_model_name_or_path is not None):
+        raise ValueError("from_scratch is for methods with a teacher, without --pretrained_model_name_or_path.")
+    if model.teacher_guidance_scale != 1 and without_teacher:
+        raise ValueError("teacher_guidance_scale is for methods with a teacher (--pretrained_teacher_model).")
+    if model.vae_name_or_path is not None:
+        check_for_latents(data, options)
+    if model.teacher_revision is not None and without_teacher:
         raise ValueError("teacher_revision is that of --pretrained_teacher_model, which is not given.")

@@ -48,17 +48,16 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A row of the README's table of methods."""
+class Summary:
+    """What a method is in words, for the README's table of methods and for model cards."""
 
     what: str
-    teacher: str
     target: str
     times: str
     distance: str
     weight: str
     paper: str
-    jvp: str = "no"
+    teacher: str = "a diffusion model"  # where it has one
 
 
 class Objective(ABC):
@@ -73,19 +72,29 @@ class Objective(ABC):
         teacher: the denoiser that is distilled, for methods that have one.
 
     A method sets `sigma_min`, the lowest level of its samplers, `floor`, where EDM's scalings make its denoiser the
-    identity, and `keeps`, what saved networks may predict that it trains as they are, beside its own `prediction`.
+    identity, and of the declarations below those that hold; the engine, the table of methods and the tests of all
+    methods read them. Its `Options` are `TeacherOptions` where it can have a teacher, and `AdversaryOptions` where it
+    can have a discriminator, which the engine builds and hands on as `discriminator`.
+
+    Raises:
+        ValueError: there is no teacher, and the method needs one.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     sigma_min: ClassVar[float]
     floor: float
-    keeps: ClassVar[tuple[str, ...]] = ()
+    needs_teacher: ClassVar[bool] = False  # whether there is nothing to learn without one
+    needs_tangents: ClassVar[bool] = False  # whether it follows the network's forward derivative
     two_times: ClassVar[bool] = False  # whether its network is told where to jump to
+    has_target: ClassVar[bool] = False  # whether it compares with an average of the network, `auxiliary["target"]`
+    passes: ClassVar[int] = 1  # passes of the network with gradient in a step
     compares_neighbours: ClassVar[bool] = False  # whether it trains on a difference that bfloat16 would round away
-    teaches: ClassVar[bool] = False  # whether it makes teachers, and trains on augmented images and left-out labels
+    trains_teachers: ClassVar[bool] = False  # whether its models teach; it can train with `augment`, `label_dropout`
+    native_predictions: ClassVar[tuple[str, ...]] = ()  # of saved networks it trains as they are, beside `prediction`
+    levels: ClassVar[tuple[str, ...]] = ("sigma_data", "sigma_min", "sigma_max")  # that its scheduler's config holds
     terms: ClassVar[tuple[str, ...]] = ()  # names of the terms of its losses
-    facts: ClassVar[Facts]
+    summary: ClassVar[Summary]
 
     def __init__(
         self,
@@ -96,6 +105,8 @@ class Objective(ABC):
         pretrained: bool = False,
         teacher: Denoiser | None = None,
     ):
+        if self.needs_teacher and teacher is None:
+            raise ValueError(missing_teacher(self.name))
         self.network, self.spec, self.total_steps = network, spec, total_steps
         self.options = in_steps(options, total_steps)
         self.model: Callable = network  # the engine puts the wrapped (DDP, compiled, autocast) network here
@@ -108,7 +119,7 @@ class Objective(ABC):
 
     @classmethod
     def prediction(cls, options: Any) -> str:
-        """What the method's networks predict, if they are not saved ones of a kind that it keeps."""
+        """What the method's networks predict, if they are not saved ones with one of its `native_predictions`."""
         return "edm"
 
     @classmethod
@@ -146,3 +157,8 @@ class Objective(ABC):
     def describe(self, step: int) -> dict[str, float]:
         """Values of the curricula at `step`, for the log."""
         return {}
+
+
+def missing_teacher(method: str) -> str:
+    """What is said where a method lacks the teacher that it needs."""
+    return f"{method} distils a teacher: give --pretrained_teacher_model, a diffusion model's folder or Hub id."

@@ -14,41 +14,37 @@ from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.noise_levels import draw_bins, uniform_bins
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.consistency import (
     CM_WEIGHTS,
-    DISTANCES,
     SOLVERS,
-    TEACHER_HELP,
     check_distance,
-    check_teacher,
     cm_weight,
     consistency_pipeline,
     distance,
+    distance_option,
     estimate_and_target,
     follow,
     moving_target,
     teacher_step,
 )
-from cm_diffusers.objectives.options import Options, option
+from cm_diffusers.objectives.options import TeacherOptions, option
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 
 @dataclass(frozen=True)
-class CDOptions(Options):
-    pretrained_teacher_model: str | None = option(None, TEACHER_HELP, place="path or Hub id")
+class CDOptions(TeacherOptions):
     solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
     num_scales: int = option(
         40, "Levels of the Karras grid (18 for CIFAR-10, 40 for ImageNet-64 in the paper).", "[2, 1e6]"
     )
     mu: float = option(0.95, "Decay of the target average.", "[0, 1]")
-    distance: str = option("l2", "Distance of estimate and target.", choices=DISTANCES)
+    distance: str = distance_option("l2")
     huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
     weighting: str = option("uniform", "1, 1 / sigma^2, or that plus 1 / sigma_data^2.", choices=CM_WEIGHTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_teacher("cd", self.pretrained_teacher_model)
         check_distance(self.distance)
 
 
@@ -57,12 +53,11 @@ class CD(Objective):
 
     name = "cd"
     Options = CDOptions
-    keeps = PROCESS_STUDENTS
-    compares_neighbours = True
+    native_predictions = PROCESS_STUDENTS
+    needs_teacher = has_target = compares_neighbours = True
     sigma_min = floor = 0.002
-    facts = Facts(
+    summary = Summary(
         what="consistency distillation, 1 or more calls",
-        teacher="a diffusion model",
         target="average of itself, decay mu",
         times="uniform on a Karras grid",
         distance="L2 (or pseudo-Huber)",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.karras import karras_sigma
 from cm_diffusers.core.solvers import reverse_sde_step
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.diffusion import DiffusionOptions, denoising_error, denoising_pipeline, noised
 from cm_diffusers.objectives.options import check_order, option
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS
@@ -43,14 +43,14 @@ class CDM(Objective):
 
     name = "cdm"
     Options = CDMOptions
-    keeps = PROCESS_STUDENTS
-    teaches = True
+    native_predictions = PROCESS_STUDENTS
+    trains_teachers = True
+    passes = 2  # the denoiser, and the ends of both rollouts
     sigma_min = 0.002
     floor = 0.0
     terms = ("martingale", "martingale_weight")
-    facts = Facts(
+    summary = Summary(
         what="denoising that agrees with its own reverse SDE, sampled in ~35 calls",
-        teacher="no",
         target="the data, and itself after two rollouts, with gradient",
         times="ln sigma ~ N(-1.2, 1.2^2)",
         distance="L2, and a product",

@@ -4,6 +4,7 @@ import copy
 import math
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from cm_diffusers.core.distances import l2, pseudo_huber
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.solvers import euler_step, heun_step
 from cm_diffusers.core.weightings import karras_weight, snr_weight
+from cm_diffusers.objectives.options import option
 from cm_diffusers.objectives.spec import ModelSpec
 from cm_diffusers.pipelines import ConsistencyPipeline, TrigFlowPipeline
 from cm_diffusers.schedulers import MultistepConsistencyScheduler, TrigFlowScheduler
@@ -22,8 +24,18 @@ from cm_diffusers.schedulers import MultistepConsistencyScheduler, TrigFlowSched
 
 SOLVERS = {"heun": heun_step, "euler": euler_step, "ddim": euler_step}  # in sigma, DDIM's step is Euler's
 DISTANCES = ["pseudo_huber", "l2", "lpips"]
-TEACHER_HELP = "The diffusion model to distil, of the library or of diffusers: a folder or a Hub id."
 CM_WEIGHTS = ["uniform", "snr", "karras"]
+
+
+def distance_option(default: str, more: str = "") -> Any:
+    """The setting of a method that compares estimate and target by one of `DISTANCES`; `more` ends its help."""
+    return option(
+        default,
+        f"Distance of estimate and target{more}.",
+        choices=DISTANCES,
+        images_only="it compares images; use pseudo_huber or l2",
+        images_only_choices=("lpips",),
+    )
 
 
 def check_distance(name: str) -> None:
@@ -34,12 +46,6 @@ def check_distance(name: str) -> None:
             " weights of a classifier of ImageNet, whose features flatter FID: Song & Dhariwal 2023, section 3.3)."
             " Or use pseudo_huber, which replaced it."
         )
-
-
-def check_teacher(method: str, teacher: str | None) -> None:
-    """Raise ValueError where no teacher is named."""
-    if teacher is None:
-        raise ValueError(f"{method} distils a teacher: give --pretrained_teacher_model, a diffusion model's folder.")
 
 
 @cache

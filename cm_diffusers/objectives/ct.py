@@ -15,14 +15,14 @@ from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.noise_levels import draw_bins, uniform_bins
 from cm_diffusers.core.schedules import ct_scales, ct_target_decay
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.consistency import (
     CM_WEIGHTS,
-    DISTANCES,
     check_distance,
     cm_weight,
     consistency_pipeline,
     distance,
+    distance_option,
     estimate_and_target,
     follow,
     moving_target,
@@ -36,7 +36,7 @@ class CTOptions(Options):
     s0: int = option(2, "Levels of the grid at the start.", "[2, 1e6]")
     s1: int = option(150, "Levels of the grid at the end, less one, s0 or more.", "[2, 1e6]")
     mu0: float = option(0.95, "Decay of the target average at the start.", "[1e-6, 1]")
-    distance: str = option("l2", "Distance of estimate and target.", choices=DISTANCES)
+    distance: str = distance_option("l2")
     huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
     weighting: str = option("uniform", "1, 1 / sigma^2, or that plus 1 / sigma_data^2.", choices=CM_WEIGHTS)
 
@@ -51,12 +51,11 @@ class CT(Objective):
 
     name = "ct"
     Options = CTOptions
-    keeps = PROCESS_STUDENTS
-    compares_neighbours = True
+    native_predictions = PROCESS_STUDENTS
+    has_target = compares_neighbours = True
     sigma_min = floor = 0.002
-    facts = Facts(
+    summary = Summary(
         what="consistency training, 1 or more calls",
-        teacher="no",
         target="average of itself, decay mu(k)",
         times="uniform on a Karras grid of N(k) levels",
         distance="L2 (or pseudo-Huber)",

@@ -20,7 +20,7 @@ from cm_diffusers.core.noise_levels import draw_bins, linear_law, lognormal
 from cm_diffusers.models import PatchDiscriminator, TwoTimeModel
 from cm_diffusers.objectives.adversarial import Adversary
 from cm_diffusers.objectives.balance import Cut, Part, balanced, last_layer
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.consistency import distance, follow, moving_target, teacher_step
 from cm_diffusers.objectives.ctm_options import CTMOptions
 from cm_diffusers.objectives.diffusion import denoising_error
@@ -38,13 +38,13 @@ class CTM(Objective):
 
     name = "ctm"
     Options = CTMOptions
-    two_times = compares_neighbours = True
-    keeps = PROCESS_STUDENTS
+    two_times = has_target = compares_neighbours = True
+    passes = 2  # a jump, and the denoiser
+    native_predictions = PROCESS_STUDENTS
     sigma_min = floor = 0.002
     terms = ("ctm", "dsm", "dsm_weight", "gan", "gan_weight", "discriminator")
-    facts = Facts(
+    summary = Summary(
         what="jumps between any two levels",
-        teacher="a diffusion model, or none",
         target="itself at u < t, no gradient; both go on by an average",
         times="t, u, s on a Karras grid, u after k steps",
         distance="pseudo-Huber (LPIPS)",

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 from cm_diffusers.objectives.adversarial import AdversaryOptions
-from cm_diffusers.objectives.consistency import DISTANCES, SOLVERS, TEACHER_HELP, check_distance
-from cm_diffusers.objectives.options import PRETRAINING, STEPS, Length, option
+from cm_diffusers.objectives.consistency import SOLVERS, check_distance, distance_option
+from cm_diffusers.objectives.options import PRETRAINING, STEPS, Length, TeacherOptions, option
 
 
 @dataclass(frozen=True)
-class CTMOptions(AdversaryOptions):
-    pretrained_teacher_model: str | None = option(None, TEACHER_HELP, place="path or Hub id")
+class CTMOptions(TeacherOptions, AdversaryOptions):
     trajectory: str | None = option(
         None,
         "What leads from t to u: the ODE of the teacher (default where one is given), the ODE of the model's own"
@@ -24,7 +23,7 @@ class CTMOptions(AdversaryOptions):
         18, "Levels of the Karras grid (18 for CIFAR-10, 40 for ImageNet-64 in the paper).", "[2, 1e6]"
     )
     mu: float = option(0.999, "Decay of the average that jumps on from s to the data.", "[0, 1]")
-    distance: str = option("pseudo_huber", "Distance of estimate and target; the paper's is lpips.", choices=DISTANCES)
+    distance: str = distance_option("pseudo_huber", "; the paper's is lpips")
     huber_c: float = option(0.03, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
     dsm_weight: float = option(1.0, "Weight of the diffusion model's loss.", "[0, 1e6]")
     balance: str = option(

@@ -18,7 +18,7 @@ from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.parameterisation import jump_scalings
 from cm_diffusers.core.weightings import edm_weight
 from cm_diffusers.models import with_log_variance, without_log_variance
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.options import Options, option
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS, ModelSpec
 from cm_diffusers.pipelines import DenoisingPipeline, TrigFlowPipeline
@@ -78,13 +78,12 @@ class Diffusion(Objective):
 
     name = "diffusion"
     Options = DiffusionOptions
-    keeps = PROCESS_STUDENTS
+    native_predictions = PROCESS_STUDENTS
     sigma_min = 0.002
     floor = 0.0
-    teaches = True
-    facts = Facts(
+    trains_teachers = True
+    summary = Summary(
         what="denoising (EDM, TrigFlow or flow), sampled in ~35 calls",
-        teacher="no",
         target="the data",
         times="ln sigma ~ N(-1.2, 1.2^2)",
         distance="L2",

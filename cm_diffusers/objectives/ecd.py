@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cm_diffusers.objectives.base import Facts
-from cm_diffusers.objectives.consistency import SOLVERS, TEACHER_HELP, check_teacher, teacher_step
+from cm_diffusers.objectives.base import Summary
+from cm_diffusers.objectives.consistency import SOLVERS, teacher_step
 from cm_diffusers.objectives.ect import ECT, ECTOptions
-from cm_diffusers.objectives.options import PRETRAINING, STEPS, Length, option
+from cm_diffusers.objectives.options import PRETRAINING, STEPS, Length, TeacherOptions, option
 
 
 @dataclass(frozen=True)
-class ECDOptions(ECTOptions):
-    pretrained_teacher_model: str | None = option(None, TEACHER_HELP, place="path or Hub id")
+class ECDOptions(ECTOptions, TeacherOptions):
     solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
     pretrain_steps: Length | None = option(
         0,
@@ -28,19 +27,15 @@ class ECDOptions(ECTOptions):
         0.03, "c of the pseudo-Huber distance; this one is iCT's for 32x32 colour images.", "[0, 1e6]"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_teacher("ecd", self.pretrained_teacher_model)
-
 
 class ECD(ECT):
     """E[ w(t, r) d(D(x_t, t), sg D(ODE step of the teacher from x_t to r, r)) ]."""
 
     name = "ecd"
     Options = ECDOptions
-    facts = Facts(
+    needs_teacher = True
+    summary = Summary(
         what="ECT from a teacher, 1 to 4 calls",
-        teacher="a diffusion model",
         target="itself at r < t, no gradient",
         times="ln sigma ~ N(-1.1, 2^2)",
         distance="pseudo-Huber, c = 0.03",

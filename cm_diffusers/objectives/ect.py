@@ -20,12 +20,12 @@ from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.schedules import ect_gap, ect_stage
 from cm_diffusers.core.weightings import edm_weight, inverse_gap
-from cm_diffusers.objectives.base import Batch, Facts, Loss, ModelSpec, Objective
+from cm_diffusers.objectives.base import Batch, Loss, ModelSpec, Objective, Summary
 from cm_diffusers.objectives.consistency import (
-    DISTANCES,
     check_distance,
     consistency_pipeline,
     distance,
+    distance_option,
     estimate_and_target,
     middle_rho,
 )
@@ -55,7 +55,7 @@ class ECTOptions(Options):
     b: float = option(1.0, "How soon that widening ends as t grows, see k.", "[0, 1e6]")
     p_mean: float = option(-1.1, "Mean of ln(sigma) in training.", "[-20, 20]")
     p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.", "[1e-3, 10]")
-    distance: str = option("pseudo_huber", "Distance of estimate and target.", choices=DISTANCES)
+    distance: str = distance_option("pseudo_huber")
     huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
     weighting: str = option(
         "inverse_gap",
@@ -73,12 +73,11 @@ class ECT(Objective):
 
     name = "ect"
     Options = ECTOptions
-    keeps = PROCESS_STUDENTS
+    native_predictions = PROCESS_STUDENTS
     compares_neighbours = True
     sigma_min = floor = 0.0
-    facts = Facts(
+    summary = Summary(
         what="easy consistency tuning, 1 to 4 calls",
-        teacher="no",
         target="itself at r < t, no gradient",
         times="ln sigma ~ N(-1.1, 2^2)",
         distance="pseudo-Huber, c = 0",

@@ -17,7 +17,7 @@ from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins
 from cm_diffusers.core.schedules import ict_scales
 from cm_diffusers.core.weightings import inverse_gap
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.consistency import consistency_pipeline, estimate_and_target
 from cm_diffusers.objectives.options import Options, check_order, option
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS
@@ -41,12 +41,11 @@ class ICT(Objective):
 
     name = "ict"
     Options = ICTOptions
-    keeps = PROCESS_STUDENTS
+    native_predictions = PROCESS_STUDENTS
     compares_neighbours = True
     sigma_min = floor = 0.002
-    facts = Facts(
+    summary = Summary(
         what="improved consistency training, 1 or more calls",
-        teacher="no",
         target="itself, no gradient",
         times="discretised ln sigma ~ N(-1.1, 2^2) on N(k) levels",
         distance="pseudo-Huber, c = 0.00054 sqrt(d)",

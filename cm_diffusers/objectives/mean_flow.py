@@ -19,7 +19,7 @@ from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.tangents import jvp, jvp_ready
 from cm_diffusers.models import TwoTimeModel
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
+from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
 from cm_diffusers.objectives.options import Options, option
 from cm_diffusers.objectives.spec import ModelSpec
@@ -57,17 +57,16 @@ class MeanFlow(Objective):
     name = "mean_flow"
     Options = MeanFlowOptions
     sigma_min = floor = 0.0
-    keeps = ("flow",)
-    two_times = True
-    facts = Facts(
+    native_predictions = ("flow",)
+    needs_tangents = two_times = True
+    levels = ()
+    summary = Summary(
         what="average velocities, jumps between any times",
-        teacher="no",
         target="its velocity less its tangent, no gradient",
         times="logit of t and r ~ N(-2, 2^2), a quarter equal",
         distance="L2",
         weight="1 / (error + c)^p",
         paper="[Geng et al. 2025](https://arxiv.org/abs/2505.13447), alg. 1",
-        jvp="yes",
     )
 
     def __init__(self, *args, **kwargs):

@@ -44,6 +44,8 @@ class Flag:
         words: values of it that are no names of places.
         in_recipe: whether the recipe on a model card has it; a path of this machine never is there.
         for_training: whether a dataset that is only measured must not have it.
+        images_only: why it, or the choices in `images_only_choices`, can't be had in a run of latents.
+        images_only_choices: see there; of other settings all that switch them on.
         phases: of a length at the start of the run, what the steps of that length are, and what those after it are.
     """
 
@@ -53,6 +55,8 @@ class Flag:
     words: tuple[str, ...] = ()
     in_recipe: bool = True
     for_training: bool = False
+    images_only: str | None = None
+    images_only_choices: tuple[Any, ...] = ()
     phases: tuple[str, str] | None = None
 
 
@@ -81,6 +85,11 @@ class Options:
     A subclass checks in `__post_init__`, after this one's, what relates several settings.
     """
 
+    @property
+    def teacher(self) -> str | None:
+        """The model that is distilled, a folder or a Hub id; None for none. See `TeacherOptions`."""
+        return None
+
     def __post_init__(self) -> None:
         for part in fields(self):
             value, flag, choices = getattr(self, part.name), flag_of(part), part.metadata.get("choices")
@@ -94,6 +103,30 @@ class Options:
                 raise ValueError(f"{part.name} is empty; give a {flag.place}.")
             if flag.place == "Hub id" and not HUB_ID.fullmatch(value):
                 raise ValueError(f"{part.name} must be a Hub id, as user/name; got {value!r}.")
+
+
+@dataclass(frozen=True)
+class TeacherOptions(Options):
+    """Settings of a method that distils a teacher, or may."""
+
+    pretrained_teacher_model: str | None = option(
+        None,
+        "The diffusion model to distil, of the library or of diffusers: a folder or a Hub id.",
+        place="path or Hub id",
+    )
+
+    @property
+    def teacher(self) -> str | None:
+        return self.pretrained_teacher_model
+
+
+def check_for_latents(*groups: Any) -> None:
+    """Raise ValueError for a setting that only a run of images has, and not one of latents."""
+    for group in groups:
+        for name, flag in flags_of(group).items():
+            value, choices = getattr(group, name), flag.images_only_choices
+            if flag.images_only is not None and (value in choices if choices else value):
+                raise ValueError(f"{name}{f' {value}' * bool(choices)} is not for latents: {flag.images_only}.")
 
 
 def _check_within(name: str, value: Any, within: Interval, is_length: bool) -> None:

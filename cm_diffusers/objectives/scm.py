@@ -18,10 +18,10 @@ from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.tangents import NORMS, jvp, jvp_ready, normalised
 from cm_diffusers.models import with_log_variance, without_log_variance
-from cm_diffusers.objectives.base import Batch, Facts, Loss, Objective
-from cm_diffusers.objectives.consistency import TEACHER_HELP, check_teacher, trigflow_pipeline
+from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
+from cm_diffusers.objectives.consistency import trigflow_pipeline
 from cm_diffusers.objectives.continuous import JVP_MODES, check_tangents
-from cm_diffusers.objectives.options import STEPS, Length, Options, option
+from cm_diffusers.objectives.options import STEPS, Length, Options, TeacherOptions, option
 from cm_diffusers.objectives.spec import ModelSpec
 
 
@@ -56,17 +56,17 @@ class SCT(Objective):
 
     name = "sct"
     Options = SCTOptions
-    keeps = ("flow",)
+    native_predictions = ("flow",)
+    needs_tangents = True
+    levels = ("sigma_data", "sigma_max")
     sigma_min = floor = 0.0
-    facts = Facts(
+    summary = Summary(
         what="continuous-time consistency training, 1 or 2 calls",
-        teacher="no",
         target="itself plus its tangent, no gradient",
         times="ln sigma ~ N(-1, 1.4^2)",
         distance="L2",
         weight="learned log-variance",
         paper="[Lu & Song 2024](https://arxiv.org/abs/2410.11081), alg. 1",
-        jvp="yes",
     )
 
     def __init__(self, *args, **kwargs):
@@ -127,12 +127,8 @@ class SCT(Objective):
 
 
 @dataclass(frozen=True)
-class SCDOptions(SCTOptions):
-    pretrained_teacher_model: str | None = option(None, TEACHER_HELP, place="path or Hub id")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_teacher("scd", self.pretrained_teacher_model)
+class SCDOptions(SCTOptions, TeacherOptions):
+    """Those of sCT, and the teacher."""
 
 
 class SCD(SCT):
@@ -140,8 +136,9 @@ class SCD(SCT):
 
     name = "scd"
     Options = SCDOptions
-    facts = replace(
-        SCT.facts, what="continuous-time consistency distillation, 1 or 2 calls", teacher="a diffusion or flow model"
+    needs_teacher = True
+    summary = replace(
+        SCT.summary, what="continuous-time consistency distillation, 1 or 2 calls", teacher="a diffusion or flow model"
     )
 
     @torch.no_grad()

@@ -1,17 +1,32 @@
 """The table of methods in the README: `python -m cm_diffusers.objectives.table` prints it."""
 
-from dataclasses import asdict
-
-from cm_diffusers.objectives import OBJECTIVES
-from cm_diffusers.objectives.base import Facts
+from cm_diffusers.objectives import OBJECTIVES, Objective
+from cm_diffusers.objectives.options import TeacherOptions
 
 
 def method_table() -> str:
-    """A Markdown table with a row for each method, from the facts that its class states."""
-    columns = list(Facts.__dataclass_fields__)
-    rows = [["method", *columns], ["---"] * (len(columns) + 1)]
-    rows += [[f"`{name}`", *asdict(cls.facts).values()] for name, cls in OBJECTIVES.items()]
+    """A Markdown table with a row for each method, from what its class declares."""
+    cells = [_cells(cls) for cls in OBJECTIVES.values()]
+    rows = [list(cells[0]), ["---"] * len(cells[0]), *(list(row.values()) for row in cells)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def _cells(cls: type[Objective]) -> dict[str, str]:
+    """The row of a method by the titles of the columns."""
+    text, teacher = cls.summary, "no"
+    if issubclass(cls.Options, TeacherOptions):
+        teacher = text.teacher + ("" if cls.needs_teacher else ", or none")
+    return {
+        "method": f"`{cls.name}`",
+        "what": text.what,
+        "teacher": teacher,
+        "target": text.target,
+        "times": text.times,
+        "distance": text.distance,
+        "weight": text.weight,
+        "paper": text.paper,
+        "jvp": "yes" if cls.needs_tangents else "no",
+    }
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def test_a_latent_model_from_nothing_and_its_distillation(tmp_path):
 
 
 def test_kept_latents_are_read_again_unless_they_are_others_or_damaged(tmp_path, monkeypatch, capsys):
-    from cm_diffusers.engine import latents
+    from cm_diffusers.engine.data import latents
 
     autoencoder_kl().save_pretrained(tmp_path / "vae")
     settings = {"vae_name_or_path": tmp_path / "vae", "cache_latents": True}

@@ -36,7 +36,8 @@ def card_of(folder, method="ect", metrics="absent.json", repo="user/digits", **s
     pipeline = load_pipeline(str(folder / "pipeline"))
     cls = OBJECTIVES[method]
     spec = ModelSpec(0.85)
-    objective = cls(cls.adapt(pipeline.unet, spec), spec, config.options, 6)
+    teacher = spec.denoiser(pipeline.unet) if cls.needs_teacher else None
+    objective = cls(cls.adapt(pipeline.unet, spec), spec, config.options, 6, teacher=teacher)
     made = objective.pipeline(objective.network)
     return model_card(card_facts(config, objective, made, AROUND, GRIDS), repo, Path(folder) / metrics)
 

@@ -167,9 +167,9 @@ def test_the_warm_up_of_the_recipe_is_edms_ramp_one_step_ahead():
 
 
 @pytest.mark.parametrize("option", ["augment", "label_dropout"])
-@pytest.mark.parametrize("method", [name for name, cls in OBJECTIVES.items() if not cls.teaches])
+@pytest.mark.parametrize("method", [name for name, cls in OBJECTIVES.items() if not cls.trains_teachers])
 def test_methods_that_train_no_teachers_refuse_them_by_name(method, option, tmp_path):
-    teacher = {"pretrained_teacher_model": "x"} if method in ("cd", "ecd", "scd") else {}
+    teacher = {"pretrained_teacher_model": "x"} if OBJECTIVES[method].needs_teacher else {}
     with pytest.raises(
         ValueError, match=f"^{option} is for the training of teachers by diffusion.*, and not for {method}"
     ):

@@ -231,12 +231,6 @@ def test_ecd_is_ect_but_for_the_point_at_r(network):
     assert torch.equal(losses[0].per_sample, losses[1].per_sample)
 
 
-@pytest.mark.parametrize("cls", [CD, ECD])
-def test_distillation_without_a_teacher_is_refused(cls):
-    with pytest.raises(ValueError, match="--pretrained_teacher_model"):
-        cls.Options()
-
-
 @pytest.mark.parametrize("cls", [CT, CD, ECT, ECD])
 def test_lpips_without_its_package_says_what_to_install(monkeypatch, cls):
     monkeypatch.setattr(family, "find_spec", lambda name: None)

@@ -259,11 +259,6 @@ def test_a_network_without_tangents_is_refused_at_once(name):
     cls(WithBatchNorm().train(), spec, cls.Options(jvp_mode="finite_difference"), 100)
 
 
-def test_scd_needs_a_teacher():
-    with pytest.raises(ValueError, match="scd distils a teacher: give --pretrained_teacher_model"):
-        SCDOptions()
-
-
 @pytest.mark.parametrize(
     "settings", [{"p_std": 0}, {"tangent_warmup_steps": -1}, {"tangent_c": 0}, {"p_mean": math.inf}]
 )

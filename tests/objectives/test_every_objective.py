@@ -9,20 +9,21 @@ from diffusers import DiffusionPipeline
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.time_labels import OWN_LABELS
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
+from cm_diffusers.objectives.options import TeacherOptions
 
 
 # Settings, by method, under which the battery runs, where its defaults alone don't reach all of its code.
 OPTIONS = {
     "ect": [{"pretrain_steps": 0, "stage_steps": 1}, {"pretrain_steps": 100}],
-    "cd": [{"pretrained_teacher_model": "given"}, {"pretrained_teacher_model": "given", "solver": "euler"}],
-    "ecd": [{"pretrained_teacher_model": "given", "stage_steps": 1}],
+    "cd": [{}, {"solver": "euler"}],
+    "ecd": [{"stage_steps": 1}],
     "diffusion": [{}, {"interpolant": "trigflow"}, {"interpolant": "flow"}],
     "cdm": [{"rollout_steps": 2}, {"interpolant": "flow", "rollout_steps": 1}],
     "sct": [
         {"tangent_warmup_steps": 4},
         {"tangent_norm": "rms", "prior_weight": "inverse_sigma", "jvp_mode": "finite_difference"},
     ],
-    "scd": [{"pretrained_teacher_model": "given", "tangent_warmup_steps": 1, "tangent_norm": "clip"}],
+    "scd": [{"tangent_warmup_steps": 1, "tangent_norm": "clip"}],
     "mean_flow": [{"equal_times": 0.0}, {"power": 0.0}],
     "ctm": [
         {"pretrained_teacher_model": "given", "solver_steps": 2, "balance": "fixed"},
@@ -32,9 +33,11 @@ OPTIONS = {
 }
 
 # Students that keep the process of another diffusion model: every method that has such, and every kind once or more.
-STUDENTS = {"ct": "epsilon", "ict": "v_prediction", "cd": "epsilon", "ect": "v_prediction", "ecd": "flow"}
-STUDENTS |= {"sct": "flow", "scd": "flow", "mean_flow": "flow", "ctm": "v_prediction"}
-STUDENTS |= {"diffusion": "epsilon", "cdm": "v_prediction"}
+STUDENTS = {
+    name: cls.native_predictions[i % len(cls.native_predictions)]
+    for i, (name, cls) in enumerate(OBJECTIVES.items())
+    if cls.native_predictions
+}
 SPECS = {"flow": {"time_scale": 1000.0}, "epsilon": {"noise_schedule": {"beta_schedule": "linear"}}}
 SPECS["v_prediction"] = {"noise_schedule": {"beta_schedule": "squaredcos_cap_v2"}}
 
@@ -64,7 +67,7 @@ def make(tiny_unet):
         for parameter in network.parameters():  # a fresh U-Net has zeros, which stop gradients
             torch.nn.init.normal_(parameter, std=0.05)
         teacher = None
-        if getattr(options, "pretrained_teacher_model", None) is not None:
+        if cls.needs_teacher or options.teacher is not None:
             teacher = spec.denoiser(copy.deepcopy(network).eval().requires_grad_(False))
         network = cls.adapt(network, spec).train()
         for parameter in network.parameters():
@@ -179,7 +182,7 @@ def test_gradient_flows_through_a_pass_of_the_network_and_no_target(make, name, 
 
     objective.model = watched
     objective.loss(batch_of(), Draws(0, STEP, range(8))).total.backward()
-    assert with_gradient.count(True) == (2 if name in ("ctm", "cdm") else 1)  # a jump or rollouts, and a denoiser
+    assert with_gradient.count(True) == objective.passes
     others = [*objective.auxiliary.values(), *([objective.teacher.network] if objective.teacher else [])]
     for network in others:
         assert network is not objective.network
@@ -189,7 +192,7 @@ def test_gradient_flows_through_a_pass_of_the_network_and_no_target(make, name, 
 @every_objective
 def test_state_is_what_the_method_says(make, name, options):
     objective = make(name, options)
-    assert set(objective.auxiliary) == ({"target"} if name in ("ct", "cd", "ctm") else set())
+    assert set(objective.auxiliary) == ({"target"} if objective.has_target else set())
     weights = {p.data_ptr() for p in objective.network.parameters()}
     for network in objective.auxiliary.values():
         assert weights.isdisjoint(p.data_ptr() for p in network.parameters())
@@ -233,10 +236,8 @@ def test_any_shape_trains_samples_and_survives_saving(make, name, options, chann
 def test_pipeline_carries_the_parameterisation(make, name, options):
     objective = make(name, options)
     config = objective.pipeline(objective.network).scheduler.config
-    if name == "mean_flow":  # the process of linear flow matching has none
-        return
-    assert (config.sigma_data, config.sigma_max) == (0.5, 80)
-    assert config.sigma_min == objective.sigma_min or objective.sigma_min == 0 and name in ("sct", "scd")
+    known = {"sigma_data": 0.5, "sigma_max": 80, "sigma_min": objective.sigma_min}
+    assert {key: config[key] for key in objective.levels} == {key: known[key] for key in objective.levels}
 
 
 @every_objective
@@ -245,10 +246,18 @@ def test_curricula_are_numbers(make, name, options):
     assert all(isinstance(value, (int, float)) for value in values.values())
 
 
-def test_every_method_that_keeps_another_process_is_here_with_one_that_it_keeps():
-    keeping = {name: cls.keeps for name, cls in OBJECTIVES.items() if cls.keeps}
-    assert keeping.keys() == STUDENTS.keys() and all(kind in keeping[name] for name, kind in STUDENTS.items())
-    assert set(STUDENTS.values()) == set().union(*keeping.values())
+def test_every_kind_of_student_that_keeps_its_process_is_here():
+    assert set(STUDENTS.values()) == {kind for cls in OBJECTIVES.values() for kind in cls.native_predictions}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_method_that_needs_a_teacher_says_so(name, make):
+    cls = OBJECTIVES[name]
+    assert issubclass(cls.Options, TeacherOptions) or not cls.needs_teacher
+    network = make(name, OPTIONS.get(name, [{}])[0]).network
+    if cls.needs_teacher:
+        with pytest.raises(ValueError, match=f"{name} distils a teacher: give --pretrained_teacher_model"):
+            cls(network, ModelSpec(0.5), cls.Options(), total_steps=10)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

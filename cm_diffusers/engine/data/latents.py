@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.data.images import SIGMA_DATA_SAMPLES, ImageData
 from cm_diffusers.engine.files import replace_file
+from cm_diffusers.objectives.options import check_for_latents
 
 
 ENCODED_AT_ONCE = 64
@@ -55,12 +56,7 @@ class LatentData(ImageData):
         device: torch.device | str = "cpu",
         say: Callable[[str], None] = print,
     ):
-        if data.args.streaming:
-            raise ValueError("streaming is not for latents: images are encoded once, before training.")
-        if data.args.random_flip:
-            raise ValueError("random_flip is not for latents: mirrored latents are not those of the mirrored image.")
-        if data.args.augment:
-            raise ValueError("augment is not for latents: turned latents are not those of the turned image.")
+        check_for_latents(data.args)
         if data.channels != vae.config.in_channels:
             raise ValueError(
                 f"the autoencoder takes images of {vae.config.in_channels} channels,"

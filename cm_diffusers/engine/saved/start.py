@@ -213,12 +213,12 @@ def converted(start: Start, method: type[Objective], options: object = None, tau
         ValueError: there is no such conversion; the message says what can be done.
     """
     spec, prediction = start.spec, method.prediction(options)
-    if spec.prediction in method.keeps or spec.prediction == prediction and spec.time_scale == 1:
+    if spec.prediction in method.native_predictions or spec.prediction == prediction and spec.time_scale == 1:
         return start
     if {spec.prediction, prediction} == {"edm", "trigflow"} and spec.time_label == "angle":
         negate(start.network)
         return replace(start, spec=replace(spec, prediction=prediction))
-    others = [name for name, cls in OBJECTIVES.items() if spec.prediction in cls.keeps]
+    others = [name for name, cls in OBJECTIVES.items() if spec.prediction in cls.native_predictions]
     reason = f"a saved network that predicts {spec.prediction!r} can't start one that predicts {prediction!r}"
     if spec.prediction == "edm" and prediction == "trigflow":
         factor = {"log_sigma": "250", "quarter_log_sigma": "1/4"}[spec.time_label]
@@ -234,7 +234,7 @@ def converted(start: Start, method: type[Objective], options: object = None, tau
         )
     elif spec.time_scale != 1:
         reason = f"{method.name} tells its networks flow times, and this one is told {spec.time_scale:g} times that"
-    elif spec.time_label == "timestep" and method.facts.jvp == "yes":
+    elif spec.time_label == "timestep" and method.needs_tangents:
         reason = f"{method.name} follows the network's derivative by time, and this network knows a table of integers"
     if others:
         reason += f"; it can start {', '.join(others)}"
@@ -332,10 +332,6 @@ def build_start(
     Raises:
         ValueError: no such model or config, or one that fits neither the data nor the method.
     """
-    if args.from_scratch and (teacher is None or args.pretrained_model_name_or_path is not None):
-        raise ValueError("from_scratch is for methods with a teacher, without --pretrained_model_name_or_path.")
-    if args.teacher_guidance_scale != 1 and teacher is None:
-        raise ValueError("teacher_guidance_scale is for methods with a teacher (--pretrained_teacher_model).")
     if teacher is not None:
         check_fit(teacher, data, "teacher")
     torch.manual_seed(derive_seed(seed, "initial weights"))

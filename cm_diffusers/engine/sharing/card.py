@@ -216,15 +216,15 @@ def card_facts(
         grids: by title the pictures in the model's folder ("file") and the noise levels that they took ("sigmas").
     """
     data, settings, flags = config.data, portable_settings(config), config.flags()
-    teacher, revision = getattr(config.options, "pretrained_teacher_model", None), config.model.teacher_revision
+    teacher, revision = config.options.teacher, config.model.teacher_revision
     licence = licence_of(teacher, revision)
     count, device = around.processes, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     local_data = "the handwritten digits of scikit-learn" if data.dataset_name == "digits" else "a local dataset"
     start = config.model.pretrained_model_name_or_path
     return {
         "method": config.method,
-        "what": objective.facts.what,
-        "paper": objective.facts.paper,
+        "what": objective.summary.what,
+        "paper": objective.summary.paper,
         "shape": around.shape,
         "stock": type(pipeline).__module__.startswith("diffusers."),
         "variant": config.run.export_variant,

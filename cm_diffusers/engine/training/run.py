@@ -34,6 +34,8 @@ from cm_diffusers.engine.training.run_folder import EXPORTED, check_ours, look_o
 from cm_diffusers.engine.training.tracking import check_tracker, start_trackers
 from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.objectives import OBJECTIVES
+from cm_diffusers.objectives.adversarial import AdversaryOptions
+from cm_diffusers.objectives.options import check_for_latents
 from cm_diffusers.pipelines import name_classes
 
 
@@ -212,7 +214,7 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         data = ImageData(
             config.data, config.model.class_conditional, folder / "images_checked.safetensors", show_progress=main
         )
-    teacher_name = getattr(config.options, "pretrained_teacher_model", None)
+    teacher_name = config.options.teacher
     saved_start = teacher_name or config.model.pretrained_model_name_or_path
     if config.model.sigma_data is None and (config.run.allow_data_change or not saved_start):
         config = replace(config, model=replace(config.model, sigma_data=_measured_before(folder)))
@@ -221,9 +223,11 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     method = OBJECTIVES[config.method]
     start = build_start(config.model, data, config.run.seed, saved, method, config.options)
     teacher = None if saved is None else guided(saved, config.model.teacher_guidance_scale)
-    backbone, extra = getattr(config.options, "discriminator_backbone", None), {}
-    if backbone is not None:
-        extra["discriminator"] = build_discriminator(data.channels, data.num_classes, backbone, image_size=224)
+    extra, options = {}, config.options
+    if isinstance(options, AdversaryOptions) and options.discriminator_backbone is not None:
+        extra["discriminator"] = build_discriminator(
+            data.channels, data.num_classes, options.discriminator_backbone, image_size=224
+        )
     objective = method(
         start.network, start.spec, config.options, config.run.max_train_steps, start.pretrained, teacher, **extra
     )
@@ -263,8 +267,7 @@ def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator
         if config.data.cache_latents:
             raise ValueError("cache_latents is for latents: give --vae_name_or_path, or a teacher that has its own.")
         return data
-    if getattr(config.options, "distance", None) == "lpips":
-        raise ValueError("distance lpips compares images, and this run is one of latents; use pseudo_huber or l2.")
+    check_for_latents(config.data, config.options)
     cache = Path(config.run.output_dir) / "latents.safetensors" if config.data.cache_latents else None
     with accelerator.main_process_first():
         return LatentData(data, vae, cache, accelerator.device, tqdm.write)

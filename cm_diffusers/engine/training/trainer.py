@@ -481,7 +481,7 @@ class Trainer:
                 name.with_name(f"{name.name}-diagnostics.png"),
                 self.objective.teacher,
                 self.objective.spec.sigma_max,
-                pipeline.unet if self.objective.facts.jvp == "yes" else None,
+                pipeline.unet if self.objective.needs_tangents else None,
             )
             if numbers:
                 self._say(f"Step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
