@@ -28,7 +28,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, Image.Image]:
     settings = DataArguments(args.dataset_name, split=args.split, resolution=list(pipeline.sample_shape[1:]))
     data = ImageData(settings, pipeline.num_classes is not None)
     batch = next(data.batches(Spot(args.num_samples, 1, 0, 1), args.seed))
-    images, labels = batch["images"].to(args.device).float() / 255, batch["labels"]
+    images, labels = batch["images"].to(args.device).float() / 255, batch["condition"].get("class_labels")
     noise = pipeline.invert(images, labels, num_inference_steps=args.inverse_steps, solver="heun")
     ways = {f"{n} jump{'s' * (n > 1)}": {"num_inference_steps": n, "gamma": 0.0} for n in args.jumps}
     ways[f"ODE, {args.inverse_steps} steps"] = {"num_inference_steps": args.inverse_steps, "solver": "heun"}

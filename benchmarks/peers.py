@@ -25,6 +25,7 @@ from common import paired, show
 from step_cost import BATCH, build_trainer
 from torch import Tensor, nn
 
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.noise_levels import lognormal_bins, uniform_bins
@@ -81,7 +82,7 @@ def inputs(network: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Batch]:
     network = copy.deepcopy(network).to(dtype)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.05)
-    return network, Batch(torch.rand(BATCH, 1, 28, 28, dtype=dtype) * 2 - 1, torch.arange(BATCH) % 10)
+    return network, Batch(torch.rand(BATCH, 1, 28, 28, dtype=dtype) * 2 - 1, of_classes(torch.arange(BATCH) % 10))
 
 
 def gradient(network: nn.Module, loss: Tensor) -> Tensor:
@@ -170,15 +171,15 @@ class OpenAI:
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            noise = torch.randn_like(batch.images)
+            noise = torch.randn_like(batch.samples)
             torch.manual_seed(2)
             indices = torch.randint(0, scales - 1, (BATCH,))
             torch.manual_seed(2)
             theirs = self.denoiser(SIGMA_DATA, weights).consistency_losses(
                 Wrapped(network),
-                batch.images,
+                batch.samples,
                 scales,
-                model_kwargs={"y": batch.class_labels},
+                model_kwargs={"y": batch.condition.entries["class_labels"]},
                 target_model=Wrapped(ours.target),
                 teacher_model=Wrapped(teacher.network) if teacher else None,
                 teacher_diffusion=self.denoiser(SIGMA_DATA, distillation=False),
@@ -189,7 +190,7 @@ class OpenAI:
         sigmas = karras_sigmas(scales).flip(0)
         bins = scales - 2 - indices  # theirs count from the noisy end
         loss = ours.loss(batch, Given(uniform_bins(sigmas), bins, noise, step))
-        pixels = batch.images[0].numel()
+        pixels = batch.samples[0].numel()
         a, b = gradient(network, pixels * theirs.mean()), gradient(network, loss.total)
         level = (sigmas[bins] / sigmas[bins + 1]) ** 2 if weights == "snr" else 1
         return {
@@ -222,7 +223,7 @@ class Images:
         row, self.count = self.count % BATCH, self.count + 1
         if row == BATCH - 1:
             torch.manual_seed(2)
-        return {"images": self.batch.images[row], "class_labels": self.batch.class_labels[row]}
+        return {"images": self.batch.samples[row], "class_labels": self.batch.condition.entries["class_labels"][row]}
 
     def set_transform(self, transform: object) -> None:
         pass
@@ -267,9 +268,11 @@ def ict_loss(network, batch, noise, u, t, c, c_in_without_root=False, their_boun
         c_skip, c_out = SIGMA_DATA**2 / (shifted**2 + SIGMA_DATA**2), shifted * SIGMA_DATA / norm
         if their_boundary:
             c_skip, c_out = SIGMA_DATA**2 / norm**2, sigma / norm
-        x, label = batch.images + sigma * noise, TIME_LABELS["log_sigma"].from_sigma(sigma.flatten(), SIGMA_DATA)
+        x, label = batch.samples + sigma * noise, TIME_LABELS["log_sigma"].from_sigma(sigma.flatten(), SIGMA_DATA)
         c_in = 1 / norm**2 if c_in_without_root else 1 / norm
-        return c_skip * x + c_out * network(c_in * x, label, class_labels=batch.class_labels).sample
+        return (
+            c_skip * x + c_out * network(c_in * x, label, class_labels=batch.condition.entries["class_labels"]).sample
+        )
 
     squared = (denoise(t) - denoise(u).detach()).flatten(1).square()
     distance = ((squared + c**2).sqrt() - c).mean(1) if by_pixel else (squared.sum(1) + c**2).sqrt() - c
@@ -281,7 +284,7 @@ def script_numbers(script: Script, network: nn.Module, batch: Batch) -> dict:
     levels = script.module.get_karras_sigmas(11)
     weights = script.module.get_discretized_lognormal_weights(levels)
     torch.manual_seed(2)
-    bins, noise = torch.multinomial(weights, BATCH, replacement=True), torch.randn(batch.images.shape)
+    bins, noise = torch.multinomial(weights, BATCH, replacement=True), torch.randn(batch.samples.shape)
     sigmas = karras_sigmas(11).flip(0)
     law = lognormal_bins(sigmas, -1.1, 2.0)
     ours = ICT(network, ModelSpec(SIGMA_DATA), ICT.Options(), STEPS).loss(batch, Given(law, bins, noise)).total

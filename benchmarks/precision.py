@@ -163,7 +163,7 @@ def gradient(objective: Objective, batch: Batch, place: int, kind: str, tangent:
     """The loss, and the gradient as one vector in float64."""
     scale = 2.0**16 if kind == "fp16" else 1.0
     while True:
-        draws = Draws(1 << 30, place, range(len(batch.images)), batch.images.device)
+        draws = Draws(1 << 30, place, range(len(batch.samples)), batch.samples.device)
         with precision(objective, kind, tangent):
             loss = objective.loss(batch, draws).total
             (scale * loss).backward()

@@ -85,7 +85,7 @@ def train_teacher(args: argparse.Namespace) -> None:
 
     def images() -> tuple[Tensor, Tensor]:
         batch = next(batches)
-        return batch["images"].float() / 127.5 - 1, batch["labels"]
+        return batch["images"].float() / 127.5 - 1, batch["condition"]["class_labels"]
 
     vae, channels, side = None, data.channels, args.resolution
     if args.kind in ("latent", "dit"):

@@ -8,6 +8,7 @@ one distribution function after another. Samples are images of one pixel with on
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -51,7 +52,7 @@ class Mixture:
         values = uniform.new_tensor(self.means)[term] + uniform.new_tensor(self.stds)[term] * normal
         return values.reshape(-1, 1, 1, 1)
 
-    def denoised(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def denoised(self, x: Tensor, sigma: Tensor, condition: Any = None) -> Tensor:
         """E[x0 | x0 + sigma noise = x], the exact denoiser, for x (B, ...) and sigma (B,)."""
         distance, variance, log_weights = self._terms(x, sigma)
         posterior = (log_weights - variance.log() / 2 - distance**2 / (2 * variance)).softmax(-1)

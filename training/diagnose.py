@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cm_diffusers.core.conditions import Condition
 from cm_diffusers.engine.config import DataArguments, ModelArguments
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.order import Spot
@@ -41,12 +42,12 @@ def diagnose(args: argparse.Namespace) -> dict[str, float]:
         teacher = saved.denoiser
     batch = next(data.batches(Spot(8, 1, 0, 1), args.seed))
     images = batch["images"].to(device).float() / 127.5 - 1
-    labels = None if batch["labels"] is None else batch["labels"].to(device)
+    condition = Condition(batch["condition"]).to(device)
     pipeline.unet.eval()
     numbers = save_diagnostics(
         denoiser_of(pipeline),
         images,
-        labels,
+        condition,
         args.output_dir / "diagnostics.png",
         teacher,
         pipeline.scheduler.config.get("sigma_max", 80.0),

@@ -3,7 +3,7 @@
 Whatever process a network was trained on, its denoiser takes x = x0 + sigma noise, the scale of VE.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.conditions import Condition, Rewired, call_network
 from cm_diffusers.core.interpolants import Interpolant, LinearFlow, TrigFlow
 from cm_diffusers.core.parameterisation import edm_scalings, jump_scalings
 from cm_diffusers.core.time_labels import LABELS_OF_PREDICTION, TIME_LABELS
@@ -24,7 +25,7 @@ class EDMDenoiser:
     """D(x, sigma) = c_skip x + c_out F(c_in x, label(sigma)) for a network F.
 
     Args:
-        network: called as `network(sample, label, class_labels=...)`, answering with a tensor in `.sample`.
+        network: called as `network(sample, label)` and with the condition, answering with a tensor in `.sample`.
         sigma_data: root mean square of the data.
         sigma_min: the level at which D is the identity.
         time_label: a key of `TIME_LABELS`.
@@ -35,11 +36,11 @@ class EDMDenoiser:
     sigma_min: float = 0.0
     time_label: str = "log_sigma"
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Denoise `x` (B, C, H, W), noised to `sigma` (B,); class labels (B,) where the network takes them."""
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
+        """Denoise `x` (B, ...), noised to `sigma` (B,), as the condition of each says."""
         c_skip, c_out, c_in = (append_dims(c, x) for c in edm_scalings(sigma, self.sigma_data, self.sigma_min))
         label = TIME_LABELS[self.time_label].from_sigma(sigma, self.sigma_data)
-        output = self.network(c_in * x, label, class_labels=class_labels).sample
+        output = call_network(self.network, c_in * x, label, condition=condition).sample
         return c_skip * x + c_out * output.to(x.dtype)
 
 
@@ -57,8 +58,8 @@ class TrajectoryDenoiser:
     on another process get their input and their times there; g is the clean sample that they mean.
 
     Args:
-        network: called as `network(sample, label, target_timestep=label to jump to, class_labels=...)`, answering with
-            a tensor in `.sample`.
+        network: called as `network(sample, label, target_timestep=label to jump to)` and with the condition, answering
+            with a tensor in `.sample`.
         sigma_data: root mean square of the data.
         sigma_min: the level that stands for clean data; above 0 for the label "log_sigma".
         time_label: a key of `TIME_LABELS`, for "edm".
@@ -75,28 +76,29 @@ class TrajectoryDenoiser:
     process: Interpolant | None = None
     time_scale: float = 1.0
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """The jump of `x` (B, C, H, W) from `sigma` (B,) to sigma_min."""
-        return self.jump(x, sigma, torch.full_like(sigma, self.sigma_min), class_labels)
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
+        """The jump of `x` (B, ...) from `sigma` (B,) to sigma_min."""
+        return self.jump(x, sigma, torch.full_like(sigma, self.sigma_min), condition)
 
-    def jump(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """G(x, sigma, sigma_to) of `x` (B, C, H, W), both levels (B,)."""
-        return self._move(x, sigma, sigma_to, self._output(x, sigma, sigma_to, class_labels))
+    def jump(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, condition: Condition | None = None) -> Tensor:
+        """G(x, sigma, sigma_to) of `x` (B, ...), both levels (B,)."""
+        return self._move(x, sigma, sigma_to, self._output(x, sigma, sigma_to, condition))
 
-    def denoise(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """g(x, sigma, sigma) of `x` (B, C, H, W) at `sigma` (B,), the estimate of the clean data."""
-        return self._move(x, sigma, torch.zeros_like(sigma), self._output(x, sigma, sigma, class_labels))
+    def denoise(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
+        """g(x, sigma, sigma) of `x` (B, ...) at `sigma` (B,), the estimate of the clean data."""
+        return self._move(x, sigma, torch.zeros_like(sigma), self._output(x, sigma, sigma, condition))
 
     def _move(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, output: Tensor) -> Tensor:
         keep, change = jump_scalings(self.prediction, sigma, sigma_to, self.sigma_data)
         return append_dims(keep, x) * x + append_dims(change, x) * output
 
-    def _output(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _output(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, condition: Condition | None) -> Tensor:
         """F(c_in(sigma) x, label(sigma), label(sigma_to)) in the dtype of `x`."""
         process = self.process or TrigFlow(self.sigma_data)  # on which EDM's c_in puts a sample
         network_input = append_dims(process.alpha(sigma) / process.scale, x) * x
         label, target = (self._label(s) for s in (sigma, sigma_to))
-        return self.network(network_input, label, target_timestep=target, class_labels=class_labels).sample.to(x.dtype)
+        output = call_network(self.network, network_input, label, condition=condition, target_timestep=target)
+        return output.sample.to(x.dtype)
 
     def _label(self, sigma: Tensor) -> Tensor:
         if self.process is None:
@@ -114,7 +116,7 @@ class ProcessDenoiser:
     moves along trajectories there. Below the lowest one the network is told time 0.
 
     Args:
-        network: called as `network(x_t / process.scale, time, class_labels=...)`, answering with `.sample`.
+        network: called as `network(x_t / process.scale, time)` and with the condition, answering with `.sample`.
         process: the forward process.
         prediction: one of `PROCESS_PREDICTIONS`.
         sigma_data: root mean square of the data; the denoiser itself does not need it.
@@ -127,12 +129,12 @@ class ProcessDenoiser:
     sigma_data: float | None = None
     time_scale: float = 1.0
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Denoise `x` (B, C, H, W), noised to `sigma` (B,)."""
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
+        """Denoise `x` (B, ...), noised to `sigma` (B,)."""
         x = append_dims((self.process.sigma_max / sigma).clamp(max=1), x) * x
         sigma = sigma.clamp(max=self.process.sigma_max)
         x_t, time = append_dims(self.process.alpha(sigma), x) * x, self.time_scale * self.process.time(sigma)
-        output = self.network(x_t / self.process.scale, time, class_labels=class_labels).sample.to(x.dtype)
+        output = call_network(self.network, x_t / self.process.scale, time, condition=condition).sample.to(x.dtype)
         return to_denoised(self.prediction, output, x_t, sigma, self.process)
 
 
@@ -154,31 +156,32 @@ def flow_denoiser(network: Callable, sigma_data: float | None = None, time_scale
 
 
 @dataclass(frozen=True)
-class GuidedDenoiser:
-    """D_null + w (D - D_null): classifier-free guidance of scale w (Ho & Salimans 2022, arXiv:2207.12598).
+class Guided:
+    """D_null + w (D - D_null): classifier-free guidance of scale w (Ho & Salimans 2022, arXiv:2207.12598, eq. 6).
 
     Args:
-        denoiser: of a class-conditional model.
+        denoiser: of a conditional model.
         scale: w; 1 is the denoiser itself.
-        null_class: the label that stands for no class.
+        nulls: the rows that stand for none to this model, by the entries of its condition.
     """
 
     denoiser: Callable
     scale: float
-    null_class: int
+    nulls: Mapping[str, Tensor]
 
     @property
     def network(self) -> Callable:
         return self.denoiser.network
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
-        """Denoise `x` (B, C, H, W), noised to `sigma` (B,), for `class_labels` (B,)."""
-        labels = torch.cat([class_labels, torch.full_like(class_labels, self.null_class)])
-        given, null = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), labels).chunk(2)
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Denoise `x` (B, ...), noised to `sigma` (B,)."""
+        condition = condition.with_nulls(self.nulls)
+        both = condition.joined(condition.dropped())
+        given, null = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         return null + self.scale * (given - null)
 
 
-Denoiser = EDMDenoiser | TrajectoryDenoiser | ProcessDenoiser | GuidedDenoiser
+Denoiser = EDMDenoiser | TrajectoryDenoiser | ProcessDenoiser | Guided
 
 
 def as_trigflow(network: Callable, sigma_data: float, time_scale: float = 1.0) -> Callable:
@@ -195,19 +198,19 @@ def as_trigflow(network: Callable, sigma_data: float, time_scale: float = 1.0) -
         time_scale: see `ProcessDenoiser`.
     """
 
-    def F(x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> SimpleNamespace:
+    def F(x: Tensor, t: Tensor, **condition: Tensor) -> SimpleNamespace:
         cos, sin = t.cos(), sigma_data * t.sin()
         m = append_dims(cos + sin, x)
-        output = network(sigma_data * x / m, time_scale * sin / (cos + sin), class_labels=class_labels)
+        output = network(sigma_data * x / m, time_scale * sin / (cos + sin), **condition)
         keep = append_dims(sigma_data * cos - sin / sigma_data, x)
         sample = (keep * x + output.sample.to(x.dtype)) / m
         return SimpleNamespace(sample=sample, log_variance=getattr(output, "log_variance", None))
 
-    return F
+    return Rewired(network, F)
 
 
 def trigflow_velocity(
-    denoiser: Denoiser, x: Tensor, t: Tensor, sigma_data: float, class_labels: Tensor | None = None
+    denoiser: Denoiser, x: Tensor, t: Tensor, sigma_data: float, condition: Condition | None = None
 ) -> Tensor:
     """dx/dt of TrigFlow's probability-flow ODE by any denoiser, at `x` (B, ...) in TrigFlow's scale, t in (0, pi/2).
 
@@ -215,7 +218,7 @@ def trigflow_velocity(
     x / cos(t) in VE, at sigma = sigma_data tan(t).
     """
     cos, sin = append_dims(t.cos(), x), append_dims(t.sin(), x)
-    return (cos * x - denoiser(x / cos, sigma_data * t.tan(), class_labels)) / sin
+    return (cos * x - denoiser(x / cos, sigma_data * t.tan(), condition)) / sin
 
 
 def to_denoised(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor, interpolant: Interpolant) -> Tensor:

@@ -4,6 +4,7 @@ Neither keeps running statistics or draws random numbers, and no sample sees ano
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,15 @@ class ProjectionHead(nn.Module):
         return (logits + (embedding * features).sum(1, keepdim=True)).flatten(1)
 
 
-class PatchDiscriminator(nn.Module):
+class _ToldOfClasses:
+    """A part of a network that knows class labels and no other condition."""
+
+    def adapt_condition(self, condition: Any) -> dict[str, Tensor]:
+        """Of a condition the class labels."""
+        return {name: entry for name, entry in condition.entries.items() if name == "class_labels"}
+
+
+class PatchDiscriminator(_ToldOfClasses, nn.Module):
     """Strided convolutions, each halving the image and doubling the channels, on whose last map a logit is read.
 
     A small discriminator on pixels, after Isola et al. (2016, arXiv:1611.07004, "PatchGAN"), with GroupNorm for its
@@ -101,7 +110,7 @@ class PatchDiscriminator(nn.Module):
         return self.head(self.features(images), class_labels)
 
 
-class ProjectedDiscriminator(nn.Module):
+class ProjectedDiscriminator(_ToldOfClasses, nn.Module):
     """Small trained heads on the frozen features of a pretrained network, one head on each of its feature maps.
 
     Projected GANs (Sauer et al. 2021, arXiv:2111.01007) and StyleGAN-XL (Sauer et al. 2022, arXiv:2202.00273), whose

@@ -165,6 +165,11 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         """`key_dropout` of the wrapped network; there is none here where it has none."""
         return self.network.key_dropout
 
+    @property
+    def adapt_condition(self):
+        """`adapt_condition` of the wrapped network; there is none here where it has none."""
+        return self.network.adapt_condition
+
     def forward(
         self,
         sample: Tensor,
@@ -172,6 +177,7 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         target_timestep: Tensor | float | None = None,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        **condition: Tensor,
     ) -> TwoTimeOutput | tuple[Tensor, ...]:
         """Apply the network to `sample` (B, C, H, W) at `timestep` for a jump to `target_timestep`.
 
@@ -180,7 +186,10 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
             target_timestep: a number, () or (B,). None leaves the wrapped network as it is.
             class_labels: int64 (B,), for a conditional network.
             return_dict: False gives the tuple (sample,) or (sample, log_variance).
+            condition: what else the wrapped network is told, by its names for it.
         """
+        if class_labels is not None:
+            condition["class_labels"] = class_labels
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         if isinstance(timestep, float):  # which the stock network would round
             timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
@@ -190,7 +199,7 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
             target_timestep = target_timestep.to(sample.device, torch.promote_types(target_timestep.dtype, dtype))
             _call.embedding = self.target_time_embedding(target_timestep.expand(sample.shape[0]))
         try:
-            output = self.network(sample, timestep, class_labels=class_labels, return_dict=False)
+            output = self.network(sample, timestep, return_dict=False, **condition)
         finally:
             _call.embedding = None
         return TwoTimeOutput(*output) if return_dict else output

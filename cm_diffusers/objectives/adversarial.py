@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cm_diffusers.core.augmentation import differentiable_augmentation
+from cm_diffusers.core.conditions import Condition, call_network, keywords_for
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives.base import Batch, Loss
 from cm_diffusers.objectives.options import STEPS, Length, Options, option
@@ -46,7 +47,7 @@ class Adversary:
     """A discriminator as the engine trains it: a network with an optimiser of its own, and the steps that are its.
 
     Args:
-        network: gives logits (B, n) of images (B, C, H, W) and class labels (B,) or None.
+        network: gives logits (B, n) of images (B, C, H, W) and their condition.
         options: learning rate and turns.
         fakes: the images (B, C, H, W) of a batch that the model makes.
     """
@@ -72,16 +73,17 @@ class Adversary:
         """The hinge loss of the discriminator: max(0, 1 - D(real)) + max(0, 1 + D(fake))."""
         with torch.no_grad():
             fake = self.fakes(batch, draws)
-        real = differentiable_augmentation(batch.images, draws, "real")
+        real = differentiable_augmentation(batch.samples, draws, "real")
         fake = differentiable_augmentation(fake, draws, "fake")
-        labels = None if batch.class_labels is None else batch.class_labels.repeat(2)
-        real, fake = self.model(torch.cat([real, fake]), labels).to(fake.dtype).chunk(2)
+        both, condition = torch.cat([real, fake]), batch.condition.joined(batch.condition)
+        real, fake = call_network(self.model, both, condition=condition).to(fake.dtype).chunk(2)
         per_sample = ((1 - real).relu() + (1 + fake).relu()).mean(1)
         nothing = per_sample.new_zeros(0)  # the loss of the model, by noise level
         return Loss(per_sample.mean(), nothing, nothing, {"discriminator": per_sample.detach()})
 
-    def generator_loss(self, fake: Tensor, labels: Tensor | None, draws: Draws) -> Tensor:
+    def generator_loss(self, fake: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """-D(fake) of each sample (B,), with gradient to `fake` and none to the discriminator."""
         frozen = {name: value.detach() for name, value in self.network.state_dict(keep_vars=True).items()}
         pictures = differentiable_augmentation(fake, draws, "fake")
-        return -functional_call(self.network, frozen, (pictures, labels)).to(fake.dtype).mean(1)
+        keywords = dict(keywords_for(self.network, condition))
+        return -functional_call(self.network, frozen, (pictures,), keywords).to(fake.dtype).mean(1)

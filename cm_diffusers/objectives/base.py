@@ -3,12 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.core.conditions import NOTHING, Condition
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives.options import in_steps
@@ -17,15 +17,10 @@ from cm_diffusers.objectives.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, C, H, W) in [-1, 1] or latents, float32, and class labels (B,), int64, of conditional models.
+    """Samples (B, ...), float32, as images in [-1, 1] or latents, and what the network is told of each of them."""
 
-    With `augment_labels` (B, n) the network is told how each image was augmented. Where class labels are left out they
-    are that of no class, the network's `num_class_embeds`.
-    """
-
-    images: Tensor
-    class_labels: Tensor | None = None
-    augment_labels: Tensor | None = None
+    samples: Tensor
+    condition: Condition = NOTHING
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Objective(ABC):
     """A method. It knows nothing of Accelerate, datasets, files or the Hub; the engine drives it.
 
     Args:
-        network: what is trained, a model of diffusers called as `network(sample, label, class_labels=...)`.
+        network: what is trained, a model of diffusers, called as `core.conditions.call_network` does.
         spec: its parameterisation.
         options: the method's own settings, an instance of its `Options`.
         total_steps: length of the run, for curricula that are given as shares of it.
@@ -130,12 +125,6 @@ class Objective(ABC):
     def denoiser(self, network: Callable | None = None) -> Denoiser:
         """D of the trained network, or of another one with the same parameterisation; the identity at the floor."""
         return self.spec.denoiser(self.model if network is None else network, self.floor)
-
-    def model_for(self, batch: Batch) -> Callable:
-        """`model`, told in every call how the images of `batch` were augmented, where they were."""
-        if batch.augment_labels is None:
-            return self.model
-        return partial(self.model, augment_labels=batch.augment_labels)
 
     def key_dropout(self, draws: Draws) -> None:
         """Tie the dropout masks to the rows of the coming batch, in networks that can."""

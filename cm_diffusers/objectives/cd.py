@@ -24,7 +24,7 @@ from cm_diffusers.objectives.consistency import (
     distance,
     distance_option,
     estimate_and_target,
-    follow,
+    move_towards,
     moving_target,
     teacher_step,
 )
@@ -72,19 +72,26 @@ class CD(Objective):
         self.sigmas = karras_sigmas(self.options.num_scales, self.sigma_min, self.spec.sigma_max).flip(0)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x0, labels = batch.images, batch.class_labels
+        x0, condition, options = batch.samples, batch.condition, self.options
         n = draw_bins(uniform_bins(self.sigmas), draws.uniform("sigma").cpu())
         u, t = self.sigmas[n].to(x0), self.sigmas[n + 1].to(x0)
         x_t = VE().add_noise(x0, draws.normal("noise", x0.shape[1:]), t)
-        x_u = teacher_step(self.options.solver, self.teacher, x_t, t, u, labels)
+        x_u = teacher_step(self.teacher, x_t, t=t, u=u, condition=condition, solver=options.solver)  # eq. 6
         estimate, target = estimate_and_target(
-            draws, self.denoiser(), x_t, t, self.denoiser(self.target), x_u, u, labels
+            student=self.denoiser(),
+            x_t=x_t,
+            t=t,
+            target=self.denoiser(self.target),
+            x_u=x_u,
+            u=u,
+            condition=condition,
+            draws=draws,
         )
-        weight = cm_weight(self.options.weighting, u, self.spec.sigma_data)
-        return Loss.mean(weight * distance(self.options.distance, estimate, target, self.options.huber_c), t)
+        error = distance(options.distance, estimate, target, options.huber_c)
+        return Loss.mean(cm_weight(options.weighting, u, self.spec.sigma_data) * error, t)  # eq. 7
 
     def after_step(self, step: int) -> None:
-        follow(self.target, self.network, self.options.mu)
+        move_towards(self.target, self.network, self.options.mu)  # eq. 8
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         return consistency_pipeline(network, self.spec, self.sigma_min, self.options.num_scales)

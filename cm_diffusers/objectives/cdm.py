@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.karras import karras_sigma
 from cm_diffusers.core.solvers import reverse_sde_step
@@ -63,17 +64,18 @@ class CDM(Objective):
         return options.interpolant
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x, sigma = noised(batch.images, self.options.law, draws)
+        x, sigma = noised(batch.samples, self.options.law, draws)
         with draws.dropout():
-            denoised = self.denoiser(self.model_for(batch))(x, sigma, batch.class_labels)
-        error = denoising_error(denoised, batch.images, sigma, self.spec)
-        first, second = self.rollouts(batch, x, sigma, denoised.detach(), draws).chunk(2)
+            denoised = self.denoiser()(x, sigma, batch.condition)
+        error = denoising_error(denoised, batch.samples, sigma, self.spec)
+        ends = self.rollouts(x, sigma, denoised=denoised.detach(), condition=batch.condition, draws=draws)
+        first, second = ends.chunk(2)
         martingale = ((first - denoised) * (second - denoised)).flatten(1).sum(1)
         weight = error.new_tensor(self.options.martingale_weight)
         terms = {"martingale": martingale.detach(), "martingale_weight": weight}
         return Loss((error + weight * martingale).mean(), error.detach(), sigma, terms)
 
-    def rollouts(self, batch: Batch, x: Tensor, sigma: Tensor, denoised: Tensor, draws: Draws) -> Tensor:
+    def rollouts(self, x: Tensor, sigma: Tensor, *, denoised: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """D at the ends of two rollouts from each `x` (B, ...), with gradient: (2 B, ...), all of the first before."""
         options = self.options
         length = options.epsilon_min + (options.epsilon_max - options.epsilon_min) * draws.uniform("epsilon")
@@ -85,26 +87,26 @@ class CDM(Objective):
         for i, (now, then) in enumerate(zip(levels, levels[1:])):
             if i > 0:
                 with torch.no_grad():
-                    denoised = self._denoise_both(batch, x, now.to(x.dtype), draws)
+                    denoised = self._denoise_both(x, now.to(x.dtype), condition, draws)
             noise = draws.normal(f"rollout {i}", (2, *x.shape[1:])).transpose(0, 1).flatten(0, 1)
             x = reverse_sde_step(denoised, x, now, then, noise).to(x.dtype)
-        return self._denoise_both(batch, x, _twice(end), draws)
+        return self._denoise_both(x, _twice(end), condition, draws)
 
-    def _denoise_both(self, batch: Batch, x: Tensor, sigma: Tensor, draws: Draws) -> Tensor:
+    def _denoise_both(self, x: Tensor, sigma: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """D of both rollouts (2 B, ...): in one pass, or in one each where only so a network drops the same units."""
         if self.network.config.get("dropout") and not hasattr(self.network, "key_dropout"):
-            parts = [batch, batch]
+            conditions = [condition, condition]
         else:
-            parts = [Batch(_twice(batch.images), _twice(batch.class_labels), _twice(batch.augment_labels))]
+            conditions = [condition.joined(condition)]
         outputs = []
-        for part, x_part, sigma_part in zip(parts, x.chunk(len(parts)), sigma.chunk(len(parts))):
+        for part, x_part, sigma_part in zip(conditions, x.chunk(len(conditions)), sigma.chunk(len(conditions))):
             with draws.dropout():
-                outputs.append(self.denoiser(self.model_for(part))(x_part, sigma_part, part.class_labels))
+                outputs.append(self.denoiser()(x_part, sigma_part, part))
         return torch.cat(outputs)
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         return denoising_pipeline(network, self.spec, self.sigma_min)
 
 
-def _twice(values: Tensor | None) -> Tensor | None:
-    return None if values is None else torch.cat([values, values])
+def _twice(values: Tensor) -> Tensor:
+    return torch.cat([values, values])

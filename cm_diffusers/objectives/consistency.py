@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.distances import l2, pseudo_huber
 from cm_diffusers.core.draws import Draws
@@ -78,39 +79,40 @@ def cm_weight(name: str, sigma: Tensor, sigma_data: float) -> Tensor:
 
 
 def moving_target(network: nn.Module) -> nn.Module:
-    """A copy of `network` that has no gradient and follows it by `follow`, in training mode: both drop alike."""
+    """A copy of `network` that has no gradient and follows it by `move_towards`, in training mode: both drop alike."""
     return copy.deepcopy(network).requires_grad_(False).train()
 
 
 @torch.no_grad()
-def follow(target: nn.Module, network: nn.Module, decay: float) -> None:
+def move_towards(target: nn.Module, network: nn.Module, decay: float) -> None:
     """target <- decay target + (1 - decay) network."""
     torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), 1 - decay)
 
 
 def estimate_and_target(
-    draws: Draws,
+    *,
     student: Denoiser,
     x_t: Tensor,
     t: Tensor,
     target: Denoiser,
     x_u: Tensor,
     u: Tensor,
-    labels: Tensor | None,
+    condition: Condition,
+    draws: Draws,
 ) -> tuple[Tensor, Tensor]:
     """D(x_t, t), and D-(x_u, u) without gradient, with the same dropout masks."""
     with draws.dropout():
-        estimate = student(x_t, t, labels)
+        estimate = student(x_t, t, condition)
     with torch.no_grad(), draws.dropout():
-        return estimate, target(x_u, u, labels)
+        return estimate, target(x_u, u, condition)
 
 
 @torch.no_grad()
-def teacher_step(solver: str, teacher: Denoiser, x: Tensor, t: Tensor, u: Tensor, labels: Tensor | None) -> Tensor:
+def teacher_step(teacher: Denoiser, x: Tensor, *, t: Tensor, u: Tensor, condition: Condition, solver: str) -> Tensor:
     """Where one step of the teacher's ODE leads from `x` (B, ...) at `t` to `u` < t (B,)."""
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return teacher(x, sigma, labels)
+        return teacher(x, sigma, condition)
 
     return SOLVERS[solver](denoise, x, t, u)
 

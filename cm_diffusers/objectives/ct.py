@@ -24,7 +24,7 @@ from cm_diffusers.objectives.consistency import (
     distance,
     distance_option,
     estimate_and_target,
-    follow,
+    move_towards,
     moving_target,
 )
 from cm_diffusers.objectives.options import Options, check_order, option
@@ -72,21 +72,28 @@ class CT(Objective):
         return ct_scales(step, self.total_steps, self.options.s0, self.options.s1)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x0, labels = batch.images, batch.class_labels
+        x0, options = batch.samples, self.options
         sigmas = karras_sigmas(self.scales(draws.step), self.sigma_min, self.spec.sigma_max).flip(0)
         n = draw_bins(uniform_bins(sigmas), draws.uniform("sigma").cpu())
         u, t = sigmas[n].to(x0), sigmas[n + 1].to(x0)
         noise = draws.normal("noise", x0.shape[1:])
         x_t, x_u = VE().add_noise(x0, noise, t), VE().add_noise(x0, noise, u)
         estimate, target = estimate_and_target(
-            draws, self.denoiser(), x_t, t, self.denoiser(self.target), x_u, u, labels
+            student=self.denoiser(),
+            x_t=x_t,
+            t=t,
+            target=self.denoiser(self.target),
+            x_u=x_u,
+            u=u,
+            condition=batch.condition,
+            draws=draws,
         )
-        weight = cm_weight(self.options.weighting, u, self.spec.sigma_data)
-        return Loss.mean(weight * distance(self.options.distance, estimate, target, self.options.huber_c), t)
+        error = distance(options.distance, estimate, target, options.huber_c)
+        return Loss.mean(cm_weight(options.weighting, u, self.spec.sigma_data) * error, t)  # eq. 10
 
     def after_step(self, step: int) -> None:
         mu = ct_target_decay(self.scales(step), self.options.s0, self.options.mu0)
-        follow(self.target, self.network, mu)
+        move_towards(self.target, self.network, mu)  # eq. 8
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         return consistency_pipeline(network, self.spec, self.sigma_min, self.options.s1 + 1)

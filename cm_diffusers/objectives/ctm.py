@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.denoisers import TrajectoryDenoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
@@ -21,7 +22,7 @@ from cm_diffusers.models import PatchDiscriminator, TwoTimeModel
 from cm_diffusers.objectives.adversarial import Adversary
 from cm_diffusers.objectives.balance import Cut, Part, balanced, last_layer
 from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
-from cm_diffusers.objectives.consistency import distance, follow, moving_target, teacher_step
+from cm_diffusers.objectives.consistency import distance, move_towards, moving_target, teacher_step
 from cm_diffusers.objectives.ctm_options import CTMOptions
 from cm_diffusers.objectives.diffusion import denoising_error
 from cm_diffusers.objectives.spec import PROCESS_STUDENTS, ModelSpec
@@ -81,68 +82,69 @@ class CTM(Objective):
         sigmas = self.sigmas.to(draws.device)
         return sigmas[first + torch.arange(k + 1, device=draws.device)[:, None]], sigmas[last]
 
-    def point_at_u(self, x0: Tensor, noise: Tensor, x: Tensor, levels: Tensor, labels: Tensor | None) -> Tensor:
+    def point_at_u(self, x: Tensor, levels: Tensor, *, x0: Tensor, noise: Tensor, condition: Condition) -> Tensor:
         """Where the trajectory of x (B, ...) at levels[0] is at levels[-1], as far as it is known."""
         if self.options.trajectory == "data":
             return VE().add_noise(x0, noise, levels[-1])
         denoise = self.denoiser(self.target).denoise if self.teacher is None else self.teacher
         for t, u in zip(levels, levels[1:]):
-            x = teacher_step(self.options.solver, denoise, x, t, u, labels)
+            x = teacher_step(denoise, x, t=t, u=u, condition=condition, solver=self.options.solver)
         return x
 
-    def jump(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, draws: Draws) -> Tensor:
+    def jump(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """G(x, t, s), the model's jump."""
         with draws.dropout():
-            return self.denoiser().jump(x, t, s, labels)
+            return self.denoiser().jump(x, t, s, condition)
 
-    def jump_on(self, x_s: Tensor, s: Tensor, labels: Tensor | None, draws: Draws) -> Tensor:
+    def jump_on(self, x_s: Tensor, s: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """G-(x_s, s, 0): from s on to the data by the average of the model."""
         with draws.dropout():
-            return self.denoiser(self.target)(x_s, s, labels)
+            return self.denoiser(self.target)(x_s, s, condition)
 
-    def diffusion_loss(self, x0: Tensor, labels: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor]:
+    def diffusion_loss(self, x0: Tensor, condition: Condition, draws: Draws) -> tuple[Tensor, Tensor]:
         """EDM's loss of the denoiser g(x, t, t), and its levels: log-normal, and for half the samples high ones."""
         high = karras_sigma(0.7 * draws.uniform("dsm_ramp"), self.sigma_min, self.spec.sigma_max)
         low = lognormal(draws.normal("dsm_sigma"), self.options.p_mean, self.options.p_std)
         sigma = torch.where(draws.uniform("dsm_half") < 0.5, low, high).to(x0)
         x = VE().add_noise(x0, draws.normal("dsm_noise", x0.shape[1:]), sigma)
         with draws.dropout():
-            denoised = self.denoiser().denoise(x, sigma, labels)
+            denoised = self.denoiser().denoise(x, sigma, condition)
         return denoising_error(denoised, x0, sigma, self.spec), sigma
 
     def fakes(self, batch: Batch, draws: Draws) -> Tensor:
         """The estimates alone, for the discriminator's turn."""
-        levels, s = (value.to(batch.images) for value in self.times(draws))
-        x_t = VE().add_noise(batch.images, draws.normal("noise", batch.images.shape[1:]), levels[0])
-        x_s = self.jump(x_t, levels[0], s, batch.class_labels, draws)
-        return self.jump_on(x_s, s, batch.class_labels, draws)
+        levels, s = (value.to(batch.samples) for value in self.times(draws))
+        x_t = VE().add_noise(batch.samples, draws.normal("noise", batch.samples.shape[1:]), levels[0])
+        x_s = self.jump(x_t, levels[0], s, batch.condition, draws)
+        return self.jump_on(x_s, s, batch.condition, draws)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x0, labels, options = batch.images, batch.class_labels, self.options
+        x0, condition = batch.samples, batch.condition
+        options = self.options
         if draws.step < options.pretrain_steps:
-            return Loss.mean(*self.diffusion_loss(x0, labels, draws))
+            return Loss.mean(*self.diffusion_loss(x0, condition, draws))
         levels, s = (value.to(x0) for value in self.times(draws))
         t, u, noise = levels[0], levels[-1], draws.normal("noise", x0.shape[1:])
         x_t = VE().add_noise(x0, noise, t)
         with torch.no_grad(), draws.dropout():  # the trajectory is the model's own, where there is no teacher
-            x_u = self.point_at_u(x0, noise, x_t, levels, labels)
-            target = self.jump_on(self.jump(x_u, u, s, labels, draws), s, labels, draws)
-        cut = Cut.at(self.jump(x_t, t, s, labels, draws))
-        estimate = self.jump_on(cut.leaf, s, labels, draws)
+            x_u = self.point_at_u(x_t, levels, x0=x0, noise=noise, condition=condition)
+            target = self.jump_on(self.jump(x_u, u, s, condition, draws), s, condition, draws)
+        cut = Cut.at(self.jump(x_t, t, s, condition, draws))
+        estimate = self.jump_on(cut.leaf, s, condition, draws)
         ctm = distance(options.distance, estimate, target, options.huber_c)
         others = []
         if options.dsm_weight:
-            dsm = self.diffusion_loss(x0, labels, draws)[0]
+            dsm = self.diffusion_loss(x0, condition, draws)[0]
             others.append(Part("dsm", dsm, options.dsm_weight, (0.0, 1e4)))
         if self.adversary and self.adversary.is_on(draws.step):
-            gan = self.adversary.generator_loss(estimate, labels, draws)
+            gan = self.adversary.generator_loss(estimate, condition, draws)
             others.append(Part("gan", gan, options.gan_weight, (0.01, 10.0), cut))
         layer = last_layer(self.network) if options.balance == "adaptive" else None
         total, terms = balanced(Part("ctm", ctm, cut=cut), others, layer, self.average)
         return Loss(total, ctm.detach(), t, terms)
 
     def after_step(self, step: int) -> None:
-        follow(self.target, self.network, self.options.mu)
+        move_towards(self.target, self.network, self.options.mu)
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         spec = self.spec

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from torch import Tensor, nn
 
+from cm_diffusers.core.conditions import Rewired
 from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
@@ -100,16 +101,16 @@ class Diffusion(Objective):
         return with_log_variance(network)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x, sigma = noised(batch.images, self.options.law, draws)
-        model, outputs = self.model_for(batch), []
+        x, sigma = noised(batch.samples, self.options.law, draws)
+        outputs = []
 
         def network(*args, **kwargs):
-            outputs.append(model(*args, **kwargs))
+            outputs.append(self.model(*args, **kwargs))
             return outputs[0]
 
         with draws.dropout():
-            denoised = self.denoiser(network)(x, sigma, batch.class_labels)
-        error = denoising_error(denoised, batch.images, sigma, self.spec)
+            denoised = self.denoiser(Rewired(self.model, network))(x, sigma, batch.condition)
+        error = denoising_error(denoised, batch.samples, sigma, self.spec)  # eq. 8
         log_variance = getattr(outputs[0], "log_variance", None)
         if log_variance is not None:
             error = error / x[0].numel()  # about 1 to begin with, as exp(log_variance) is

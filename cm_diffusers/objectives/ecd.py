@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cm_diffusers.core.conditions import Condition
 from cm_diffusers.objectives.base import Summary
 from cm_diffusers.objectives.consistency import SOLVERS, teacher_step
 from cm_diffusers.objectives.ect import ECT, ECTOptions
@@ -43,5 +44,7 @@ class ECD(ECT):
         paper="[Geng et al. 2024](https://arxiv.org/abs/2406.14548), sec. 3",
     )
 
-    def point_at(self, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
-        return teacher_step(self.options.solver, self.teacher, x_t, t, r, labels)
+    def point_at(
+        self, r: Tensor, *, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, condition: Condition
+    ) -> Tensor:
+        return teacher_step(self.teacher, x_t, t=t, u=r, condition=condition, solver=self.options.solver)

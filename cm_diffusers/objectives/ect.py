@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
@@ -108,23 +109,36 @@ class ECT(Objective):
         return ect_stage(step, self.options.pretrain_steps, self.options.stage_steps)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x0, labels, stage = batch.images, batch.class_labels, self.stage(draws.step)
+        x0, condition = batch.samples, batch.condition
+        stage = self.stage(draws.step)
         t = lognormal(draws.normal("sigma"), self.options.p_mean, self.options.p_std)
         gap = ect_gap(t, stage, self.options.q, self.options.k, self.options.b)
         r = t - gap
         noise = draws.normal("noise", x0.shape[1:])
         x_t = VE().add_noise(x0, noise, t)
-        x_r = self.point_at(x0, noise, x_t, t, r, labels)
+        x_r = self.point_at(r, x0=x0, noise=noise, x_t=x_t, t=t, condition=condition)
         if stage < 0:
             with draws.dropout():
-                estimate, target = self.denoiser()(x_t, t, labels), x_r
+                estimate = self.denoiser()(x_t, t, condition)
+            target = x_r
         else:
-            estimate, target = estimate_and_target(draws, self.denoiser(), x_t, t, self.denoiser(), x_r, r, labels)
+            estimate, target = estimate_and_target(
+                student=self.denoiser(),
+                x_t=x_t,
+                t=t,
+                target=self.denoiser(),
+                x_u=x_r,
+                u=r,
+                condition=condition,
+                draws=draws,
+            )
             target = torch.where(append_dims(r > 0, x0), target, x_r)  # D(x, 0) = x, where the label is not finite
         error = distance(self.options.distance, estimate, target, self.options.huber_c)
         return Loss.mean(self._weight(t, gap) * error, t)
 
-    def point_at(self, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor, labels: Tensor | None) -> Tensor:
+    def point_at(
+        self, r: Tensor, *, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, condition: Condition
+    ) -> Tensor:
         """The point at `r` of the trajectory through x_t: here on the straight line from the data."""
         return VE().add_noise(x0, noise, r)
 

@@ -57,17 +57,26 @@ class ICT(Objective):
         return ict_scales(step, self.total_steps, self.options.s0, self.options.s1)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x0, labels = batch.images, batch.class_labels
+        x0 = batch.samples
         sigmas = karras_sigmas(self.scales(draws.step), self.sigma_min, self.spec.sigma_max).flip(0)
-        law = lognormal_bins(sigmas, self.options.p_mean, self.options.p_std)
+        law = lognormal_bins(sigmas, self.options.p_mean, self.options.p_std)  # eq. 9
         i = draw_bins(law, draws.uniform("sigma").cpu())
         u, t, gap = sigmas[i].to(x0), sigmas[i + 1].to(x0), sigmas.diff()[i].to(x0)
         noise = draws.normal("noise", x0.shape[1:])
         x_t, x_u = VE().add_noise(x0, noise, t), VE().add_noise(x0, noise, u)
-        estimate, target = estimate_and_target(draws, self.denoiser(), x_t, t, self.denoiser(), x_u, u, labels)
+        estimate, target = estimate_and_target(
+            student=self.denoiser(),
+            x_t=x_t,
+            t=t,
+            target=self.denoiser(),
+            x_u=x_u,
+            u=u,
+            condition=batch.condition,
+            draws=draws,
+        )
         c = self.options.huber_c
         c = ict_huber_c(math.prod(x0.shape[1:])) if c is None else c
-        return Loss.mean(inverse_gap(gap) * pseudo_huber(estimate, target, c), t)
+        return Loss.mean(inverse_gap(gap) * pseudo_huber(estimate, target, c), t)  # eq. 7
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         return consistency_pipeline(network, self.spec, self.sigma_min, self.options.s1 + 1)

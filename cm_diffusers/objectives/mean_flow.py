@@ -7,13 +7,14 @@ takes the ODE's velocity from the data as sCT does; with r = t it is flow matchi
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.conditions import Rewired, call_network
 from cm_diffusers.core.denoisers import ProcessDenoiser, flow_denoiser
 from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
@@ -45,10 +46,10 @@ class MeanFlowOptions(Options):
 def jump_to_zero(network: Callable, time_scale: float = 1.0) -> ProcessDenoiser:
     """The jump of a network with two times, told `time_scale` times these, from any time to 0, as a denoiser."""
 
-    def to_zero(x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> SimpleNamespace:
-        return network(x, t, target_timestep=torch.zeros_like(t), class_labels=class_labels)
+    def to_zero(x: Tensor, t: Tensor, **condition: Tensor) -> Any:
+        return network(x, t, target_timestep=torch.zeros_like(t), **condition)
 
-    return flow_denoiser(to_zero, time_scale=time_scale)
+    return flow_denoiser(Rewired(network, to_zero), time_scale=time_scale)
 
 
 class MeanFlow(Objective):
@@ -91,7 +92,8 @@ class MeanFlow(Objective):
         return t, torch.where(draws.uniform("equal") < self.options.equal_times, t, r)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x0, labels, scale = batch.images, batch.class_labels, self.spec.time_scale
+        x0, condition = batch.samples, batch.condition
+        scale = self.spec.time_scale
         t, r = self.times(draws)
         noise = draws.normal("noise", x0.shape[1:])
         x_t = append_dims(1 - t, x0) * x0 + append_dims(t, x0) * noise
@@ -99,15 +101,17 @@ class MeanFlow(Objective):
 
         def network(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             with draws.dropout():
-                return self.network(x, scale * t, target_timestep=scale * r, class_labels=labels).sample
+                times = {"target_timestep": scale * r}
+                return call_network(self.network, x, scale * t, condition=condition, **times).sample
 
         with jvp_ready(self.network, self.options.jvp_mode):
             tangents = (v, torch.ones_like(t), torch.zeros_like(r))
             _, du_dt = jvp(network, (x_t, t, r), tangents, self.options.jvp_mode)
         with draws.dropout():
-            u = self.model(x_t, scale * t, target_timestep=scale * r, class_labels=labels).sample.to(x0.dtype)
-        error = l2(u, v - append_dims(t - r, x0) * du_dt)
-        weight = (error.detach() + self.options.weight_c) ** -self.options.power
+            output = call_network(self.model, x_t, scale * t, condition=condition, target_timestep=scale * r)
+        u = output.sample.to(x0.dtype)
+        error = l2(u, v - append_dims(t - r, x0) * du_dt)  # eq. 10
+        weight = (error.detach() + self.options.weight_c) ** -self.options.power  # eq. 22
         return Loss.mean(weight * error, t / (1 - t))
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.conditions import Condition, call_network
 from cm_diffusers.core.denoisers import trigflow_velocity
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.noise_levels import lognormal
@@ -81,7 +82,7 @@ class SCT(Objective):
     def adapt(cls, network: nn.Module, spec: ModelSpec) -> nn.Module:
         return with_log_variance(network)
 
-    def velocity(self, x0: Tensor, z: Tensor, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, *, x0: Tensor, z: Tensor, condition: Condition) -> Tensor:
         """dx_t/dt: here of the straight pair (x0, z), whose mean over the pairs through x_t is the ODE's."""
         return append_dims(t.cos(), z) * z - append_dims(t.sin(), x0) * x0
 
@@ -90,25 +91,26 @@ class SCT(Objective):
         return min(1.0, step / max(1, self.options.tangent_warmup_steps))
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x0, labels, sigma_data = batch.images, batch.class_labels, self.spec.sigma_data
+        x0, condition = batch.samples, batch.condition
+        sigma_data = self.spec.sigma_data
         sigma = lognormal(draws.normal("sigma"), self.options.p_mean, self.options.p_std)
         t = (sigma / sigma_data).atan()
         cos, sin = append_dims(t.cos(), x0), append_dims(t.sin(), x0)
         z = sigma_data * draws.normal("noise", x0.shape[1:])
         x_t = cos * x0 + sin * z
-        velocity = self.velocity(x0, z, x_t, t, labels)
+        velocity = self.velocity(x_t, t, x0=x0, z=z, condition=condition)
 
         bare, model = map(self.spec.as_trigflow, (self.network, self.model))
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             with draws.dropout():
-                return bare(x, t, class_labels=labels).sample
+                return call_network(bare, x, t, condition=condition).sample
 
         with jvp_ready(self.network, self.options.jvp_mode):  # dF = cos(t) sin(t) sigma_data dF/dt
             tangents = (cos * sin * velocity / sigma_data, t.cos() * t.sin())
             _, dF = jvp(network, (x_t / sigma_data, t), tangents, self.options.jvp_mode)
         with draws.dropout():
-            output = model(x_t / sigma_data, t, class_labels=labels)
+            output = call_network(model, x_t / sigma_data, t, condition=condition)
         F = output.sample.to(x0.dtype)
         target = F.detach()
         g = -(cos**2) * (sigma_data * target - velocity)
@@ -142,5 +144,5 @@ class SCD(SCT):
     )
 
     @torch.no_grad()
-    def velocity(self, x0: Tensor, z: Tensor, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        return trigflow_velocity(self.teacher, x_t, t, self.spec.sigma_data, labels)
+    def velocity(self, x_t: Tensor, t: Tensor, *, x0: Tensor, z: Tensor, condition: Condition) -> Tensor:
+        return trigflow_velocity(self.teacher, x_t, t, self.spec.sigma_data, condition)

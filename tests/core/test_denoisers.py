@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from cm_diffusers import CTMScheduler
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.core.denoisers import (
     EDMDenoiser,
     ProcessDenoiser,
@@ -60,7 +61,7 @@ def test_denoiser_feeds_scaled_input_label_and_class():
 
     x, sigma = torch.randn(2, 3, 4, 4).double(), torch.tensor([0.5, 80.0]).double()
     classes = torch.tensor([3, 1])
-    denoised = EDMDenoiser(network, 0.5)(x, sigma, classes)
+    denoised = EDMDenoiser(network, 0.5)(x, sigma, of_classes(classes))
     torch.testing.assert_close(seen["sample"][0], x[0] * 1.4142135623730951)
     assert seen["label"].tolist() == pytest.approx([250 * math.log(0.5), 250 * math.log(80)])
     assert seen["class_labels"] is classes
@@ -94,13 +95,14 @@ def gaussian_trajectories(sigma_data, std):
 
 LEVELS = torch.tensor([0.002, 0.01, 1 / 3, 0.8, 7.0, 80.0], dtype=torch.float64)
 CLASSES = torch.arange(6)
+CONDITION = of_classes(CLASSES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("time_label", ["log_sigma", "angle"])
 def test_a_jump_to_where_one_is_changes_nothing_whatever_the_network_says(time_label, dtype):
     x, sigma = 3 * torch.randn(6, 1, 8, 8, dtype=dtype), LEVELS.to(dtype)
-    model = TrajectoryDenoiser(lambda x, t, target_timestep, class_labels: random_network(x, t), 0.5, 0.01, time_label)
+    model = TrajectoryDenoiser(lambda x, t, target_timestep: random_network(x, t), 0.5, 0.01, time_label)
     assert torch.equal(model.jump(x, sigma, sigma), x)
     changed = [not torch.equal(after, before) for after, before in zip(model(x, sigma), x)]
     assert changed == [True, False, True, True, True, True]
@@ -117,10 +119,10 @@ def test_jumps_are_those_of_the_scheduler(time_label):
         return two_time_network(network_input, scheduler.labels(LEVELS), scheduler.labels(target), CLASSES).sample
 
     floor = torch.full((6,), 0.002, dtype=torch.float64)
-    for moved, s in ((model.jump(x, LEVELS, target, CLASSES), target), (model(x, LEVELS, CLASSES), floor)):
+    for moved, s in ((model.jump(x, LEVELS, target, CONDITION), target), (model(x, LEVELS, CONDITION), floor)):
         torch.testing.assert_close(moved, scheduler.jump(output(s), x, LEVELS, s), rtol=1e-12, atol=1e-12)
     by_velocity = x - LEVELS.reshape(-1, 1, 1, 1) * scheduler.velocity(output(LEVELS), x, LEVELS)
-    torch.testing.assert_close(model.denoise(x, LEVELS, CLASSES), by_velocity, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(model.denoise(x, LEVELS, CONDITION), by_velocity, rtol=1e-12, atol=1e-11)
 
 
 def test_a_jump_is_equation_9():
@@ -128,7 +130,7 @@ def test_a_jump_is_equation_9():
     c_skip, c_out, c_in = (c.reshape(-1, 1, 1, 1) for c in edm_scalings(t, 0.5))
     g = c_skip * x + c_out * two_time_network(c_in * x, 250 * t.log(), 250 * s.log(), CLASSES).sample
     share = (s / t).reshape(-1, 1, 1, 1)
-    moved = TrajectoryDenoiser(two_time_network, 0.5).jump(x, t, s, CLASSES)
+    moved = TrajectoryDenoiser(two_time_network, 0.5).jump(x, t, s, CONDITION)
     torch.testing.assert_close(moved, share * x + (1 - share) * g, rtol=1e-10, atol=1e-10)
 
 
@@ -149,9 +151,9 @@ def test_jumps_of_other_predictions_are_equation_9_and_those_of_the_scheduler(pr
     output = two_time_network(x_t, time_scale * process.time(t), time_scale * process.time(s), CLASSES).sample
     g = to_denoised(prediction, output, x_t, t, process)
     share = (s / t).reshape(-1, 1, 1, 1)
-    moved = model.jump(x, t, s, CLASSES)
+    moved = model.jump(x, t, s, CONDITION)
     torch.testing.assert_close(moved, share * x + (1 - share) * g, rtol=1e-9, atol=1e-9)
-    assert model.jump(x, t, t, CLASSES).equal(x)
+    assert model.jump(x, t, t, CONDITION).equal(x)
 
     scheduler = CTMScheduler(sigma_data=0.5, prediction=prediction, **config)
     torch.testing.assert_close(scheduler.precondition_inputs(x, t), x_t)
@@ -190,8 +192,8 @@ def test_a_trigflow_network_is_edm_s_of_the_opposite_sign_on_the_same_input(sigm
         return network(*args, **kwargs, sign=-1)
 
     x = (LEVELS**2 + sigma_data**2).sqrt().reshape(-1, 1, 1, 1) * torch.randn(6, 1, 4, 4).double()
-    ours = trigflow_denoiser(network, sigma_data)(x, LEVELS, CLASSES)
-    theirs = EDMDenoiser(opposite, sigma_data, time_label="angle")(x, LEVELS, CLASSES)
+    ours = trigflow_denoiser(network, sigma_data)(x, LEVELS, CONDITION)
+    theirs = EDMDenoiser(opposite, sigma_data, time_label="angle")(x, LEVELS, CONDITION)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(seen[0][0], x / (LEVELS**2 + sigma_data**2).sqrt().reshape(-1, 1, 1, 1))
     assert all(classes is CLASSES for _, _, classes in seen)

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from safetensors.torch import load_file
 
 from cm_diffusers import ConsistencyPipeline, DenoisingPipeline
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.saved.export import verify_export
 from cm_diffusers.engine.saved.start import denoiser_of, load_pipeline, load_teacher
@@ -56,7 +57,7 @@ def test_a_student_keeps_its_teacher_s_process_and_samples_after_reloading(kind,
     sigma = torch.tensor([0.1, 1.0, 5.0, 40.0])
     x = sigma.reshape(-1, 1, 1, 1) * torch.randn(4, *student.sample_shape)
     with torch.no_grad():
-        moved = denoiser(x, sigma, labels) - teacher.denoiser(x, sigma, labels)
+        moved = denoiser(x, sigma, of_classes(labels)) - teacher.denoiser(x, sigma, of_classes(labels))
     assert 0 < moved.abs().max() and moved.square().mean().sqrt() < 0.3  # four steps from the teacher
 
     again = DiffusionPipeline.from_pretrained(folder)
@@ -79,7 +80,7 @@ def test_a_trajectory_model_begins_as_its_teacher_and_jumps_after_reloading(kind
     if method == "ctm":
         student.scheduler.register_to_config(clip_denoised=False)
         x, sigma = 3.3 * noise, torch.full((2,), 3.3)
-        denoised = teacher.denoiser(x, sigma, labels)
+        denoised = teacher.denoiser(x, sigma, of_classes(labels))
         jumped = student.jump(x, 3.3, 1.1, labels)
         torch.testing.assert_close(jumped, (x + 2 * denoised) / 3, rtol=0.03, atol=0.03)  # two steps from the teacher
     made = student(class_labels=labels, latents=noise, sigmas=[3.3, 0.5], output_type="latent").images
@@ -92,7 +93,7 @@ def test_a_trajectory_model_begins_as_its_teacher_and_jumps_after_reloading(kind
     one = student(class_labels=labels, latents=noise, sigmas=[3.3], output_type="latent").images
     with torch.no_grad():
         start_of = noise / (1 / 3.3 + 1) * (1 + 3.3) if method == "mean_flow" else 3.3 * noise
-        expected = denoiser(start_of, torch.full((2,), 3.3), labels)
+        expected = denoiser(start_of, torch.full((2,), 3.3), of_classes(labels))
     torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -108,10 +109,12 @@ def test_a_diffusion_model_is_tuned_on_its_own_process_and_teaches(kind, method,
         x, levels = sigma * torch.randn(2, 1, 8, 8), torch.full((2,), sigma)
         with torch.no_grad():
             denoised = tuned.denoise(x, levels[0], labels)
-            torch.testing.assert_close(denoised, denoiser_of(tuned)(x, levels, labels), rtol=1e-4, atol=1e-4)
-            moved = load_teacher(str(folder), ModelArguments()).denoiser(x, levels, labels) - denoised
+            torch.testing.assert_close(
+                denoised, denoiser_of(tuned)(x, levels, of_classes(labels)), rtol=1e-4, atol=1e-4
+            )
+            moved = load_teacher(str(folder), ModelArguments()).denoiser(x, levels, of_classes(labels)) - denoised
             assert moved.abs().max() < 1e-3
-            away = denoised - teacher.denoiser(x, levels, labels)
+            away = denoised - teacher.denoiser(x, levels, of_classes(labels))
         assert 0 < away.square().mean().sqrt() < 0.3  # two steps
     verify_export(tuned, folder)  # in a clean process, where the code of the folder samples the same images
 
@@ -126,7 +129,7 @@ def test_one_step_of_the_student_s_pipeline_is_its_denoiser(kind, tmp_path):
     for sigma in (pipe.scheduler.config.sigma_max, 3.3, 0.05):
         made = pipe(class_labels=labels, latents=noise, sigmas=[sigma], output_type="latent").images
         with torch.no_grad():
-            expected = denoiser_of(pipe)(sigma * noise, torch.full((2,), sigma), labels)
+            expected = denoiser_of(pipe)(sigma * noise, torch.full((2,), sigma), of_classes(labels))
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -210,9 +213,14 @@ def test_guidance_is_on_the_denoiser(tmp_path):
 
     teacher = load_teacher(str(tmp_path), ModelArguments())
     x, sigma, labels = torch.randn(3, 4, 4, 4), torch.tensor([0.3, 2.0, 30.0]), torch.tensor([1, 2, 3])
-    given, null = teacher.denoiser(x, sigma, labels), teacher.denoiser(x, sigma, torch.full((3,), 10))
+    given, null = (
+        teacher.denoiser(x, sigma, of_classes(labels)),
+        teacher.denoiser(x, sigma, of_classes(torch.full((3,), 10))),
+    )
     assert not torch.allclose(given, null)
-    torch.testing.assert_close(guided(teacher, 3.0)(x, sigma, labels), null + 3 * (given - null), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        guided(teacher, 3.0)(x, sigma, of_classes(labels)), null + 3 * (given - null), rtol=1e-4, atol=1e-4
+    )
     assert guided(teacher, 1.0) == teacher.denoiser
 
 

@@ -86,7 +86,7 @@ def test_a_folder_of_class_folders_gives_images_and_labels(image_folder):
 def test_labels_are_not_read_for_an_unconditional_model(image_folder):
     data = read_folder(image_folder)
     assert data.labels is None and data.num_classes is None
-    assert next(data.batches(Spot(4), seed=0))["labels"] is None
+    assert next(data.batches(Spot(4), seed=0))["condition"] == {}
 
 
 def test_parquet_with_the_usual_names(tmp_path):
@@ -417,7 +417,9 @@ def test_workers_and_memory_do_not_change_the_batches(image_folder, monkeypatch,
     lazy = read_folder(image_folder, conditional=True, dataloader_num_workers=workers)
     assert not torch.is_tensor(lazy.images)
     for a, b in zip(in_memory, take(lazy.batches(Spot(5), seed=1, step=2), 6)):
-        assert torch.equal(a["images"], b["images"]) and torch.equal(a["labels"], b["labels"])
+        assert torch.equal(a["images"], b["images"]) and torch.equal(
+            a["condition"]["class_labels"], b["condition"]["class_labels"]
+        )
 
 
 def test_a_batch_holds_the_rows_of_the_order(image_folder):
@@ -425,7 +427,7 @@ def test_a_batch_holds_the_rows_of_the_order(image_folder):
     for batch, indices in zip(take(data.batches(Spot(5), seed=1), 4), KeyedOrder(12, Spot(5), seed=1)):
         assert batch["images"].dtype == torch.uint8
         assert torch.equal(batch["images"], data.images[indices])
-        assert torch.equal(batch["labels"], data.labels[indices])
+        assert torch.equal(batch["condition"]["class_labels"], data.labels[indices])
 
 
 # --- streaming -----------------------------------------------------------------------------------------------------
@@ -452,9 +454,11 @@ def test_a_stream_gives_all_images_once_per_epoch_with_their_labels(stream_folde
     assert values[:20].tolist() != values[20:].tolist()
     if conditional:
         assert data.num_classes == 2
-        assert torch.equal(torch.cat([batch["labels"] for batch in batches]), (values // 100).long())
+        assert torch.equal(
+            torch.cat([batch["condition"]["class_labels"] for batch in batches]), (values // 100).long()
+        )
     else:
-        assert all(batch["labels"] is None for batch in batches)
+        assert all(batch["condition"] == {} for batch in batches)
 
 
 def test_processes_stream_disjoint_halves(stream_folder):

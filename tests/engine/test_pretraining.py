@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cm_diffusers import DenoisingPipeline
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.core.labelled_augmentation import augment
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.saved.start import ModelArguments, guided, load_pipeline, load_teacher
@@ -68,21 +69,23 @@ def test_the_loop_trains_on_augmented_images_and_says_so(tmp_path, batches):
     train(tmp_path, max_train_steps=4, train_batch_size=32, validation_steps=4)
     for raw, draws, batch in batches[:-1]:
         images, labels = augment(raw["images"].float() / 127.5 - 1, draws, EDM["augment"])
-        assert torch.equal(batch.images, images) and torch.equal(batch.augment_labels, labels)
-        left_out = batch.class_labels != raw["labels"]
-        assert (batch.class_labels[left_out] == 10).all() and 4 <= left_out.sum() <= 22
+        assert torch.equal(batch.samples, images) and torch.equal(batch.condition.entries["augment_labels"], labels)
+        left_out = batch.condition.entries["class_labels"] != raw["condition"]["class_labels"]
+        assert (batch.condition.entries["class_labels"][left_out] == 10).all() and 4 <= left_out.sum() <= 22
     raw, draws, batch = batches[-1]  # pictures are of the images and labels as they are
-    assert draws is None and batch.augment_labels is None
-    assert torch.equal(batch.images, raw["images"].float() / 127.5 - 1) and torch.equal(
-        batch.class_labels, raw["labels"]
+    assert draws is None and "augment_labels" not in batch.condition.entries
+    assert torch.equal(batch.samples, raw["images"].float() / 127.5 - 1) and torch.equal(
+        batch.condition.entries["class_labels"], raw["condition"]["class_labels"]
     )
 
 
 def test_without_the_options_images_and_labels_are_left_alone(tmp_path, batches):
     train(tmp_path, augment=0, label_dropout=0, max_train_steps=2)
     for raw, _, batch in batches:
-        assert batch.augment_labels is None and torch.equal(batch.class_labels, raw["labels"])
-        assert torch.equal(batch.images, raw["images"].float() / 127.5 - 1)
+        assert "augment_labels" not in batch.condition.entries and torch.equal(
+            batch.condition.entries["class_labels"], raw["condition"]["class_labels"]
+        )
+        assert torch.equal(batch.samples, raw["images"].float() / 127.5 - 1)
     assert load_pipeline(str(tmp_path / "pipeline")).unet.augment_embedding is None
 
 
@@ -113,8 +116,8 @@ def test_a_model_that_was_trained_without_labels_can_be_guided(whole, tmp_path):
     x, sigma, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.3, 2.0, 30.0]), torch.tensor([1, 2, 3])
     with torch.no_grad():
         teacher.network.class_embedding.weight.normal_()
-        given, null = teacher.denoiser(x, sigma, labels), teacher.denoiser(x, sigma)
-        result = guided(teacher, 3.0)(x, sigma, labels)
+        given, null = teacher.denoiser(x, sigma, of_classes(labels)), teacher.denoiser(x, sigma)
+        result = guided(teacher, 3.0)(x, sigma, of_classes(labels))
     assert (given - null).abs().max() > 1e-3
     torch.testing.assert_close(result, null + 3 * (given - null), rtol=1e-4, atol=1e-4)
     settings = {"pretrained_teacher_model": whole / "pipeline", "max_train_steps": 2, "num_scales": 8}

@@ -147,8 +147,8 @@ def test_labels_stay_with_their_images(three_shards):
     data = open_stream(three_shards, conditional=True)
     assert data.num_classes == 4
     for batch in take(data.batches(Spot(5), 0), 9):
-        assert batch["labels"].dtype == torch.int64
-        assert torch.equal(batch["labels"], batch["images"][:, 0, 0, 0].long() % 4)
+        assert batch["condition"]["class_labels"].dtype == torch.int64
+        assert torch.equal(batch["condition"]["class_labels"], batch["images"][:, 0, 0, 0].long() % 4)
 
 
 @pytest.mark.parametrize("workers, here", [(0, True), (2, False)])
@@ -176,7 +176,7 @@ def test_digits_can_be_streamed():
     [batch] = take(data.batches(Spot(30), 0), 1)
     numbers = next(order(30, Spot(30)))
     assert torch.equal(batch["images"], whole.images[numbers])
-    assert torch.equal(batch["labels"], whole.labels[numbers])
+    assert torch.equal(batch["condition"]["class_labels"], whole.labels[numbers])
 
 
 def test_a_folder_of_images_can_be_streamed(tmp_path):
@@ -189,7 +189,7 @@ def test_a_folder_of_images_can_be_streamed(tmp_path):
     [batch] = take(data.batches(Spot(12), 0), 1)
     numbers = next(order(12, Spot(12)))
     assert torch.equal(batch["images"], whole.images[numbers])
-    assert torch.equal(batch["labels"], whole.labels[numbers])
+    assert torch.equal(batch["condition"]["class_labels"], whole.labels[numbers])
 
 
 # --- faults --------------------------------------------------------------------------------------------------------

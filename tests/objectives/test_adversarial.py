@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from cm_diffusers.core.augmentation import differentiable_augmentation
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives.adversarial import Adversary, AdversaryOptions
 from cm_diffusers.objectives.balance import Part, balanced
@@ -19,8 +20,8 @@ class Watched(nn.Module):
         self.weight = nn.Parameter(torch.tensor(0.5))
         self.calls = []
 
-    def forward(self, images, labels=None):
-        self.calls.append((images, labels))
+    def forward(self, images, class_labels=None):
+        self.calls.append((images, class_labels))
         return self.weight * images.mean((1, 2, 3))[:, None] * torch.tensor([1, 9])
 
 
@@ -39,7 +40,7 @@ def adversary():
 
 
 def test_the_discriminator_sees_real_and_made_images_augmented_with_their_own_labels(adversary):
-    loss = adversary.loss(Batch(pictures(0), LABELS), DRAWS)
+    loss = adversary.loss(Batch(pictures(0), of_classes(LABELS)), DRAWS)
     ((seen, labels),) = adversary.network.calls
     real, fake = (differentiable_augmentation(pictures(i), DRAWS, name) for i, name in enumerate(("real", "fake")))
     assert torch.equal(seen, torch.cat([real, fake]))
@@ -52,7 +53,7 @@ def test_the_discriminator_sees_real_and_made_images_augmented_with_their_own_la
 
 def test_the_model_s_images_are_judged_as_the_discriminator_learned_to_see_them(adversary):
     fake = pictures(1).requires_grad_()
-    loss = adversary.generator_loss(fake, LABELS, DRAWS)
+    loss = adversary.generator_loss(fake, of_classes(LABELS), DRAWS)
     ((seen, labels),) = adversary.network.calls
     assert torch.equal(seen, differentiable_augmentation(fake, DRAWS, "fake")) and labels is LABELS
     torch.testing.assert_close(loss, -2.5 * seen.mean((1, 2, 3)))

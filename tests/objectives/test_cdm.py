@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.conditions import Condition, of_classes
 from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.karras import karras_sigmas
@@ -38,17 +39,17 @@ def make(network, **options):
 
 
 def small_batch(**labels):
-    return Batch(torch.rand(8, 1, 4, 4, dtype=torch.float64) * 2 - 1, **labels)
+    return Batch(torch.rand(8, 1, 4, 4, dtype=torch.float64) * 2 - 1, Condition(labels))
 
 
 def of_denoiser(denoise, data, sigma=0.5, **options):
     """The martingale term (B,) of `denoise`, and the mean of the single square |D1 - D0|^2."""
     objective, ends = make(Recorder(), p_mean=math.log(sigma), **{**FIXED, **options}), []
-    objective.denoiser = lambda network: lambda x, sigma, labels: denoise(x, append_dims(sigma, x))
+    objective.denoiser = lambda: lambda x, sigma, labels: denoise(x, append_dims(sigma, x))
     rollouts = objective.rollouts
 
-    def watched(batch, x, sigma, denoised, draws):
-        ends.extend([denoised, rollouts(batch, x, sigma, denoised, draws)])
+    def watched(x, sigma, denoised, **others):
+        ends.extend([denoised, rollouts(x, sigma, denoised=denoised, **others)])
         return ends[1]
 
     objective.rollouts = watched
@@ -98,7 +99,7 @@ def test_rollouts_of_no_length_give_0_as_all_passes_drop_the_same(name, dropout)
     network = NETWORKS[name](dropout).double().train()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
-    draws, batch = Draws(0, 0, ROWS), Batch(torch.randn(8, 1, 8, 8).double(), torch.arange(8))
+    draws, batch = Draws(0, 0, ROWS), Batch(torch.randn(8, 1, 8, 8).double(), of_classes(torch.arange(8)))
     for length in (0.0, 0.5):
         objective = make(network, epsilon_min=length, epsilon_max=length, rollout_steps=2)
         objective.key_dropout(draws)
@@ -125,8 +126,8 @@ def test_labels_reach_every_pass(dropout, sizes, with_gradient):
     assert [i for i, call in enumerate(network.calls) if call["grad"]] == with_gradient
     for call in network.calls:
         times = len(call["sample"]) // 8
-        assert torch.equal(call["class_labels"], batch.class_labels.repeat(times))
-        assert torch.equal(call["augment_labels"], batch.augment_labels.repeat(times, 1))
+        assert torch.equal(call["class_labels"], batch.condition.entries["class_labels"].repeat(times))
+        assert torch.equal(call["augment_labels"], batch.condition.entries["augment_labels"].repeat(times, 1))
 
 
 def test_the_gradient_reaches_both_factors():
@@ -143,7 +144,7 @@ def test_the_gradient_reaches_both_factors():
     d0, (d1, d2) = denoised(first), denoised(last).chunk(2)
     sigma = append_dims((first["label"] / 250).exp(), d0)
     weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
-    total = (weight * (d0 - batch.images) ** 2 + 3 * (d1 - d0) * (d2 - d0)).sum() / 8
+    total = (weight * (d0 - batch.samples) ** 2 + 3 * (d1 - d0) * (d2 - d0)).sum() / 8
     torch.testing.assert_close(loss.total, total, rtol=1e-5, atol=0)
     torch.testing.assert_close(
         network.weight.grad, torch.autograd.grad(total, network.weight)[0], rtol=1e-4, atol=1e-4
@@ -152,7 +153,7 @@ def test_the_gradient_reaches_both_factors():
 
 @pytest.mark.parametrize("interpolant", ["edm", "flow"])
 def test_without_the_term_it_is_diffusion_bit_for_bit(tiny_unet, interpolant):
-    network, batch, draws = tiny_unet(), Batch(torch.randn(8, 1, 8, 8), torch.arange(8)), Draws(0, 0, ROWS)
+    network, batch, draws = tiny_unet(), Batch(torch.randn(8, 1, 8, 8), of_classes(torch.arange(8))), Draws(0, 0, ROWS)
     spec = SPEC if interpolant == "edm" else ModelSpec(0.5, "flow_time", prediction="flow")
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)

@@ -157,7 +157,7 @@ def test_residual_of_the_exact_solution_falls_with_the_solvers_order(solver, ord
     residuals = []
     for step in (0.02, 0.01, 0.005):
         u = t * (1 - step)
-        x_u = teacher_step(solver, TEACHER, x, t, u, None)
+        x_u = teacher_step(TEACHER, x, t=t, u=u, condition=None, solver=solver)
         residuals.append((exact(x, t) - exact(x_u, u)).norm().item())
     for coarse, fine in zip(residuals, residuals[1:]):
         assert math.log2(coarse / fine) == pytest.approx(order + 1, abs=0.1)

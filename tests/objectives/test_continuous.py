@@ -91,8 +91,8 @@ def test_without_warm_up_the_gradient_is_cos_squared_times_that_of_diffusion():
     sigma = (-1.0 + 1.4 * draws.normal("sigma")).exp()
     t = (sigma / SIGMA_DATA).atan().reshape(-1, 1, 1, 1)
     z = SIGMA_DATA * draws.normal("noise", (1, 2, 2))
-    x_t = t.cos() * data.images + t.sin() * z
-    v = t.cos() * z - t.sin() * data.images
+    x_t = t.cos() * data.samples + t.sin() * z
+    v = t.cos() * z - t.sin() * data.samples
     error = SIGMA_DATA * network(x_t / SIGMA_DATA, t.flatten()).sample - v
     (t.cos() ** 2 * error**2 / SIGMA_DATA).mean().backward()
     torch.testing.assert_close(gradient, network.scale.grad, rtol=1e-5, atol=1e-9)
@@ -109,7 +109,7 @@ def test_gradient_is_that_of_the_weighted_product_of_f_and_its_derivative():
 
     sigma = (-1.0 + 1.4 * draws.normal("sigma")).exp().double()
     t = (sigma / SIGMA_DATA).atan()
-    x0, z = data.images, (SIGMA_DATA * draws.normal("noise", (1, 2, 2))).double()
+    x0, z = data.samples, (SIGMA_DATA * draws.normal("noise", (1, 2, 2))).double()
 
     def f(s):
         s4 = s.reshape(-1, 1, 1, 1)
@@ -223,8 +223,8 @@ def test_with_equal_times_it_is_flow_matching():
     assert torch.equal(t, r)
     noise = draws.normal("noise", (1, 2, 2))
     t4 = t.reshape(-1, 1, 1, 1)
-    u = objective.network((1 - t4) * data.images + t4 * noise, t, r).sample
-    torch.testing.assert_close(loss.per_sample, (u - (noise - data.images)).flatten(1).square().sum(1))
+    u = objective.network((1 - t4) * data.samples + t4 * noise, t, r).sample
+    torch.testing.assert_close(loss.per_sample, (u - (noise - data.samples)).flatten(1).square().sum(1))
 
 
 def test_times_are_sorted_and_equal_as_often_as_asked():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from cm_diffusers.core.conditions import NOTHING
 from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.karras import karras_sigmas
@@ -74,9 +75,7 @@ def draws(n=256, step=0):
 
 
 def test_the_exact_solution_has_no_loss_with_the_exact_flow(exact, monkeypatch):
-    monkeypatch.setattr(
-        CTM, "point_at_u", lambda self, x0, noise, x, levels, labels: exact_jump(x, levels[0], levels[-1])
-    )
+    monkeypatch.setattr(CTM, "point_at_u", lambda self, x, levels, **others: exact_jump(x, levels[0], levels[-1]))
     for step in range(4):
         loss = exact().loss(gaussian_batch(), draws(step=step))
         assert loss.per_sample.max() < 1e-12
@@ -106,7 +105,7 @@ def test_two_jumps_of_the_exact_network_are_one(exact):
 
 def test_the_diffusion_loss_of_the_exact_denoiser_is_the_posterior_variance(exact):
     n = 40_000
-    dsm, sigma = exact().diffusion_loss(gaussian_batch(n).images, None, draws(n))
+    dsm, sigma = exact().diffusion_loss(gaussian_batch(n).samples, None, draws(n))
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
     variance = DATA_STD**2 * sigma**2 / (DATA_STD**2 + sigma**2)
     assert (dsm / weight).mean().item() == pytest.approx(variance.mean().item(), rel=0.03)
@@ -143,10 +142,11 @@ def test_the_number_of_steps_is_that_of_the_whole_batch(exact):
 
 
 def test_the_straight_line_to_the_data_is_the_path_without_an_ode(exact):
-    objective, x0 = exact(None, trajectory="data"), gaussian_batch(4).images
+    objective, x0 = exact(None, trajectory="data"), gaussian_batch(4).samples
     noise = torch.randn(4, 1, 1, 1, dtype=torch.float64)
     levels = torch.tensor([[2.0], [1.0], [0.5]], dtype=torch.float64).expand(3, 4)
-    torch.testing.assert_close(objective.point_at_u(x0, noise, x0 + 2 * noise, levels, None), x0 + 0.5 * noise)
+    found = objective.point_at_u(x0 + 2 * noise, levels, x0=x0, noise=noise, condition=NOTHING)
+    torch.testing.assert_close(found, x0 + 0.5 * noise)
 
 
 # --- gradients
@@ -208,7 +208,7 @@ def test_the_average_moves_by_its_decay(random):
 
 def test_pretraining_is_that_of_a_diffusion_model(random):
     objective, batch = random(pretrain_steps=3), image_batch()
-    dsm, sigma = objective.diffusion_loss(batch.images, None, draws(4, 2))
+    dsm, sigma = objective.diffusion_loss(batch.samples, None, draws(4, 2))
     loss = objective.loss(batch, draws(4, 2))
     assert torch.equal(loss.total, dsm.mean()) and torch.equal(loss.sigma, sigma) and not loss.terms
     assert set(objective.loss(batch, draws(4, 3)).terms) == {"ctm", "dsm", "dsm_weight"}
@@ -282,7 +282,7 @@ def test_the_hinge_loss_of_a_discriminator_that_knows(random):
     objective = random(gan_weight=1.0)
     for logit, expected in ((0.0, 2.0), (3.0, 0.0)):
         logits = torch.tensor([[logit]] * 4 + [[-logit]] * 4)
-        objective.adversary.model = lambda images, labels, logits=logits: logits
+        objective.adversary.model = lambda images, logits=logits: logits
         assert objective.adversary.loss(image_batch(), draws(4)).total == expected
 
 

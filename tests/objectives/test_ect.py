@@ -6,6 +6,7 @@ from diffusers import ConsistencyModelPipeline
 from torch import nn
 
 from cm_diffusers import ConsistencyPipeline
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
@@ -65,10 +66,10 @@ def written_by_hand(network, batch, draws, stage, detach):
     """The loss of ECT with plain norms: sum |D(x_t, t) - D(x_r, r)| / (t - r) / n, and D(x, 0) = x."""
     t = (-1.1 + 2 * draws.normal("sigma")).exp()
     gap = ect_gap(t, stage)
-    noise = draws.normal("noise", batch.images.shape[1:])
+    noise = draws.normal("noise", batch.samples.shape[1:])
     denoise = EDMDenoiser(network, 0.5)
     total = 0
-    for i, x0 in enumerate(batch.images[:, None]):
+    for i, x0 in enumerate(batch.samples[:, None]):
         estimate = denoise(x0 + t[i] * noise[i], t[i : i + 1])
         r = t[i : i + 1] - gap[i]
         target = denoise(x0 + r * noise[i], r) if r > 0 else x0
@@ -144,7 +145,7 @@ def test_the_two_passes_of_a_unet_with_dropout_coincide_as_the_gap_vanishes(tiny
     t = loss.sigma
     distance = loss.per_sample * ect_gap(t, 18)
     with torch.no_grad():
-        x = batch.images + t.reshape(-1, 1, 1, 1) * draws.normal("noise", (1, 8, 8))
+        x = batch.samples + t.reshape(-1, 1, 1, 1) * draws.normal("noise", (1, 8, 8))
         two = [EDMDenoiser(network, 0.5)(x, t) for _ in range(2)]
     assert (distance < 0.02 * l2(*two).sqrt()).all()
 
@@ -156,7 +157,7 @@ def test_stage_minus_1_with_l2_and_edms_settings_is_diffusion_bit_for_bit(tiny_u
     network = tiny_unet(dropout=0.2).train()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
-    batch, draws = Batch(torch.rand(8, 1, 8, 8) * 2 - 1, torch.arange(8)), Draws(0, 0, ROWS)
+    batch, draws = Batch(torch.rand(8, 1, 8, 8) * 2 - 1, of_classes(torch.arange(8))), Draws(0, 0, ROWS)
     ect, _ = at_stage(network, -1, distance="l2", weighting="edm", p_mean=-1.2, p_std=1.2)
     diffusion = Diffusion(network, SPEC, Diffusion.Options(), 100)
     ours, theirs = ect.loss(batch, draws), diffusion.loss(batch, draws)
@@ -181,8 +182,8 @@ def test_stage_minus_1_is_denoising_with_the_root_of_the_squared_error():
     network, batch = SmallNetwork().double(), small_batch()
     objective, draws = at_stage(network, -1)
     sigma = (-1.1 + 2 * draws.normal("sigma")).exp()
-    noisy = batch.images + sigma.reshape(-1, 1, 1, 1) * draws.normal("noise", (1, 4, 4))
-    squared = l2(EDMDenoiser(network, 0.5)(noisy, sigma), batch.images)
+    noisy = batch.samples + sigma.reshape(-1, 1, 1, 1) * draws.normal("noise", (1, 4, 4))
+    squared = l2(EDMDenoiser(network, 0.5)(noisy, sigma), batch.samples)
     ours = gradients(network, objective.loss(batch, draws).total)
     # d sqrt(e) = d e / (2 sqrt(e)): each sample's denoising gradient, rescaled
     weight = (1 / (2 * squared.sqrt() * sigma)).detach()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.time_labels import OWN_LABELS
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
@@ -84,7 +85,7 @@ def batch_of(n=8, channels=1, size=(8, 8), classes=10, dtype=torch.float32):
     generator = torch.Generator().manual_seed(5)
     images = torch.rand(n, channels, *size, generator=generator).to(dtype) * 2 - 1
     labels = torch.randint(classes, (n,), generator=generator) if classes else None
-    return Batch(images, labels)
+    return Batch(images, of_classes(labels))
 
 
 def gradient(objective, batch, rows):
@@ -137,7 +138,7 @@ def test_gradient_of_half_batches_averages_to_that_of_the_whole(make, name, opti
     loss, whole = gradient(objective, batch, range(8))
     halves, per_sample = [], []
     for rows in (range(4), range(4, 8)):
-        part = Batch(batch.images[list(rows)], batch.class_labels[list(rows)])
+        part = Batch(batch.samples[list(rows)], batch.condition.rows(list(rows)))
         half_loss, half = gradient(objective, part, rows)
         halves.append(half)
         per_sample.append(half_loss.per_sample)
@@ -166,9 +167,9 @@ def test_bfloat16_autocast_is_finite_and_close(make, name, options):
 def test_denoiser_is_the_identity_at_its_floor(make, name, options):
     objective = make(name, options, dtype=torch.float64)
     x, floor = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.full((4,), objective.floor, dtype=torch.float64)
-    denoised = objective.denoiser()(x, floor, torch.arange(4))
+    denoised = objective.denoiser()(x, floor, of_classes(torch.arange(4)))
     assert torch.equal(denoised, x)
-    assert not torch.equal(objective.denoiser()(x, floor + 0.01, torch.arange(4)), x)
+    assert not torch.equal(objective.denoiser()(x, floor + 0.01, of_classes(torch.arange(4))), x)
 
 
 @every_objective

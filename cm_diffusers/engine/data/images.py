@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -132,17 +133,17 @@ def _digits() -> datasets.Dataset:
 
 
 class _Rows(Dataset):
-    """Batches by lists of indices: {"images": uint8 (B, C, H, W), "labels": int64 (B,) or None}."""
+    """Batches by lists of indices: {"images": uint8 (B, C, H, W), "condition": tensors (B, ...) by their names}."""
 
-    def __init__(self, images: Tensor | DecodedImages, labels: Tensor | None):
-        self.images, self.labels = images, labels
+    def __init__(self, images: Tensor | DecodedImages, condition: dict[str, Tensor]):
+        self.images, self.condition = images, condition
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor | None]:
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         if torch.is_tensor(self.images):
             images = self.images[indices]
         else:
             images = torch.stack([self.images.take(i) for i in indices])
-        return {"images": images, "labels": None if self.labels is None else self.labels[indices]}
+        return {"images": images, "condition": {name: entry[indices] for name, entry in self.condition.items()}}
 
 
 def _root_mean_square(images: Tensor) -> float:
@@ -279,6 +280,11 @@ class ImageData:
         facts = [VERSION, self.source._fingerprint, self.column, self.args.channels, self.resolution, keep, marks]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
+    @property
+    def condition(self) -> dict[str, Tensor]:
+        """What networks are told of each image: tensors (N, ...) by their names."""
+        return {} if self.labels is None else {"class_labels": self.labels}
+
     def measure_sigma_data(self) -> float:
         """Root mean square of (a sample of) the data scaled to [-1, 1]: what EDM's preconditioning assumes.
 
@@ -291,14 +297,14 @@ class ImageData:
 
     def rows(self, indices: list[int]) -> Tensor:
         """The images (B, C, H, W) at these places of the dataset."""
-        return _Rows(self.images, self.labels).__getitems__(indices)["images"]
+        return _Rows(self.images, self.condition).__getitems__(indices)["images"]
 
-    def batches(self, spot: Spot, seed: int, step: int = 0) -> Iterator[dict[str, Tensor | None]]:
+    def batches(self, spot: Spot, seed: int, step: int = 0) -> Iterator[dict[str, Any]]:
         """Batches for the forward passes of this process from training step `step` on, without end."""
         if self.args.streaming:
             order = StreamOrder(self.source, spot, seed, step, self.args.max_train_samples)
             return stream_batches(order, self._streamed, self.args.dataloader_num_workers)
         order = KeyedOrder(len(self.images), spot, seed, step)
         workers = 0 if torch.is_tensor(self.images) else self.args.dataloader_num_workers
-        rows = _Rows(self.images, self.labels)
+        rows = _Rows(self.images, self.condition)
         return loaded(rows, workers, batch_sampler=order)

@@ -102,7 +102,7 @@ class StreamOrder(Sampler):
 
 
 class StreamedRows(Dataset):
-    """Batches by lists of rows: {"images": uint8 (B, C, H, W), "labels": int64 (B,) or None}, or a `StreamFault`.
+    """Batches by lists of rows: {"images": uint8 (B, C, H, W), "condition": class labels}, or a `StreamFault`.
 
     Args:
         decoder: what makes images of records.
@@ -126,13 +126,15 @@ class StreamedRows(Dataset):
         for row in rows if self.label_column else ():
             self._label(row)
 
-    def __getitems__(self, rows: list[Row] | list[StreamFault]) -> dict[str, Tensor | None] | StreamFault:
+    def __getitems__(self, rows: list[Row] | list[StreamFault]) -> dict[str, Any] | StreamFault:
         try:
             images = torch.stack([self._image(row) for row in rows])
-            labels = torch.tensor([self._label(row) for row in rows]) if self.label_column else None
+            condition = {}
+            if self.label_column:
+                condition["class_labels"] = torch.tensor([self._label(row) for row in rows])
         except StreamFault as fault:  # an exception would lose its type on the way from a worker
             return fault
-        return {"images": images, "labels": labels}
+        return {"images": images, "condition": condition}
 
     def _image(self, row: Row | StreamFault) -> Tensor:
         if isinstance(row, StreamFault):
@@ -159,7 +161,7 @@ class StreamedRows(Dataset):
         return row[1][column]
 
 
-def stream_batches(order: StreamOrder, rows: StreamedRows, workers: int = 0) -> Iterator[dict[str, Tensor | None]]:
+def stream_batches(order: StreamOrder, rows: StreamedRows, workers: int = 0) -> Iterator[dict[str, Any]]:
     """Batches without end, decoded by `workers` processes. Raises StreamFault where a row can't be used."""
     with closing(loaded(rows, workers, batch_sampler=order)) as loader:
         while True:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.conditions import NOTHING, Condition
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.solvers import heun_step, ode_slope
@@ -19,26 +20,28 @@ TEACHER_LEVELS = 18
 ANGLES = (0.3, 0.7, 1.1, 1.4)
 
 
-def _at(denoiser: Denoiser, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+def _at(denoiser: Denoiser, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return denoiser(x, sigma, labels)
+        return denoiser(x, sigma, condition)
 
     return denoise
 
 
 @torch.no_grad()
-def ode_endpoint(teacher: Denoiser, x: Tensor, sigma_max: float, labels: Tensor | None = None) -> Tensor:
+def ode_endpoint(teacher: Denoiser, x: Tensor, sigma_max: float, condition: Condition = NOTHING) -> Tensor:
     """Where the teacher's ODE leads from `x` (B, C, H, W) at `sigma_max` to 0: Heun steps over 18 Karras levels."""
     sigmas = [*karras_sigmas(TEACHER_LEVELS, 0.002, sigma_max).tolist(), 0.0]
     for now, then in zip(sigmas, sigmas[1:]):
-        x = heun_step(_at(teacher, labels), x, x.new_full((len(x),), now), x.new_full((len(x),), then))
+        x = heun_step(_at(teacher, condition), x, x.new_full((len(x),), now), x.new_full((len(x),), then))
     return x
 
 
-def consistency_error(denoiser: Denoiser, endpoint: Tensor, x: Tensor, sigma_max: float, labels=None) -> float:
+def consistency_error(
+    denoiser: Denoiser, endpoint: Tensor, x: Tensor, sigma_max: float, condition: Condition = NOTHING
+) -> float:
     """Root mean square distance of the one-step guess from the teacher's endpoint; images lie in [-1, 1]."""
     with torch.no_grad():
-        guess = denoiser(x, x.new_full((len(x),), sigma_max), labels)
+        guess = denoiser(x, x.new_full((len(x),), sigma_max), condition)
     return (guess - endpoint).square().mean().sqrt().item()
 
 
@@ -48,7 +51,7 @@ def tangents(
     x0: Tensor,
     noise: Tensor,
     angle: float,
-    labels: Tensor | None = None,
+    condition: Condition = NOTHING,
     teacher: Denoiser | None = None,
 ) -> tuple[Tensor, Tensor]:
     """df/dt by the angle t = atan(sigma / sigma_data), along the teacher's ODE or else the straight line from x0:
@@ -57,8 +60,8 @@ def tangents(
     sigma, speed = denoiser.sigma_data * t.tan(), denoiser.sigma_data / t.cos() ** 2
     x = x0 + append_dims(sigma, x0) * noise
     with torch.no_grad():
-        slope = noise if teacher is None else ode_slope(_at(teacher, labels), x, sigma)
-    arguments = _at(denoiser, labels), (x, sigma), (append_dims(speed, slope) * slope, speed)
+        slope = noise if teacher is None else ode_slope(_at(teacher, condition), x, sigma)
+    arguments = _at(denoiser, condition), (x, sigma), (append_dims(speed, slope) * slope, speed)
     with jvp_ready(network):
         exact = jvp(*arguments, mode="exact")[1]
     return exact, jvp(*arguments, mode="finite_difference", relative_step=1e-3)[1]
@@ -67,7 +70,7 @@ def tangents(
 def save_diagnostics(
     denoiser: Denoiser,
     images: Tensor,
-    labels: Tensor | None,
+    condition: Condition,
     path: Path,
     teacher: Denoiser | None = None,
     sigma_max: float = 80.0,
@@ -82,7 +85,7 @@ def save_diagnostics(
     Args:
         denoiser: the model's.
         images: real ones (B, C, H, W) in [-1, 1]; eight are enough.
-        labels: their classes (B,), or None.
+        condition: what the networks are told of them.
         path: the picture.
         teacher: a diffusion model, if there is one.
         sigma_max: the level of pure noise.
@@ -97,17 +100,17 @@ def save_diagnostics(
     sigmas = karras_sigmas(LEVELS, 0.02, sigma_max).to(images)
     noisy = images[:1] + append_dims(sigmas, images) * noise[:1]
     with torch.no_grad():
-        restored = denoiser(noisy, sigmas, None if labels is None else labels[:1].expand(LEVELS))
+        restored = denoiser(noisy, sigmas, condition.rows([0] * LEVELS))
     scale = append_dims((sigmas**2 + denoiser.sigma_data**2).sqrt() / denoiser.sigma_data, noisy)
     rows = [("noisy (scaled)", noisy / scale), ("denoised", restored)]
     if teacher is not None:
         start = sigma_max * noise
-        end = ode_endpoint(teacher, start, sigma_max, labels)
-        numbers["consistency_error"] = consistency_error(denoiser, end, start, sigma_max, labels)
+        end = ode_endpoint(teacher, start, sigma_max, condition)
+        numbers["consistency_error"] = consistency_error(denoiser, end, start, sigma_max, condition)
         with torch.no_grad():
-            guess = denoiser(start, start.new_full((len(start),), sigma_max), labels)
+            guess = denoiser(start, start.new_full((len(start),), sigma_max), condition)
         rows += [("teacher's ODE", end), (f"one step (rms {numbers['consistency_error']:.3f})", guess)]
-    maps = {} if network is None else _tangent_maps(denoiser, network, images, noise, labels, teacher, numbers)
+    maps = {} if network is None else _tangent_maps(denoiser, network, images, noise, condition, teacher, numbers)
 
     figure = Figure(figsize=(LEVELS * 0.8, (len(rows) + len(maps)) * 0.95), layout="constrained")
     FigureCanvasAgg(figure)
@@ -129,11 +132,11 @@ def save_diagnostics(
     return numbers
 
 
-def _tangent_maps(denoiser, network, images, noise, labels, teacher, numbers) -> dict[str, Tensor]:
+def _tangent_maps(denoiser, network, images, noise, condition, teacher, numbers) -> dict[str, Tensor]:
     """Tangents and differences of neighbours of the first images at each of the angles, by their titles."""
     some = slice(0, LEVELS // len(ANGLES))
-    labels = None if labels is None else labels[some]
-    pairs = [tangents(denoiser, network, images[some], noise[some], angle, labels, teacher) for angle in ANGLES]
+    condition = condition.rows(some)
+    pairs = [tangents(denoiser, network, images[some], noise[some], angle, condition, teacher) for angle in ANGLES]
     exact, difference = (torch.cat(parts) for parts in zip(*pairs))
     numbers["tangent_difference"] = ((exact - difference).norm() / exact.norm()).item()
     return {f"df/dt, four images at t = {', '.join(map(str, ANGLES))}": exact, "difference of neighbours": difference}

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 from torch import nn
 
 from cm_diffusers.core import labelled_augmentation as augmentation
-from cm_diffusers.core.denoisers import Denoiser, GuidedDenoiser
+from cm_diffusers.core.denoisers import Denoiser, Guided
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.core.time_labels import OWN_LABELS
 from cm_diffusers.engine.config import ModelArguments
@@ -23,6 +23,7 @@ from cm_diffusers.engine.saved.stock import (
     is_few_step,
     negate,
     null_class,
+    nulls_of,
     read_stock,
 )
 from cm_diffusers.lookup import looked_up
@@ -200,7 +201,7 @@ def guided(teacher: SavedModel, scale: float) -> Denoiser:
             " trained with --label_dropout; this one"
             + (" is unconditional." if teacher.num_classes is None else "'s labels are all those of classes.")
         )
-    return GuidedDenoiser(teacher.denoiser, scale, teacher.null_class)
+    return Guided(teacher.denoiser, scale, nulls_of(teacher.null_class))
 
 
 def converted(start: Start, method: type[Objective], options: object = None, taught: bool = False) -> Start:

@@ -34,7 +34,7 @@ class SavedModel:
     """A saved model as training takes it.
 
     Args:
-        network: called as `network(sample, label, class_labels=...)`.
+        network: called as `core.conditions.call_network` does.
         spec: its parameterisation; `sigma_data` is None where the model does not say.
         vae: the autoencoder in whose latents it lives, None for pixels.
         null_class: the label that stands for no class, for guidance; None where there is none.
@@ -93,6 +93,11 @@ def null_class(network: nn.Module) -> int | None:
     """The label that stands for no class, where `network` knows one; None else."""
     knows = isinstance(network, DiTModel) or network.config.get("label_dropout")
     return network.config.num_class_embeds if knows else None
+
+
+def nulls_of(null_class: int | None) -> dict[str, torch.Tensor]:
+    """What stands for none in a condition, see `core.conditions.Condition`."""
+    return {} if null_class is None else {"class_labels": torch.tensor(null_class)}
 
 
 def is_few_step(scheduler: Any) -> bool:

@@ -48,5 +48,10 @@ class CastPass(nn.Module):
         super().__init__()
         self.network = network
 
+    @property
+    def adapt_condition(self) -> Any:
+        """`adapt_condition` of the network; there is none here where it has none."""
+        return self.network.adapt_condition
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.network(*args, **kwargs)

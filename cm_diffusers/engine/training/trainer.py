@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.ema import EMA, ConstantDecay, HalfLife
 from cm_diffusers.core.labelled_augmentation import augment
@@ -38,7 +39,7 @@ from cm_diffusers.engine.pictures.curves import plot_losses
 from cm_diffusers.engine.pictures.diagnostics import save_diagnostics
 from cm_diffusers.engine.pictures.preview import save_preview, with_vae
 from cm_diffusers.engine.processes import together
-from cm_diffusers.engine.saved.stock import null_class
+from cm_diffusers.engine.saved.stock import null_class, nulls_of
 from cm_diffusers.engine.sharing.card import HERE, Surroundings
 from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.training.divergence import (
@@ -104,7 +105,7 @@ class Trainer:
         self._start_norm = norm(network.state_dict().values())
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.meter = LossMeter(self.objective.terms)
-        self._shown: dict[str, Tensor | None] | None = None  # images for the diagnostics, read once
+        self._shown: dict[str, Any] | None = None  # images for the diagnostics, read once
         self.on_save: Callable[[], None] = lambda: None  # called on the main process after each checkpoint
 
     def surroundings(self) -> Surroundings:
@@ -298,27 +299,26 @@ class Trainer:
 
     # --- one step ----------------------------------------------------------------------------------------------
 
-    def _batch(self, raw: dict[str, Tensor | None], draws: Draws | None = None) -> Batch:
+    def _batch(self, raw: dict[str, Any], draws: Draws | None = None) -> Batch:
         """Images and labels as they are, or with `draws` as they are trained on."""
         images = raw["images"].to(self.accelerator.device, non_blocking=True)
         if self.data.vae is None:  # else they are latents
             images = images.float() / 127.5 - 1
-        labels, augment_labels = raw["labels"], None
-        if labels is not None:
-            labels = labels.to(self.accelerator.device)
+        condition = Condition(raw["condition"]).to(self.accelerator.device)
         if draws is None:
-            return Batch(images, labels)
+            return Batch(images, condition)
         if self.config.data.random_flip:
             flip = draws.uniform("flip") < 0.5
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         if self.config.data.augment:
-            images, augment_labels = augment(images, draws, self.config.data.augment)
+            images, labels = augment(images, draws, self.config.data.augment)
+            condition = condition.also(augment_labels=labels)
         if self.config.model.label_dropout:
             dropped = draws.uniform("label dropout") < self.config.model.label_dropout
-            labels = labels.masked_fill(dropped, null_class(self.objective.network))
-        return Batch(images, labels, augment_labels)
+            condition = condition.with_nulls(nulls_of(null_class(self.objective.network))).dropped(dropped)
+        return Batch(images, condition)
 
-    def _next(self, batches) -> list[dict[str, Tensor | None]]:
+    def _next(self, batches) -> list[dict[str, Any]]:
         """What the forward passes of a step take.
 
         Raises ValueError on all processes where the stream of one fails, once a checkpoint is written.
@@ -437,7 +437,7 @@ class Trainer:
         with stopping.held(), closing(self.data.batches(self.spot, self.run.seed, self.step)) as batches:
             self._fit(batches, stopping)
 
-    def _fit(self, batches: Iterator[dict[str, Tensor | None]], stopping: Stopping) -> None:
+    def _fit(self, batches: Iterator[dict[str, Any]], stopping: Stopping) -> None:
         run, main = self.run, self.accelerator.is_main_process
         bar = tqdm(total=run.max_train_steps, initial=self.step, desc=self.config.method, disable=not main)
         clock, clock_step = time.perf_counter(), self.step
@@ -473,11 +473,11 @@ class Trainer:
         if self._shown is None:
             self._shown = next(self.data.batches(Spot(8, 1, 0, 1), self.run.seed))
         batch = self._batch(self._shown)
-        if self.data.vae is None and batch.images.shape[1] in (1, 3):
+        if self.data.vae is None and batch.samples.shape[1] in (1, 3):
             numbers = save_diagnostics(
                 self.objective.denoiser(pipeline.unet),
-                batch.images,
-                batch.class_labels,
+                batch.samples,
+                batch.condition,
                 name.with_name(f"{name.name}-diagnostics.png"),
                 self.objective.teacher,
                 self.objective.spec.sigma_max,
