@@ -1,11 +1,16 @@
 """The benchmarks keep up with the library."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 from accelerate import Accelerator
 
 from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.objectives import OBJECTIVES
 from tests.helpers.scripts import load_script
+from tests.helpers.training_runs import run
 
 
 def test_every_method_whose_step_is_timed_takes_one(tmp_path):
@@ -18,3 +23,23 @@ def test_every_method_whose_step_is_timed_takes_one(tmp_path):
         trainer._train_step(trainer.data.batches(trainer.spot, 0), Stopping())
         after = trainer.objective.network.parameters()
         assert not all(map(torch.equal, before, after)), name
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_can_be_read(path):
+    load_script(path.stem, path.parent.relative_to(ROOT))
+
+
+def test_the_picture_of_the_flat_loss_is_drawn(tmp_path):
+    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 10, "max_train_steps": 4}
+    run(tmp_path, "ect", class_conditional=True, **settings)
+    flat_loss = load_script("flat_loss", "benchmarks/experiments")
+    found = flat_loss.measure(tmp_path)
+    assert list(found) == [1, 2, 3, 4]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    flat_loss.draw(log, found, 2, 2, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

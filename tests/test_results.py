@@ -8,7 +8,8 @@ import yaml
 
 
 ROOT = Path(__file__).parents[1]
-RESULTS = yaml.safe_load((ROOT / "hub_cards" / "results.yaml").read_text(encoding="utf-8"))["results"]
+PUBLISHED = yaml.safe_load((ROOT / "hub_cards" / "results.yaml").read_text(encoding="utf-8"))
+RESULTS, MOVED = PUBLISHED["results"], PUBLISHED["moved"]
 
 
 @pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["name"])
@@ -17,3 +18,13 @@ def test_a_number_comes_with_its_commit_hardware_and_command(result):
     assert isinstance(result["commit"], str) and re.match(r"[0-9a-f]{7}\b", result["commit"])
     assert isinstance(result["hardware"], str)
     assert ("command" in result) != ("commands" in result)
+
+
+def test_the_scripts_of_the_commands_are_there():
+    commands = " ".join(str(result.get("command") or result["commands"]) for result in RESULTS)
+    scripts = set(re.findall(r"(?:training|benchmarks)/[\w/]+\.py", commands))
+    assert set(MOVED) <= scripts and len(scripts) > 10
+    for script in scripts:
+        assert (ROOT / MOVED.get(script, script)).is_file(), script
+    for old in MOVED:
+        assert not (ROOT / old).exists(), old

@@ -10,12 +10,10 @@ import torch
 from cm_diffusers.core.parameterisation import edm_scalings
 from cm_diffusers.core.solvers import heun_step
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
-from cm_diffusers.toys import TASKS, Mixture, Shape, ToyDraws, ToyNetwork, ToyOutput
+from cm_diffusers.toys import TASKS, Mixture, Shape, ToyDraws, ToyNetwork, ToyOutput, trajectories
 from tests.helpers.scripts import load_script
 
 
-train_toy = load_script("train_toy")
-toy_ctm = train_toy.toy_ctm
 MIXTURES = {name: task for name, task in TASKS.items() if isinstance(task, Mixture)}
 SHAPES = {name: task for name, task in TASKS.items() if isinstance(task, Shape)}
 SAMPLERS = ["data", "one_step", "two_steps", "gamma_0.5", "euler_10"]
@@ -153,17 +151,17 @@ def test_the_second_time_does_nothing_at_first_and_can_be_learned():
 
 def test_wasserstein_distance_of_shifted_gaussians_is_the_shift():
     noise = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    assert toy_ctm.wasserstein(noise, noise + 0.3) == pytest.approx(0.3, abs=1e-6)
-    assert toy_ctm.wasserstein(noise[torch.randperm(20_000)], noise) == 0
+    assert trajectories.wasserstein(noise, noise + 0.3) == pytest.approx(0.3, abs=1e-6)
+    assert trajectories.wasserstein(noise[torch.randperm(20_000)], noise) == 0
     other = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(1))
-    assert toy_ctm.wasserstein(noise, 1.5 * other) == pytest.approx(0.5 * (2 / math.pi) ** 0.5, abs=0.02)
+    assert trajectories.wasserstein(noise, 1.5 * other) == pytest.approx(0.5 * (2 / math.pi) ** 0.5, abs=0.02)
 
 
 def test_sliced_distance_of_a_shift_is_its_mean_over_directions():
     points = torch.randn(100, 2, 1, 1, generator=torch.Generator().manual_seed(0))
     for shift in ([0.3, 0.0], [0.0, 0.3], [0.18, 0.24]):
         moved = points + torch.tensor(shift).reshape(2, 1, 1)
-        assert toy_ctm.wasserstein(points, moved) == pytest.approx(0.3 * 2 / math.pi, rel=2e-3)
+        assert trajectories.wasserstein(points, moved) == pytest.approx(0.3 * 2 / math.pi, rel=2e-3)
 
 
 class ExactNetwork(ToyNetwork):
@@ -187,7 +185,7 @@ def test_exact_jumps_reach_the_data_by_every_sampler(name):
     network = ExactNetwork(two_times=True)
     network.task = TASKS[name]
     objective = objective_class(network, ModelSpec(0.5, "angle", 80.0), objective_class.Options(), 1)
-    measured = toy_ctm.distances(toy_ctm.draw_samples(toy_ctm.pipeline(objective), TASKS[name], 10_000))
+    measured = trajectories.distances(trajectories.draw_samples(trajectories.pipeline(objective), TASKS[name], 10_000))
     assert list(measured) == SAMPLERS
     for sampler in ("data", "one_step", "two_steps", "gamma_0.5"):
         assert measured[sampler] < 0.012, measured
@@ -197,7 +195,7 @@ def test_exact_jumps_reach_the_data_by_every_sampler(name):
 def train(folder, **settings):
     """The report of a run of train_toy.py, whose picture is there."""
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    train_toy.main([*words, "--output_dir", str(folder)])
+    load_script("train_toy").main([*words, "--output_dir", str(folder)])
     assert (folder / "toy.png").stat().st_size > 10_000
     return json.loads((folder / "report.json").read_text())
 
@@ -211,7 +209,7 @@ def test_training_finds_the_exact_answer(method, tmp_path):
 
 @pytest.mark.parametrize("task, teacher", [("two_gmm", "trained"), ("two_gmm", "none"), ("spiral", "trained")])
 def test_a_short_run_of_ctm_leaves_its_report(task, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy_ctm, "SAMPLES", 500)
+    monkeypatch.setattr(trajectories, "SAMPLES", 500)
     report = train(tmp_path, task=task, method="ctm", teacher=teacher, max_train_steps=4, batch_size=16)
     assert list(report["wasserstein"]) == SAMPLERS
     assert all(0 <= value < 10 for value in report["wasserstein"].values())
@@ -230,6 +228,6 @@ def test_a_short_run_of_ctm_leaves_its_report(task, teacher, tmp_path, monkeypat
 )
 def test_what_cannot_be_run_is_refused_with_the_reason(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        train_toy.main([*arguments, "--output_dir", str(tmp_path / "run")])
+        load_script("train_toy").main([*arguments, "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
     assert re.search(message, capsys.readouterr().err)

@@ -23,7 +23,7 @@ from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.pictures.curves import titled_row
 from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.engine.sharing.card import METRICS, renew_card
-from cm_diffusers.evaluation import frechet_distance, train_classifier
+from cm_diffusers.evaluation.halves import distances_to_half
 from cm_diffusers.objectives.options import steps_of
 from cm_diffusers.sampling import image_grid
 
@@ -51,6 +51,10 @@ assert "cm_diffusers" not in sys.modules
 """
 
 
+def step_name(n: int) -> str:
+    return f"{n} step{'s' if n > 1 else ''}"
+
+
 def train() -> None:
     command = [sys.executable, str(ROOT / "training" / "train_consistency.py"), "--config", str(CONFIG)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
@@ -71,25 +75,11 @@ def sample(count: int) -> dict[int, np.ndarray]:
         return {n: np.load(f"{out}/{n}.npy") for n in STEPS}
 
 
-def judge(samples: dict[int, np.ndarray], data: ImageData) -> dict[str, float]:
-    """Fréchet distances to one half of the data: of the samples, and of the other half."""
-    images = data.images.float() / 255
-    classifier = train_classifier(images, data.labels)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    one, other = (classifier.features(images[half]) for half in order.tensor_split(2))
-    distances = {}
-    for n, made in samples.items():
-        features = classifier.features(torch.from_numpy(made).permute(0, 3, 1, 2))
-        distances[f"{n} step{'s' if n > 1 else ''}"] = frechet_distance(features, one)
-    distances["real half against real half"] = frechet_distance(other, one)
-    return {name: round(value, 3) for name, value in distances.items()}
-
-
 def draw(samples: dict[int, np.ndarray], data: ImageData) -> None:
     """Samples beside real images, one class per column."""
     rows = [data.images[data.labels == label][:8] for label in range(10)]
     real = torch.stack(rows, 1).flatten(0, 1).permute(0, 2, 3, 1).numpy() / 255
-    panels = [(f"{n} step{'s' if n > 1 else ''}", image_grid(samples[n][:80], 10, 24)) for n in STEPS]
+    panels = [(step_name(n), image_grid(samples[n][:80], 10, 24)) for n in STEPS]
     titled_row([*panels, ("real images", image_grid(real, 10, 24))]).save(FOLDER / "samples.png")
 
 
@@ -107,7 +97,8 @@ def quickstart() -> None:
     clock.append(time.perf_counter())
     samples = sample(len(data.images) // 2)
     clock.append(time.perf_counter())
-    distances = judge(samples, data)
+    made = {step_name(n): torch.from_numpy(images).permute(0, 3, 1, 2) for n, images in samples.items()}
+    distances = distances_to_half(made, data.images, data.labels)
     draw(samples, data)
     clock.append(time.perf_counter())
 

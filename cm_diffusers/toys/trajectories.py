@@ -1,4 +1,4 @@
-"""What train_toy.py measures and draws of a trajectory model: the library's samplers beside the data.
+"""What a toy run measures and draws of a trajectory model: the library's samplers beside the data.
 
 Distances are Wasserstein-1, of 50,000 samples to as many of the data. `data` stands for other samples of the data,
 whose distance is that of a perfect model.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cm_diffusers.objectives import Objective
 from cm_diffusers.pipelines import CTMPipeline
-from cm_diffusers.toys import Mixture, Shape, ToyDraws
+from cm_diffusers.toys.problems import Mixture, Shape, ToyDraws
 
 
 SAMPLERS = {  # arguments of CTMPipeline, and what they are called in pictures

@@ -1,6 +1,7 @@
 """A diffusion model of images as users of diffusers have it: its schedulers, its pipelines, none of our training.
 
-    python benchmarks/stock_teacher.py --kind v_prediction --dataset_name ylecun/mnist --output_dir runs/teacher_v
+    python benchmarks/experiments/stock_teacher.py --kind v_prediction --dataset_name ylecun/mnist \\
+        --output_dir runs/teacher_v
 
 Kinds: epsilon and v_prediction on a cosine VP schedule, flow (flow matching), latent (v in the latents of an
 AutoencoderKL) and dit (the same by a transformer). Class-conditional. Leaves a pipeline of diffusers, which

@@ -1,6 +1,6 @@
 """What is lost on the way from images to noise and back, by the number of jumps back.
 
-    python benchmarks/inversion.py --pretrained_model_name_or_path runs/mnist_ctm_small/pipeline \
+    python benchmarks/experiments/inversion.py --pretrained_model_name_or_path runs/mnist_ctm_small/pipeline \
         --dataset_name ylecun/mnist --split test
 
 Images go up to the model's highest level by the ODE of its denoiser (Heun, --inverse_steps), and come back by 1, 2, 4

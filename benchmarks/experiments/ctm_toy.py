@@ -1,6 +1,6 @@
 """Trajectory models of the toys, from a teacher and from scratch, with the same number of steps in all.
 
-    python benchmarks/ctm_toy.py --output_dir runs/ctm_toy
+    python benchmarks/experiments/ctm_toy.py --output_dir runs/ctm_toy
 
 Prints a table of Wasserstein-1 distances to the data by sampler, mean and standard deviation over seeds, and leaves
 ctm_toy.json and ctm_toy.png. With the defaults 40 runs of one to two minutes on one core; those that are there already
@@ -10,13 +10,11 @@ are not repeated.
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-import train_toy  # noqa: E402
-from toy_ctm import SAMPLERS  # noqa: E402
+from cm_diffusers import toys
+from cm_diffusers.toys.runs import ToyRun
+from cm_diffusers.toys.trajectories import SAMPLERS
 
 
 TASKS = ("single_gaussian", "two_gmm", "uneven_two_gmm", "three_gmm")
@@ -32,9 +30,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, dict[str, list[floa
             for seed in range(args.seeds):
                 folder = args.output_dir / f"{task}_{teacher}_{seed}_{args.max_train_steps}"
                 if not (folder / "report.json").exists():
-                    words = ["--method", "ctm", "--task", task, "--teacher", teacher, "--seed", str(seed)]
-                    words += ["--max_train_steps", str(args.max_train_steps), "--output_dir", str(folder)]
-                    train_toy.main(words)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    ToyRun(task, "ctm", teacher, args.max_train_steps, seed=seed).run(folder)
                 report = json.loads((folder / "report.json").read_text())
                 for name, values in found[task][teacher].items():
                     values.append(report["wasserstein"][name])
@@ -82,7 +79,7 @@ def draw(found: dict, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=list(train_toy.TASKS), default=list(TASKS), help="the four of the line")
+    add("--tasks", nargs="+", choices=list(toys.TASKS), default=list(TASKS), help="the four of the line")
     add("--seeds", type=int, default=5, help="runs of each kind (5)")
     add("--max_train_steps", type=int, default=3000, help="half of the steps of a run (3000)")
     add("--output_dir", type=Path, default=Path("runs/ctm_toy"), help="runs that are there already are not repeated")

@@ -1,6 +1,6 @@
 """Why the loss says nothing: ECT of the quickstart's digits, its loss beside the distance of its samples to the data.
 
-    python benchmarks/flat_loss.py --output_dir runs/flat_loss
+    python benchmarks/experiments/flat_loss.py --output_dir runs/flat_loss
 
 Trains as `make quickstart` does, with more checkpoints (about five minutes on two cores), samples each of them, and
 leaves flat_loss.json and flat_loss.png. A run that is there already is not repeated.
@@ -8,24 +8,22 @@ leaves flat_loss.json and flat_loss.png. A run that is there already is not repe
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from quickstart import CONFIG, judge  # noqa: E402
-
-from cm_diffusers.engine.checkpoint import load_checkpoint  # noqa: E402
-from cm_diffusers.engine.config import DataArguments, parse_config  # noqa: E402
-from cm_diffusers.engine.data.images import ImageData  # noqa: E402
-from cm_diffusers.engine.training.run import train  # noqa: E402
-from cm_diffusers.objectives.options import in_steps  # noqa: E402
-from cm_diffusers.sampling import load_pipeline, sample_images  # noqa: E402
+from cm_diffusers.engine.checkpoint import load_checkpoint
+from cm_diffusers.engine.config import DataArguments, parse_config
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.training.run import train
+from cm_diffusers.evaluation.halves import HALVES, distances_to_half
+from cm_diffusers.objectives.options import in_steps
+from cm_diffusers.sampling import load_pipeline, sample_images
 
 
+CONFIG = Path(__file__).parents[2] / "training" / "configs" / "digits_ect.yaml"
 STEPS = (1, 2)
+NAMES = {n: f"{n} step{'s' if n > 1 else ''}" for n in STEPS}
 
 
 def measure(folder: Path) -> dict[str, dict[str, float]]:
@@ -38,8 +36,11 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
         checkpoint = load_checkpoint(path)
         average = next(values for name, values in checkpoint.tensors.items() if name.startswith("ema"))
         pipeline.unet.load_state_dict(average)
-        samples = {n: sample_images(pipeline, range(len(data.images) // 2), num_inference_steps=n) for n in STEPS}
-        found[checkpoint.step] = judge(samples, data)
+        seeds, samples = range(len(data.images) // 2), {}
+        for n, name in NAMES.items():
+            made = sample_images(pipeline, seeds, num_inference_steps=n)
+            samples[name] = torch.from_numpy(made).permute(0, 3, 1, 2)
+        found[checkpoint.step] = distances_to_half(samples, data.images, data.labels)
         print(checkpoint.step, found[checkpoint.step])
     return found
 
@@ -54,12 +55,9 @@ def draw(log: list[dict], found: dict, pretraining: int, stage: int, file: Path)
     above, below = figure.subplots(2, sharex=True)
     above.plot([row["step"] for row in log], [row["loss"] for row in log], "k")
     above.set(ylabel="loss", ylim=(0, None), title="Within a stage the loss is flat, and the samples get better")
-    for n in STEPS:
-        name = f"{n}_step{'s' if n > 1 else ''}"
-        below.plot(list(found), [row[name] for row in found.values()], "o-", label=name.replace("_", " "))
-    below.axhline(
-        next(iter(found.values()))["real_half_against_real_half"], color="grey", ls=":", label="other real digits"
-    )
+    for name in NAMES.values():
+        below.plot(list(found), [row[name] for row in found.values()], "o-", label=name)
+    below.axhline(next(iter(found.values()))[HALVES], color="grey", ls=":", label="other real digits")
     below.set(xlabel="step", yscale="log", ylabel="Fréchet distance to real digits")
     below.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"], minor=False)
     below.yaxis.set_minor_formatter("")

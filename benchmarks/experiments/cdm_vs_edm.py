@@ -1,6 +1,6 @@
 """CDM against EDM: for as many images, and for as much time, from the same start; MNIST, small nets, several seeds.
 
-    OMP_NUM_THREADS=1 python benchmarks/cdm_vs_edm.py --output_dir runs/cdm_vs_edm
+    OMP_NUM_THREADS=1 python benchmarks/experiments/cdm_vs_edm.py --output_dir runs/cdm_vs_edm
 
 Each seed trains a diffusion model, from which go on: edm and cdm for as many steps, and edm_long for as long as cdm by
 the CPU time that a step of either took. Prints a table of Fréchet distances to the test images, in the features of a
@@ -29,7 +29,7 @@ from cm_diffusers.evaluation import frechet_distance, train_classifier
 from cm_diffusers.sampling import load_pipeline, sample_images
 
 
-TRAINING = Path(__file__).parents[1] / "training"
+TRAINING = Path(__file__).parents[2] / "training"
 
 
 def cpu_seconds() -> float:

@@ -1,7 +1,8 @@
 """How far the gradient of each method turns where its networks compute in lower precision.
 
-    python benchmarks/precision.py
-    python benchmarks/precision.py --device cuda --size 16 --preset small --pretrain 2000 --tune 100 --batch 512
+    python benchmarks/experiments/precision.py
+    python benchmarks/experiments/precision.py --device cuda --size 16 --preset small \\
+        --pretrain 2000 --tune 100 --batch 512
 
 A small network is trained as a diffusion model on smooth random images, then as each method trains it, in float32 and
 through the method's stages. At each of the places in the table the gradient of one batch is taken anew in lower
