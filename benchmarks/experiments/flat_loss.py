@@ -17,7 +17,6 @@ from cm_diffusers.engine.config import DataArguments, parse_config
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.training.run import train
 from cm_diffusers.evaluation.halves import HALVES, distances_to_half
-from cm_diffusers.objectives.options import in_steps
 from cm_diffusers.sampling import load_pipeline, sample_images
 
 
@@ -82,7 +81,7 @@ def main() -> None:
     torch.manual_seed(0)
     found = measure(folder)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    lengths = in_steps(config.options, config.run.max_train_steps)
+    lengths = config.resolved().options
     draw(log, found, lengths.pretrain_steps, lengths.stage_steps, folder / "flat_loss.png")
     losses = {row["step"]: row["loss"] for row in log if row["step"] in found}
     rows = {step: {"loss": losses[step], **row} for step, row in found.items()}

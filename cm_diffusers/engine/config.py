@@ -5,7 +5,7 @@ import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,8 +30,10 @@ from cm_diffusers.objectives.options import (
 )
 
 
+DEFAULT_HALF_LIFE = 500.0
 LR_SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
 OPTIMIZERS = ["adam", "adamw", "radam"]
+TIME_LABELS = ["log_sigma", "angle"]
 BESIDE_TRAINING: dict[str, Any] = {"may_change": True, "in_recipe": False}  # what a setting with this says of itself
 # flags of diffusers' own scripts that have no like here
 ELSEWHERE = {
@@ -71,7 +73,8 @@ class ModelArguments(Options):
         None,
         "The network's time input: log_sigma (250 ln sigma; loads with stock diffusers; the default) or angle"
         " (bounded and slow). TrigFlow and flow models have their own.",
-        choices=["log_sigma", "angle"],
+        choices=TIME_LABELS,
+        told_by_data=True,
     )
     from_scratch: bool = option(False, "With a teacher: start from new weights, not from the teacher's.")
     teacher_guidance_scale: float = option(
@@ -81,7 +84,10 @@ class ModelArguments(Options):
         "[0, 100]",
     )
     sigma_data: float | None = option(
-        None, "Root mean square of the data, of images in [-1, 1]. Default: measured.", "[1e-3, 1e3]"
+        None,
+        "Root mean square of the data, of images in [-1, 1]. Default: measured.",
+        "[1e-3, 1e3]",
+        told_by_data=True,
     )
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass to save memory.", may_change=True
@@ -113,9 +119,12 @@ class DataArguments(Options):
     image_column: str | None = option(None, "Column of the images. Default: detected.")
     label_column: str | None = option(None, "Column of the labels. Default: detected.")
     resolution: list[int] | None = option(
-        None, "Side, or height and width, in pixels. Default: that of the first image.", "[1, 1e6]"
+        None,
+        "Side, or height and width, in pixels. Default: that of the first image.",
+        "[1, 1e6]",
+        told_by_data=True,
     )
-    channels: int | None = option(None, "1 for grey, 3 for RGB. Default: detected.", choices=[1, 3])
+    channels: int | None = option(None, "1 for grey, 3 for RGB. Default: detected.", choices=[1, 3], told_by_data=True)
     random_flip: bool = option(
         False,
         "Flip half of the images left to right.",
@@ -257,10 +266,40 @@ class RunArguments(Options):
             if len({f"{value:g}" for value in values}) < len(values):
                 raise ValueError(f"{name} must be different values, which six digits tell apart; got {values}.")
 
+    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "RunArguments":
+        run = super().resolved(total_steps, pretrained, dimensions)
+        if self.ema_half_life is None and not self.ema_decay:
+            run = replace(run, ema_half_life=[DEFAULT_HALF_LIFE])
+        if self.push_to_hub and self.hub_model_id is None:
+            run = replace(run, hub_model_id=Path(self.output_dir).resolve().name)
+        return run
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a run finds out from its data and its network, and defaults follow from.
+
+    Args:
+        resolution: (height, width) of the images.
+        channels: of the images.
+        dimensions: how many numbers a sample has, an image or its latents.
+        time_label: the time input of a new network; None of a saved one, whose input is its own.
+    """
+
+    resolution: tuple[int, int] | None = None
+    channels: int | None = None
+    dimensions: int | None = None
+    time_label: str | None = None
+
 
 @dataclass(frozen=True)
 class Config:
-    """A run: the method and its own options, and what all methods share; `notes` say what flags replaced."""
+    """A run: the method and its own options, and what all methods share; `notes` say what flags replaced.
+
+    A resolved one, see `resolved`, holds the settings that were given in `given`, and what else it is made of in
+    `known`. Checkpoints keep what was given, so that defaults and shares move with the length of the run; people and
+    programs are shown what it comes to.
+    """
 
     method: str
     options: Any
@@ -268,6 +307,8 @@ class Config:
     data: DataArguments
     run: RunArguments
     notes: tuple[str, ...] = field(default=(), compare=False)
+    known: Known = field(default=Known(), compare=False)
+    given: "Config | None" = field(default=None, compare=False, repr=False)
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -280,6 +321,41 @@ class Config:
     def defaults(self) -> dict[str, Any]:
         """What the settings are where nobody has said anything, by their flag names."""
         return {f.name: f.default for part in self.parts for f in fields(part)}
+
+    def resolved(self, known: Known | None = None) -> "Config":
+        """These settings with values in place of shares of the run, and of None where a value follows.
+
+        Args:
+            known: what the data and the network tell; None for what is known so far.
+
+        Raises:
+            ValueError: settings that can't be, once they are resolved.
+        """
+        given, known = self.given or self, known or self.known
+        taught = given.options.teacher is not None and not given.model.from_scratch
+        pretrained = given.model.pretrained_model_name_or_path is not None or taught
+        total, data, model = given.run.max_train_steps, given.data, given.model
+        if data.resolution is None and known.resolution is not None:
+            data = replace(data, resolution=list(known.resolution))
+        if data.channels is None:
+            data = replace(data, channels=known.channels)
+        if model.time_label is None and known.time_label in TIME_LABELS:
+            model = replace(model, time_label=known.time_label)
+        options = given.options.resolved(total, pretrained, known.dimensions)
+        run = given.run.resolved(total, pretrained, known.dimensions)
+        return replace(given, options=options, model=model, data=data, run=run, known=known, given=given)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "Config":
+        """What was given, but for these values by their flag names, resolved by what is known here.
+
+        Raises:
+            ValueError: values that can't be.
+        """
+        parts = {}
+        for name in ("options", "model", "data", "run"):
+            part = getattr(self.given or self, name)
+            parts[name] = replace(part, **{f.name: settings[f.name] for f in fields(part) if f.name in settings})
+        return replace(self.given or self, **parts).resolved(self.known)
 
     def flags(self) -> Mapping[str, Flag]:
         """What the settings declare, by their flag names."""
@@ -451,11 +527,12 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
         if faults:
             raise ValueError("\n  ".join(faults))
         _check_together(method, options, data, model)
+        config = Config(method, options, model, data, run)
+        config.resolved()  # which finds what can't be
     except ValueError as error:
         from_there = any(re.search(rf"\b{name}\b", str(error)) for name in kept)
         raise ValueError(f"config {chosen.config}: {error}" if from_there else str(error)) from None
-    notes = say_replaced(found, in_file, values)
-    return Config(method, options, model, data, run, tuple(notes))
+    return replace(config, notes=tuple(say_replaced(found, in_file, values)))
 
 
 def _check_together(method: str, options: Any, data: DataArguments, model: ModelArguments) -> None:

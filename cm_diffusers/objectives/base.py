@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from cm_diffusers.core.conditions import NOTHING, Condition
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
-from cm_diffusers.objectives.options import in_steps
 from cm_diffusers.objectives.spec import ModelSpec
 
 
@@ -62,7 +61,7 @@ class Objective(ABC):
         network: what is trained, a model of diffusers, called as `core.conditions.call_network` does.
         spec: its parameterisation.
         options: the method's own settings, an instance of its `Options`.
-        total_steps: length of the run, for curricula that are given as shares of it.
+        total_steps: length of the run, for curricula; the options are resolved for it, see `Options.resolved`.
         pretrained: whether `network` is a trained model already.
         teacher: the denoiser that is distilled, for methods that have one.
 
@@ -103,7 +102,7 @@ class Objective(ABC):
         if self.needs_teacher and teacher is None:
             raise ValueError(missing_teacher(self.name))
         self.network, self.spec, self.total_steps = network, spec, total_steps
-        self.options = in_steps(options, total_steps)
+        self.options = options.resolved(total_steps, pretrained)
         self.model: Callable = network  # the engine puts the wrapped (DDP, compiled, autocast) network here
         self.teacher = teacher
         if spec.prediction != "edm":

@@ -1,6 +1,6 @@
 """The settings of CTM (`ctm.py`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cm_diffusers.objectives.adversarial import AdversaryOptions
 from cm_diffusers.objectives.consistency import SOLVERS, check_distance, distance_option
@@ -60,3 +60,9 @@ class CTMOptions(TeacherOptions, AdversaryOptions):
                 f"discriminator_start_step must be at least pretrain_steps, {self.pretrain_steps}: before, there is"
                 " nothing to judge."
             )
+
+    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "CTMOptions":
+        options = super().resolved(total_steps, pretrained, dimensions)
+        if self.trajectory is None:
+            options = replace(options, trajectory="self" if self.teacher is None else "teacher")
+        return options

@@ -5,7 +5,7 @@ EDM's F, TrigFlow's velocity (Lu & Song 2024, arXiv:2410.11081, eq. 3: the same 
 (Lipman et al. 2022, arXiv:2210.02747).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
@@ -40,11 +40,21 @@ class DiffusionOptions(Options):
         None, "Standard deviation of ln(sigma). Default: 1.2; 1.4 (trigflow); 1 (flow).", "[1e-3, 10]"
     )
 
+    def resolved(
+        self, total_steps: int, pretrained: bool = False, dimensions: int | None = None
+    ) -> "DiffusionOptions":
+        p_mean, p_std = LAWS[self.interpolant]
+        options = replace(
+            self,
+            p_mean=p_mean if self.p_mean is None else self.p_mean,
+            p_std=p_std if self.p_std is None else self.p_std,
+        )
+        return super(DiffusionOptions, options).resolved(total_steps, pretrained, dimensions)
+
     @property
     def law(self) -> tuple[float, float]:
-        """Mean and standard deviation of ln(sigma)."""
-        given = (self.p_mean, self.p_std)
-        return tuple(default if value is None else value for default, value in zip(LAWS[self.interpolant], given))
+        """Mean and standard deviation of ln(sigma), once they are resolved."""
+        return self.p_mean, self.p_std
 
 
 def noised(x0: Tensor, law: tuple[float, float], draws: Draws) -> tuple[Tensor, Tensor]:

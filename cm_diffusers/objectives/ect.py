@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.conditions import Condition
-from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.schedules import ect_gap, ect_stage
 from cm_diffusers.core.weightings import edm_weight, inverse_gap
-from cm_diffusers.objectives.base import Batch, Loss, ModelSpec, Objective, Summary
+from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.consistency import (
     check_distance,
     consistency_pipeline,
@@ -68,6 +67,18 @@ class ECTOptions(Options):
         super().__post_init__()
         check_distance(self.distance)
 
+    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "ECTOptions":
+        pretrain_steps = self.pretrain_steps
+        if pretrain_steps is None:
+            pretrain_steps = 0 if pretrained else total_steps // 2
+        if self.stage_steps is None:
+            tuning_steps = max(1, total_steps - steps_of(pretrain_steps, total_steps))
+            stage_steps = math.ceil(tuning_steps / DEFAULT_STAGES)
+        else:
+            stage_steps = max(1, steps_of(self.stage_steps, total_steps))
+        options = replace(self, pretrain_steps=pretrain_steps, stage_steps=stage_steps)
+        return super(ECTOptions, options).resolved(total_steps, pretrained, dimensions)
+
 
 class ECT(Objective):
     """E[ w(t, r) d(D(x_t, t), sg D(x_r, r)) ] with the same noise, and the same dropout masks, in x_t and x_r."""
@@ -85,25 +96,6 @@ class ECT(Objective):
         weight="1 / (t - r)",
         paper="[Geng et al. 2024](https://arxiv.org/abs/2406.14548), alg. 1",
     )
-
-    def __init__(
-        self,
-        network: nn.Module,
-        spec: ModelSpec,
-        options: ECTOptions,
-        total_steps: int,
-        pretrained: bool = False,
-        teacher: Denoiser | None = None,
-    ):
-        if options.pretrain_steps is None:
-            options = replace(options, pretrain_steps=0 if pretrained else total_steps // 2)
-        if options.stage_steps is None:
-            tuning_steps = max(1, total_steps - steps_of(options.pretrain_steps, total_steps))
-            stage_steps = math.ceil(tuning_steps / DEFAULT_STAGES)
-        else:
-            stage_steps = max(1, steps_of(options.stage_steps, total_steps))
-        options = replace(options, stage_steps=stage_steps)
-        super().__init__(network, spec, options, total_steps, pretrained, teacher)
 
     def stage(self, step: int) -> int:
         return ect_stage(step, self.options.pretrain_steps, self.options.stage_steps)

@@ -5,7 +5,7 @@ levels are drawn by a discretised log-normal law, and N(k) doubles at even inter
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -29,11 +29,19 @@ class ICTOptions(Options):
     s1: int = option(1280, "Levels of the grid at the end, less one, s0 or more.", "[1, 1e6]")
     p_mean: float = option(-1.1, "Mean of ln(sigma) in training.", "[-20, 20]")
     p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.", "[1e-3, 10]")
-    huber_c: float | None = option(None, "c of the pseudo-Huber distance. Default: 0.00054 sqrt(d).", "[0, 1e6]")
+    huber_c: float | None = option(
+        None, "c of the pseudo-Huber distance. Default: 0.00054 sqrt(d).", "[0, 1e6]", told_by_data=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_order(self, "s0", "s1")
+
+    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "ICTOptions":
+        options = super().resolved(total_steps, pretrained, dimensions)
+        if self.huber_c is None and dimensions is not None:
+            options = replace(options, huber_c=ict_huber_c(dimensions))
+        return options
 
 
 class ICT(Objective):

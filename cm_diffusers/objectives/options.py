@@ -46,6 +46,7 @@ class Flag:
         for_training: whether a dataset that is only measured must not have it.
         images_only: why it, or the choices in `images_only_choices`, can't be had in a run of latents.
         images_only_choices: see there; of other settings all that switch them on.
+        told_by_data: whether its default is known only once the data are, or the network is.
         phases: of a length at the start of the run, what the steps of that length are, and what those after it are.
     """
 
@@ -57,6 +58,7 @@ class Flag:
     for_training: bool = False
     images_only: str | None = None
     images_only_choices: tuple[Any, ...] = ()
+    told_by_data: bool = False
     phases: tuple[str, str] | None = None
 
 
@@ -89,6 +91,20 @@ class Options:
     def teacher(self) -> str | None:
         """The model that is distilled, a folder or a Hub id; None for none. See `TeacherOptions`."""
         return None
+
+    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "Options":
+        """These settings with values in place of shares of the run, and of None where a value follows from others.
+
+        A method extends it for the defaults of its own. What is resolved already stays as it is.
+
+        Args:
+            total_steps: length of the run.
+            pretrained: whether it starts from a trained network.
+            dimensions: how many numbers a sample has; None where that is not known yet.
+        """
+        lengths = {name: getattr(self, name) for name in length_names(self)}
+        steps = {name: steps_of(value, total_steps) for name, value in lengths.items() if value is not None}
+        return replace(self, **steps)
 
     def __post_init__(self) -> None:
         for part in fields(self):
@@ -173,12 +189,6 @@ def steps_of(length: float | None, total: int) -> int:
     if length is not None and 0 < length < 1:
         return min(round(length * total), total - 1)
     return int(length or 0)
-
-
-def in_steps(options: Any, total: int) -> Any:
-    """A copy of `options` whose lengths are numbers of steps, in a run of `total`."""
-    lengths = {name: getattr(options, name) for name in length_names(options)}
-    return replace(options, **{name: steps_of(value, total) for name, value in lengths.items() if value is not None})
 
 
 def phases(options: Any, steps: int) -> dict[str, int]:

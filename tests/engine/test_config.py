@@ -472,4 +472,4 @@ def test_a_dry_run_prints_yaml_that_parses_back_and_writes_nothing(tmp_path, cap
     main(flags, ["ect"], "")
     assert not (tmp_path / "r").exists()
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
-    assert parse("--config", tmp_path / "c.yaml") == parse(*flags)
+    assert parse("--config", tmp_path / "c.yaml") == parse(*flags).resolved()

@@ -164,18 +164,33 @@ def load_teacher(name_or_path: str, args: ModelArguments) -> SavedModel:
     return model
 
 
-def load_vae(args: ModelArguments, teacher: SavedModel | None) -> nn.Module | None:
-    """The autoencoder to train in the latents of: the one that is named, else that of the teacher or the start.
+def load_start(args: ModelArguments, method: type[Objective]) -> SavedModel | None:
+    """The saved model that training starts from; None where none is named.
+
+    Raises:
+        ValueError: no such model, one of two times for a method of one, or one that does not fit the settings.
+    """
+    if args.pretrained_model_name_or_path is None:
+        return None
+    model, pipeline = _saved(args.pretrained_model_name_or_path, args.revision, "pretrained model")
+    if isinstance(pipeline, TWO_TIMES) and not method.two_times:
+        raise ValueError(
+            f"pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is a model of two times, for"
+            f" {type(pipeline).__name__}; this method has one. Give a diffusion or a consistency model."
+        )
+    _check_settings(model, args, "pretrained model", ("time_label", "sigma_data"))
+    return model
+
+
+def load_vae(args: ModelArguments, saved: SavedModel | None) -> nn.Module | None:
+    """The autoencoder to train in the latents of: the one that is named, else that of `saved`, the teacher or start.
 
     Raises:
         ValueError: there is no such autoencoder, or it is of a kind that the library can't read.
     """
     name = args.vae_name_or_path
     if name is None:
-        start = args.pretrained_model_name_or_path
-        if teacher is None and start is not None:
-            teacher = _saved(start, args.revision, "pretrained model")[0]
-        return teacher and teacher.vae
+        return saved and saved.vae
     known = {cls.__name__: cls for cls in AUTOENCODERS}
     try:
         with looked_up(name) as cached:
@@ -251,14 +266,7 @@ def _from_teacher(teacher: SavedModel, args: ModelArguments) -> Start:
     return Start(network, teacher.spec, pretrained=True)
 
 
-def _from_pretrained(args: ModelArguments, data: ImageData, method: type[Objective]) -> Start:
-    model, pipeline = _saved(args.pretrained_model_name_or_path, args.revision, "pretrained model")
-    if isinstance(pipeline, TWO_TIMES) and not method.two_times:
-        raise ValueError(
-            f"pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is a model of two times, for"
-            f" {type(pipeline).__name__}; this method has one. Give a diffusion or a consistency model."
-        )
-    _check_settings(model, args, "pretrained model", ("time_label", "sigma_data"))
+def _from_pretrained(model: SavedModel, args: ModelArguments, data: ImageData) -> Start:
     check_fit(model, data, "pretrained model")
     _set_dropout(model.network, args.dropout)
     return Start(model.network, model.spec, pretrained=True)
@@ -327,8 +335,11 @@ def build_start(
     teacher: SavedModel | None = None,
     method: type[Objective] = Objective,
     options: object = None,
+    saved: SavedModel | None = None,
 ) -> Start:
     """The network to train, with its parameterisation: a saved one, else the teacher's, else a new one.
+
+    `saved` is what `load_start` gives, for callers that have it.
 
     Raises:
         ValueError: no such model or config, or one that fits neither the data nor the method.
@@ -337,7 +348,8 @@ def build_start(
         check_fit(teacher, data, "teacher")
     torch.manual_seed(derive_seed(seed, "initial weights"))
     if args.pretrained_model_name_or_path is not None:
-        start = converted(_from_pretrained(args, data, method), method, options, taught=teacher is not None)
+        saved = saved or load_start(args, method)
+        start = converted(_from_pretrained(saved, args, data), method, options, taught=teacher is not None)
     elif teacher is not None and not args.from_scratch:
         start = converted(_from_teacher(teacher, args), method, options, taught=True)
     else:

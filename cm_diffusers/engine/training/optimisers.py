@@ -5,7 +5,6 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from cm_diffusers.engine.config import RunArguments
-from cm_diffusers.objectives.options import in_steps
 
 
 def build_optimizer(network: nn.Module, run: RunArguments) -> torch.optim.Optimizer:
@@ -20,7 +19,7 @@ class LearningRate:
     """diffusers' learning-rate schedules, called with the step: nothing of them is state."""
 
     def __init__(self, run: RunArguments):
-        run = in_steps(run, run.max_train_steps)
+        run = run.resolved(run.max_train_steps)
         self.peak, self.warmup_steps = run.learning_rate, run.lr_warmup_steps
         unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         warmup = {} if run.lr_scheduler == "constant" else {"num_warmup_steps": run.lr_warmup_steps}

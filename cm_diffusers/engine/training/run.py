@@ -1,6 +1,7 @@
 """From settings to a saved pipeline: what the training scripts call."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.checkpoint import copy_checkpoint, newest_state
-from cm_diffusers.engine.config import Config, parse_config
+from cm_diffusers.engine.config import Config, Known, parse_config
 from cm_diffusers.engine.data.description import FILE as DATA
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.latents import LatentData
@@ -25,12 +26,14 @@ from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.processes import ends_with_a_line, start_accelerator, together
 from cm_diffusers.engine.saved.discriminators import build_discriminator
 from cm_diffusers.engine.saved.export import save_pipeline
-from cm_diffusers.engine.saved.start import build_start, guided, load_teacher, load_vae
+from cm_diffusers.engine.saved.start import build_start, guided, load_start, load_teacher, load_vae
+from cm_diffusers.engine.saved.stock import SavedModel
 from cm_diffusers.engine.sharing.card import FACTS, METRICS, card_facts, draw_grids, model_card, portable_settings
 from cm_diffusers.engine.sharing.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
 from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
 from cm_diffusers.engine.training.precision import choose_precision
 from cm_diffusers.engine.training.run_folder import EXPORTED, check_ours, look_over
+from cm_diffusers.engine.training.same_run import check_before_data
 from cm_diffusers.engine.training.tracking import check_tracker, start_trackers
 from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.objectives import OBJECTIVES
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -
     with ends_with_a_line():
         config = parse_config(sys.argv[1:] if argv is None else argv, methods, description)
         if config.run.dry_run:
-            print("".join(f"# {note}\n" for note in config.notes) + config.to_yaml(), end="")
+            print("".join(f"# {note}\n" for note in config.notes) + config.resolved().to_yaml(), end="")
         else:
             try:
                 train(config)
@@ -69,6 +72,7 @@ def train(config: Config) -> Path:
 
 
 def _train(config: Config, stopping: Stopping) -> Path:
+    config = config.resolved()
     run = config.run
     folder = Path(run.output_dir)
     disable_progress_bar()
@@ -90,17 +94,20 @@ def _train(config: Config, stopping: Stopping) -> Path:
             tqdm.write(note)
         publisher = None
         if accelerator.is_main_process and run.push_to_hub:
-            publisher = Publisher(run.hub_model_id or folder.resolve().name, run.hub_private_repo, tqdm.write)
+            publisher = Publisher(run.hub_model_id, run.hub_private_repo, tqdm.write)
             publisher.check()
             remove(folder / ".hub")  # copies for pushes of a run that was killed
+        with together(accelerator):
+            if accelerator.is_main_process:
+                if run.resume_from_hub and not any(folder.glob("checkpoint-*")):
+                    step = fetch_checkpoint(run.resume_from_hub, folder)
+                    tqdm.write(f"Fetched the checkpoint of step {step} from {run.resume_from_hub}.")
+                check_before_data(config, folder, accelerator.num_processes)
         trainer = build_trainer(config, accelerator)
         if warning is not None:
             trainer._say(f"WARNING: {warning}")
         if accelerator.is_main_process:
             _check_card(trainer, publisher)
-            if run.resume_from_hub and not any(folder.glob("checkpoint-*")):
-                step = fetch_checkpoint(run.resume_from_hub, folder)
-                trainer._say(f"Fetched the checkpoint of step {step} from {run.resume_from_hub}.")
         resumed = trainer.resume()
         with together(accelerator):
             if accelerator.is_main_process:
@@ -110,7 +117,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
             trainer._say(f"This run is finished: {folder / 'pipeline'} holds its model.")
         else:
             if run.report_to:
-                start_trackers(accelerator, config, trainer.step)
+                start_trackers(accelerator, trainer.config, trainer.step)
             if publisher is not None and run.hub_strategy == "every_save":
                 trainer.on_save = lambda: _publish_checkpoint(trainer, publisher, folder)
             stopping.remark = "as the model was exported; the same command exports it anew."
@@ -179,7 +186,7 @@ def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) ->
     copies = folder / ".hub" / step
     _export(trainer, copies / "pipeline", publisher)
     source, state = folder / f"checkpoint-{trainer.step}", copies / "checkpoint"
-    copy_checkpoint(source, state, portable_settings(trainer.config))
+    copy_checkpoint(source, state, portable_settings(trainer.config.given))
     publisher.push(Push(copies / "pipeline", f"Step {trainer.step}", tag=step))
     publisher.push(
         Push(
@@ -209,20 +216,27 @@ def _how_to_push(publisher: Publisher, folder: Path) -> str:
 
 def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     """The run that `config` describes, at its start. Raises ValueError for settings that can't be met."""
-    main, folder = accelerator.is_main_process, Path(config.run.output_dir)
+    config, method = config.given or config, OBJECTIVES[config.method]
+    main, folder, model = accelerator.is_main_process, Path(config.run.output_dir), config.model
+    saved = load_teacher(config.options.teacher, model) if config.options.teacher else None
+    teacher = None if saved is None else guided(saved, model.teacher_guidance_scale)
+    saved_start = load_start(model, method)
+    vae = _load_vae(config, saved or saved_start)
     with accelerator.main_process_first():
-        data = ImageData(
-            config.data, config.model.class_conditional, folder / "images_checked.safetensors", show_progress=main
+        images = ImageData(
+            config.data, model.class_conditional, folder / "images_checked.safetensors", show_progress=main
         )
-    teacher_name = config.options.teacher
-    saved_start = teacher_name or config.model.pretrained_model_name_or_path
-    if config.model.sigma_data is None and (config.run.allow_data_change or not saved_start):
-        config = replace(config, model=replace(config.model, sigma_data=_measured_before(folder)))
-    saved = load_teacher(teacher_name, config.model) if teacher_name else None
-    data = _latents(config, data, load_vae(config.model, saved), accelerator)
-    method = OBJECTIVES[config.method]
-    start = build_start(config.model, data, config.run.seed, saved, method, config.options)
-    teacher = None if saved is None else guided(saved, config.model.teacher_guidance_scale)
+    if model.sigma_data is None and (config.run.allow_data_change or not (saved or saved_start)):
+        model = replace(model, sigma_data=_measured_before(folder))
+    data = _latents(config, images, vae, accelerator)
+    start = build_start(model, data, config.run.seed, saved, method, config.options, saved_start)
+    known = Known(
+        images.resolution,
+        images.channels,
+        data.channels * math.prod(data.resolution),
+        None if start.pretrained else start.spec.time_label,
+    )
+    config = replace(config, model=replace(model, sigma_data=start.spec.sigma_data)).resolved(known)
     extra, options = {}, config.options
     if isinstance(options, AdversaryOptions) and options.discriminator_backbone is not None:
         extra["discriminator"] = build_discriminator(
@@ -233,7 +247,6 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     )
     if data.num_classes is not None:
         name_classes(objective.network, data.description.classes)
-    config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data))
     trainer = Trainer(config, objective, data, accelerator)
     if main:
         count = sum(p.numel() for p in start.network.parameters())
@@ -261,13 +274,20 @@ def _measured_before(folder: Path) -> float | None:
     return state["config"]["sigma_data"] if "data" in state else None
 
 
+def _load_vae(config: Config, saved: SavedModel | None) -> nn.Module | None:
+    """The autoencoder, if there is one, of a run whose settings fit that. Raises ValueError where they do not."""
+    vae = load_vae(config.model, saved)
+    if vae is not None:
+        check_for_latents(config.data, config.options)
+    elif config.data.cache_latents:
+        raise ValueError("cache_latents is for latents: give --vae_name_or_path, or a teacher that has its own.")
+    return vae
+
+
 def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator: Accelerator) -> ImageData:
     """The images, or their latents where there is an autoencoder."""
     if vae is None:
-        if config.data.cache_latents:
-            raise ValueError("cache_latents is for latents: give --vae_name_or_path, or a teacher that has its own.")
         return data
-    check_for_latents(config.data, config.options)
     cache = Path(config.run.output_dir) / "latents.safetensors" if config.data.cache_latents else None
     with accelerator.main_process_first():
         return LatentData(data, vae, cache, accelerator.device, tqdm.write)

@@ -40,7 +40,7 @@ from cm_diffusers.engine.pictures.diagnostics import save_diagnostics
 from cm_diffusers.engine.pictures.preview import save_preview, with_vae
 from cm_diffusers.engine.processes import together
 from cm_diffusers.engine.saved.stock import null_class, nulls_of
-from cm_diffusers.engine.sharing.card import HERE, Surroundings
+from cm_diffusers.engine.sharing.card import Surroundings
 from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.training.divergence import (
     ADVISED,
@@ -60,10 +60,8 @@ from cm_diffusers.engine.training.optimisers import (
     optimizer_tensors,
 )
 from cm_diffusers.engine.training.precision import CastPass
+from cm_diffusers.engine.training.same_run import changed_settings, check_global_batch, check_settings
 from cm_diffusers.objectives import Batch, Objective
-
-
-DEFAULT_HALF_LIFE = 500.0
 
 
 class Trainer:
@@ -77,6 +75,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, objective: Objective, data: ImageData, accelerator: Accelerator):
+        config = config.resolved()
         run = config.run
         self.config, self.run, self.objective, self.data, self.accelerator = config, run, objective, data, accelerator
         self.folder = Path(run.output_dir)
@@ -101,7 +100,7 @@ class Trainer:
         self.learning_rate = LearningRate(run)
         profiles = [HalfLife(kimg, run.ema_rampup) for kimg in run.ema_half_life or []]
         profiles += [ConstantDecay(decay) for decay in run.ema_decay or []]
-        self.ema = EMA(network, profiles or [HalfLife(DEFAULT_HALF_LIFE, run.ema_rampup)])
+        self.ema = EMA(network, profiles)
         self._start_norm = norm(network.state_dict().values())
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.meter = LossMeter(self.objective.terms)
@@ -137,7 +136,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
         return {
-            "config": self.config.to_dict(),
+            "config": self.config.given.to_dict(),
             "data": self.data.description.to_dict(),
             "global_batch": self.spot.global_batch,
             "skipped": self.skipped,
@@ -209,34 +208,22 @@ class Trainer:
         return True
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
-        now, flags = self.config.to_dict(), self.config.flags()
-        before = self.config.defaults() | state["config"]  # a setting that is newer than the run had its default
-        fixed = [key for key in now if key == "method" or not flags[key].may_change]
-        changed = [key for key in fixed if before.get(key) not in (now[key], HERE)]
+        changed = changed_settings(self.config, state)
         if read_note(self.folder) is not None:
             for key in [key for key in changed if key in ADVISED]:
-                changed.remove(key)
-                self._say(f"{key} was {before.get(key)!r}, is {now[key]!r} from here on, as this run once diverged.")
+                before, now = changed.pop(key)
+                self._say(f"{key} was {before!r}, is {now!r} from here on, as this run once diverged.")
         other_data = self._other_data(state)
-        if other_data and changed == ["sigma_data"] and not self.run.allow_data_change:
-            changed = []  # it was measured on those
-        if changed:
-            differences = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
-            raise ValueError(
-                f"{self.folder} holds a run with other settings: {differences}."
-                " Give the same settings to resume it, or another --output_dir."
-            )
-        if state["global_batch"] != self.spot.global_batch:
-            raise ValueError(
-                f"{self.folder} holds a run with {state['global_batch']} images per step, but processes x"
-                f" train_batch_size x gradient_accumulation_steps is {self.spot.global_batch} now. Choose them so that"
-                f" it is {state['global_batch']} again, or another --output_dir."
-            )
+        if other_data and changed.keys() == {"sigma_data"} and not self.run.allow_data_change:
+            changed = {}  # it was measured on those
+        check_settings(self.folder, changed)
+        check_global_batch(self.folder, state, self.spot.global_batch)
         if other_data:
             self._allow_data_change(DataDescription.from_dict(state["data"]), other_data)
-        if before["max_train_steps"] != self.run.max_train_steps:
+        before = state["config"]["max_train_steps"]
+        if before != self.run.max_train_steps:
             self._say(
-                f"max_train_steps was {before['max_train_steps']}, is {self.run.max_train_steps} now: schedules that"
+                f"max_train_steps was {before}, is {self.run.max_train_steps} now: schedules that"
                 " are shares of the run move."
             )
 
