@@ -12,7 +12,7 @@ from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.training.optimisers import LearningRate
 from cm_diffusers.engine.training.run import main, train
 from cm_diffusers.objectives import OBJECTIVES
-from cm_diffusers.objectives.options import Length, in_steps, phases, steps_of
+from cm_diffusers.objectives.options import Length, phases, steps_of
 
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -29,7 +29,7 @@ LENGTHS = {
     "cifar10_ctm_small": (0, None, 500, None),
     "cifar10_diffusion_small": (None, None, 500, None),
     "cifar10_ect": (0, 25000, 0, None),
-    "cifar10_ect_small": (None, None, 500, None),
+    "cifar10_ect_small": (10000, 1250, 500, None),
     "cifar10_edm_cond": (None, None, 19531, None),
     "cifar10_edm_uncond": (None, None, 19531, None),
     "cifar10_mean_flow": (None, None, 10000, None),
@@ -49,7 +49,7 @@ LENGTHS = {
     "mnist_diffusion": (None, None, 1000, None),
     "mnist_diffusion_small": (None, None, 100, None),
     "mnist_ecd_small": (0, 380, 100, None),
-    "mnist_ect": (50000, None, 1000, None),
+    "mnist_ect": (50000, 6250, 1000, None),
     "mnist_ect_small": (900, 390, 100, None),
     "mnist_ict_small": (None, None, 100, None),
     "mnist_mean_flow_small": (None, None, 100, None),
@@ -79,10 +79,7 @@ def recipe(name, *argv):
 
 
 def lengths(config):
-    run, options = (
-        in_steps(config.run, config.run.max_train_steps),
-        in_steps(config.options, config.run.max_train_steps),
-    )
+    run, options = config.resolved().run, config.resolved().options
     names = ("pretrain_steps", "stage_steps", "lr_warmup_steps", "tangent_warmup_steps")
     return tuple(getattr(run, name, getattr(options, name, None)) for name in names)
 
@@ -133,10 +130,10 @@ def test_lengths_that_are_neither_are_refused(name, method, value):
 
 
 def test_phases_count_what_was_trained_up_to_a_step():
-    options = in_steps(recipe("mnist_ect_small").options, 2850)
+    options = recipe("mnist_ect_small").resolved().options
     assert phases(options, 500) == {"diffusion pretraining": 500, "the method itself": 0}
     assert phases(options, 2850) == {"diffusion pretraining": 900, "the method itself": 1950}
-    assert phases(in_steps(recipe("mnist_ict_small").options, 2900), 2900) == {}
+    assert phases(recipe("mnist_ict_small").resolved().options, 2900) == {}
 
 
 # --- settings that change nothing --------------------------------------------------------------------------------
