@@ -4,7 +4,7 @@ Most readers take the argument's name for their message, and leave None, an argu
 """
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor | None
 Levels = float | Sequence[float] | np.ndarray | torch.Tensor | None
 Samples = torch.Tensor | np.ndarray | None
+Entries = Mapping[str, torch.Tensor | np.ndarray] | None
 
 
 def plain(value: Any) -> Any:
@@ -101,6 +102,20 @@ def read_labels(class_labels: Labels, num_classes: int, id2label: dict[int, str]
         names = "" if id2label is None else " or names of classes"
         raise ValueError(f"class_labels must be integers in [0, {num_classes - 1}]{names}, got {class_labels!r}.")
     return torch.tensor(found if several else found[0])
+
+
+def read_entries(condition: Entries, batch_size: int) -> dict[str, torch.Tensor]:
+    """Tensors of `batch_size` rows by their names, from tensors or arrays."""
+    if condition is not None and not isinstance(condition, Mapping):
+        raise ValueError(f"condition must map names to tensors, got {type(condition).__name__}.")
+    found = {}
+    for name, entry in (condition or {}).items():
+        entry = torch.from_numpy(np.array(entry)) if isinstance(entry, np.ndarray) else entry
+        if not torch.is_tensor(entry) or not entry.ndim or len(entry) != batch_size:
+            got = tuple(entry.shape) if torch.is_tensor(entry) else type(entry).__name__
+            raise ValueError(f"condition[{name!r}] must be a tensor with {batch_size} rows, one per image, got {got}.")
+        found[name] = entry
+    return found
 
 
 def count_of(value: Any) -> int | None:

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
+from ..core.conditions import Condition, call_network
 from ..core.solvers import heun_end
-from .arguments import Generators, Labels, Levels, Samples, count_of, read_count, read_number, read_numbers
+from .arguments import Entries, Generators, Labels, Levels, Samples, count_of, read_count, read_number, read_numbers
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 from .settings import SAMPLED_BY, check_scheduler, is_a, takes_two_times
@@ -90,6 +91,7 @@ class CTMPipeline(ImagePipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        condition: Entries = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -112,6 +114,7 @@ class CTMPipeline(ImagePipeline):
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
                 replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
+            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -122,15 +125,17 @@ class CTMPipeline(ImagePipeline):
         self._set_levels(num_inference_steps, sigmas, gamma, solver)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
-        noise, labels, generator = self.prepare(batch_size, class_labels, generator, latents, output_type)
+        noise, told, generator = self.prepare(
+            batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
+        )
         levels, targets = self.scheduler.sigmas, self.scheduler.target_sigmas
         sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
         for i, t in self.steps(self.scheduler.timesteps):
             if solver == "gamma":
-                output = self._network(sample, levels[i], targets[i], labels)
+                output = self._network(sample, levels[i], targets[i], told)
                 sample, denoised = self.scheduler.step(output, t, sample, generator, return_dict=False)
             else:
-                sample, denoised = self._ode_step(sample, levels[i], levels[i + 1], labels, solver)
+                sample, denoised = self._ode_step(sample, levels[i], levels[i + 1], told, solver)
             tensors = {"latents": sample, "pred_original_sample": denoised}
             sample = self.after_step(callback_on_step_end, i, t, tensors, names)
         return self.finish(sample, output_type, return_dict)
@@ -142,6 +147,7 @@ class CTMPipeline(ImagePipeline):
         sigma_from: Levels,
         sigma_to: Levels,
         class_labels: Labels = None,
+        condition: Entries = None,
     ) -> torch.Tensor:
         """Where the trajectory through `sample` is at `sigma_to`, by one network call: G(x, t, s) of eq. 9.
 
@@ -150,6 +156,7 @@ class CTMPipeline(ImagePipeline):
             sigma_from: a level in [sigma_min, sigma_max], or one per sample (B,).
             sigma_to: as `sigma_from`, and not above it unless the scheduler says that the model jumps `upward`.
             class_labels: one label for all or one per sample, or names of classes, for a conditional model.
+            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
 
         Returns:
             float32 (B, C, H, W).
@@ -157,14 +164,14 @@ class CTMPipeline(ImagePipeline):
         Raises:
             ValueError: levels outside their range, a sample of another shape, labels missing or unknown.
         """
-        labels = self._check_sample("sample", sample, class_labels)
+        told = self._check_sample("sample", sample, class_labels, condition)
         levels = [self._read_level(name, s, len(sample)) for name, s in (("from", sigma_from), ("to", sigma_to))]
         if (levels[1] > levels[0] * (1 + 1e-6)).any() and not self.scheduler.config.upward:
             raise ValueError(
                 f"This model was not trained to jump to higher levels, from {sigma_from} to {sigma_to}. Where it was,"
                 " its scheduler has upward=True; else `invert` with solver='heun' goes up."
             )
-        moved = self._jump(sample.to(self._execution_device, torch.float32), *levels, labels)
+        moved = self._jump(sample.to(self._execution_device, torch.float32), *levels, told)
         self.maybe_free_model_hooks()
         return moved
 
@@ -176,6 +183,7 @@ class CTMPipeline(ImagePipeline):
         sigma_max: float | None = None,
         num_inference_steps: int | None = None,
         solver: str | None = None,
+        condition: Entries = None,
     ) -> torch.Tensor:
         """The noise that the model makes `images` of, without randomness: data to noise along the trajectories.
 
@@ -189,6 +197,7 @@ class CTMPipeline(ImagePipeline):
             num_inference_steps: number of steps, at Karras' levels; by default 1 jump, or 18 steps of Heun.
             solver: "jump", for models that jump to higher levels (`upward` of the scheduler, for which it is the
                 default); "heun" solves the probability-flow ODE in reverse, by two network calls per step.
+            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
 
         Returns:
             Noise of the unit normal scale, float32 (B, C, H, W), for `latents` of a call.
@@ -213,16 +222,16 @@ class CTMPipeline(ImagePipeline):
         if steps is None:
             steps = 1 if solver == "jump" else 18
         levels = self._karras(steps, sigma_max).flip(0)
-        labels = self._check_sample("images", images, class_labels)
+        told = self._check_sample("images", images, class_labels, condition)
         if not (images.min() >= 0 and images.max() <= 1):
             raise ValueError(f"images must lie in [0, 1], got [{images.min():g}, {images.max():g}].")
 
         sample = 2 * images.to(self._execution_device, torch.float32) - 1
         for sigma, sigma_next in zip(self.progress_bar(levels[:-1]), levels[1:]):
             if solver == "jump":
-                sample = self._jump(sample, sigma, sigma_next, labels)
+                sample = self._jump(sample, sigma, sigma_next, told)
             else:
-                sample = self._ode_step(sample, sigma, sigma_next, labels, solver)[0]
+                sample = self._ode_step(sample, sigma, sigma_next, told, solver)[0]
         self.maybe_free_model_hooks()
         return sample / sigma_max
 
@@ -261,7 +270,8 @@ class CTMPipeline(ImagePipeline):
             ValueError: not two images, images that `invert` refuses, two classes, fewer than 2 images or 1 step asked
                 for, or two images whose noises are opposite, so that there is no one way between them.
         """
-        labels = self._check_sample("images", images, class_labels)
+        self._check_sample("images", images, class_labels, None)
+        labels = self.prepare_class_labels(len(images), class_labels, None, self._execution_device)
         if len(images) != 2:
             raise ValueError(f"images must be the two to interpolate between, (2, C, H, W), got {len(images)}.")
         num_images = read_count("num_images", num_images, None)
@@ -317,45 +327,47 @@ class CTMPipeline(ImagePipeline):
             raise ValueError(f"sigma_{name} must lie in [{low}, {high}]{floor}, got {sigma}.")
         return level
 
-    def _check_sample(self, name: str, sample: torch.Tensor, class_labels: Labels) -> torch.Tensor | None:
-        """The class labels for `sample`; ValueError for a sample or labels that the network can't take."""
+    def _check_sample(self, name: str, sample: torch.Tensor, class_labels: Labels, condition: Entries) -> Condition:
+        """What the network is told of `sample`; ValueError for a sample or a condition that it can't take."""
         if not torch.is_tensor(sample) or tuple(sample.shape[1:]) != self.sample_shape or not len(sample):
             got = tuple(sample.shape) if torch.is_tensor(sample) else type(sample).__name__
             raise ValueError(f"{name} must be a tensor (batch_size, {str(self.sample_shape)[1:]}, got {got}.")
         if self.num_classes is not None and class_labels is None:
             raise ValueError("This model is conditional; pass the class_labels whose trajectories are meant.")
         batch_size = self.resolve_batch_size(len(sample), class_labels, None, None)
-        return self.prepare_class_labels(batch_size, class_labels, None, self._execution_device)
+        return self.prepare_condition(batch_size, class_labels, condition, None, self._execution_device)
 
     def _network(
-        self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, labels: torch.Tensor | None
+        self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, told: Condition
     ) -> torch.Tensor:
         """The network's output F for a jump of `sample` from `sigma` to `sigma_to`."""
         network_input = self.scheduler.precondition_inputs(sample, sigma).to(self.unet.dtype)
         timestep, target = (self.scheduler.labels(s, sample.device) for s in (sigma, sigma_to))
-        output = self.unet(network_input, timestep, target_timestep=target, class_labels=labels, return_dict=False)[0]
-        return output.float()
+        output = call_network(
+            self.unet, network_input, timestep, target_timestep=target, condition=told, return_dict=False
+        )
+        return output[0].float()
 
     def _jump(
-        self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, labels: torch.Tensor | None
+        self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, told: Condition
     ) -> torch.Tensor:
-        return self.scheduler.jump(self._network(sample, sigma, sigma_to, labels), sample, sigma, sigma_to)
+        return self.scheduler.jump(self._network(sample, sigma, sigma_to, told), sample, sigma, sigma_to)
 
     def _ode_step(
         self,
         sample: torch.Tensor,
         sigma: torch.Tensor,
         sigma_next: torch.Tensor,
-        labels: torch.Tensor | None,
+        told: Condition,
         solver: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A step of Euler or Heun with the denoiser g(x, t, t), down or up, and what it says of the clean sample."""
         scheduler = self.scheduler
-        output = self._network(sample, sigma, sigma, labels)
+        output = self._network(sample, sigma, sigma, told)
         following = scheduler.jump(output, sample, sigma, sigma_next)
         if solver == "heun" and sigma_next > 0:
             slope = scheduler.velocity(output, sample, sigma)
-            output_next = self._network(following, sigma_next, sigma_next, labels)
+            output_next = self._network(following, sigma_next, sigma_next, told)
             slope_next = scheduler.velocity(output_next, following, sigma_next)
             following = heun_end(sample, float(sigma_next - sigma), slope, slope_next)
         return following, scheduler.jump(output, sample, sigma, 0.0)

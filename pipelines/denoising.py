@@ -25,10 +25,11 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..core.conditions import Condition, call_network, of_classes
 from ..core.parameterisation import NetworkInput, read_out, read_out_of_input
 from ..core.solvers import heun_end
 from ..core.time_labels import checked_label, vp_angles
-from .arguments import Generators, Labels, Samples, read_count, read_number
+from .arguments import Entries, Generators, Labels, Samples, read_count, read_number
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 from .settings import is_a, saying, settings_of
@@ -113,17 +114,20 @@ class DenoisingPipeline(ImagePipeline):
     def default_steps(self) -> tuple[int, ...]:
         return (18,)
 
-    def denoise(self, sample: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def denoise(
+        self, sample: torch.Tensor, sigma: torch.Tensor, condition: Condition | torch.Tensor | None
+    ) -> torch.Tensor:
         """The estimate of the clean sample from `sample` (B, C, H, W), float32, at the scalar level `sigma` > 0.
 
         The sample is x0 + sigma noise whatever the network predicts; a flow model is given sample / (1 + sigma), one
-        of noise or v sample / sqrt(1 + sigma^2).
+        of noise or v sample / sqrt(1 + sigma^2). Class labels (B,) may stand for the condition.
         """
         prediction, given = self.config.prediction, self._network_input
         edm = prediction in ("edm", "trigflow")  # whose outputs differ in their sign alone
         network_input = self.scheduler.precondition_inputs(sample, sigma) if edm else sample / given.norm(sigma)
         network = network_input.to(self.unet.dtype), given.label(sigma).to(sample.device)
-        output = self.unet(*network, class_labels=labels, return_dict=False)[0].float()
+        told = condition if isinstance(condition, Condition) else of_classes(condition)
+        output = call_network(self.unet, *network, condition=told, return_dict=False)[0].float()
         if edm:
             output = -output if prediction == "trigflow" else output
             return self.scheduler.precondition_outputs(sample, output, sigma)
@@ -138,14 +142,14 @@ class DenoisingPipeline(ImagePipeline):
         return NetworkInput(config.prediction, config.time_label, sigma_data, config.time_scale, self._angles)
 
     def _heun_step(
-        self, sample: torch.Tensor, denoised: torch.Tensor, euler: torch.Tensor, i: int, labels: torch.Tensor | None
+        self, sample: torch.Tensor, denoised: torch.Tensor, euler: torch.Tensor, i: int, told: Condition
     ) -> torch.Tensor:
         """`euler`, the end of a step of order 1 from `sample`, corrected by the slope there, which 0 has not."""
         now, then = self.scheduler.sigmas[i : i + 2]
         if then == 0:
             return euler
         slope = (sample - denoised) / now
-        slope_then = (euler - self.denoise(euler, then, labels)) / then
+        slope_then = (euler - self.denoise(euler, then, told)) / then
         return heun_end(sample, then - now, slope, slope_then)
 
     def _sde_scheduler(self, order: int, num_inference_steps: int) -> EDMDPMSolverMultistepScheduler:
@@ -195,6 +199,7 @@ class DenoisingPipeline(ImagePipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        condition: Entries = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -218,6 +223,7 @@ class DenoisingPipeline(ImagePipeline):
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
                 replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
+            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -238,20 +244,22 @@ class DenoisingPipeline(ImagePipeline):
 
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
-        noise, labels, generator = self.prepare(batch_size, class_labels, generator, latents, output_type)
+        noise, told, generator = self.prepare(
+            batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
+        )
         sample = noise.float() * sigmas[0]
         for i, t in self.steps(self.scheduler.timesteps):
             if churn and s_tmin <= sigmas[i] <= s_tmax:
                 new = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
                 sample = sample + s_noise * sigmas[i] * math.sqrt((1 + churn) ** 2 - 1) * new
                 sigmas[i] *= 1 + churn
-            denoised = self.denoise(sample, sigmas[i], labels)
+            denoised = self.denoise(sample, sigmas[i], told)
             if sde is not None:
                 output = self._edm_output(sample, denoised, sigmas[i])
                 sample = sde.step(output, t, sample, generator=generator, return_dict=False)[0]
             else:
                 euler = self.scheduler.step(denoised, t, sample, pred_original_sample=denoised, return_dict=False)[0]
-                sample = self._heun_step(sample, denoised, euler, i, labels) if solver == "heun" else euler
+                sample = self._heun_step(sample, denoised, euler, i, told) if solver == "heun" else euler
             tensors = {"latents": sample, "pred_original_sample": denoised}
             sample = self.after_step(callback_on_step_end, i, t, tensors, names)
         return self.finish(sample, output_type, return_dict)

@@ -8,7 +8,18 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import Generators, Labels, count_of, read_count, read_generators, read_labels, read_samples
+from ..core.conditions import Condition, of_classes
+from .arguments import (
+    Entries,
+    Generators,
+    Labels,
+    count_of,
+    read_count,
+    read_entries,
+    read_generators,
+    read_labels,
+    read_samples,
+)
 from .calls import Call, current_call
 from .class_names import class_names, labels_named
 from .settings import check_scheduler
@@ -161,7 +172,12 @@ class ImagePipeline(DiffusionPipeline):
             raise ValueError(f"A callback can be given a list of {self._callback_tensor_inputs}, not {unknown}.")
 
     def resolve_batch_size(
-        self, batch_size: int | None, class_labels: Labels, generator: OneOrMore, latents: torch.Tensor | None
+        self,
+        batch_size: int | None,
+        class_labels: Labels,
+        generator: OneOrMore,
+        latents: torch.Tensor | None,
+        condition: torch.Tensor | None = None,
     ) -> int:
         """The batch size that the arguments agree on; ValueError where they don't."""
         sizes = {
@@ -169,6 +185,7 @@ class ImagePipeline(DiffusionPipeline):
             "the number of class_labels": count_of(class_labels),
             "the number of generators": count_of(generator),
             "the batch of latents": count_of(latents),
+            "the rows of condition": count_of(condition),
         }
         sizes = {name: size for name, size in sizes.items() if size is not None}
         if len(set(sizes.values())) > 1:
@@ -204,13 +221,33 @@ class ImagePipeline(DiffusionPipeline):
         ]
         return classes[torch.cat(drawn)].to(device)
 
+    def prepare_condition(
+        self,
+        batch_size: int,
+        class_labels: Labels,
+        entries: Entries,
+        generator: OneOrMore,
+        device: torch.device,
+    ) -> Condition:
+        """What the network is told of each image: class labels, see `prepare_class_labels`, and other entries."""
+        labels = self.prepare_class_labels(batch_size, class_labels, generator, device)
+        return of_classes(labels).also(**read_entries(entries, batch_size)).to(device)
+
     def prepare(
-        self, batch_size: int | None, class_labels: Labels, generator: Generators, latents: object, output_type: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None, OneOrMore]:
-        """Unit noise, class labels and the source of further noise of a call; ValueError for what can't be done."""
+        self,
+        batch_size: int | None,
+        class_labels: Labels,
+        condition: Entries,
+        *,
+        generator: Generators,
+        latents: object,
+        output_type: str,
+    ) -> tuple[torch.Tensor, Condition, OneOrMore]:
+        """Unit noise, condition and the source of further noise of a call; ValueError for what can't be done."""
         self.check_output(output_type)
         generator, given = read_generators(generator), latents is not None
-        batch_size = self.resolve_batch_size(batch_size, class_labels, generator, latents)
+        rows = next(iter((condition or {}).values()), None)
+        batch_size = self.resolve_batch_size(batch_size, class_labels, generator, latents, rows)
         latents = read_samples("latents", latents, (batch_size, *self.sample_shape))
         if given and class_labels is None and self.num_classes is not None:
             raise ValueError(
@@ -219,7 +256,7 @@ class ImagePipeline(DiffusionPipeline):
             )
         device = self._execution_device
         noise = self.prepare_latents(batch_size, generator, latents, device)
-        return noise, self.prepare_class_labels(batch_size, class_labels, generator, device), generator
+        return noise, self.prepare_condition(batch_size, class_labels, condition, generator, device), generator
 
     def steps(self, timesteps: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Number and time of each step under a progress bar, until the call is told to stop."""

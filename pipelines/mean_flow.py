@@ -5,8 +5,9 @@ import math
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 
+from ..core.conditions import call_network
 from ..core.time_labels import flow_time_up_to_infinity
-from .arguments import Generators, Labels, Levels, Samples, read_count, read_numbers
+from .arguments import Entries, Generators, Labels, Levels, Samples, read_count, read_numbers
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 from .settings import saying, settings_of, takes_two_times
@@ -102,6 +103,7 @@ class MeanFlowPipeline(ImagePipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        condition: Entries = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -119,6 +121,7 @@ class MeanFlowPipeline(ImagePipeline):
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
                 replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents".
+            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -132,14 +135,15 @@ class MeanFlowPipeline(ImagePipeline):
         self.scheduler.set_timesteps(sigmas=times, device=self._execution_device)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
-        noise, labels, generator = self.prepare(batch_size, class_labels, generator, latents, output_type)
+        noise, told, generator = self.prepare(
+            batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
+        )
         times = self.scheduler.sigmas  # and 0
         sample = noise.float() * times[0]  # float32 between the steps, whatever the weights
         for i, timestep in self.steps(self.scheduler.timesteps):
             t, r = self.config.time_scale * times[i : i + 2]
-            velocity = self.unet(sample.to(noise.dtype), t, target_timestep=r, class_labels=labels, return_dict=False)[
-                0
-            ]
-            sample = self.scheduler.step(velocity.float(), timestep, sample, return_dict=False)[0]
+            network_input = sample.to(noise.dtype)
+            output = call_network(self.unet, network_input, t, target_timestep=r, condition=told, return_dict=False)
+            sample = self.scheduler.step(output[0].float(), timestep, sample, return_dict=False)[0]
             sample = self.after_step(callback_on_step_end, i, timestep, {"latents": sample}, names)
         return self.finish(sample, output_type, return_dict)

@@ -3,7 +3,8 @@
 import torch
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
-from .arguments import Generators, Labels, Levels, Samples, read_count, read_numbers
+from ..core.conditions import call_network
+from .arguments import Entries, Generators, Labels, Levels, Samples, read_count, read_numbers
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 
@@ -47,6 +48,7 @@ class TrigFlowPipeline(ImagePipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        condition: Entries = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -68,6 +70,7 @@ class TrigFlowPipeline(ImagePipeline):
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step, from one level
                 to the next; what it returns replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
+            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -82,7 +85,9 @@ class TrigFlowPipeline(ImagePipeline):
         self.scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, solver)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
-        noise, labels, generator = self.prepare(batch_size, class_labels, generator, latents, output_type)
+        noise, told, generator = self.prepare(
+            batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
+        )
         sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
         step = 0
         with self.progress_bar(total=self.scheduler.num_inference_steps) as bar:
@@ -90,7 +95,7 @@ class TrigFlowPipeline(ImagePipeline):
                 if self.scheduler.state_in_first_order:
                     level = t
                 network_input = self.scheduler.scale_model_input(sample, t).to(noise.dtype)
-                output = self.unet(network_input, t, class_labels=labels, return_dict=False)[0]
+                output = call_network(self.unet, network_input, t, condition=told, return_dict=False)[0]
                 sample, denoised = self.scheduler.step(output.float(), t, sample, generator, return_dict=False)
                 if not self.scheduler.state_in_first_order:
                     continue  # in the middle of a step of Heun

@@ -9,6 +9,7 @@ import cm_diffusers
 from cm_diffusers import EDMUNet2DModel
 from cm_diffusers.convert import Options, convert_checkpoint
 from cm_diffusers.convert.accounting import ordered_qkv
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.engine.saved.start import denoiser_of, load_pipeline
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
 from tests.helpers import foreign_checkpoints as foreign
@@ -61,10 +62,10 @@ def denoised(pipeline, case):
     denoiser = denoiser_of(pipeline)
     with torch.no_grad():
         if case.startswith("ctm"):
-            return denoiser.jump(x, sigma, torch.tensor([0.1, 0.1]), labels)
+            return denoiser.jump(x, sigma, torch.tensor([0.1, 0.1]), of_classes(labels))
         if case == "scm":  # its images are half as large
             return denoiser(2 * x, 2 * sigma) / 2
-        return denoiser(x, sigma, labels)
+        return denoiser(x, sigma, of_classes(labels))
 
 
 def check_numbers(pipeline, case):

@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EDMDPMSolverMultistepSch
 from diffusers.schedulers import scheduling_edm_dpmsolver_multistep as stock_sde
 
 from cm_diffusers import DenoisingPipeline
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.karras import karras_sigmas
 from cm_diffusers.core.solvers import euler_step, heun_step
@@ -69,7 +70,7 @@ def test_both_solvers_are_those_of_core(gaussian_denoiser, solver, angle, n):
     images = pipe(class_labels=labels, num_inference_steps=n, solver=solver, latents=noise, output_type="pt").images
 
     denoiser = EDMDenoiser(network, 0.5, time_label=time_label)
-    exact = solved(lambda x, sigma: denoiser(x, sigma, labels), noise.double(), n, solver)
+    exact = solved(lambda x, sigma: denoiser(x, sigma, of_classes(labels)), noise.double(), n, solver)
     torch.testing.assert_close(images.double(), in_pixels(exact), rtol=0, atol=2e-5)
 
 
@@ -79,7 +80,7 @@ def test_heun_of_a_trained_like_network_is_that_of_core(network):
     images = pipe(class_labels=labels, num_inference_steps=6, latents=noise, output_type="pt").images
     denoiser = EDMDenoiser(network.double(), 0.5)
     with torch.no_grad():
-        exact = solved(lambda x, sigma: denoiser(x, sigma, labels), noise.double(), 6, "heun")
+        exact = solved(lambda x, sigma: denoiser(x, sigma, of_classes(labels)), noise.double(), 6, "heun")
     assert images.std() > 0.01
     torch.testing.assert_close(images.double(), in_pixels(exact), rtol=0, atol=1e-4)
 
@@ -273,7 +274,7 @@ def gaussian_flow(gaussian_denoiser):
         def forward(self, sample, timestep, class_labels=None, return_dict=True):
             sigma = timestep.double().reshape(1) / (1 - timestep.double())
             x = sample.double() * (1 + sigma)
-            denoised = EDMDenoiser(super().forward, self.config.sigma_data)(x, sigma, class_labels)
+            denoised = EDMDenoiser(super().forward, self.config.sigma_data)(x, sigma, of_classes(class_labels))
             return ((x - denoised) / sigma - denoised,)
 
     return GaussianFlow

@@ -227,7 +227,7 @@ def test_labels_are_drawn_from_the_generator(pipe):
 def test_an_unconditional_network_is_given_no_labels(make):
     pipe, seen = make(num_classes=None), []
     pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["class_labels"]), with_kwargs=True
+        lambda module, args, kwargs: seen.append(kwargs.get("class_labels")), with_kwargs=True
     )
     images(pipe)
     assert set(seen) == {None}
