@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.saved.start import denoiser_of, load_pipeline
 from cm_diffusers.engine.training.trainer import Trainer
@@ -257,7 +258,7 @@ def trigflow_teacher(tmp_path_factory):
 
 def function_of(pipeline, x, sigma):
     with torch.no_grad():
-        return denoiser_of(pipeline)(x, sigma, torch.zeros(len(x), dtype=torch.long))
+        return denoiser_of(pipeline)(x, sigma, of_classes(torch.zeros(len(x), dtype=torch.long)))
 
 
 @pytest.mark.parametrize("interpolant, time_label", [("trigflow", None), ("edm", "angle")])

@@ -15,6 +15,7 @@ from cm_diffusers import (
     MultistepConsistencyScheduler,
     TwoTimeModel,
 )
+from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.core.denoisers import TrajectoryDenoiser
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.saved.start import build_start, denoiser_of, load_pipeline, load_teacher
@@ -72,8 +73,8 @@ def test_the_denoiser_of_a_trajectory_model_is_its_jump_to_the_floor(ctm):
     sigma, labels = torch.tensor([0.01, 0.5, 50.0]), torch.tensor([1, 2, 3])
     x = sigma.reshape(-1, 1, 1, 1) * torch.randn(3, 1, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(denoiser(x, sigma, labels), pipeline.jump(x, sigma, 0.01, labels))
-        assert torch.equal(denoiser(x, sigma, labels)[0], x[0])
+        torch.testing.assert_close(denoiser(x, sigma, of_classes(labels)), pipeline.jump(x, sigma, 0.01, labels))
+        assert torch.equal(denoiser(x, sigma, of_classes(labels))[0], x[0])
 
 
 def test_a_trajectory_model_is_no_teacher(ctm):
