@@ -122,12 +122,14 @@ class DenoisingPipeline(ImagePipeline):
         The sample is x0 + sigma noise whatever the network predicts; a flow model is given sample / (1 + sigma), one
         of noise or v sample / sqrt(1 + sigma^2). Class labels (B,) may stand for the condition.
         """
-        prediction, given = self.config.prediction, self._network_input
+        prediction = self.config.prediction
+        given = self._network_input
         edm = prediction in ("edm", "trigflow")  # whose outputs differ in their sign alone
         network_input = self.scheduler.precondition_inputs(sample, sigma) if edm else sample / given.norm(sigma)
-        network = network_input.to(self.unet.dtype), given.label(sigma).to(sample.device)
+        cast = network_input.to(self.unet.dtype)
+        label = given.label(sigma).to(sample.device)
         told = condition if isinstance(condition, Condition) else of_classes(condition)
-        output = call_network(self.unet, *network, condition=told, return_dict=False)[0].float()
+        output = call_network(self.unet, cast, label, condition=told, return_dict=False)[0].float()
         if edm:
             output = -output if prediction == "trigflow" else output
             return self.scheduler.precondition_outputs(sample, output, sigma)
@@ -138,8 +140,13 @@ class DenoisingPipeline(ImagePipeline):
     @property
     def _network_input(self) -> NetworkInput:
         """How the network is given a sample, as the config and the scheduler of this call say it."""
-        config, sigma_data = self.config, self.scheduler.config.sigma_data
-        return NetworkInput(config.prediction, config.time_label, sigma_data, config.time_scale, self._angles)
+        return NetworkInput(
+            self.config.prediction,
+            self.config.time_label,
+            sigma_data=self.scheduler.config.sigma_data,
+            time_scale=self.config.time_scale,
+            angles=self._angles,
+        )
 
     def _heun_step(
         self, sample: torch.Tensor, denoised: torch.Tensor, euler: torch.Tensor, i: int, told: Condition
@@ -148,8 +155,8 @@ class DenoisingPipeline(ImagePipeline):
         now, then = self.scheduler.sigmas[i : i + 2]
         if then == 0:
             return euler
-        slope = (sample - denoised) / now
-        slope_then = (euler - self.denoise(euler, then, told)) / then
+        slope = (sample - denoised) / now  # Karras et al. 2022, algorithm 1, line 4
+        slope_then = (euler - self.denoise(euler, then, told)) / then  # line 7
         return heun_end(sample, then - now, slope, slope_then)
 
     def _sde_scheduler(self, order: int, num_inference_steps: int) -> EDMDPMSolverMultistepScheduler:

@@ -1,1 +1,1 @@
-"""The mathematics: pure torch, no files, no network, no Accelerate. Everything works in float64."""
+"""The mathematics: torch and a little NumPy, no files, no network, no Accelerate. Everything works in float64."""

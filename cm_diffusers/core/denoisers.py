@@ -41,7 +41,7 @@ class EDMDenoiser:
         c_skip, c_out, c_in = (append_dims(c, x) for c in edm_scalings(sigma, self.sigma_data, self.sigma_min))
         label = TIME_LABELS[self.time_label].from_sigma(sigma, self.sigma_data)
         output = call_network(self.network, c_in * x, label, condition=condition).sample
-        return c_skip * x + c_out * output.to(x.dtype)
+        return c_skip * x + c_out * output.to(x.dtype)  # Karras et al. 2022, eq. 7
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TrajectoryDenoiser:
 
     def _move(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, output: Tensor) -> Tensor:
         keep, change = jump_scalings(self.prediction, sigma, sigma_to, self.sigma_data)
-        return append_dims(keep, x) * x + append_dims(change, x) * output
+        return append_dims(keep, x) * x + append_dims(change, x) * output  # eq. 9
 
     def _output(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, condition: Condition | None) -> Tensor:
         """F(c_in(sigma) x, label(sigma), label(sigma_to)) in the dtype of `x`."""
@@ -133,7 +133,8 @@ class ProcessDenoiser:
         """Denoise `x` (B, ...), noised to `sigma` (B,)."""
         x = append_dims((self.process.sigma_max / sigma).clamp(max=1), x) * x
         sigma = sigma.clamp(max=self.process.sigma_max)
-        x_t, time = append_dims(self.process.alpha(sigma), x) * x, self.time_scale * self.process.time(sigma)
+        x_t = append_dims(self.process.alpha(sigma), x) * x
+        time = self.time_scale * self.process.time(sigma)
         output = call_network(self.network, x_t / self.process.scale, time, condition=condition).sample.to(x.dtype)
         return to_denoised(self.prediction, output, x_t, sigma, self.process)
 

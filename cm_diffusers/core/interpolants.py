@@ -50,7 +50,7 @@ class Interpolant(ABC):
         """
         ratio = self.std(sigma_next) / self.std(sigma)
         keep = self.alpha(sigma_next) - self.alpha(sigma) * ratio
-        return append_dims(ratio, x) * x + append_dims(keep, x) * denoised
+        return append_dims(ratio, x) * x + append_dims(keep, x) * denoised  # eq. 9
 
 
 class VE(Interpolant):
@@ -126,6 +126,7 @@ class VP(Interpolant):
         return 1 / (1 + 1 / sigma**2).sqrt()
 
     def time(self, sigma: Tensor) -> Tensor:
+        # `time_labels.vp_time` for batches on any device; the two differ in the last bit of float64
         angles, angle = self.angles.to(sigma.device), sigma.double().atan()
         left = (torch.searchsorted(angles, angle, right=True) - 1).clamp(0, len(angles) - 2)
         share = (angle - angles[left]) / (angles[left + 1] - angles[left])

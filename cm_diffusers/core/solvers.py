@@ -1,4 +1,8 @@
-"""Steps in VE of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma, and of the reverse SDE."""
+"""Steps in VE of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma, and of the reverse SDE.
+
+Lines are those of algorithm 1 of Karras et al. 2022 (arXiv:2206.00364). The pipelines share `heun_end`: their first
+halves of a step are those of schedulers.
+"""
 
 from collections.abc import Callable
 
@@ -13,17 +17,17 @@ BoundDenoiser = Callable[[Tensor, Tensor], Tensor]  # D(x, sigma), what it is co
 
 def ode_slope(denoise: BoundDenoiser, x: Tensor, sigma: Tensor) -> Tensor:
     """(x - D(x, sigma)) / sigma for x (B, ...) and sigma > 0 (B,)."""
-    return (x - denoise(x, sigma)) / append_dims(sigma, x)
+    return (x - denoise(x, sigma)) / append_dims(sigma, x)  # lines 4 and 7
 
 
 def euler_step(denoise: BoundDenoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """One first-order step from `sigma` to `sigma_next` (B,)."""
-    return x + append_dims(sigma_next - sigma, x) * ode_slope(denoise, x, sigma)
+    return x + append_dims(sigma_next - sigma, x) * ode_slope(denoise, x, sigma)  # line 5
 
 
 def heun_end(x: Tensor, step: Tensor | float, slope: Tensor, slope_next: Tensor) -> Tensor:
     """Where Heun's step of length `step` in sigma ends, from the slopes at `x` and at the end of Euler's step."""
-    return x + step * (slope + slope_next) / 2  # Karras et al. 2022, algorithm 1, line 8
+    return x + step * (slope + slope_next) / 2  # line 8
 
 
 def heun_step(denoise: BoundDenoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:

@@ -19,5 +19,5 @@ def snr_weight(sigma: Tensor) -> Tensor:
 
 
 def karras_weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    """1 / sigma^2 + 1 / sigma_data^2: the same as EDM's."""
+    """1 / sigma^2 + 1 / sigma_data^2: the same as EDM's, but for the last bit, which recorded losses have."""
     return sigma**-2 + sigma_data**-2

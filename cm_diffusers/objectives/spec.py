@@ -57,13 +57,24 @@ class ModelSpec:
         """D of `network`; the identity at `floor` under EDM's scalings, at 0 otherwise."""
         if self.prediction == "edm":
             return EDMDenoiser(network, self.sigma_data, floor, self.time_label)
-        return ProcessDenoiser(network, self.process, self.prediction, self.sigma_data, self.time_scale)
+        return ProcessDenoiser(
+            network,
+            self.process,
+            prediction=self.prediction,
+            sigma_data=self.sigma_data,
+            time_scale=self.time_scale,
+        )
 
     def trajectories(self, network: Callable, floor: float) -> TrajectoryDenoiser:
         """The jumps of a `network` with two times, and its denoiser; `floor` stands for clean data."""
-        process = None if self.prediction == "edm" else self.process
         return TrajectoryDenoiser(
-            network, self.sigma_data, floor, self.time_label, self.prediction, process, self.time_scale
+            network,
+            self.sigma_data,
+            sigma_min=floor,
+            time_label=self.time_label,
+            prediction=self.prediction,
+            process=None if self.prediction == "edm" else self.process,
+            time_scale=self.time_scale,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Schedulers in the form of diffusers. Each file imports only torch, numpy and diffusers, so that it can travel."""
+"""Schedulers in the form of diffusers. They import only torch, numpy, diffusers and `core`, to be able to travel."""
 
 from cm_diffusers.schedulers.ctm import CTMScheduler, CTMSchedulerOutput
 from cm_diffusers.schedulers.multistep_consistency import (

@@ -87,7 +87,13 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
         self._check_settings()
-        self.input = network_input(prediction, time_label, sigma_data, time_scale, noise_schedule)
+        self.input = network_input(
+            prediction,
+            time_label=time_label,
+            sigma_data=sigma_data,
+            time_scale=time_scale,
+            noise_schedule=noise_schedule,
+        )
         self.register_to_config(time_label=self.input.time_label)
         if gamma_rule not in ("paper", "official"):
             raise ValueError(f"gamma_rule must be 'paper' or 'official', got {gamma_rule!r}.")
@@ -194,21 +200,18 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
             sigma_to: s, () or (B,), 0 or above.
         """
         t, s = as_float64(sigma), as_float64(sigma_to)
-        pull, gain = self._slope(t)
+        pull, gain = slope_scalings(self.config.prediction, t, self.config.sigma_data)
         keep, change = self._factor(1 + (s - t) * pull, sample), self._factor((t - s) * gain, sample)
-        return keep * sample.to(keep.dtype) + change * model_output.to(keep.dtype)
+        return keep * sample.to(keep.dtype) + change * model_output.to(keep.dtype)  # eq. 9
 
     def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """dx / dsigma = (x - g(x, t, t)) / t of the probability-flow ODE, from F(c_in x, t, t).
 
         Computed as pull x - gain F; for "edm" t / (t^2 + sigma_data^2) and sigma_data / sqrt(t^2 + sigma_data^2).
         """
-        pull, gain = (self._factor(value, sample) for value in self._slope(as_float64(sigma)))
+        scalings = slope_scalings(self.config.prediction, as_float64(sigma), self.config.sigma_data)
+        pull, gain = (self._factor(value, sample) for value in scalings)
         return pull * sample.to(pull.dtype) - gain * model_output.to(pull.dtype)
-
-    def _slope(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pull and the gain of `velocity` at t."""
-        return slope_scalings(self.config.prediction, t, self.config.sigma_data)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """`sample` divided by sqrt(sigma^2 + sigma_data^2), the network's input at `timestep`."""

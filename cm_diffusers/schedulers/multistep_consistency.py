@@ -82,7 +82,13 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         default_sigmas: dict[str, list[float]] | None = None,
     ) -> None:
         self._check_settings()
-        self.input = network_input(prediction, time_label, sigma_data, time_scale, noise_schedule)
+        self.input = network_input(
+            prediction,
+            time_label=time_label,
+            sigma_data=sigma_data,
+            time_scale=time_scale,
+            noise_schedule=noise_schedule,
+        )
         self.register_to_config(time_label=self.input.time_label)
         if renoise not in ("floor", "full"):
             raise ValueError(f"renoise must be 'floor' or 'full', got {renoise!r}.")
@@ -167,7 +173,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
                 model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
             )
             floor = self.config.sigma_min if self.config.renoise == "floor" else 0.0
-            prev_sample = denoised + noise * self.config.s_noise * (sigma_next**2 - floor**2) ** 0.5
+            prev_sample = denoised + noise * self.config.s_noise * (sigma_next**2 - floor**2) ** 0.5  # algorithm 1
         self._step_index += 1
 
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)

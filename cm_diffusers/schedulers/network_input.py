@@ -35,4 +35,4 @@ def network_input(
             angles = vp_angles(DDPMScheduler(**noise_schedule).alphas_cumprod.double().numpy())
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ValueError(f"noise_schedule {noise_schedule!r} is none of a DDPMScheduler: {error}") from None
-    return NetworkInput(prediction, time_label, sigma_data, time_scale, angles)
+    return NetworkInput(prediction, time_label, sigma_data=sigma_data, time_scale=time_scale, angles=angles)

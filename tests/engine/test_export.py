@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -265,6 +266,22 @@ def test_all_models_and_schedulers_fit_into_one_module():
     assert {cls.__name__ for cls in classes} <= defined
 
 
+def test_formulas_of_core_travel_with_what_uses_them_and_no_more():
+    texts = travelling_files(OURS["ctm"]())
+    headings = {name: set(re.findall(r"^# --- cm_diffusers\.core\.(\w+)$", texts[name], re.M)) for name in texts}
+    assert headings["pipeline.py"] == {"arrays", "conditions", "solvers"}
+    assert headings["scheduler/cm_diffusers.py"] == {"arrays", "karras", "parameterisation", "time_labels"}
+    assert "def heun_end(" in texts["pipeline.py"] and "def slope_scalings(" in texts["scheduler/cm_diffusers.py"]
+
+
+def test_modules_are_followed_by_their_full_names_as_by_relative_ones():
+    sources = {"cm_diffusers.core.a": A, "cm_diffusers.core.b": "from cm_diffusers.core.a import X\nZ = X\n"}
+    sources["cm_diffusers.part.c"] = "from ..core.b import Z\nY = Z\n"
+    namespace = {"__file__": __file__, "__name__": "bundled"}
+    exec(bundle(sources, "Y", "7"), namespace)
+    assert namespace["Y"] == 1
+
+
 A = '"""About a."""\n\nimport os\nfrom math import pi, e\n\n\n# a comment\nX = 1\n'
 
 
@@ -290,6 +307,8 @@ def test_modules_are_bundled_with_their_comments_and_merged_imports():
         ("from transformers import pipeline\n", "because of: from transformers import pipeline"),
         ("from .c import Z\n", "because of: from .c import Z"),
         ("from .a import X as Z\n", "because of: from .a import X as Z"),
+        ("from .a import pi\n", "because of: from .a import pi"),
+        ("from cm_diffusers.core.draws import Draws\n", "because of: from cm_diffusers.core.draws import Draws"),
     ],
 )
 def test_what_can_not_be_bundled_is_refused(b, message):
