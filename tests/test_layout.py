@@ -145,6 +145,14 @@ def test_a_method_is_one_file_that_names_its_paper(path):
         assert re.search(r"arXiv:\d{4}\.\d{5}", path.read_text())
 
 
+@pytest.mark.parametrize("path", sources(LIBRARY / "objectives"), ids=name_of)
+def test_the_body_of_a_loss_is_short(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == "loss":
+            body = node.body[ast.get_docstring(node) is not None :]
+            assert not body or body[-1].end_lineno - body[0].lineno < 25
+
+
 def test_the_checks_above_see_imports(tmp_path):
     path = tmp_path / "a.py"
     path.write_text("def f():\n    import pickle, a.b\n    from cm_diffusers import engine\n    from . import x\n")

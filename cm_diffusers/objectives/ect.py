@@ -101,8 +101,7 @@ class ECT(Objective):
         return ect_stage(step, self.options.pretrain_steps, self.options.stage_steps)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        x0, condition = batch.samples, batch.condition
-        stage = self.stage(draws.step)
+        x0, condition, stage = batch.samples, batch.condition, self.stage(draws.step)
         t = lognormal(draws.normal("sigma"), self.options.p_mean, self.options.p_std)
         gap = ect_gap(t, stage, self.options.q, self.options.k, self.options.b)
         r = t - gap

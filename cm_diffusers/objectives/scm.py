@@ -100,19 +100,13 @@ class SCT(Objective):
         x_t = cos * x0 + sin * z
         velocity = self.velocity(x_t, t, x0=x0, z=z, condition=condition)
 
-        bare, model = map(self.spec.as_trigflow, (self.network, self.model))
-
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            with draws.dropout():
-                return call_network(bare, x, t, condition=condition).sample
-
-        with jvp_ready(self.network, self.options.jvp_mode):  # dF = cos(t) sin(t) sigma_data dF/dt
-            tangents = (cos * sin * velocity / sigma_data, t.cos() * t.sin())
-            _, dF = jvp(network, (x_t / sigma_data, t), tangents, self.options.jvp_mode)
+        direction = (cos * sin * velocity / sigma_data, t.cos() * t.sin())
+        dF = self.tangent(x_t / sigma_data, t, direction, condition=condition, draws=draws)
         with draws.dropout():
-            output = call_network(model, x_t / sigma_data, t, condition=condition)
+            output = call_network(self.spec.as_trigflow(self.model), x_t / sigma_data, t, condition=condition)
         F = output.sample.to(x0.dtype)
         target = F.detach()
+        # alg. 1, with g = cos(t) df/dt: its stable part, and what the warm-up r lets in
         g = -(cos**2) * (sigma_data * target - velocity)
         g = g - self.warmup(draws.step) * (cos * sin * x_t + sigma_data * dF)
         g = normalised(g, self.options.tangent_norm, self.options.tangent_c)
@@ -120,6 +114,19 @@ class SCT(Objective):
         if self.options.prior_weight == "inverse_sigma":
             error = error / sigma
         return Loss.mean(error, sigma, getattr(output, "log_variance", None))
+
+    def tangent(
+        self, x: Tensor, t: Tensor, direction: tuple[Tensor, Tensor], *, condition: Condition, draws: Draws
+    ) -> Tensor:
+        """The derivative of F(x, t) along `direction`: for that of the loss cos(t) sin(t) sigma_data dF/dt."""
+        bare = self.spec.as_trigflow(self.network)
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            with draws.dropout():
+                return call_network(bare, x, t, condition=condition).sample
+
+        with jvp_ready(self.network, self.options.jvp_mode):
+            return jvp(network, (x, t), direction, self.options.jvp_mode)[1]
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         return trigflow_pipeline(without_log_variance(network), self.spec)
