@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 FLOORS := .venv-floors
+TREE := build/types
 FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_lookup.py \
 	tests/engine/test_data.py tests/engine/test_tables.py tests/engine/test_card.py tests/pipelines/test_consistency.py
 
@@ -13,7 +14,7 @@ FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_l
 FAST_TESTS := tests/core tests/schedulers tests/test_layout.py tests/test_results.py tests/objectives/test_adversarial.py \
 	tests/objectives/test_diffusion.py tests/objectives/test_ect.py
 
-.PHONY: help venv quickstart check oracles test test-slow test-floors quality style clean
+.PHONY: help venv quickstart check oracles test test-slow test-floors quality lint types style clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +30,7 @@ $(STAMP): setup.py constraints.txt
 quickstart: venv  ## train a consistency model on handwritten digits, sample it, judge it (some minutes on a CPU)
 	$(RUN) training/quickstart.py
 
-check: venv quality oracles  ## the linter and the fast oracles, in less than a minute
+check: venv quality oracles  ## the linter, the types and the fast oracles, in less than a minute
 
 oracles: venv
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL) $(FAST_TESTS)
@@ -51,13 +52,25 @@ $(FLOORS)/.installed: setup.py constraints-floors.txt
 test-floors: $(FLOORS)/.installed  ## a part of the tests with the lowest versions that setup.py allows
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q $(PARALLEL) $(FLOORS_TESTS)
 
-quality: venv  ## what the linter says
+quality: venv lint types  ## the linter and the types
+
+lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# The type checker looks for pipelines where a wheel has them, inside of the package.
+types: venv
+	rm -rf $(TREE)
+	mkdir -p $(TREE)
+	cp -Rp cm_diffusers pipelines $(TREE)
+	mv $(TREE)/cm_diffusers/pipelines.py $(TREE)/pipelines/__init__.py
+	mv $(TREE)/pipelines $(TREE)/cm_diffusers
+	cd $(TREE) && $(abspath $(RUN)) -m mypy --config-file $(abspath pyproject.toml) --cache-dir $(abspath .mypy_cache) \
+		-p cm_diffusers.core -p cm_diffusers.objectives -p cm_diffusers.schedulers -p cm_diffusers.pipelines
 
 style: venv  ## let the linter mend what it can
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 clean:  ## take away the environments and what was built
-	rm -rf $(VENV) $(FLOORS) build dist *.egg-info
+	rm -rf $(VENV) $(FLOORS) build dist *.egg-info .mypy_cache

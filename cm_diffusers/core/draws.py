@@ -6,7 +6,7 @@ et al. 2023, arXiv:2312.02696). Numbers are drawn on the CPU, so they do not dep
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -38,7 +38,7 @@ class Draws:
         self.seed, self.step, self.rows, self.device = seed, step, rows, torch.device(device)
         self._generator = torch.Generator()
 
-    def _draw(self, sampler, name: str, shape: Sequence[int]) -> Tensor:
+    def _draw(self, sampler: Callable, name: str, shape: Sequence[int]) -> Tensor:
         out = torch.empty(len(self.rows), *shape)
         for row, values in zip(self.rows, out):
             sampler(values, generator=self._generator.manual_seed(derive_seed(self.seed, name, self.step, row)))

@@ -57,8 +57,8 @@ def augment(images: Tensor, draws: Draws, probability: float) -> tuple[Tensor, T
     axis = math.pi * (2 * u[:, 8] - 1) * (u[:, 9] < 0.5)
     normals = draws.normal("augmentation sizes", (4,)).to(images.device) * chosen[:, [1, 3, 4, 4]]
     scale, stretch, right, down = normals.unbind(1)
-    labels = [mirror_x, mirror_y, scale, turn.cos() - 1, turn.sin()]
-    labels = torch.stack([*labels, stretch * axis.cos(), stretch * axis.sin(), right, down], 1)
+    parts = [mirror_x, mirror_y, scale, turn.cos() - 1, turn.sin()]
+    labels = torch.stack([*parts, stretch * axis.cos(), stretch * axis.sin(), right, down], 1)
     for dim, mirror in ((3, mirror_x), (2, mirror_y)):
         images = torch.where(mirror[:, None, None, None] > 0, images.flip(dim), images)
 

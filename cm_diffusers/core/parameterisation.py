@@ -150,15 +150,20 @@ class NetworkInput:
         if self.time_label == "flow_time":
             return flow_time(sigma, self.time_scale)
         if self.time_label == "timestep":
-            return vp_time(sigma, self.angles)
+            return vp_time(sigma, self._table)
         return TIME_LABELS[self.time_label].from_sigma(sigma, self.sigma_data)
 
-    def sigma(self, label: Values) -> Values:
-        """The level whose time input `label` is, any shape; an array for the label "timestep"."""
+    @property
+    def _table(self) -> np.ndarray:
+        assert self.angles is not None
+        return self.angles
+
+    def sigma(self, label: np.ndarray) -> np.ndarray:
+        """The level whose time input `label` is, any shape."""
         if self.time_label == "flow_time":
             return sigma_of_flow_time(label, self.time_scale)
         if self.time_label == "timestep":
-            return sigma_of_vp_time(label, self.angles)
+            return sigma_of_vp_time(label, self._table)
         return TIME_LABELS[self.time_label].to_sigma(label, self.sigma_data)
 
     def norm(self, sigma: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def jvp_ready(model: nn.Module, mode: str = "exact") -> Iterator[nn.Module]:
         yield model
 
 
-def _contiguous(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(argument.contiguous() for argument in args)
 
 

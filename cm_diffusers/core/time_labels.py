@@ -3,12 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cm_diffusers.core.arrays import Values, math_of
 
+
+Number = TypeVar("Number", Tensor, np.ndarray, float)
 
 # stands for sigma = 0, whose logarithm is not finite; c_out = 0 there, so the output is not used
 TINY_SIGMA = 1e-20
@@ -76,7 +80,7 @@ def sigma_of_flow_time(time: Values, scale: float = 1.0) -> Values:
     return time / (scale - time)
 
 
-def flow_time_up_to_infinity(sigma: Values | float) -> Values | float:
+def flow_time_up_to_infinity(sigma: Number) -> Number:
     """t = 1 / (1 + 1 / sigma), which is 1 at infinite `sigma`. It differs from `flow_time` in the last bit."""
     return 1 / (1 + 1 / sigma)
 

@@ -66,7 +66,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
     """
 
     order = 1
-    _compatibles = []
+    _compatibles: list[str] = []
 
     @register_to_config
     def __init__(
@@ -104,7 +104,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
             raise ValueError(f"sigma_min must be above 0 for the time_label {label!r}, which has no value at 0.")
         self._check_gamma(gamma)
         self._check_default_sigmas()
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self._set_sigmas(self.karras_sigmas(num_train_timesteps), gamma, None)
 
     def karras_sigmas(self, n: int, sigma_max: float | None = None) -> np.ndarray:
@@ -247,7 +247,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
                 model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
             )
             prev_sample = prev_sample + self._factor(noise_std, sample) * noise
-        self._step_index += 1
+        self._step_index = index + 1
 
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
         if not return_dict:

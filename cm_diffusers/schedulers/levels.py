@@ -25,6 +25,7 @@ class Levels:
     It sets with each choice of levels `sigmas`, `timesteps` and `_step_index = _begin_index = None`.
     """
 
+    config: Any  # of diffusers' ConfigMixin
     sigmas: torch.Tensor
     timesteps: torch.Tensor
     _step_index: int | None
@@ -202,13 +203,15 @@ class KarrasLevels(Levels):
         Raises:
             ValueError: not exactly one was given, or integers as time labels.
         """
-        if (timesteps is None) == (sigmas is None):
-            raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
-        if sigmas is None:
+        if timesteps is not None and sigmas is None:
             refuse_index("time labels as in `scheduler.timesteps` (floats)", timesteps)
-            sigmas = self.timestep_to_sigma(as_float64(timesteps).numpy())
-        sigmas = append_dims(as_float64(sigmas), original_samples)
-        return original_samples + sigmas.to(original_samples.device, original_samples.dtype) * noise
+            levels = as_float64(self.timestep_to_sigma(as_float64(timesteps).numpy()))
+        elif sigmas is not None and timesteps is None:
+            levels = as_float64(sigmas)
+        else:
+            raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
+        levels = append_dims(levels, original_samples)
+        return original_samples + levels.to(original_samples.device, original_samples.dtype) * noise
 
 
 def is_real(value: Any) -> bool:

@@ -62,7 +62,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
     """
 
     order = 1
-    _compatibles = []
+    _compatibles: list[str] = []
 
     @register_to_config
     def __init__(
@@ -95,7 +95,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         if not sigma_min < sigma_max:
             raise ValueError(f"sigma_min must lie in [0, sigma_max), got {sigma_min} and {sigma_max}.")
         self._check_default_sigmas()
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self._set_sigmas(self._karras(np.linspace(0, 1, num_train_timesteps)), None)
 
     def set_timesteps(
@@ -174,7 +174,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
             )
             floor = self.config.sigma_min if self.config.renoise == "floor" else 0.0
             prev_sample = denoised + noise * self.config.s_noise * (sigma_next**2 - floor**2) ** 0.5  # algorithm 1
-        self._step_index += 1
+        self._step_index = index + 1
 
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
         if not return_dict:

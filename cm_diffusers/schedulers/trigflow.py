@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,8 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
             finite or not positive; `default_sigmas` that `set_timesteps` would refuse, or of another number.
     """
 
-    _compatibles = []
+    _compatibles: list[str] = []
+    _begun: tuple[float, torch.Tensor, torch.Tensor] | None  # t, x and velocity of a step of "heun" that is half made
 
     @register_to_config
     def __init__(
@@ -79,7 +81,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"sigma_min must lie in (0, sigma_max), sigma_max in (0, inf): {sigma_min}, {sigma_max}.")
         self._check_default_sigmas()
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self.solver = solver
         self._set_levels(self._default_angles(1 if solver == "consistency" else 18), None)
 
@@ -188,7 +190,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
             raise ValueError(f"`{name}` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
         return levels
 
-    def _check_angles(self, timesteps: Sequence[float]) -> np.ndarray:
+    def _check_angles(self, timesteps: Any) -> np.ndarray:
         values = read_numbers("timesteps", timesteps)
         meant = "`timesteps` are angles in (0, pi/2]; pass noise levels as `sigmas`."
         if values and all(map(is_integer, values)):
@@ -255,7 +257,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
             prev_sample = _turned(x, velocity, t - t_next)
             if self.solver == "heun" and t_next > 0:
                 self._begun = (t, x, velocity)
-        self._step_index += 1
+        self._step_index = index + 1
 
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
         if not return_dict:
@@ -283,7 +285,9 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         at the end can be averaged with the one at the start. (This is Heun's rule in the coordinate tan(s - t), in
         which the paths of fixed D are straight lines.)
         """
-        (t, x, velocity), self._begun = self._begun, None
+        assert self._begun is not None
+        t, x, velocity = self._begun
+        self._begun = None
         cos, sin = math.cos(t - t_next), math.sin(t - t_next)
         return cos * x - sin * (velocity + cos * velocity_next - sin * x_next) / 2
 
@@ -306,12 +310,13 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: not exactly one was given, or integers as angles.
         """
-        if (timesteps is None) == (sigmas is None):
-            raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
-        if sigmas is None:
+        if timesteps is not None and sigmas is None:
             refuse_index("angles as in `scheduler.timesteps` (floats)", timesteps)
-        given = as_float64(sigmas if timesteps is None else timesteps)
-        angles = TIME_LABELS["angle"].from_sigma(given, self.config.sigma_data) if timesteps is None else given
+            angles = as_float64(timesteps)
+        elif sigmas is not None and timesteps is None:
+            angles = TIME_LABELS["angle"].from_sigma(as_float64(sigmas), self.config.sigma_data)
+        else:
+            raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
         angles = append_dims(angles, original_samples)
         cos, sin = (
             factor.to(original_samples.device, original_samples.dtype)
