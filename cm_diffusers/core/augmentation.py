@@ -31,8 +31,8 @@ def differentiable_augmentation(images: Tensor, draws: Draws, name: str) -> Tens
         (B, C, H, W) in the dtype of `images`.
     """
     assert images.ndim == 4 and len(images) == len(draws.rows)
-    colour, shift, centre = draws.uniform(f"{name} augmentation", (7,)).to(images.device).split([3, 2, 2], 1)
-    return _cut_out(_translate(_colour(images, colour), shift), centre)
+    u = draws.uniform(f"{name} augmentation", (7,)).to(images.device)
+    return _cut_out(_translate(_colour(images, u[:, :3]), u[:, 3:5]), u[:, 5:])
 
 
 def _colour(images: Tensor, u: Tensor) -> Tensor:

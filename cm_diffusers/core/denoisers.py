@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.core.arrays import append_dims
-from cm_diffusers.core.conditions import Condition, Rewired, call_network
+from cm_diffusers.core.conditions import NOTHING, Condition, Rewired, call_network
 from cm_diffusers.core.interpolants import Interpolant, LinearFlow, TrigFlow
 from cm_diffusers.core.parameterisation import edm_scalings, jump_scalings
 from cm_diffusers.core.time_labels import LABELS_OF_PREDICTION, TIME_LABELS
@@ -166,7 +166,7 @@ class Guided:
         nulls: the rows that stand for none to this model, by the entries of its condition.
     """
 
-    denoiser: Callable
+    denoiser: EDMDenoiser | TrajectoryDenoiser | ProcessDenoiser
     scale: float
     nulls: Mapping[str, Tensor]
 
@@ -211,7 +211,7 @@ def as_trigflow(network: Callable, sigma_data: float, time_scale: float = 1.0) -
 
 
 def trigflow_velocity(
-    denoiser: Denoiser, x: Tensor, t: Tensor, sigma_data: float, condition: Condition | None = None
+    denoiser: Denoiser, x: Tensor, t: Tensor, sigma_data: float, condition: Condition = NOTHING
 ) -> Tensor:
     """dx/dt of TrigFlow's probability-flow ODE by any denoiser, at `x` (B, ...) in TrigFlow's scale, t in (0, pi/2).
 

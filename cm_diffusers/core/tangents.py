@@ -104,7 +104,8 @@ def jvp(
         if mode == "finite_difference":
             return _central_difference(function, primals, tangents, relative_step)
         try:
-            return torch.func.jvp(function, primals, tangents)
+            result = torch.func.jvp(function, primals, tangents)
+            return result[0], result[1]
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError) or not _is_about_differentiation(error):
                 raise

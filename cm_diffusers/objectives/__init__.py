@@ -1,6 +1,6 @@
 """The training methods, one file each."""
 
-from cm_diffusers.objectives.base import Batch, Loss, ModelSpec, Objective
+from cm_diffusers.objectives.base import Batch, Loss, Objective
 from cm_diffusers.objectives.cd import CD
 from cm_diffusers.objectives.cdm import CDM
 from cm_diffusers.objectives.ct import CT
@@ -11,6 +11,7 @@ from cm_diffusers.objectives.ect import ECT
 from cm_diffusers.objectives.ict import ICT
 from cm_diffusers.objectives.mean_flow import MeanFlow
 from cm_diffusers.objectives.scm import SCD, SCT
+from cm_diffusers.objectives.spec import ModelSpec
 
 
 METHODS = (Diffusion, CDM, CT, ICT, CD, ECT, ECD, SCT, SCD, MeanFlow, CTM)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ class Part:
 
 def last_layer(network: nn.Module) -> Tensor:
     """The weight of a U-Net's last layer, where the gradients of several losses are compared."""
-    return getattr(network, "network", network).conv_out.weight
+    inner: Any = getattr(network, "network", network)
+    return inner.conv_out.weight
 
 
 def balanced(
@@ -67,16 +69,16 @@ def balanced(
         average: the mean of a tensor over all processes, whose batches together make the gradient.
     """
 
-    def gradient_norm(loss: Tensor) -> Tensor:
+    def gradient_norm(loss: Tensor, layer: Tensor) -> Tensor:
         return average(torch.autograd.grad(loss, layer, retain_graph=True)[0]).norm()
 
     total = main.before_cut()
     value, terms = main.per_sample.mean().detach(), {main.name: main.per_sample.detach()}
-    norm = gradient_norm(total) if layer is not None and others else None
+    norm = gradient_norm(total, layer) if layer is not None and others else None
     for part in others:
         loss, weight = part.before_cut(), torch.tensor(part.weight, device=total.device)
-        if norm is not None:
-            weight = weight * (norm / (gradient_norm(loss) + 1e-4)).clamp(*part.limits)
+        if norm is not None and layer is not None:
+            weight = weight * (norm / (gradient_norm(loss, layer) + 1e-4)).clamp(*part.limits)
         total = total + weight * loss
         value = value + weight * part.per_sample.mean().detach()
         terms |= {part.name: part.per_sample.detach(), f"{part.name}_weight": weight}

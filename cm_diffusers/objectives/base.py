@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from cm_diffusers.core.conditions import NOTHING, Condition
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives.spec import ModelSpec
+
+
+if TYPE_CHECKING:
+    from cm_diffusers.objectives.adversarial import Adversary
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Objective(ABC):
         if spec.prediction != "edm":
             self.floor = 0.0  # only EDM's scalings can have another
         self.auxiliary: dict[str, nn.Module] = {}  # other networks that are state: saved in checkpoints
-        self.adversary = None  # an `Adversary`: a second player, with turns of its own
+        self.adversary: Adversary | None = None  # a second player, with turns of its own
         self.average: Callable[[Tensor], Tensor] = lambda value: value  # over processes; the engine puts its own here
 
     @classmethod
@@ -128,8 +132,9 @@ class Objective(ABC):
     def key_dropout(self, draws: Draws) -> None:
         """Tie the dropout masks to the rows of the coming batch, in networks that can."""
         for network in (self.network, *self.auxiliary.values()):
-            if hasattr(network, "key_dropout"):
-                network.key_dropout(draws.keys("dropout"))
+            key_dropout: Callable | None = getattr(network, "key_dropout", None)
+            if key_dropout is not None:
+                key_dropout(draws.keys("dropout"))
 
     @abstractmethod
     def loss(self, batch: Batch, draws: Draws) -> Loss:

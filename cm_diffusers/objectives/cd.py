@@ -6,10 +6,12 @@ decay. The student starts from the teacher's weights.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.karras import karras_sigmas
@@ -51,6 +53,7 @@ class CDOptions(TeacherOptions):
 class CD(Objective):
     """E[ lambda(sigma_n) d(D(x, sigma_{n+1}), D-(ODE step of the teacher from x, sigma_n)) ], n uniform (eq. 7)."""
 
+    teacher: Denoiser
     name = "cd"
     Options = CDOptions
     native_predictions = PROCESS_STUDENTS
@@ -65,7 +68,7 @@ class CD(Objective):
         paper="[Song et al. 2023](https://arxiv.org/abs/2303.01469), alg. 2",
     )
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.target = moving_target(self.network)
         self.auxiliary = {"target": self.target}

@@ -7,6 +7,7 @@ steps; unlike `diffusion` it trains on points off the data's own noise, to which
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -94,7 +95,8 @@ class CDM(Objective):
 
     def _denoise_both(self, x: Tensor, sigma: Tensor, condition: Condition, draws: Draws) -> Tensor:
         """D of both rollouts (2 B, ...): in one pass, or in one each where only so a network drops the same units."""
-        if self.network.config.get("dropout") and not hasattr(self.network, "key_dropout"):
+        settings: Any = self.network.config
+        if settings.get("dropout") and not hasattr(self.network, "key_dropout"):
             conditions = [condition, condition]
         else:
             conditions = [condition.joined(condition)]

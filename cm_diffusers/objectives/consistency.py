@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -108,7 +109,15 @@ def estimate_and_target(
 
 
 @torch.no_grad()
-def teacher_step(teacher: Denoiser, x: Tensor, *, t: Tensor, u: Tensor, condition: Condition, solver: str) -> Tensor:
+def teacher_step(
+    teacher: Callable[[Tensor, Tensor, Condition], Tensor],
+    x: Tensor,
+    *,
+    t: Tensor,
+    u: Tensor,
+    condition: Condition,
+    solver: str,
+) -> Tensor:
     """Where one step of the teacher's ODE leads from `x` (B, ...) at `t` to `u` < t (B,)."""
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -126,7 +135,8 @@ def consistency_pipeline(
     """
     config = {"sigma_min": sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
     config |= {"num_train_timesteps": num_train_timesteps, "rho": rho}
-    if spec.time_label == "log_sigma" and isinstance(network.config.sample_size, int):
+    settings: Any = network.config
+    if spec.time_label == "log_sigma" and isinstance(settings.sample_size, int):
         return ConsistencyModelPipeline(network, CMStochasticIterativeScheduler(**config))
     return ConsistencyPipeline(network, MultistepConsistencyScheduler(**config, **spec.input_config))
 

@@ -1,5 +1,7 @@
 """What the methods with tangents share: whether a network has tangents is found out before training starts."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,7 +25,8 @@ def check_tangents(network: nn.Module, mode: str, **second_time: str) -> None:
     """
     if mode == "finite_difference":
         return
-    parameter, config = next(network.parameters()), network.config
+    parameter = next(network.parameters())
+    config: Any = network.config
     size = config.sample_size
     shape = (2, config.in_channels, *((size, size) if isinstance(size, int) else size))
     x, t = torch.zeros(shape, dtype=parameter.dtype), torch.full((2,), 0.5, dtype=parameter.dtype)

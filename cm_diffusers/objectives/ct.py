@@ -6,6 +6,7 @@ average as target, and draws the levels evenly; unlike CD it has no teacher.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -63,7 +64,7 @@ class CT(Objective):
         paper="[Song et al. 2023](https://arxiv.org/abs/2303.01469), alg. 3",
     )
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.target = moving_target(self.network)
         self.auxiliary = {"target": self.target}

@@ -7,6 +7,7 @@ teacher or of the model's own denoiser, or from the data.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -53,20 +54,21 @@ class CTM(Objective):
         paper="[Kim et al. 2023](https://arxiv.org/abs/2310.02279)",
     )
 
-    def __init__(self, *args, discriminator: nn.Module | None = None, **kwargs):
+    def __init__(self, *args: Any, discriminator: nn.Module | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.floor = self.sigma_min  # stands for clean data whatever the network predicts
         self.target = self.auxiliary["target"] = moving_target(self.network)
         self.sigmas = karras_sigmas(self.options.num_scales, self.sigma_min, self.spec.sigma_max)
         if self.options.gan_weight:
             if discriminator is None:
-                config = self.network.config
+                config: Any = self.network.config
                 discriminator = PatchDiscriminator(config.in_channels, config.num_class_embeds)
             self.adversary = Adversary(discriminator, self.options, self.fakes)
 
     @classmethod
     def adapt(cls, network: nn.Module, spec: ModelSpec) -> nn.Module:
-        if isinstance(network, TwoTimeModel) or network.config.get("two_times"):
+        settings: Any = network.config
+        if isinstance(network, TwoTimeModel) or settings.get("two_times"):
             return network
         return TwoTimeModel.from_network(network, spec.frequency)
 

@@ -1,6 +1,7 @@
 """The settings of CTM (`ctm.py`)."""
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 from cm_diffusers.objectives.adversarial import AdversaryOptions
 from cm_diffusers.objectives.consistency import SOLVERS, check_distance, distance_option
@@ -61,7 +62,7 @@ class CTMOptions(TeacherOptions, AdversaryOptions):
                 " nothing to judge."
             )
 
-    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "CTMOptions":
+    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> Self:
         options = super().resolved(total_steps, pretrained, dimensions)
         if self.trajectory is None:
             options = replace(options, trajectory="self" if self.teacher is None else "teacher")

@@ -6,6 +6,7 @@ EDM's F, TrigFlow's velocity (Lu & Song 2024, arXiv:2410.11081, eq. 3: the same 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
@@ -40,9 +41,7 @@ class DiffusionOptions(Options):
         None, "Standard deviation of ln(sigma). Default: 1.2; 1.4 (trigflow); 1 (flow).", "[1e-3, 10]"
     )
 
-    def resolved(
-        self, total_steps: int, pretrained: bool = False, dimensions: int | None = None
-    ) -> "DiffusionOptions":
+    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> Self:
         p_mean, p_std = LAWS[self.interpolant]
         options = replace(
             self,
@@ -54,6 +53,7 @@ class DiffusionOptions(Options):
     @property
     def law(self) -> tuple[float, float]:
         """Mean and standard deviation of ln(sigma), once they are resolved."""
+        assert self.p_mean is not None and self.p_std is not None
         return self.p_mean, self.p_std
 
 
@@ -114,7 +114,7 @@ class Diffusion(Objective):
         x, sigma = noised(batch.samples, self.options.law, draws)
         outputs = []
 
-        def network(*args, **kwargs):
+        def network(*args: Any, **kwargs: Any) -> Any:
             outputs.append(self.model(*args, **kwargs))
             return outputs[0]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cm_diffusers.core.conditions import Condition
+from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.objectives.base import Summary
 from cm_diffusers.objectives.consistency import SOLVERS, teacher_step
 from cm_diffusers.objectives.ect import ECT, ECTOptions
@@ -32,6 +33,7 @@ class ECDOptions(ECTOptions, TeacherOptions):
 class ECD(ECT):
     """E[ w(t, r) d(D(x_t, t), sg D(ODE step of the teacher from x_t to r, r)) ]."""
 
+    teacher: Denoiser
     name = "ecd"
     Options = ECDOptions
     needs_teacher = True

@@ -8,6 +8,7 @@ no grid: noise levels are continuous; and there is no floor: D(x, 0) = x.
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -67,7 +68,7 @@ class ECTOptions(Options):
         super().__post_init__()
         check_distance(self.distance)
 
-    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "ECTOptions":
+    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> Self:
         pretrain_steps = self.pretrain_steps
         if pretrain_steps is None:
             pretrain_steps = 0 if pretrained else total_steps // 2
@@ -84,7 +85,7 @@ class ECT(Objective):
     """E[ w(t, r) d(D(x_t, t), sg D(x_r, r)) ] with the same noise, and the same dropout masks, in x_t and x_r."""
 
     name = "ect"
-    Options = ECTOptions
+    Options: ClassVar[type] = ECTOptions
     native_predictions = PROCESS_STUDENTS
     compares_neighbours = True
     sigma_min = floor = 0.0

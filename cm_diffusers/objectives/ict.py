@@ -6,6 +6,7 @@ levels are drawn by a discretised log-normal law, and N(k) doubles at even inter
 
 import math
 from dataclasses import dataclass, replace
+from typing import Self
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -37,7 +38,7 @@ class ICTOptions(Options):
         super().__post_init__()
         check_order(self, "s0", "s1")
 
-    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "ICTOptions":
+    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> Self:
         options = super().resolved(total_steps, pretrained, dimensions)
         if self.huber_c is None and dimensions is not None:
             options = replace(options, huber_c=ict_huber_c(dimensions))

@@ -70,7 +70,7 @@ class MeanFlow(Objective):
         paper="[Geng et al. 2025](https://arxiv.org/abs/2505.13447), alg. 1",
     )
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_tangents(self.network, self.options.jvp_mode, second_time="target_timestep")
 

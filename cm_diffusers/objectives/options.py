@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -92,7 +92,7 @@ class Options:
         """The model that is distilled, a folder or a Hub id; None for none. See `TeacherOptions`."""
         return None
 
-    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "Options":
+    def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> Self:
         """These settings with values in place of shares of the run, and of None where a value follows from others.
 
         A method extends it for the defaults of its own. What is resolved already stays as it is.
@@ -169,14 +169,18 @@ def flags_of(*groups: Any) -> Mapping[str, Flag]:
     return {part.name: flag_of(part) for group in groups for part in fields(group)}
 
 
-class Length(float):
-    """The type of settings that are lengths: whole numbers of steps (int), or below 1 a share of the run (float)."""
+if TYPE_CHECKING:
+    Length = float  # which settings of that type are; parsers call it, and nothing is an instance
+else:
 
-    def __new__(cls, text: str | float) -> int | float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"{text} is not a length.")
-        return int(value) if value.is_integer() else value
+    class Length(float):
+        """The type of lengths in settings: whole numbers of steps (int), or below 1 a share of the run (float)."""
+
+        def __new__(cls, text: str | float) -> int | float:
+            value = float(text)
+            if not math.isfinite(value):
+                raise ValueError(f"{text} is not a length.")
+            return int(value) if value.is_integer() else value
 
 
 def length_names(options: Any) -> list[str]:
@@ -193,7 +197,7 @@ def steps_of(length: float | None, total: int) -> int:
 
 def phases(options: Any, steps: int) -> dict[str, int]:
     """What the first `steps` steps of training were, by name; empty where they were all alike."""
-    found = {}
+    found: dict[str, int] = {}
     for name, flag in flags_of(options).items():
         if flag.phases is not None and (first := min(steps, getattr(options, name))):
             found |= dict(zip(flag.phases, (first, steps - first)))

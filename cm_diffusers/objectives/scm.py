@@ -7,6 +7,7 @@ an exact change of variables: x_t = cos(t) x0 + sin(t) z, z ~ N(0, sigma_data^2)
 """
 
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.conditions import Condition, call_network
-from cm_diffusers.core.denoisers import trigflow_velocity
+from cm_diffusers.core.denoisers import Denoiser, trigflow_velocity
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.noise_levels import lognormal
 from cm_diffusers.core.tangents import NORMS, jvp, jvp_ready, normalised
@@ -56,7 +57,7 @@ class SCT(Objective):
     """E[ |F(x_t) - sg(F(x_t) + g)|^2 / D ], g = cos(t) df/dt normalised, weighed by a learned log-variance."""
 
     name = "sct"
-    Options = SCTOptions
+    Options: ClassVar[type] = SCTOptions
     native_predictions = ("flow",)
     needs_tangents = True
     levels = ("sigma_data", "sigma_max")
@@ -70,7 +71,7 @@ class SCT(Objective):
         paper="[Lu & Song 2024](https://arxiv.org/abs/2410.11081), alg. 1",
     )
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_tangents(self.network, self.options.jvp_mode)
 
@@ -143,6 +144,7 @@ class SCDOptions(SCTOptions, TeacherOptions):
 class SCD(SCT):
     """sCT with the velocity of a teacher: any denoiser, read as TrigFlow's."""
 
+    teacher: Denoiser
     name = "scd"
     Options = SCDOptions
     needs_teacher = True

@@ -20,7 +20,8 @@ class ModelSpec:
     """What turns the bare network into a denoiser, in training, sampling and export alike.
 
     Args:
-        sigma_data: root mean square of the data, > 0; None where a saved model does not say.
+        sigma_data: root mean square of the data, > 0. The spec of a saved model that does not say has None, until the
+            engine puts the data's in its place.
         time_label: the network's time input, one of `LABELS_OF_PREDICTION`.
         sigma_max: the level of pure noise, where sampling starts.
         prediction: a key of `LABELS_OF_PREDICTION`: "edm" lives on VE, "flow" on linear flow, "trigflow" on TrigFlow,
@@ -29,7 +30,7 @@ class ModelSpec:
         noise_schedule: the settings of diffusers' `DDPMScheduler` that make the VP process.
     """
 
-    sigma_data: float | None
+    sigma_data: float
     time_label: str = "log_sigma"
     sigma_max: float = 80.0
     prediction: str = "edm"
@@ -45,6 +46,7 @@ class ModelSpec:
             return TrigFlow(self.sigma_data)
         if self.prediction == "flow":
             return LinearFlow()
+        assert self.noise_schedule is not None
         return VP(DDPMScheduler(**self.noise_schedule).alphas_cumprod)
 
     @property
@@ -84,7 +86,7 @@ class ModelSpec:
         Four radians for an angle or for all times of a process; for logarithms of sigma, whose range is wider, 250 ln
         sigma in 1 / 250.
         """
-        if self.time_label == "timestep":
+        if isinstance(self.process, VP):
             return 4 / len(self.process.angles)
         return 1 / 250 if self.time_label == "log_sigma" else 4 / self.time_scale
 
