@@ -11,8 +11,8 @@ FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_l
 	tests/engine/test_data.py tests/engine/test_tables.py tests/engine/test_card.py tests/pipelines/test_consistency.py
 
 # The oracles of a minute: closed forms, golden numbers, stock schedulers.
-FAST_TESTS := tests/core tests/schedulers tests/test_layout.py tests/test_results.py tests/objectives/test_adversarial.py \
-	tests/objectives/test_diffusion.py tests/objectives/test_ect.py
+FAST_TESTS := tests/core tests/schedulers tests/test_layout.py tests/test_results.py \
+	$(filter-out %/test_every_objective.py,$(wildcard tests/objectives/test_*.py))
 
 .PHONY: help venv quickstart check oracles test test-slow test-floors quality lint types style clean
 

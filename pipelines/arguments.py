@@ -121,7 +121,7 @@ def read_entries(condition: Entries, batch_size: int) -> dict[str, torch.Tensor]
 def count_of(value: Any) -> int | None:
     """How many images an argument is for, where it has one entry per image."""
     per_image = isinstance(value, Sequence) and not isinstance(value, str)
-    return len(value) if per_image or getattr(value, "ndim", 0) else None
+    return len(value) if per_image or getattr(value, "ndim", False) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -45,7 +45,7 @@ def one_call(method: Callable) -> Callable:
     """Let a method of an `ImagePipeline` be a call; afterwards the pipeline's own scheduler shows its levels."""
 
     @functools.wraps(method)
-    def run(pipeline: DiffusionPipeline, *args, **kwargs) -> Any:
+    def run(pipeline: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
         call = pipeline.new_call()
         token = _running.set((*_running.get(), call))
         try:

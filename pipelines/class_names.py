@@ -52,12 +52,13 @@ def labels_named(id2label: Mapping[int, str] | None, names: Sequence[str]) -> li
     """
     if id2label is None:
         raise ValueError(f"This model does not know the names of its classes; give their labels instead of {names}.")
-    whole, parts = {}, {}
+    whole: dict[str, list[int]] = {}
+    parts: dict[str, list[int]] = {}
     for label, name in id2label.items():
         whole.setdefault(name.strip(), []).append(label)
         for part in name.split(","):
             parts.setdefault(part.strip(), []).append(label)
-    found = []
+    found: list[int] = []
     for name in names:
         labels = whole.get(name.strip()) or parts.get(name.strip()) or []
         if not labels:

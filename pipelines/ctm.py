@@ -165,13 +165,13 @@ class CTMPipeline(ImagePipeline):
             ValueError: levels outside their range, a sample of another shape, labels missing or unknown.
         """
         told = self._check_sample("sample", sample, class_labels, condition)
-        levels = [self._read_level(name, s, len(sample)) for name, s in (("from", sigma_from), ("to", sigma_to))]
-        if (levels[1] > levels[0] * (1 + 1e-6)).any() and not self.scheduler.config.upward:
+        t, s = self._read_level("from", sigma_from, len(sample)), self._read_level("to", sigma_to, len(sample))
+        if (s > t * (1 + 1e-6)).any() and not self.scheduler.config.upward:
             raise ValueError(
                 f"This model was not trained to jump to higher levels, from {sigma_from} to {sigma_to}. Where it was,"
                 " its scheduler has upward=True; else `invert` with solver='heun' goes up."
             )
-        moved = self._jump(sample.to(self._execution_device, torch.float32), *levels, told)
+        moved = self._jump(sample.to(self._execution_device, torch.float32), t, s, told)
         self.maybe_free_model_hooks()
         return moved
 
@@ -274,9 +274,9 @@ class CTMPipeline(ImagePipeline):
         labels = self.prepare_class_labels(len(images), class_labels, None, self._execution_device)
         if len(images) != 2:
             raise ValueError(f"images must be the two to interpolate between, (2, C, H, W), got {len(images)}.")
-        num_images = read_count("num_images", num_images, None)
-        if num_images is None or num_images < 2:
-            raise ValueError(f"num_images must be at least 2, as both ends are made, got {num_images}.")
+        count = read_count("num_images", num_images, None)
+        if count is None or count < 2:
+            raise ValueError(f"num_images must be at least 2, as both ends are made, got {count}.")
         if labels is not None and labels[0] != labels[1]:
             raise ValueError(
                 f"Both images must be of one class, as nothing lies between two; got class_labels {labels.tolist()}."
@@ -286,10 +286,10 @@ class CTMPipeline(ImagePipeline):
         self._set_levels(num_inference_steps, None, 0.0, "gamma")  # which checks them, too
         first, last = self.invert(images, labels, num_inference_steps=num_inverse_steps)
         return self(
-            class_labels=None if labels is None else labels[:1].expand(num_images),
+            class_labels=None if labels is None else labels[:1].expand(count),
             num_inference_steps=num_inference_steps,
             gamma=0.0,
-            latents=slerp(first, last, torch.linspace(0, 1, num_images, dtype=torch.float64)),
+            latents=slerp(first, last, torch.linspace(0, 1, count, dtype=torch.float64)),
             output_type=output_type,
             return_dict=return_dict,
         )

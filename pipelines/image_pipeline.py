@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
@@ -13,6 +14,7 @@ from .arguments import (
     Entries,
     Generators,
     Labels,
+    Samples,
     count_of,
     read_count,
     read_entries,
@@ -41,7 +43,7 @@ class ImagePipeline(DiffusionPipeline):
     _schedulers: tuple[str, ...]  # names of the classes that it samples with
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "ImagePipeline":
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "ImagePipeline":
         """A pipeline of another's parts and settings; parts given by their names replace those.
 
         As in diffusers the networks are cast to `torch_dtype`, by default to float32.
@@ -53,7 +55,7 @@ class ImagePipeline(DiffusionPipeline):
         parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "scheduler", "vae")}
         return super().from_pipe(pipeline, **{**parts, **kwargs})
 
-    def register_modules(self, **modules) -> None:
+    def register_modules(self, **modules: Any) -> None:
         """Take over components as diffusers does. Raises ValueError for a scheduler of a foreign class."""
         if "scheduler" in modules:
             modules["scheduler"] = self.accept_scheduler(modules["scheduler"])
@@ -146,7 +148,7 @@ class ImagePipeline(DiffusionPipeline):
         """The numbers of steps that show what the model can do, the usual one first."""
         raise NotImplementedError
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, and with the code of the library's classes.
 
         Once cm_diffusers is imported, `DiffusionPipeline.from_pretrained(folder)` loads it and runs no code of the
@@ -176,18 +178,18 @@ class ImagePipeline(DiffusionPipeline):
         batch_size: int | None,
         class_labels: Labels,
         generator: OneOrMore,
-        latents: torch.Tensor | None,
-        condition: torch.Tensor | None = None,
+        latents: Samples,
+        condition: Samples = None,
     ) -> int:
         """The batch size that the arguments agree on; ValueError where they don't."""
-        sizes = {
+        counts = {
             "batch_size": read_count("batch_size", batch_size),
             "the number of class_labels": count_of(class_labels),
             "the number of generators": count_of(generator),
             "the batch of latents": count_of(latents),
             "the rows of condition": count_of(condition),
         }
-        sizes = {name: size for name, size in sizes.items() if size is not None}
+        sizes = {name: size for name, size in counts.items() if size is not None}
         if len(set(sizes.values())) > 1:
             raise ValueError(
                 "These must agree: " + ", ".join(f"{name} is {size}" for name, size in sizes.items()) + "."
@@ -240,7 +242,7 @@ class ImagePipeline(DiffusionPipeline):
         condition: Entries,
         *,
         generator: Generators,
-        latents: object,
+        latents: Samples,
         output_type: str,
     ) -> tuple[torch.Tensor, Condition, OneOrMore]:
         """Unit noise, condition and the source of further noise of a call; ValueError for what can't be done."""

@@ -80,8 +80,9 @@ class MeanFlowPipeline(ImagePipeline):
         if (num_inference_steps is None) == (sigmas is None):
             raise ValueError("Pass exactly one of `num_inference_steps` and `sigmas`.")
         if sigmas is None:
-            num_inference_steps = read_count("num_inference_steps", num_inference_steps)
-            return [1 - k / num_inference_steps for k in range(num_inference_steps)]
+            steps = read_count("num_inference_steps", num_inference_steps)
+            assert steps is not None
+            return [1 - k / steps for k in range(steps)]
         levels = read_numbers("sigmas", sigmas)
         if not levels or any(math.isnan(s) or s <= 0 for s in levels):
             raise ValueError(f"`sigmas` must be a non-empty list of positive numbers, got {levels}.")

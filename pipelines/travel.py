@@ -45,7 +45,7 @@ if __name__.startswith("diffusers_modules."):
 """
 
 
-def save_with_code(pipeline: DiffusionPipeline, folder: Any, *args, **kwargs) -> None:
+def save_with_code(pipeline: DiffusionPipeline, folder: Any, *args: Any, **kwargs: Any) -> None:
     """diffusers' `save_pretrained`, and the code of the library's classes; stock classes need none.
 
     The arguments are those of `DiffusionPipeline.save_pretrained`. No file names a folder of this machine.
@@ -92,20 +92,27 @@ def bundle(sources: dict[str, str], title: str, version: str, hidden: Sequence[s
     Raises:
         ValueError: a name has two meanings, or a module imports what it may not.
     """
-    meanings, imports, bodies = {}, set(), []
+    meanings: dict[str, str] = {}
+    imports: set[str] = set()
+    bodies: list[str] = []
     for module, source in {"the start": KEEP_APART, **sources}.items():
-        tree, lines = ast.parse(source), source.splitlines()
+        tree = ast.parse(source)
+        lines: list[str | None] = [*source.splitlines()]
         about = ast.get_docstring(tree)
         for position, node in enumerate(tree.body):
             is_import = isinstance(node, (ast.Import, ast.ImportFrom))
-            found = _imports(node, module, sources) if is_import else {n: f"{n} of {module}" for n in _defined(node)}
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                found = _imports(node, module, sources)
+            else:
+                found = {name: f"{name} of {module}" for name in _defined(node)}
             for name, meaning in found.items():
                 if meanings.setdefault(name, meaning) != meaning:
                     raise ValueError(f"In one module {name!r} can't be both {meanings[name]!r} and {meaning!r}.")
             if is_import:
                 imports |= set(found.values())
             if is_import or position == 0 and about:
-                lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+                for number in range(node.lineno - 1, node.end_lineno or node.lineno):
+                    lines[number] = None
         heading = [f"# {line}".rstrip() for line in (f"--- {module}", *(about or "").splitlines())]
         body = "\n".join(line for line in lines if line is not None).strip("\n")
         bodies.append("\n".join(heading) + f"\n\n{body}\n" if module in sources else f"{body}\n")
@@ -126,7 +133,7 @@ def _imports(node: ast.Import | ast.ImportFrom, module: str, sources: dict[str, 
     for alias in node.names:
         statement = copy.copy(node)
         statement.names = [alias]
-        root = (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
+        root = ((node.module or "") if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
         if followed is not None or root not in MAY_IMPORT:
             raise ValueError(f"{module} can't travel with a saved pipeline, because of: {ast.unparse(statement)}")
         found[alias.asname or alias.name.split(".")[0]] = ast.unparse(statement)
@@ -143,7 +150,7 @@ def _followed(node: ast.stmt, module: str) -> str | None:
 
 def _merged(imports: set[str]) -> str:
     """Statements that import one name each, as one per module."""
-    names = {}
+    names: dict[str, list[str]] = {}
     for statement in sorted(imports, key=lambda text: (text.startswith("from"), text)):
         start, _, name = statement.partition(" import ")
         names.setdefault(start, []).append(name)
@@ -165,16 +172,17 @@ def _sources(classes: list[type]) -> dict[str, str]:
     """The texts of the modules that define `classes`, and of the library's that these import from, those first."""
 
     def texts(module: ModuleType) -> dict[str, str]:
-        source, found = inspect.getsource(module), {}
+        source = inspect.getsource(module)
+        found: dict[str, str] = {}
         for node in ast.parse(source).body:
             followed = _followed(node, module.__name__)
             if followed is not None:
                 found |= texts(sys.modules[followed])
         return found | {module.__name__: source}
 
-    found = {}
+    found: dict[str, str] = {}
     for cls in classes:  # whose __module__ is the library as a whole, that of its functions is not
-        found |= texts(sys.modules[cls.__init__.__module__])
+        found |= texts(sys.modules[cls.__init__.__module__])  # type: ignore[misc]  # no instance is meant
     return found
 
 
