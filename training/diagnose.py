@@ -14,7 +14,7 @@ import torch
 from cm_diffusers.core.conditions import Condition
 from cm_diffusers.engine.config import DataArguments, ModelArguments
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.engine.files import replace_file
 from cm_diffusers.engine.pictures.diagnostics import save_diagnostics
 from cm_diffusers.engine.places import check_place, find_device, make_folder
@@ -40,7 +40,7 @@ def diagnose(args: argparse.Namespace) -> dict[str, float]:
         check_fit(saved, data, "teacher")
         saved.network.to(device)
         teacher = saved.denoiser
-    batch = next(data.batches(Spot(8, 1, 0, 1), args.seed))
+    batch = next(data.batches(ProcessShare(8, 1, 0, 1), args.seed))
     images = batch["images"].to(device).float() / 127.5 - 1
     condition = Condition(batch["condition"]).to(device)
     pipeline.unet.eval()

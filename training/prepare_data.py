@@ -20,7 +20,7 @@ from shlex import quote
 import datasets
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.data.prepare import FILES, TRANSFORMS, Asked, Plan, prepare, write_card
+from cm_diffusers.engine.data.prepare import FILES, TRANSFORMS, Plan, Request, prepare, write_card
 from cm_diffusers.engine.data.sources import open_source
 from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.processes import ends_with_a_line
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> bool:
     datasets.disable_progress_bars()  # those of single files; the whole has one
     resolution = args.resolution and (args.resolution * 2)[:2]
     print(*source.said, sep="\n", end="\n" if source.said else "")
-    asked = Asked(source.fingerprint, resolution, args.transform, args.channels)
+    asked = Request(source.fingerprint, resolution, args.transform, args.channels)
     plan = prepare(source, args.output, args.split, asked)
     say_what_is_there(plan, args)
     if publisher is None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.engine.pictures.curves import titled_row
 from cm_diffusers.sampling import image_grid, load_pipeline
 
@@ -27,7 +27,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, Image.Image]:
     pipeline.set_progress_bar_config(disable=True)
     settings = DataArguments(args.dataset_name, split=args.split, resolution=list(pipeline.sample_shape[1:]))
     data = ImageData(settings, pipeline.num_classes is not None)
-    batch = next(data.batches(Spot(args.num_samples, 1, 0, 1), args.seed))
+    batch = next(data.batches(ProcessShare(args.num_samples, 1, 0, 1), args.seed))
     images, labels = batch["images"].to(args.device).float() / 255, batch["condition"].get("class_labels")
     noise = pipeline.invert(images, labels, num_inference_steps=args.inverse_steps, solver="heun")
     ways = {f"{n} jump{'s' * (n > 1)}": {"num_inference_steps": n, "gamma": 0.0} for n in args.jumps}

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.models import build_unet
 
 
@@ -82,7 +82,7 @@ def train_teacher(args: argparse.Namespace) -> None:
     data = ImageData(
         DataArguments(dataset_name=args.dataset_name, resolution=[args.resolution]), class_conditional=True
     )
-    batches = data.batches(Spot(args.batch_size), args.seed)
+    batches = data.batches(ProcessShare(args.batch_size), args.seed)
 
     def images() -> tuple[Tensor, Tensor]:
         batch = next(batches)

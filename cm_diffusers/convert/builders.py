@@ -14,9 +14,9 @@ from diffusers import (
 from cm_diffusers.convert.adm import build_stock_network
 from cm_diffusers.convert.ctm import build_two_time_network
 from cm_diffusers.convert.edm import build_network
+from cm_diffusers.convert.published_networks import build_raw_sigma_network, build_shuffle_network
 from cm_diffusers.convert.reading import Module
-from cm_diffusers.convert.small import build_raw_sigma_network, build_shuffle_network
-from cm_diffusers.convert.source import Source
+from cm_diffusers.convert.source import ForeignCheckpoint
 from cm_diffusers.models import EDMUNet2DModel
 from cm_diffusers.pipelines import ConsistencyPipeline, CTMPipeline, DenoisingPipeline, TrigFlowPipeline
 from cm_diffusers.schedulers import CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler
@@ -41,14 +41,14 @@ def _scheduler(sigma_min: float, sigma_max: float, sigma_data: float) -> EDMEule
     return EDMEulerScheduler(sigma_min=low, sigma_max=high, sigma_data=sigma_data)
 
 
-def precond_of(source: Source) -> str:
+def precond_of(source: ForeignCheckpoint) -> str:
     """The name that EDM's code has for the preconditioning; where weights alone are known, by the kind of model."""
     if source.module is not None:
         return source.module.kind
     return "ECMPrecond" if source.options.kind == "consistency" else "EDMPrecond"
 
 
-def edm(source: Source) -> tuple[DiffusionPipeline | ModelMixin, str]:
+def edm(source: ForeignCheckpoint) -> tuple[DiffusionPipeline | ModelMixin, str]:
     """Of EDM, ECT and CDM."""
     precond = precond_of(source)
     if source.module is None:
@@ -74,7 +74,7 @@ def edm(source: Source) -> tuple[DiffusionPipeline | ModelMixin, str]:
     return DenoisingPipeline(network, _scheduler(low, high, sigma_data)), "--num_inference_steps 18"
 
 
-def _network_of_iddpm(source: Source) -> EDMUNet2DModel:
+def _network_of_iddpm(source: ForeignCheckpoint) -> EDMUNet2DModel:
     """The network alone: no pipeline here has its table of levels u_j."""
     if source.tensors.pop("u", None) is not None:
         source.notes.append("left out: the table of levels u, which the network itself does not read")
@@ -85,7 +85,7 @@ def _network_of_iddpm(source: Source) -> EDMUNet2DModel:
     return _edm_network(source, "none")
 
 
-def _edm_network(source: Source, preconditioning: str) -> EDMUNet2DModel:
+def _edm_network(source: ForeignCheckpoint, preconditioning: str) -> EDMUNet2DModel:
     """With the dropout of the file, which training goes on with."""
     config = {}
     if source.module is not None:
@@ -97,14 +97,14 @@ def _edm_network(source: Source, preconditioning: str) -> EDMUNet2DModel:
     return build_network(source.tensors, prefix, preconditioning, "a network of EDM's code", **config)
 
 
-def ctm_of_edm(source: Source) -> tuple[CTMPipeline, str]:
+def ctm_of_edm(source: ForeignCheckpoint) -> tuple[CTMPipeline, str]:
     source.notes.append(ASSUMED_LEVELS.format("CTM"))
     steps = source.assumed("num_train_timesteps", 18, "as CTM's CIFAR-10 models have")
     scheduler = CTMScheduler(num_train_timesteps=steps, gamma_rule="official")
     return CTMPipeline(_edm_network(source, "edm"), scheduler), "--num_inference_steps 1"
 
 
-def _adm_options(source: Source) -> dict:
+def _adm_options(source: ForeignCheckpoint) -> dict:
     return {
         "head_dim": source.assumed("num_head_channels", 64),
         "image_size": source.assumed("image_size", 64),
@@ -113,7 +113,7 @@ def _adm_options(source: Source) -> dict:
     }
 
 
-def ctm(source: Source) -> tuple[CTMPipeline, str]:
+def ctm(source: ForeignCheckpoint) -> tuple[CTMPipeline, str]:
     source.notes.append(ASSUMED_LEVELS.format("CTM"))
     steps = source.assumed("num_train_timesteps", 40, "as CTM's ImageNet models have")
     network = build_two_time_network(source.tensors, **_adm_options(source))
@@ -121,7 +121,7 @@ def ctm(source: Source) -> tuple[CTMPipeline, str]:
     return CTMPipeline(network, scheduler), "--num_inference_steps 1"
 
 
-def openai(source: Source) -> tuple[DiffusionPipeline, str]:
+def openai(source: ForeignCheckpoint) -> tuple[DiffusionPipeline, str]:
     source.notes.append(ASSUMED_LEVELS.format("OpenAI"))
     network = build_stock_network(source.tensors, **_adm_options(source))
     named = "diffusion" if source.path.name.startswith("edm") else "consistency"
@@ -132,7 +132,7 @@ def openai(source: Source) -> tuple[DiffusionPipeline, str]:
     return ConsistencyModelPipeline(network, scheduler), "--num_inference_steps 1"
 
 
-def scm(source: Source) -> tuple[TrigFlowPipeline, str]:
+def scm(source: ForeignCheckpoint) -> tuple[TrigFlowPipeline, str]:
     """Its images are in [-1/2, 1/2], ours in [-1, 1]; F is the same for data of any scale."""
     source.notes.append("left out: logvar_linear, the log-variance, which only training needs")
     source.notes.append("images twice as large as its own, in [-1, 1]: sigma_data 1 for 0.5, sigma_max 160 for 80")
@@ -146,7 +146,7 @@ def scm(source: Source) -> tuple[TrigFlowPipeline, str]:
     return TrigFlowPipeline(network, scheduler), f"--num_inference_steps {2 if kind == 'consistency' else 18}"
 
 
-def simo(source: Source) -> tuple[ConsistencyPipeline, str]:
+def simo(source: ForeignCheckpoint) -> tuple[ConsistencyPipeline, str]:
     network = build_raw_sigma_network(source.tensors, source.assumed("image_size", 32), "cloneofsimo's model")
     source.notes.append("its c_out is half of what it should be at sigma_data 0.5: the last layer is halved for it")
     scheduler = MultistepConsistencyScheduler(num_train_timesteps=150, clip_denoised=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, ModelMixin
 
 from cm_diffusers.convert import builders
-from cm_diffusers.convert.source import Options, Source, read_source
+from cm_diffusers.convert.source import ForeignCheckpoint, Options, read_source
 
 
 FAMILIES = {
@@ -62,7 +62,7 @@ def convert_checkpoint(path: Path | str, options: Options = Options()) -> Conver
     return Converted(family, result, source.notes, sampling)
 
 
-def _recognise(source: Source) -> tuple[str, Callable[[Source], tuple]]:
+def _recognise(source: ForeignCheckpoint) -> tuple[str, Callable[[ForeignCheckpoint], tuple]]:
     """The family, by names of tensors and classes, and what builds it."""
     names = source.tensors.keys()
     if any(name.removeprefix("model.").startswith("enc.") for name in names):

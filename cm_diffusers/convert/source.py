@@ -35,7 +35,7 @@ class Options:
 
 
 @dataclass
-class Source:
+class ForeignCheckpoint:
     """The chosen weights of a checkpoint and what else it says of them."""
 
     path: Path
@@ -66,7 +66,7 @@ class Source:
         return value
 
 
-def read_source(path: Path, options: Options) -> Source:
+def read_source(path: Path, options: Options) -> ForeignCheckpoint:
     """The EMA or online weights that `path` holds.
 
     Raises:
@@ -95,4 +95,4 @@ def read_source(path: Path, options: Options) -> Source:
     tensors = {str(name).removeprefix("module."): part for name, part in parts.items() if isinstance(part, Tensor)}
     notes = [f"left out: {name}, which is no tensor" for name, part in parts.items() if not isinstance(part, Tensor)]
     loss = loss.kind if isinstance(loss, Module) else ""
-    return Source(path, tensors, module, loss, options, [note, *notes])
+    return ForeignCheckpoint(path, tensors, module, loss, options, [note, *notes])

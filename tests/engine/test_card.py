@@ -13,13 +13,13 @@ from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.data.description import DataDescription
 from cm_diffusers.engine.saved.export import save_pipeline
 from cm_diffusers.engine.saved.start import load_pipeline
-from cm_diffusers.engine.sharing.card import Surroundings, card_facts, hub_id, model_card
+from cm_diffusers.engine.sharing.card import RunSummary, card_facts, hub_id, model_card
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
 from tests.helpers.training_runs import flags, run
 
 
 DATA = DataDescription(100, 1, (8, 8), 10, {label: str(label) for label in range(10)}, "0" * 64)
-AROUND = Surroundings(steps=6, images_per_step=8, processes=2, shape="1 x 8 x 8, 10 classes", data=DATA)
+AROUND = RunSummary(steps=6, images_per_step=8, processes=2, shape="1 x 8 x 8, 10 classes", data=DATA)
 GRIDS = {
     "1 step": {"file": "samples/1_step.png", "sigmas": "80"},
     "2 steps": {"file": "samples/2_steps.png", "sigmas": "80, 1.36"},

@@ -12,7 +12,7 @@ import cm_diffusers.engine.data.images as data_module
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.order import KeyedOrder, Spot
+from cm_diffusers.engine.data.order import KeyedOrder, ProcessShare
 from cm_diffusers.engine.data.records import open_image
 from cm_diffusers.engine.data.scan import DecodedImages, resize_and_crop
 from cm_diffusers.pixels import to_uint8
@@ -86,7 +86,7 @@ def test_a_folder_of_class_folders_gives_images_and_labels(image_folder):
 def test_labels_are_not_read_for_an_unconditional_model(image_folder):
     data = read_folder(image_folder)
     assert data.labels is None and data.num_classes is None
-    assert next(data.batches(Spot(4), seed=0))["condition"] == {}
+    assert next(data.batches(ProcessShare(4), seed=0))["condition"] == {}
 
 
 def test_parquet_with_the_usual_names(tmp_path):
@@ -380,7 +380,7 @@ def flat(lists):
 
 @pytest.mark.parametrize("n, batch", [(20, 6), (20, 20), (7, 16), (1, 4)])
 def test_each_epoch_is_a_permutation_and_no_two_are_alike(n, batch):
-    indices = flat(take(KeyedOrder(n, Spot(batch), seed=3), 8 * n))
+    indices = flat(take(KeyedOrder(n, ProcessShare(batch), seed=3), 8 * n))
     epochs = [indices[e * n : (e + 1) * n] for e in range(6)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if n > 6:
@@ -390,9 +390,9 @@ def test_each_epoch_is_a_permutation_and_no_two_are_alike(n, batch):
 
 @pytest.mark.parametrize("world, accumulation, batch", [(2, 1, 6), (1, 3, 4), (2, 3, 2), (3, 1, 4), (12, 1, 1)])
 def test_processes_and_forward_passes_share_the_rows_of_one_order(world, accumulation, batch):
-    whole = take(KeyedOrder(20, Spot(12), seed=0), 10)
+    whole = take(KeyedOrder(20, ProcessShare(12), seed=0), 10)
     ranks = [
-        take(KeyedOrder(20, Spot(batch, accumulation, rank, world), seed=0), 10 * accumulation)
+        take(KeyedOrder(20, ProcessShare(batch, accumulation, rank, world), seed=0), 10 * accumulation)
         for rank in range(world)
     ]
     for step in range(10):
@@ -400,23 +400,23 @@ def test_processes_and_forward_passes_share_the_rows_of_one_order(world, accumul
         assert flat(parts) == whole[step]
 
 
-@pytest.mark.parametrize("spot", [Spot(6), Spot(2, 3), Spot(3, 1, 1, 2), Spot(32)])
+@pytest.mark.parametrize("spot", [ProcessShare(6), ProcessShare(2, 3), ProcessShare(3, 1, 1, 2), ProcessShare(32)])
 def test_starting_at_a_step_is_skipping_the_steps_before(spot):
     skipped = take(KeyedOrder(20, spot, seed=0), 15 * spot.accumulation)[9 * spot.accumulation :]
     assert take(KeyedOrder(20, spot, seed=0, step=9), 6 * spot.accumulation) == skipped
 
 
 def test_another_seed_is_another_order():
-    assert take(KeyedOrder(20, Spot(6), seed=0), 3) != take(KeyedOrder(20, Spot(6), seed=1), 3)
+    assert take(KeyedOrder(20, ProcessShare(6), seed=0), 3) != take(KeyedOrder(20, ProcessShare(6), seed=1), 3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_and_memory_do_not_change_the_batches(image_folder, monkeypatch, workers):
-    in_memory = take(read_folder(image_folder, conditional=True).batches(Spot(5), seed=1, step=2), 6)
+    in_memory = take(read_folder(image_folder, conditional=True).batches(ProcessShare(5), seed=1, step=2), 6)
     monkeypatch.setattr(data_module, "CACHE_BYTES", 0)
     lazy = read_folder(image_folder, conditional=True, dataloader_num_workers=workers)
     assert not torch.is_tensor(lazy.images)
-    for a, b in zip(in_memory, take(lazy.batches(Spot(5), seed=1, step=2), 6)):
+    for a, b in zip(in_memory, take(lazy.batches(ProcessShare(5), seed=1, step=2), 6)):
         assert torch.equal(a["images"], b["images"]) and torch.equal(
             a["condition"]["class_labels"], b["condition"]["class_labels"]
         )
@@ -424,7 +424,7 @@ def test_workers_and_memory_do_not_change_the_batches(image_folder, monkeypatch,
 
 def test_a_batch_holds_the_rows_of_the_order(image_folder):
     data = read_folder(image_folder, conditional=True)
-    for batch, indices in zip(take(data.batches(Spot(5), seed=1), 4), KeyedOrder(12, Spot(5), seed=1)):
+    for batch, indices in zip(take(data.batches(ProcessShare(5), seed=1), 4), KeyedOrder(12, ProcessShare(5), seed=1)):
         assert batch["images"].dtype == torch.uint8
         assert torch.equal(batch["images"], data.images[indices])
         assert torch.equal(batch["condition"]["class_labels"], data.labels[indices])
@@ -448,7 +448,7 @@ def stream_folder(tmp_path):
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_a_stream_gives_all_images_once_per_epoch_with_their_labels(stream_folder, conditional):
-    data, batches = streamed(stream_folder, conditional, Spot(5), 8)
+    data, batches = streamed(stream_folder, conditional, ProcessShare(5), 8)
     values = torch.cat([batch["images"][:, 0, 0, 0] for batch in batches]).int()
     assert sorted(values[:20].tolist()) == sorted(values[20:].tolist()) == list(range(0, 200, 10))
     assert values[:20].tolist() != values[20:].tolist()
@@ -462,13 +462,13 @@ def test_a_stream_gives_all_images_once_per_epoch_with_their_labels(stream_folde
 
 
 def test_processes_stream_disjoint_halves(stream_folder):
-    parts = [streamed(stream_folder, False, Spot(5, 1, rank, 2), 2)[1] for rank in range(2)]
+    parts = [streamed(stream_folder, False, ProcessShare(5, 1, rank, 2), 2)[1] for rank in range(2)]
     values = [{v for batch in part for v in batch["images"][:, 0, 0, 0].tolist()} for part in parts]
     assert len(values[0]) == len(values[1]) == 10 and not values[0] & values[1]
 
 
 def test_sigma_data_of_a_stream_is_that_of_the_whole(stream_folder):
-    data, _ = streamed(stream_folder, False, Spot(5), 1)
+    data, _ = streamed(stream_folder, False, ProcessShare(5), 1)
     expected = np.sqrt(np.mean((np.arange(0, 200, 10) / 127.5 - 1) ** 2))
     assert data.measure_sigma_data() == pytest.approx(expected, abs=6e-5)
 
@@ -476,4 +476,4 @@ def test_sigma_data_of_a_stream_is_that_of_the_whole(stream_folder):
 def test_a_stream_with_plain_labels_is_refused(tmp_path):
     folder = write_parquet(tmp_path / "d", image=[random_image(0)], label=[0])
     with pytest.raises(ValueError, match="ClassLabel"):
-        streamed(folder, True, Spot(1), 1)
+        streamed(folder, True, ProcessShare(1), 1)

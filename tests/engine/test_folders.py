@@ -15,7 +15,7 @@ from PIL import Image, features
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.listing import list_images, natural_key
-from cm_diffusers.engine.data.prepare import Asked, prepare
+from cm_diffusers.engine.data.prepare import Request, prepare
 from cm_diffusers.engine.data.sources import open_source
 
 
@@ -124,7 +124,7 @@ def test_any_folder_is_what_a_plain_walk_finds_in_training_and_prepared(tmp_path
     for i, image in enumerate(images):
         assert np.array_equal(data.images[i].permute(1, 2, 0).numpy(), image), source.names[i]
     (tmp_path / "out[1]").mkdir()
-    prepare(source, tmp_path / "out[1]", "train", Asked(source.fingerprint))
+    prepare(source, tmp_path / "out[1]", "train", Request(source.fingerprint))
     prepared = ImageData(DataArguments(dataset_name=str(tmp_path / "out[1]")), True, show_progress=False)
     assert prepared.labels.equal(data.labels) and prepared.images.equal(data.images)
     assert prepared.description.classes == data.description.classes

@@ -9,8 +9,8 @@ from PIL import Image
 import cm_diffusers.engine.data.images as data_module
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.order import Spot
-from cm_diffusers.engine.data.prepare import Asked, prepare
+from cm_diffusers.engine.data.order import ProcessShare
+from cm_diffusers.engine.data.prepare import Request, prepare
 from cm_diffusers.engine.data.scan import DecodedImages
 from cm_diffusers.engine.data.sources import open_source
 
@@ -32,12 +32,12 @@ def streamed(folder, count, monkeypatch):
     """The images of a stream in the order of its rows."""
     monkeypatch.setattr("cm_diffusers.engine.data.streams.shuffled", lambda rows, *key: rows)
     data = read(folder, streaming=True)
-    batches = data.batches(Spot(count), seed=0)
+    batches = data.batches(ProcessShare(count), seed=0)
     return next(batches)["images"].permute(0, 2, 3, 1).numpy().astype(int)
 
 
 def prepared(folder, output):
-    prepare(open_source(folder), output, "train", Asked(str(folder)))
+    prepare(open_source(folder), output, "train", Request(str(folder)))
     return all_of(ImageData(DataArguments(dataset_name=str(output)), False, show_progress=False))
 
 
@@ -117,7 +117,7 @@ def test_how_deep_pixels_are_read_is_said(tmp_path, capsys):
     ImageData(DataArguments(train_data_dir=str(folder)), False, tmp_path / "images_checked.safetensors")
     ImageData(DataArguments(train_data_dir=str(folder)), False, tmp_path / "images_checked.safetensors")
     assert capsys.readouterr().out.count("uint16 values from 200 to 4000 are read as 0 to 4095.") == 2
-    assert prepare(open_source(folder), tmp_path / "p", "train", Asked(str(folder))).ranges == [
+    assert prepare(open_source(folder), tmp_path / "p", "train", Request(str(folder))).ranges == [
         "uint16 values from 200 to 4000 are read as 0 to 4095."
     ]
 

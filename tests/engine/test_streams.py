@@ -15,7 +15,7 @@ import cm_diffusers.engine.data.images as data_module
 import cm_diffusers.engine.data.streams as streams
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.engine.data.scan import DecodedImages
 from cm_diffusers.engine.data.streams import StreamedRows, StreamFault, StreamOrder, shuffled, stream_batches
 from cm_diffusers.engine.training.run import main
@@ -47,7 +47,7 @@ def flat(lists):
 
 @pytest.mark.parametrize("n, batch", [(20, 6), (20, 20), (5, 16), (1, 4)])
 def test_each_epoch_has_every_row_once_and_no_two_are_alike(n, batch):
-    numbers = flat(take(order(n, Spot(batch)), 8 * n))
+    numbers = flat(take(order(n, ProcessShare(batch)), 8 * n))
     epochs = [numbers[e * n : (e + 1) * n] for e in range(6)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if n > 1:
@@ -55,27 +55,33 @@ def test_each_epoch_has_every_row_once_and_no_two_are_alike(n, batch):
 
 
 def test_rows_move_by_about_the_size_of_the_buffer():
-    numbers = flat(take(order(600, Spot(600)), 1))
+    numbers = flat(take(order(600, ProcessShare(600)), 1))
     assert all(number <= place + 6 for place, number in enumerate(numbers))  # none before it is read
     assert sum(number != place for place, number in enumerate(numbers)) > 400
 
 
 def test_the_order_depends_on_the_seed_alone():
-    assert take(order(20, Spot(6)), 9) == take(order(20, Spot(6)), 9) != take(order(20, Spot(6), seed=1), 9)
+    assert (
+        take(order(20, ProcessShare(6)), 9)
+        == take(order(20, ProcessShare(6)), 9)
+        != take(order(20, ProcessShare(6), seed=1), 9)
+    )
     rows = [(i, {}) for i in range(20)]
     assert list(shuffled(rows, 0, 3)) == list(shuffled(rows, 0, 3)) != list(shuffled(rows, 0, 4))
 
 
 @pytest.mark.parametrize("world, accumulation, batch", [(2, 1, 6), (1, 3, 4), (2, 3, 2), (3, 1, 4), (12, 1, 1)])
 def test_processes_and_forward_passes_share_the_rows_of_one_order(world, accumulation, batch):
-    whole = take(order(20, Spot(12)), 10)
-    ranks = [take(order(20, Spot(batch, accumulation, rank, world)), 10 * accumulation) for rank in range(world)]
+    whole = take(order(20, ProcessShare(12)), 10)
+    ranks = [
+        take(order(20, ProcessShare(batch, accumulation, rank, world)), 10 * accumulation) for rank in range(world)
+    ]
     for step in range(10):
         parts = [ranks[rank][step * accumulation + micro] for micro in range(accumulation) for rank in range(world)]
         assert flat(parts) == whole[step]
 
 
-@pytest.mark.parametrize("spot", [Spot(6), Spot(2, 3), Spot(3, 1, 1, 2), Spot(32)])
+@pytest.mark.parametrize("spot", [ProcessShare(6), ProcessShare(2, 3), ProcessShare(3, 1, 1, 2), ProcessShare(32)])
 @pytest.mark.parametrize("n", [1, 7, 20, 100])
 @pytest.mark.parametrize("step", [1, 9, 40])
 def test_starting_at_a_step_is_skipping_the_steps_before(spot, n, step):
@@ -92,7 +98,7 @@ def test_to_start_far_on_at_most_two_epochs_are_read_before():
                 read.append(i)
                 yield {"image": i}
 
-    next(iter(StreamOrder(Stream(), Spot(10), 0, step=1001)))
+    next(iter(StreamOrder(Stream(), ProcessShare(10), 0, step=1001)))
     assert len(read) < 100
 
 
@@ -135,18 +141,20 @@ def three_shards(tmp_path):
 @pytest.mark.parametrize("samples", [None, 10, 1])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_subset_is_the_same_images_for_any_number_of_processes_and_workers(three_shards, samples, workers):
-    whole = values_of(take(open_stream(three_shards, max_train_samples=samples).batches(Spot(6), 0), 8))
+    whole = values_of(take(open_stream(three_shards, max_train_samples=samples).batches(ProcessShare(6), 0), 8))
     assert sorted(set(flat(whole))) == list(range(samples or 23))
     data = open_stream(three_shards, max_train_samples=samples, dataloader_num_workers=workers)
     for world in (1, 2, 3):
-        ranks = [values_of(take(data.batches(Spot(6 // world, 1, rank, world), 0), 8)) for rank in range(world)]
+        ranks = [
+            values_of(take(data.batches(ProcessShare(6 // world, 1, rank, world), 0), 8)) for rank in range(world)
+        ]
         assert [flat(parts) for parts in zip(*ranks)] == whole
 
 
 def test_labels_stay_with_their_images(three_shards):
     data = open_stream(three_shards, conditional=True)
     assert data.num_classes == 4
-    for batch in take(data.batches(Spot(5), 0), 9):
+    for batch in take(data.batches(ProcessShare(5), 0), 9):
         assert batch["condition"]["class_labels"].dtype == torch.int64
         assert torch.equal(batch["condition"]["class_labels"], batch["images"][:, 0, 0, 0].long() % 4)
 
@@ -156,7 +164,7 @@ def test_workers_decode(three_shards, monkeypatch, workers, here):
     data = open_stream(three_shards, dataloader_num_workers=workers)
     trainer, decode = os.getpid(), DecodedImages.decode
     monkeypatch.setattr(DecodedImages, "decode", lambda *args: decode(*args) * 0 + (os.getpid() == trainer))
-    [batch] = take(data.batches(Spot(4), 0), 1)
+    [batch] = take(data.batches(ProcessShare(4), 0), 1)
     assert (batch["images"] == here).all()
 
 
@@ -164,7 +172,10 @@ def test_rows_before_the_step_are_not_decoded(three_shards, monkeypatch):
     data = open_stream(three_shards)
     decoded, decode = [], DecodedImages.decode
     monkeypatch.setattr(DecodedImages, "decode", lambda *args: decoded.append(1) or decode(*args))
-    assert values_of(take(data.batches(Spot(4), 0, step=30), 1)) == values_of(take(data.batches(Spot(4), 0), 31))[30:]
+    assert (
+        values_of(take(data.batches(ProcessShare(4), 0, step=30), 1))
+        == values_of(take(data.batches(ProcessShare(4), 0), 31))[30:]
+    )
     assert len(decoded) == 4 + 31 * 4
 
 
@@ -173,8 +184,8 @@ def test_digits_can_be_streamed():
     whole = ImageData(DataArguments(**args), True, show_progress=False)
     data = ImageData(DataArguments(**args, streaming=True), True, show_progress=False)
     assert (data.channels, data.resolution, data.num_classes) == (1, (8, 8), 10)
-    [batch] = take(data.batches(Spot(30), 0), 1)
-    numbers = next(order(30, Spot(30)))
+    [batch] = take(data.batches(ProcessShare(30), 0), 1)
+    numbers = next(order(30, ProcessShare(30)))
     assert torch.equal(batch["images"], whole.images[numbers])
     assert torch.equal(batch["condition"]["class_labels"], whole.labels[numbers])
 
@@ -186,8 +197,8 @@ def test_a_folder_of_images_can_be_streamed(tmp_path):
     args = {"train_data_dir": str(tmp_path / "d")}
     whole = ImageData(DataArguments(**args), True, show_progress=False)
     data = ImageData(DataArguments(**args, streaming=True), True, show_progress=False)
-    [batch] = take(data.batches(Spot(12), 0), 1)
-    numbers = next(order(12, Spot(12)))
+    [batch] = take(data.batches(ProcessShare(12), 0), 1)
+    numbers = next(order(12, ProcessShare(12)))
     assert torch.equal(batch["images"], whole.images[numbers])
     assert torch.equal(batch["condition"]["class_labels"], whole.labels[numbers])
 
@@ -231,7 +242,7 @@ def test_what_a_scan_would_find_is_found_in_the_stream_with_its_row(tmp_path, mo
     data = open_stream(folder, conditional=True, dataloader_num_workers=workers)
     before = set(psutil.Process().children())
     with pytest.raises(StreamFault, match=message) as kept:
-        take(data.batches(Spot(4), 0), 5)
+        take(data.batches(ProcessShare(4), 0), 5)
     assert kept.value and set(psutil.Process().children()) <= before  # the error does not keep the workers
 
 
@@ -259,7 +270,7 @@ def test_a_stream_that_ends_in_an_error_gives_all_before_it(workers):
         __iter__ = staticmethod(rows)
 
     batches = stream_batches(
-        StreamOrder(Stream(), Spot(4), 0), StreamedRows(DecodedImages([], "image", 1, (8, 8))), workers
+        StreamOrder(Stream(), ProcessShare(4), 0), StreamedRows(DecodedImages([], "image", 1, (8, 8))), workers
     )
     assert len({value for batch in values_of(take(batches, 4)) for value in batch}) == 16
     with pytest.raises(StreamFault, match="after row 24: the server is away"):
@@ -283,7 +294,7 @@ def test_a_damaged_shard_is_one_line_before_training_where_it_is_among_the_first
 def test_a_damaged_shard_later_on_is_a_fault_in_the_stream(tmp_path, monkeypatch):
     monkeypatch.setattr(data_module, "FIRST_ROWS", 10)
     data = open_stream(corrupt(write_shards(tmp_path / "d", GREY, GREY)))
-    batches = data.batches(Spot(2), 0)
+    batches = data.batches(ProcessShare(2), 0)
     take(batches, 3)
     with pytest.raises(StreamFault, match="after row 11"):
         next(batches)
@@ -292,14 +303,14 @@ def test_a_damaged_shard_later_on_is_a_fault_in_the_stream(tmp_path, monkeypatch
 def test_what_is_behind_a_subset_is_not_read(tmp_path):
     folder = corrupt(write_shards(tmp_path / "d", GREY, GREY))
     data = open_stream(folder, max_train_samples=12)
-    assert sorted(flat(values_of(take(data.batches(Spot(12), 0), 1)))) == list(range(12))
+    assert sorted(flat(values_of(take(data.batches(ProcessShare(12), 0), 1)))) == list(range(12))
 
 
 def test_a_worker_that_is_killed_is_a_fault_in_the_stream(three_shards, monkeypatch):
     data = open_stream(three_shards, dataloader_num_workers=1)
     monkeypatch.setattr(DecodedImages, "decode", lambda *args: os._exit(9))
     with pytest.raises(StreamFault, match="can't be decoded: .*worker"):
-        next(data.batches(Spot(4), 0))
+        next(data.batches(ProcessShare(4), 0))
 
 
 def test_labels_of_unknown_number_are_refused_with_what_to_do(tmp_path):
@@ -312,7 +323,7 @@ def test_labels_of_unknown_number_are_refused_with_what_to_do(tmp_path):
 
 
 def test_a_stream_without_rows_ends_at_once():
-    batches = stream_batches(StreamOrder([], Spot(4), 0), StreamedRows(DecodedImages([], "image", 1, (8, 8))))
+    batches = stream_batches(StreamOrder([], ProcessShare(4), 0), StreamedRows(DecodedImages([], "image", 1, (8, 8))))
     with pytest.raises(StreamFault, match="no rows"):
         next(batches)
 

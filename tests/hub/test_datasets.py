@@ -27,11 +27,11 @@ TRAIN = """
 import json, sys
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.order import ProcessShare
 limit = int(sys.argv[2])
 args = DataArguments(dataset_name="tester/files", streaming=sys.argv[1] == "1", max_train_samples=limit)
 data = ImageData(args, False, show_progress=False)
-print(json.dumps(next(data.batches(Spot(limit), 0))["images"][:, 0, 0, 0].tolist()))
+print(json.dumps(next(data.batches(ProcessShare(limit), 0))["images"][:, 0, 0, 0].tolist()))
 """
 
 

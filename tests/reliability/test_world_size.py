@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cm_diffusers.engine.data.images import FIRST_ROWS
-from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.engine.data.streams import StreamOrder
 from cm_diffusers.objectives import OBJECTIVES
 from tests.helpers.scripts import SCRIPT
@@ -160,7 +160,7 @@ def test_a_row_that_one_process_can_not_read_is_the_end_of_both_and_all_is_saved
     settings |= {"max_train_samples": None, "max_train_steps": 70, "train_batch_size": 8, "checkpointing_steps": 500}
     server.start(folder, processes=2, **settings)
     assert 2 in server.wait()
-    batches = iter(StreamOrder(range(n), Spot(16), seed=0))
+    batches = iter(StreamOrder(range(n), ProcessShare(16), seed=0))
     step = next(step for step, batch in enumerate(batches) if any(number == n - 5 for number, _ in batch))
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"]
     assert [row["step"] for row in read_log(folder)] == list(range(1, step + 1))

@@ -28,13 +28,13 @@ from cm_diffusers.engine.data.columns import (
 )
 from cm_diffusers.engine.data.description import DataDescription
 from cm_diffusers.engine.data.labels import read_labels
-from cm_diffusers.engine.data.order import KeyedOrder, Spot
+from cm_diffusers.engine.data.order import KeyedOrder, ProcessShare
 from cm_diffusers.engine.data.records import name_in_messages, open_image, why
 from cm_diffusers.engine.data.scan import (
     CACHE_BYTES,
     VERSION,
     DecodedImages,
-    Facts,
+    ScanFindings,
     load_scan,
     loaded,
     save_scan,
@@ -259,7 +259,7 @@ class ImageData:
         self._first_sigma_data = _root_mean_square(images)
         decoder.rows = []
 
-    def _use(self, facts: Facts, decoder: DecodedImages) -> None:
+    def _use(self, facts: ScanFindings, decoder: DecodedImages) -> None:
         """Decode all images by what was found, and say so."""
         self.channels = decoder.channels = self.args.channels or facts.channels
         decoder.scales = facts.scales
@@ -299,7 +299,7 @@ class ImageData:
         """The images (B, C, H, W) at these places of the dataset."""
         return _Rows(self.images, self.condition).__getitems__(indices)["images"]
 
-    def batches(self, spot: Spot, seed: int, step: int = 0) -> Iterator[dict[str, Any]]:
+    def batches(self, spot: ProcessShare, seed: int, step: int = 0) -> Iterator[dict[str, Any]]:
         """Batches for the forward passes of this process from training step `step` on, without end."""
         if self.args.streaming:
             order = StreamOrder(self.source, spot, seed, step, self.args.max_train_samples)

@@ -9,7 +9,7 @@ from cm_diffusers.core.draws import permutation
 
 
 @dataclass(frozen=True)
-class Spot:
+class ProcessShare:
     """Where a process stands: what it takes of each global batch."""
 
     batch_size: int
@@ -30,7 +30,7 @@ class Spot:
 class KeyedOrder(Sampler):
     """Lists of dataset indices, one per forward pass, from `step` on: a function of (seed, epoch) and nothing else."""
 
-    def __init__(self, n: int, spot: Spot, seed: int, step: int = 0):
+    def __init__(self, n: int, spot: ProcessShare, seed: int, step: int = 0):
         self.n, self.spot, self.seed, self.step = n, spot, seed, step
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.data.sources import Source
+from cm_diffusers.engine.data.sources import NumberedImages
 from cm_diffusers.engine.files import fsync_folder, write_file
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_uint8
@@ -41,7 +41,7 @@ Images of {channels} x {height} x {width} pixels{classes}, made by `training/pre
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """What is asked for: of a split, its source, (height, width) or None for that of the images, how to come by it
     (see `TRANSFORMS`), and channels, 1 or 3, or None for what the images have."""
 
@@ -55,7 +55,7 @@ class Asked:
 class Plan:
     """What a split will be, or is: what was asked for, and what the source came to."""
 
-    asked: Asked
+    asked: Request
     count: int
     height: int
     width: int
@@ -88,7 +88,7 @@ def fit(image: Image.Image, plan: Plan) -> Image.Image:
     return Image.fromarray(np.asarray(image))
 
 
-def prepare(source: Source, output: Path, split: str, asked: Asked) -> Plan:
+def prepare(source: NumberedImages, output: Path, split: str, asked: Request) -> Plan:
     """Write the images of `source` as `output`/`split`/*.parquet, going on where an earlier call was stopped.
 
     Raises:
@@ -111,13 +111,13 @@ def prepare(source: Source, output: Path, split: str, asked: Asked) -> Plan:
         lock.release()
 
 
-def _find_plan(folder: Path, asked: Asked) -> Plan | None:
+def _find_plan(folder: Path, asked: Request) -> Plan | None:
     """The plan that `folder` was begun with, None for a new one. Raises ValueError where it is not that of `asked`."""
     if not folder.exists() or folder.name.startswith(".") and not (folder / PLAN).exists():  # killed as it began
         return None
     try:
         values = json.loads((folder / PLAN).read_bytes())
-        plan = Plan(**{**values, "asked": Asked(**values["asked"])})
+        plan = Plan(**{**values, "asked": Request(**values["asked"])})
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{folder} exists, and is nothing that was prepared here; choose another OUTPUT.") from None
     before, now = asdict(plan.asked), asdict(asked)
@@ -147,7 +147,7 @@ def _in_threads(work: Callable[[int], Any], numbers: range, bar: tqdm) -> Iterat
                 yield result
 
 
-def _plan(source: Source, asked: Asked) -> Plan:
+def _plan(source: NumberedImages, asked: Request) -> Plan:
     """Read every image once; raises ValueError with all that is wrong with them."""
 
     def look(i: int) -> tuple[bool, tuple[int, int], Extrema | None] | str:
@@ -182,7 +182,7 @@ def _plan(source: Source, asked: Asked) -> Plan:
     return Plan(asked, count, height, width, channels, source.classes, enlarged, scales, ranges.describe())
 
 
-def _write_shards(source: Source, plan: Plan, folder: Path, split: str) -> None:
+def _write_shards(source: NumberedImages, plan: Plan, folder: Path, split: str) -> None:
     features = datasets.Features({"image": datasets.Image()})
     if plan.classes is not None:
         features["label"] = datasets.ClassLabel(names=plan.classes)

@@ -46,7 +46,7 @@ def digest_of(content: Content) -> bytes:
 
 
 @dataclass
-class Facts:
+class ScanFindings:
     """What a dataset was found to be.
 
     Args:
@@ -67,7 +67,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ScannedImage:
     """An image as the scan saw it: `pixels` (C, H, W), uint8, in its own range; whether it is grey, (height, width)
     and the range that it came with."""
 
@@ -98,7 +98,7 @@ class DecodedImages(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Seen | str:
+    def __getitem__(self, index: int) -> ScannedImage | str:
         """An image, or the reason why it can't be read."""
         record = self.rows[index][self.column]
         try:
@@ -106,7 +106,7 @@ class DecodedImages(Dataset):
             image = decode_content(content)
             seen = extrema(image)
             pixels = self.decode(image, {} if seen is None else {seen.type: seen.scale})
-            return Seen(pixels, is_grey(image), size_of(image), seen, digest_of(content))
+            return ScannedImage(pixels, is_grey(image), size_of(image), seen, digest_of(content))
         except Exception as error:  # of hostile files, too: whatever it is, it is named
             return f"{name_in_messages(index, record)}: {why(error)}"
 
@@ -121,7 +121,9 @@ class DecodedImages(Dataset):
         return torch.from_numpy(np.array(image)).reshape(*self.resolution, channels).permute(2, 0, 1).contiguous()
 
 
-def scan(decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bool = True) -> tuple[Facts, Tensor]:
+def scan(
+    decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bool = True
+) -> tuple[ScanFindings, Tensor]:
     """Look at every image once.
 
     Args:
@@ -136,7 +138,7 @@ def scan(decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bo
     Raises:
         ValueError: images that can't be read; all are counted, and the first ones named with the reason.
     """
-    facts, digest, faults, images = Facts(), hashlib.sha256(), [], torch.empty(0, 1, *decoder.resolution)
+    facts, digest, faults, images = ScanFindings(), hashlib.sha256(), [], torch.empty(0, 1, *decoder.resolution)
     ranges, own = Ranges(), {}  # the scales that images were decoded by
     bar = {"desc": "Reading images", "total": len(decoder), "disable": not show_progress, "leave": False}
     for i, seen in enumerate(tqdm(loaded(decoder, workers, batch_size=None), **bar)):
@@ -184,7 +186,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def save_scan(file: Path, key: str, facts: Facts, images: Tensor) -> None:
+def save_scan(file: Path, key: str, facts: ScanFindings, images: Tensor) -> None:
     """Write what was found, and the images that are kept, as safetensors that say of which data they are."""
     found = json.dumps(vars(facts))
     head = {"key": key, "facts": found, "check": _checksum(images, found)}
@@ -192,7 +194,7 @@ def save_scan(file: Path, key: str, facts: Facts, images: Tensor) -> None:
         save_file({"images": images}, aside, head)
 
 
-def load_scan(file: Path, key: str) -> tuple[Facts, Tensor] | None:
+def load_scan(file: Path, key: str) -> tuple[ScanFindings, Tensor] | None:
     """What `save_scan` wrote; None where there is nothing, of other data, or damaged."""
     try:
         with safe_open(file, "pt") as source:
@@ -202,7 +204,7 @@ def load_scan(file: Path, key: str) -> tuple[Facts, Tensor] | None:
             images = source.get_tensor("images")
         if _checksum(images, head["facts"]) != head["check"]:
             raise ValueError("its checksum differs")
-        facts = Facts(**json.loads(head["facts"]))
+        facts = ScanFindings(**json.loads(head["facts"]))
         facts.sizes = Counter(facts.sizes)
         return facts, images
     except FileNotFoundError:

@@ -264,7 +264,7 @@ def _listed_labels(names: list[str], listing: bytes) -> tuple[list[int], list[st
 
 
 @dataclass(frozen=True)
-class Source:
+class NumberedImages:
     """Images by their numbers, none decoded yet.
 
     Args:
@@ -284,7 +284,7 @@ class Source:
     said: list[str] = field(default_factory=list)
 
 
-def open_source(path: Path, split: str = "train") -> Source:
+def open_source(path: Path, split: str = "train") -> NumberedImages:
     """The images that a dataset can be prepared from.
 
     Args:
@@ -315,7 +315,7 @@ def open_source(path: Path, split: str = "train") -> Source:
         raise ValueError(f"source {str(path)!r}: {error}") from None
 
 
-def _by_rows(path: Path, split: str) -> Source:
+def _by_rows(path: Path, split: str) -> NumberedImages:
     said = []
     rows = load_local(path, split, only=True, say=said.append)
     if rows is None:
@@ -326,7 +326,7 @@ def _by_rows(path: Path, split: str) -> Source:
     labels = label_column and read_labels(rows[label_column][:], rows.features[label_column], label_column)
     paths = paths_of(rows, column)
     facts = [rows._fingerprint, marks_of(paths), labels and labels.values.tolist()]
-    return Source(
+    return NumberedImages(
         _names(paths, path),
         lambda i: open_image(rows[i][column]),
         labels and labels.values.tolist(),
@@ -342,10 +342,10 @@ def _names(paths: list[str | None], source: Path) -> list[str]:
     return [name.removeprefix(root) if name else f"row {i}" for i, name in enumerate(names)]
 
 
-def _by_arrays(images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Source:
+def _by_arrays(images: np.ndarray, labels: np.ndarray, classes: list[str]) -> NumberedImages:
     names = [f"image {i}" for i in range(len(images))]
     fingerprint = _digest(images.tobytes(), labels.astype(np.int64).tobytes())
-    return Source(names, lambda i: Image.fromarray(images[i]), labels.tolist(), classes, fingerprint)
+    return NumberedImages(names, lambda i: Image.fromarray(images[i]), labels.tolist(), classes, fingerprint)
 
 
 def _digest(*parts: bytes) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from cm_diffusers.core.draws import derive_seed
-from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.engine.data.records import name_in_messages, open_image, why
 from cm_diffusers.engine.data.scan import DecodedImages, loaded
 from cm_diffusers.pixels import is_grey
@@ -72,7 +72,7 @@ class StreamOrder(Sampler):
     """
 
     def __init__(
-        self, stream: Iterable[dict[str, Any]], spot: Spot, seed: int, step: int = 0, limit: int | None = None
+        self, stream: Iterable[dict[str, Any]], spot: ProcessShare, seed: int, step: int = 0, limit: int | None = None
     ):
         self.stream, self.spot, self.seed, self.step, self.limit = stream, spot, seed, step, limit
 

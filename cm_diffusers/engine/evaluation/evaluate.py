@@ -17,7 +17,7 @@ import cm_diffusers
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
-from cm_diffusers.engine.evaluation.judge import Clock, Judge, Source, sampler, stored
+from cm_diffusers.engine.evaluation.judge import Clock, Judge, JudgedImages, sampler, stored
 from cm_diffusers.engine.evaluation.references import build_judge
 from cm_diffusers.engine.evaluation.search import check_search, improve_sigmas
 from cm_diffusers.engine.evaluation.watch import follow
@@ -25,7 +25,7 @@ from cm_diffusers.engine.files import replace_file, why
 from cm_diffusers.engine.pictures.curves import QUALITIES, plot_quality
 from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.processes import start_accelerator
-from cm_diffusers.engine.sharing.card import HERE, METRICS, hub_id, read_report, renew_card
+from cm_diffusers.engine.sharing.card import METRICS, ON_THIS_MACHINE, hub_id, read_report, renew_card
 from cm_diffusers.objectives.options import flags_of
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import load_pipeline
@@ -138,7 +138,7 @@ def _numbers(subject: ImagePipeline | ImageData, args: EvaluationArguments) -> r
 
 def _sources(
     subject: ImagePipeline | ImageData, args: EvaluationArguments, search: dict[str, Any] | None = None
-) -> list[Source]:
+) -> list[JudgedImages]:
     """Where its images come from: each number of steps, each list of levels; what a search began with and found, too.
 
     Raises:
@@ -164,7 +164,7 @@ def _heading(
     name = "a local network" if Path(extractor.name).exists() else extractor.name  # it goes on the model's card
     packages = {"cm_diffusers": cm_diffusers, "diffusers": diffusers, "torch": torch}
     return {
-        "model": hub_id(args.pretrained_model_name_or_path) or HERE,
+        "model": hub_id(args.pretrained_model_name_or_path) or ON_THIS_MACHINE,
         "revision": args.revision,
         **facts,
         "reference": facts["reference"] | {"extractor": name},

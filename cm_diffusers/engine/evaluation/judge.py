@@ -42,7 +42,7 @@ class Clock(Counter):
 
 
 @dataclass(frozen=True)
-class Source:
+class JudgedImages:
     """Where images to be judged come from.
 
     Args:
@@ -56,7 +56,7 @@ class Source:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def sampler(pipeline: ImagePipeline, name: str, **how: Any) -> Source:
+def sampler(pipeline: ImagePipeline, name: str, **how: Any) -> JudgedImages:
     """The images that a model makes, one per seed; `how` is `num_inference_steps` or `sigmas`.
 
     One is made at once, so that what the model can't do is known at once.
@@ -74,12 +74,12 @@ def sampler(pipeline: ImagePipeline, name: str, **how: Any) -> Source:
     except (TypeError, ValueError) as error:  # the first for arguments that the pipeline does not have
         raise ValueError(f"{type(pipeline).__name__}, {name}: {error}") from None
     levels = [round(sigma, 6) if math.isfinite(sigma) else "inf" for sigma in levels_used(pipeline)]  # for JSON
-    return Source(name, images, {"num_inference_steps": len(levels), "sigmas": levels})
+    return JudgedImages(name, images, {"num_inference_steps": len(levels), "sigmas": levels})
 
 
-def stored(data: ImageData) -> Source:
+def stored(data: ImageData) -> JudgedImages:
     """The images of a dataset as they are."""
-    return Source("images", lambda places: data.rows(list(places)).float() / 255)
+    return JudgedImages("images", lambda places: data.rows(list(places)).float() / 255)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Judge:
     batch_size: int
     clock: Clock
 
-    def features(self, source: Source, numbers: range, title: str) -> Tensor:
+    def features(self, source: JudgedImages, numbers: range, title: str) -> Tensor:
         """Features (N, d), all of them on every process.
 
         The processes take turns at batches that are the same for any number of processes, and so are the images.
@@ -116,7 +116,7 @@ class Judge:
                 features[start : start + len(part)] = self.extractor(images)
         return accelerator.reduce(features, "sum")  # each row is 0 on all processes but one
 
-    def measure(self, source: Source, numbers: range, title: str) -> dict[str, Any]:
+    def measure(self, source: JudgedImages, numbers: range, title: str) -> dict[str, Any]:
         """The metrics of the images of these numbers; none on other processes than the main one."""
         features = self.features(source, numbers, title)
         if not self.accelerator.is_main_process:
@@ -124,7 +124,7 @@ class Judge:
         with self.clock("metrics"):
             return measure(features, self.reference, clock=self.clock)
 
-    def distance(self, source: Source, numbers: range, title: str) -> float:
+    def distance(self, source: JudgedImages, numbers: range, title: str) -> float:
         """The Fréchet distance of the images of these numbers, the same number on every process."""
         features, distance = self.features(source, numbers, title), None
         if self.accelerator.is_main_process:

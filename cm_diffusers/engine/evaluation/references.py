@@ -13,7 +13,7 @@ from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
 from cm_diffusers.engine.evaluation.judge import Clock, Judge
-from cm_diffusers.engine.sharing.card import HERE, hub_id
+from cm_diffusers.engine.sharing.card import ON_THIS_MACHINE, hub_id
 from cm_diffusers.evaluation import Extractor, check_samples, load_extractor, reference_features
 
 
@@ -46,7 +46,7 @@ def build_judge(
             reference = reference_features(batches, extractor, args.reference_cache)
     check_samples(count, reference)
     known = "digits" if data_args.dataset_name == "digits" else hub_id(data_args.dataset_name)
-    facts = {"dataset": known or HERE, "split": data_args.split, "reference": reference.facts}
+    facts = {"dataset": known or ON_THIS_MACHINE, "split": data_args.split, "reference": reference.facts}
     return Judge(extractor, reference, accelerator, args.batch_size, clock), facts
 
 

@@ -48,7 +48,7 @@ STOCK = {name: getattr(diffusers, name) for name in NETWORKS}
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """What training starts from."""
 
     network: nn.Module
@@ -219,7 +219,9 @@ def guided(teacher: SavedModel, scale: float) -> Denoiser:
     return Guided(teacher.denoiser, scale, nulls_of(teacher.null_class))
 
 
-def converted(start: Start, method: type[Objective], options: object = None, taught: bool = False) -> Start:
+def converted(
+    start: StartingPoint, method: type[Objective], options: object = None, taught: bool = False
+) -> StartingPoint:
     """A saved network as `method` trains it: as it is, or as one that predicts the same but for a sign.
 
     EDM's F is TrigFlow's with the sign turned (both take x / sqrt(sigma^2 + sigma_data^2)), if its time input is the
@@ -260,19 +262,19 @@ def converted(start: Start, method: type[Objective], options: object = None, tau
     )
 
 
-def _from_teacher(teacher: SavedModel, args: ModelArguments) -> Start:
+def _from_teacher(teacher: SavedModel, args: ModelArguments) -> StartingPoint:
     network = copy.deepcopy(teacher.network).requires_grad_(True)
     _set_dropout(network, args.dropout)
-    return Start(network, teacher.spec, pretrained=True)
+    return StartingPoint(network, teacher.spec, pretrained=True)
 
 
-def _from_pretrained(model: SavedModel, args: ModelArguments, data: ImageData) -> Start:
+def _from_pretrained(model: SavedModel, args: ModelArguments, data: ImageData) -> StartingPoint:
     check_fit(model, data, "pretrained model")
     _set_dropout(model.network, args.dropout)
-    return Start(model.network, model.spec, pretrained=True)
+    return StartingPoint(model.network, model.spec, pretrained=True)
 
 
-def _from_scratch(args: ModelArguments, data: ImageData, prediction: str, sigma_data: float | None) -> Start:
+def _from_scratch(args: ModelArguments, data: ImageData, prediction: str, sigma_data: float | None) -> StartingPoint:
     if args.model_config_name_or_path is not None:
         network = _from_config(args, data)
     else:
@@ -290,7 +292,7 @@ def _from_scratch(args: ModelArguments, data: ImageData, prediction: str, sigma_
             raise ValueError(f"time_label {args.time_label!r}: a model that predicts {prediction!r} takes {label!r}.")
     if isinstance(network, EDMUNet2DModel) and label != "log_sigma":
         network.register_to_config(preconditioning="none")  # it is told such times as they are
-    return Start(network, ModelSpec(sigma_data, label, prediction=prediction), pretrained=False)
+    return StartingPoint(network, ModelSpec(sigma_data, label, prediction=prediction), pretrained=False)
 
 
 def _prepare_labels(network: nn.Module, args: ModelArguments, data: ImageData) -> None:
@@ -336,7 +338,7 @@ def build_start(
     method: type[Objective] = Objective,
     options: object = None,
     saved: SavedModel | None = None,
-) -> Start:
+) -> StartingPoint:
     """The network to train, with its parameterisation: a saved one, else the teacher's, else a new one.
 
     `saved` is what `load_start` gives, for callers that have it.

@@ -26,7 +26,9 @@ FEW_STEPS = (
     "LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler",
     "ConsistencyDecoderScheduler", "FlowMapEulerDiscreteScheduler", "PiflowScheduler", "HeliosDMDScheduler",
 )  # fmt: skip
-HIGHEST = 80.0  # EDM's: data of scale 0.5 are 1 part in 160 there, and higher levels would only stretch the grids
+HIGHEST_SIGMA = (
+    80.0  # EDM's: data of scale 0.5 are 1 part in 160 there, and higher levels would only stretch the grids
+)
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _read_settings(scheduler: Any) -> ModelSpec:
     if name.startswith("FlowMatch") or prediction == "flow_prediction":
         if config.get("invert_sigmas"):
             raise ValueError(f"its {name} counts flow time from noise to data (invert_sigmas), which can't be read.")
-        return ModelSpec(None, "flow_time", HIGHEST, "flow", float(config.num_train_timesteps))
+        return ModelSpec(None, "flow_time", HIGHEST_SIGMA, "flow", float(config.num_train_timesteps))
     if "beta_schedule" not in config:
         raise ValueError(
             f"its scheduler is a {name}; this version reads those with a beta_schedule (DDPM, DDIM, Euler, Heun,"
@@ -179,7 +181,7 @@ def _read_settings(scheduler: Any) -> ModelSpec:
             f" it is {schedule['beta_schedule']!r}."
         )
     spec = ModelSpec(None, "timestep", prediction=prediction, noise_schedule=schedule)
-    return replace(spec, sigma_max=min(HIGHEST, spec.process.sigma_max))
+    return replace(spec, sigma_max=min(HIGHEST_SIGMA, spec.process.sigma_max))
 
 
 def _check_levels(scheduler: Any, spec: ModelSpec) -> None:

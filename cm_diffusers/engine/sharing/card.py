@@ -32,16 +32,16 @@ from cm_diffusers.sampling import (
 
 
 TEMPLATE = HUB_CARDS / "model_card.md"
-HERE = "local"  # what a card says of a name that means something on this machine only
+ON_THIS_MACHINE = "local"  # what a card says of a name that means something on this machine only
 FACTS = "card.json"  # beside a saved model: all that its card says, but for what was measured of it
 METRICS = "metrics.json"  # beside it, where something was measured
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
 MOST_NAMES = 100  # of classes in a card
-HOW = ("name", "step", "num_inference_steps", "sigmas")  # what a result in it has that is no metric
+NO_METRICS = ("name", "step", "num_inference_steps", "sigmas")  # what a result in it has that is no metric
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunSummary:
     """What a run knows beside its settings.
 
     Args:
@@ -115,7 +115,7 @@ def _is_result(row: Any) -> bool:
         isinstance(row, dict)
         and isinstance(row.get("name"), str)
         and type(row.get("step", 0)) is int
-        and all(isinstance(value, (int, float)) for key, value in row.items() if key not in HOW)
+        and all(isinstance(value, (int, float)) for key, value in row.items() if key not in NO_METRICS)
     )
 
 
@@ -136,7 +136,7 @@ def read_metrics(file: Path) -> tuple[dict[str, float], dict[str, str]]:
         for row in report["results"]
         if row.get("step", 0) == last
         for key, value in row.items()
-        if key not in HOW
+        if key not in NO_METRICS
     }
     notes = {key: str(report[key]) for key in ("dataset", "split", "num_samples") if key in report}
     notes["features"] = extractor["name"] + ("" if any("fid" in row for row in report["results"]) else " (not FID)")
@@ -183,9 +183,9 @@ def _listed_names(data: DataDescription) -> str | None:
 
 
 def portable_settings(config: Config) -> dict[str, Any]:
-    """The settings, with `HERE` in place of the names of folders of this machine."""
+    """The settings, with `ON_THIS_MACHINE` in place of the names of folders of this machine."""
     return config.to_dict() | {
-        name: HERE
+        name: ON_THIS_MACHINE
         for part in config.parts
         for name, flag in flags_of(part).items()
         if flag.place is not None and portable(flag, getattr(part, name)) is None and getattr(part, name) is not None
@@ -203,7 +203,7 @@ def card_facts(
     config: Config,
     objective: Objective,
     pipeline: DiffusionPipeline,
-    around: Surroundings,
+    around: RunSummary,
     grids: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
     """What the card of `pipeline` says, as JSON: all but its name and what was measured of it.
@@ -256,7 +256,7 @@ def card_facts(
         "recipe": {
             key: value
             for key, value in settings.items()
-            if value not in (None, HERE) and (key == "method" or flags[key].in_recipe)
+            if value not in (None, ON_THIS_MACHINE) and (key == "method" or flags[key].in_recipe)
         },
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from cm_diffusers.engine.checkpoint import newest_state
 from cm_diffusers.engine.config import Config
-from cm_diffusers.engine.sharing.card import HERE
+from cm_diffusers.engine.sharing.card import ON_THIS_MACHINE
 from cm_diffusers.engine.training.divergence import ADVISED, read_note
 
 
@@ -32,7 +32,7 @@ def changed_settings(config: Config, state: Mapping[str, Any], early: bool = Fal
         if key != "method" and (flags[key].may_change or early and flags[key].told_by_data):
             continue
         was, is_now = before.get(key), given[key]
-        if was not in (is_now, HERE) and then.get(key) != now[key]:
+        if was not in (is_now, ON_THIS_MACHINE) and then.get(key) != now[key]:
             changed[key] = then.get(key) if was is None else was, now[key] if is_now is None else is_now
     return changed
 

@@ -31,7 +31,7 @@ from cm_diffusers.engine.checkpoint import (
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.description import DataDescription
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.order import Spot
+from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.engine.data.streams import StreamFault
 from cm_diffusers.engine.files import free_name, holds, naming, replace_file
 from cm_diffusers.engine.log import Log, read_log
@@ -40,7 +40,7 @@ from cm_diffusers.engine.pictures.diagnostics import save_diagnostics
 from cm_diffusers.engine.pictures.preview import save_preview, with_vae
 from cm_diffusers.engine.processes import together
 from cm_diffusers.engine.saved.stock import null_class, nulls_of
-from cm_diffusers.engine.sharing.card import Surroundings
+from cm_diffusers.engine.sharing.card import RunSummary
 from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.training.divergence import (
     ADVISED,
@@ -80,7 +80,7 @@ class Trainer:
         self.config, self.run, self.objective, self.data, self.accelerator = config, run, objective, data, accelerator
         self.folder = Path(run.output_dir)
         self.log_file = self.folder / "log.jsonl"
-        self.spot = Spot(
+        self.spot = ProcessShare(
             run.train_batch_size, run.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
         )
         network = objective.network.to(accelerator.device)
@@ -107,13 +107,13 @@ class Trainer:
         self._shown: dict[str, Any] | None = None  # images for the diagnostics, read once
         self.on_save: Callable[[], None] = lambda: None  # called on the main process after each checkpoint
 
-    def surroundings(self) -> Surroundings:
+    def surroundings(self) -> RunSummary:
         """What a model card says of the run beside its settings."""
         channels, (height, width), classes = self.data.channels, self.data.resolution, self.data.num_classes
         shape = f"{channels} x {height} x {width}" + (" latents" if self.data.vae else "")
         shape += f", {classes} classes" if classes else ""
         processes = self.accelerator.num_processes
-        return Surroundings(self.step, self.spot.global_batch, processes, shape, self.data.description)
+        return RunSummary(self.step, self.spot.global_batch, processes, shape, self.data.description)
 
     # --- state -------------------------------------------------------------------------------------------------
 
@@ -458,7 +458,7 @@ class Trainer:
         pipeline, name = self.exported(), self.folder / "samples" / f"step-{self.step:07d}"
         save_preview(pipeline, name.with_suffix(".png"))
         if self._shown is None:
-            self._shown = next(self.data.batches(Spot(8, 1, 0, 1), self.run.seed))
+            self._shown = next(self.data.batches(ProcessShare(8, 1, 0, 1), self.run.seed))
         batch = self._batch(self._shown)
         if self.data.vae is None and batch.samples.shape[1] in (1, 3):
             numbers = save_diagnostics(
