@@ -72,7 +72,8 @@ def free_port():
 
 
 def serve():
-    from cm_diffusers.engine import export, run
+    from cm_diffusers.engine.saved import export
+    from cm_diffusers.engine.training import run
     from cm_diffusers.engine.training.run import main
 
     export.verify_export = lambda pipeline, folder: None  # these two take seconds
