@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_diffusers.core.arrays import append_dims
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:
@@ -67,8 +69,7 @@ class Condition:
             if rows is None:
                 entries[name] = null.expand_as(entry)
             else:
-                mask = rows.to(entry.device).reshape(-1, *[1] * (entry.ndim - 1))
-                entries[name] = torch.where(mask, null, entry)
+                entries[name] = torch.where(append_dims(rows.to(entry.device), entry), null, entry)
         return Condition(entries, self.nulls)
 
     def joined(self, *others: "Condition") -> "Condition":

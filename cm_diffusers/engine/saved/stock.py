@@ -26,9 +26,8 @@ FEW_STEPS = (
     "LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler",
     "ConsistencyDecoderScheduler", "FlowMapEulerDiscreteScheduler", "PiflowScheduler", "HeliosDMDScheduler",
 )  # fmt: skip
-HIGHEST_SIGMA = (
-    80.0  # EDM's: data of scale 0.5 are 1 part in 160 there, and higher levels would only stretch the grids
-)
+# EDM's: data of scale 0.5 are 1 part in 160 there, and higher levels would only stretch the grids
+HIGHEST_SIGMA = 80.0
 
 
 @dataclass(frozen=True)

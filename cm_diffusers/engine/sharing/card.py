@@ -203,7 +203,7 @@ def card_facts(
     config: Config,
     objective: Objective,
     pipeline: DiffusionPipeline,
-    around: RunSummary,
+    run: RunSummary,
     grids: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
     """What the card of `pipeline` says, as JSON: all but its name and what was measured of it.
@@ -212,27 +212,27 @@ def card_facts(
         config: the run's settings.
         objective: its method.
         pipeline: what was trained.
-        around: what else the run knows.
+        run: what else the run knows.
         grids: by title the pictures in the model's folder ("file") and the noise levels that they took ("sigmas").
     """
     data, settings, flags = config.data, portable_settings(config), config.flags()
     teacher, revision = config.options.teacher, config.model.teacher_revision
     licence = licence_of(teacher, revision)
-    count, device = around.processes, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    count, device = run.processes, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     local_data = "the handwritten digits of scikit-learn" if data.dataset_name == "digits" else "a local dataset"
     start = config.model.pretrained_model_name_or_path
     return {
         "method": config.method,
         "what": objective.summary.what,
         "paper": objective.summary.paper,
-        "shape": around.shape,
+        "shape": run.shape,
         "stock": type(pipeline).__module__.startswith("diffusers."),
         "variant": config.run.export_variant,
         "classes": pipeline.unet.config.num_class_embeds,
-        "names": around.data.to_dict()["classes"],
-        "listed_names": _listed_names(around.data),
-        "number": around.data.number,
-        "empty_classes": around.data.empty_classes,
+        "names": run.data.to_dict()["classes"],
+        "listed_names": _listed_names(run.data),
+        "number": run.data.number,
+        "empty_classes": run.data.empty_classes,
         "usual_steps": max(with_our_interface(pipeline).default_steps),
         "sigma_max": pipeline.scheduler.config.get("sigma_max", 80.0),
         "gamma": pipeline.scheduler.config.get("gamma_rule") is not None,
@@ -247,9 +247,9 @@ def card_facts(
         "base_model": hub_id(teacher or start),
         "licence": licence,
         "warning": _warning(licence),
-        "steps": around.steps,
-        "phases": phases(objective.options, around.steps),
-        "images_per_step": around.images_per_step,
+        "steps": run.steps,
+        "phases": phases(objective.options, run.steps),
+        "images_per_step": run.images_per_step,
         "seed": config.run.seed,
         "hardware": f"{count} process{'es' if count > 1 else ''}, {device}",
         "library": commit(),

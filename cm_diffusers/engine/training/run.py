@@ -154,7 +154,7 @@ def _say_what_it_is(trainer: Trainer, folder: Path) -> None:
 
 def _check_card(trainer: Trainer, publisher: Publisher | None) -> None:
     """Find what could be wrong with the card before there is a model to go on it; warn of the teacher's licence."""
-    facts = card_facts(trainer.config, trainer.objective, trainer.exported(), trainer.surroundings(), {})
+    facts = card_facts(trainer.config, trainer.objective, trainer.exported(), trainer.summary(), {})
     card = model_card(facts, "model", trainer.folder / METRICS)
     if publisher is not None:
         publisher.check_card(card)
@@ -169,7 +169,7 @@ def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, verify:
 
     def complete(written: Path) -> None:
         grids = draw_grids(pipeline, written)
-        facts = card_facts(trainer.config, trainer.objective, pipeline, trainer.surroundings(), grids)
+        facts = card_facts(trainer.config, trainer.objective, pipeline, trainer.summary(), grids)
         model_card(facts, name, trainer.folder / METRICS).save(written / "README.md")
         (written / DATA).write_text(trainer.data.description.to_json())
         replace_file(folder.parent / FACTS, json.dumps(facts, indent=1))

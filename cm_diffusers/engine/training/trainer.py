@@ -107,7 +107,7 @@ class Trainer:
         self._shown: dict[str, Any] | None = None  # images for the diagnostics, read once
         self.on_save: Callable[[], None] = lambda: None  # called on the main process after each checkpoint
 
-    def surroundings(self) -> RunSummary:
+    def summary(self) -> RunSummary:
         """What a model card says of the run beside its settings."""
         channels, (height, width), classes = self.data.channels, self.data.resolution, self.data.num_classes
         shape = f"{channels} x {height} x {width}" + (" latents" if self.data.vae else "")
