@@ -33,7 +33,8 @@ class ConsistencyPipeline(ImagePipeline):
         """See `ImagePipeline`: a stock one is converted."""
         scheduler = super().accept_scheduler(scheduler)
         if isinstance(scheduler, CMStochasticIterativeScheduler) and self._scheduler_class is not None:
-            return self._scheduler_class.from_config(scheduler.config)
+            # settings given by position stand among `_use_default_values`, which from_config would leave out
+            return self._scheduler_class.from_config({**scheduler.config, "_use_default_values": []})
         return scheduler
 
     @property

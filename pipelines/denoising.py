@@ -162,7 +162,9 @@ class DenoisingPipeline(ImagePipeline):
     def _sde_scheduler(self, order: int, num_inference_steps: int) -> EDMDPMSolverMultistepScheduler:
         """The stock solver of the SDE, at the levels of the pipeline's scheduler."""
         settings = {"algorithm_type": "sde-dpmsolver++", "solver_order": order}
-        scheduler = EDMDPMSolverMultistepScheduler.from_config(self.scheduler.config, **settings)
+        # settings given by position stand among `_use_default_values`, which from_config would leave out
+        config = {**self.scheduler.config, "_use_default_values": []}
+        scheduler = EDMDPMSolverMultistepScheduler.from_config(config, **settings)
         scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         scheduler.set_begin_index(0)  # its timesteps differ from those of `self.scheduler` by roundings
         return scheduler

@@ -151,4 +151,5 @@ class CTM(Objective):
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         spec = self.spec
         levels = {"sigma_min": self.sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
-        return CTMPipeline(network, CTMScheduler(self.options.num_scales, **levels, **spec.input_config))
+        scheduler = CTMScheduler(num_train_timesteps=self.options.num_scales, **levels, **spec.input_config)
+        return CTMPipeline(network, scheduler)

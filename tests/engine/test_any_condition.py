@@ -89,7 +89,7 @@ def trainer_of(folder, method, kind, teacher_folder):
     data = ConditionedData(config.data, class_conditional=False, show_progress=False)
     data.kind = kind
     torch.manual_seed(0)
-    network = ConditionedNetwork(kind=kind, two_times=method == "ctm")
+    network = ConditionedNetwork(kind, two_times=method == "ctm")
     spec = ModelSpec(0.8, "angle", prediction="trigflow" if method == "scd" else "edm")
     teacher = spec.denoiser(copy.deepcopy(network).requires_grad_(False)) if taught else None
     config = config.resolved() if not taught else config

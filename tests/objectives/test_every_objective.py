@@ -242,6 +242,15 @@ def test_pipeline_carries_the_parameterisation(make, name, options):
 
 
 @every_objective
+def test_scheduler_of_the_pipeline_can_be_made_again_from_its_config(make, name, options):
+    objective = make(name, options)
+    scheduler = objective.pipeline(objective.network).scheduler
+    again = type(scheduler).from_config(scheduler.config)
+    settings = {key for key in scheduler.config if not key.startswith("_")}
+    assert {key: again.config[key] for key in settings} == {key: scheduler.config[key] for key in settings}
+
+
+@every_objective
 def test_curricula_are_numbers(make, name, options):
     values = make(name, options).describe(STEP)
     assert all(isinstance(value, (int, float)) for value in values.values())

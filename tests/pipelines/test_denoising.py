@@ -140,10 +140,13 @@ def test_in_sigma_the_stock_step_of_ddim_is_euler_s_and_with_eta_1_the_sde_s(eta
     torch.testing.assert_close(stock, ours, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("solver, order", [("sde", 1), ("sde_2m", 2)])
-def test_the_sde_is_a_plain_loop_of_the_stock_scheduler(network, solver, order):
+def test_the_sde_is_a_plain_loop_of_the_stock_scheduler(network, solver, order, by_position):
     noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 8])
-    pipe = quiet(DenoisingPipeline(network, EDMEulerScheduler(sigma_data=0.6, sigma_max=50.0)))
+    given = (0.002, 50.0, 0.6)
+    named = dict(zip(("sigma_min", "sigma_max", "sigma_data"), given, strict=True))
+    pipe = quiet(DenoisingPipeline(network, EDMEulerScheduler(*given) if by_position else EDMEulerScheduler(**named)))
     arguments = {"class_labels": labels, "num_inference_steps": 20, "latents": noise, "generator": seeded(4)}
     images = pipe(solver=solver, output_type="pt", **arguments).images
 

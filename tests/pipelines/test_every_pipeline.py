@@ -376,3 +376,8 @@ def test_stock_scheduler_is_converted_only_where_it_is_one(tiny_unet):
     assert (pipe.scheduler.config.sigma_min, pipe.scheduler.config.sigma_data) == (0.0, 0.7)
     ours = MultistepConsistencyScheduler()
     assert ConsistencyPipeline(tiny_unet(), ours).scheduler is ours
+
+
+def test_a_stock_scheduler_s_settings_given_by_position_are_kept(tiny_unet):
+    config = ConsistencyPipeline(tiny_unet(), CMStochasticIterativeScheduler(18, 0.01, 40.0)).scheduler.config
+    assert (config.num_train_timesteps, config.sigma_min, config.sigma_max) == (18, 0.01, 40.0)

@@ -480,7 +480,8 @@ class Trainer:
         online = self.run.export_weights == "online"
         weights = self.objective.network.state_dict() if online else next(iter(self.ema.shadows.values()))
         config = {k: v for k, v in self.objective.network.config.items() if k != "_name_or_path"}  # a path of here
-        network = type(self.objective.network).from_config(config)
+        # settings given by position stand among `_use_default_values`, which from_config would leave out
+        network = type(self.objective.network).from_config({**config, "_use_default_values": []})
         network.load_state_dict(weights)
         pipeline = self.objective.pipeline(network.to(self.accelerator.device).eval())
         return pipeline if self.data.vae is None else with_vae(pipeline, self.data.vae)
