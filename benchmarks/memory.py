@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from common import show
 from step_cost import METHODS, build_trainer
 
+from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.training.trainer import Trainer
 
 
@@ -32,8 +33,8 @@ def copies(trainer: Trainer, gradients: list[torch.Tensor]) -> dict[str, float]:
     roles = {
         "network": list(objective.network.state_dict().values()),
         "gradients": gradients,
-        "optimizer": [value for state in trainer.optimizer.state.values() for value in state.values()],
-        "ema": [value for shadow in trainer.ema.shadows.values() for value in shadow.values()],
+        "optimizer": [value for state in trainer.state.optimizer.state.values() for value in state.values()],
+        "ema": [value for shadow in trainer.state.ema.shadows.values() for value in shadow.values()],
         "target": [value for module in objective.auxiliary.values() for value in module.state_dict().values()],
         "teacher": list(objective.teacher.network.state_dict().values()) if objective.teacher else [],
     }
@@ -55,13 +56,13 @@ def measure(name: str) -> dict:
         idle = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
         trainer = build_trainer(name, folder, accelerator, BATCH)
         gradients: list[torch.Tensor] = []
-        trainer.optimizer.optimizer.register_step_pre_hook(
+        trainer.state.optimizer.optimizer.register_step_pre_hook(
             lambda optimizer, *_: gradients.extend(p.grad for group in optimizer.param_groups for p in group["params"])
         )
-        batches = trainer.data.batches(trainer.spot, 0)
+        batches = trainer.data.batches(trainer.share, 0)
         for _ in range(3):
             gradients.clear()
-            trainer._train_step(batches)
+            trainer.take_step(batches, Stopping())
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"copies": copies(trainer, gradients), "peak_mib": round((peak - idle) / 2**20)}
 

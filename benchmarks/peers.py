@@ -321,8 +321,8 @@ def main(openai: Path | None, diffusers: Path | None, rounds: int) -> None:
 
         def times(name: str, theirs) -> dict:
             trainer = trainers[name]
-            batches = trainer.data.batches(trainer.spot, 0)
-            return paired(lambda: trainer._train_step(batches, Stopping()), {"theirs": theirs}, rounds)
+            batches = trainer.data.batches(trainer.share, 0)
+            return paired(lambda: trainer.take_step(batches, Stopping()), {"theirs": theirs}, rounds)
 
         if openai is not None:
             peer, network = OpenAI(openai, scratch), trainers["ct"].objective.network

@@ -137,11 +137,11 @@ def measure(name: str, rounds: int) -> dict:
             parts["tangent"] = tangent
         if METHODS[name].frozen:
             parts["frozen"] = frozen
-        batches, stopping = trainer.data.batches(trainer.spot, 0), Stopping()
+        batches, stopping = trainer.data.batches(trainer.share, 0), Stopping()
 
         def whole() -> None:
-            trainer.optimizer.zero_grad()
-            trainer._train_step(batches, stopping)
+            trainer.state.optimizer.zero_grad()
+            trainer.take_step(batches, stopping)
 
         report = paired(whole, parts, rounds)
         if METHODS[name].tangent:

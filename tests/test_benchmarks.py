@@ -20,7 +20,7 @@ def test_every_method_whose_step_is_timed_takes_one(tmp_path):
         (tmp_path / name).mkdir()
         trainer = step_cost.build_trainer(name, str(tmp_path / name), Accelerator(), 2)
         before = [parameter.clone() for parameter in trainer.objective.network.parameters()]
-        trainer._train_step(trainer.data.batches(trainer.spot, 0), Stopping())
+        trainer.take_step(trainer.data.batches(trainer.share, 0), Stopping())
         after = trainer.objective.network.parameters()
         assert not all(map(torch.equal, before, after)), name
 

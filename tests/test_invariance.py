@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.stopping import Stopping
-from cm_diffusers.engine.training.run import build_trainer
+from cm_diffusers.engine.training.build import build_trainer
 from cm_diffusers.models import build_unet
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.pipelines import DenoisingPipeline

@@ -150,12 +150,12 @@ def precision(objective: Objective, kind: str, tangent: str) -> Iterator[None]:
             if tangent == "low":
                 changed.append(network)
             else:
-                objective.model = autocast(network.forward)
+                objective.attach(autocast(network.forward))
             for module in changed:
                 module.forward = autocast(module.forward)
         yield
     finally:
-        objective.model = network
+        objective.attach(network)
         for module in changed:
             vars(module).pop("forward", None)
 

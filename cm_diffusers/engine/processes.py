@@ -53,6 +53,13 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         raise fault
 
 
+def agreed(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Each flag, true on all processes where it is on one."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    return (accelerator.reduce(torch.tensor(flags, device=accelerator.device).float()) > 0).tolist()
+
+
 @contextmanager
 def ends_with_a_line(flag: str = "--output_dir", then: str = GOES_ON) -> Iterator[None]:
     """Errors of the user, and faults of the system, end the program by a message and code 2.

@@ -54,7 +54,11 @@ class Adversary:
 
     def __init__(self, network: nn.Module, options: AdversaryOptions, fakes: Callable[[Batch, Draws], Tensor]):
         self.network, self.options, self.fakes = network, options, fakes
-        self.model: Callable = network  # the engine puts the wrapped (DDP) network here
+        self.model: Callable = network
+
+    def attach(self, model: Callable) -> None:
+        """Let the discriminator's loss call `model`, the network as an engine has wrapped it (DDP)."""
+        self.model = model
 
     def optimizer(self) -> torch.optim.Optimizer:
         """As in StyleGAN-XL (Sauer et al. 2022, arXiv:2202.00273), but rectified as in the authors' code of CTM."""

@@ -107,13 +107,22 @@ class Objective(ABC):
             raise ValueError(missing_teacher(self.name))
         self.network, self.spec, self.total_steps = network, spec, total_steps
         self.options = options.resolved(total_steps, pretrained)
-        self.model: Callable = network  # the engine puts the wrapped (DDP, compiled, autocast) network here
+        self.model: Callable = network
         self.teacher = teacher
         if spec.prediction != "edm":
             self.floor = 0.0  # only EDM's scalings can have another
         self.auxiliary: dict[str, nn.Module] = {}  # other networks that are state: saved in checkpoints
         self.adversary: Adversary | None = None  # a second player, with turns of its own
-        self.average: Callable[[Tensor], Tensor] = lambda value: value  # over processes; the engine puts its own here
+        self.average: Callable[[Tensor], Tensor] = lambda value: value
+
+    def attach(self, model: Callable, average: Callable[[Tensor], Tensor] = lambda value: value) -> None:
+        """Hand over what an engine makes for the losses, which call `network` itself in one process without this.
+
+        Args:
+            model: takes the place of `network` in the losses, and is called as it is: wrapped (DDP), compiled, cast.
+            average: gives the mean over all processes of a tensor of any shape.
+        """
+        self.model, self.average = model, average
 
     @classmethod
     def prediction(cls, options: Any) -> str:

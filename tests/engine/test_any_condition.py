@@ -15,6 +15,7 @@ from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.stopping import Stopping
+from cm_diffusers.engine.training.batches import as_they_are
 from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec
 from tests.helpers.training_runs import differences, flags, read_log
@@ -139,6 +140,6 @@ def test_a_condition_that_is_no_label_trains_resumes_exports_and_samples(tmp_pat
 
 def test_the_condition_reaches_the_loss(tmp_path):
     trainer = trainer_of(tmp_path, "ect", "vector", tmp_path)
-    raw = next(trainer.data.batches(trainer.spot, 0))
-    batch = trainer._batch(raw)
+    raw = next(trainer.data.batches(trainer.share, 0))
+    batch = as_they_are(raw, trainer.data, trainer.accelerator.device)
     assert set(batch.condition.entries) == {"vector"} and isinstance(batch.condition, Condition)

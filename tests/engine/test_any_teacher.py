@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from cm_diffusers import ConsistencyPipeline, DenoisingPipeline
 from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.engine.config import ModelArguments
+from cm_diffusers.engine.evaluation.watch import follow
+from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.saved.export import verify_export
 from cm_diffusers.engine.saved.start import denoiser_of, load_pipeline, load_teacher
 from cm_diffusers.objectives import OBJECTIVES
@@ -280,7 +282,7 @@ def load_scheduler():
     return MultistepConsistencyScheduler()
 
 
-def test_a_latent_model_from_nothing_and_its_distillation(tmp_path):
+def test_a_latent_model_from_nothing_and_its_distillation_are_watched_without_images(tmp_path, monkeypatch):
     autoencoder_kl().save_pretrained(tmp_path / "vae")
     latent = {"vae_name_or_path": tmp_path / "vae", "cache_latents": True}
     teacher = run(tmp_path / "teacher", "diffusion", **latent, max_train_steps=2) / "pipeline"
@@ -291,6 +293,18 @@ def test_a_latent_model_from_nothing_and_its_distillation(tmp_path):
     sigma_data = load_pipeline(str(teacher)).scheduler.config.sigma_data
     kept = load_file(tmp_path / "teacher" / "latents.safetensors")["latents"]
     assert kept.shape == (100, 4, 4, 4) and sigma_data == pytest.approx(kept.square().mean().sqrt().item(), abs=1e-4)
+
+    monkeypatch.setattr("cm_diffusers.engine.data.images.load_source", None)
+    for folder in (tmp_path / "teacher", student):
+        [(step, watched)] = follow(folder, start_accelerator(), (), tmp_path / "aside")
+        exported = load_pipeline(str(folder / "pipeline"))
+        assert step == 2 and all(
+            value.equal(getattr(watched, part).state_dict()[name])
+            for part in ("unet", "vae")
+            for name, value in getattr(exported, part).state_dict().items()
+        )
+        levels = {name: value for name, value in exported.scheduler.config.items() if name[0] != "_"}
+        assert levels.items() <= watched.scheduler.config.items()
 
 
 def test_kept_latents_are_read_again_unless_they_are_others_or_damaged(tmp_path, monkeypatch, capsys):

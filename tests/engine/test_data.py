@@ -400,10 +400,10 @@ def test_processes_and_forward_passes_share_the_rows_of_one_order(world, accumul
         assert flat(parts) == whole[step]
 
 
-@pytest.mark.parametrize("spot", [ProcessShare(6), ProcessShare(2, 3), ProcessShare(3, 1, 1, 2), ProcessShare(32)])
-def test_starting_at_a_step_is_skipping_the_steps_before(spot):
-    skipped = take(KeyedOrder(20, spot, seed=0), 15 * spot.accumulation)[9 * spot.accumulation :]
-    assert take(KeyedOrder(20, spot, seed=0, step=9), 6 * spot.accumulation) == skipped
+@pytest.mark.parametrize("share", [ProcessShare(6), ProcessShare(2, 3), ProcessShare(3, 1, 1, 2), ProcessShare(32)])
+def test_starting_at_a_step_is_skipping_the_steps_before(share):
+    skipped = take(KeyedOrder(20, share, seed=0), 15 * share.accumulation)[9 * share.accumulation :]
+    assert take(KeyedOrder(20, share, seed=0, step=9), 6 * share.accumulation) == skipped
 
 
 def test_another_seed_is_another_order():
@@ -433,9 +433,9 @@ def test_a_batch_holds_the_rows_of_the_order(image_folder):
 # --- streaming -----------------------------------------------------------------------------------------------------
 
 
-def streamed(folder, conditional, spot, batches):
+def streamed(folder, conditional, share, batches):
     data = ImageData(DataArguments(dataset_name=str(folder), streaming=True), conditional, show_progress=False)
-    return data, take(data.batches(spot, seed=0), batches)
+    return data, take(data.batches(share, seed=0), batches)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-import cm_diffusers.engine.training.trainer as loop
+import cm_diffusers.engine.training.state as state_module
 from cm_diffusers.core.ema import EMA
 from cm_diffusers.engine.checkpoint import list_checkpoints, load_checkpoint
 from cm_diffusers.engine.config import RunArguments
@@ -100,7 +100,7 @@ def test_a_weight_that_is_no_number_ends_the_run_before_anything_of_it_is_saved(
 
 @pytest.mark.parametrize("group, name", [("ema_halflife_500kimg", "conv_in.bias"), ("optimizer", "0.exp_avg")])
 def test_a_state_that_is_no_number_is_not_saved(tmp_path, monkeypatch, group, name):
-    update, state = EMA.update, loop.optimizer_tensors
+    update, state = EMA.update, state_module.optimizer_tensors
 
     def broken_update(self, images_seen, batch_size):
         update(self, images_seen, batch_size)
@@ -111,7 +111,7 @@ def test_a_state_that_is_no_number_is_not_saved(tmp_path, monkeypatch, group, na
         return state(optimizer) | ({name: torch.tensor(float("nan"))} if steps_of(tmp_path)[:1] == [3] else {})
 
     if group == "optimizer":
-        monkeypatch.setattr(loop, "optimizer_tensors", broken_state)
+        monkeypatch.setattr(state_module, "optimizer_tensors", broken_state)
     else:
         monkeypatch.setattr(EMA, "update", broken_update)
     message = diverge(tmp_path)

@@ -182,7 +182,7 @@ def gradient(name, step, dtype, **options):
     torch.manual_seed(0)  # the layers of a second time are new
     trained = cls.adapt(copy.deepcopy(network), spec)
     objective = cls(trained, spec, cls.Options(**options), 8000)
-    objective.model = CastPass(trained)
+    objective.attach(CastPass(trained))
     if dtype != torch.float32:
         objective.model.forward = torch.autocast("cpu", dtype)(objective.model.forward)
     loss = objective.loss(Batch(digits()[:48]), Draws(1, step, range(48))).total

@@ -35,9 +35,9 @@ def take(iterator, count):
 # --- order ---------------------------------------------------------------------------------------------------------
 
 
-def order(n, spot, seed=0, step=0):
+def order(n, share, seed=0, step=0):
     """The numbers of rows of each forward pass."""
-    stream = StreamOrder([{"image": i} for i in range(n)], spot, seed, step)
+    stream = StreamOrder([{"image": i} for i in range(n)], share, seed, step)
     return ([number for number, row in batch] for batch in stream)
 
 
@@ -81,12 +81,12 @@ def test_processes_and_forward_passes_share_the_rows_of_one_order(world, accumul
         assert flat(parts) == whole[step]
 
 
-@pytest.mark.parametrize("spot", [ProcessShare(6), ProcessShare(2, 3), ProcessShare(3, 1, 1, 2), ProcessShare(32)])
+@pytest.mark.parametrize("share", [ProcessShare(6), ProcessShare(2, 3), ProcessShare(3, 1, 1, 2), ProcessShare(32)])
 @pytest.mark.parametrize("n", [1, 7, 20, 100])
 @pytest.mark.parametrize("step", [1, 9, 40])
-def test_starting_at_a_step_is_skipping_the_steps_before(spot, n, step):
-    skipped = take(order(n, spot), (step + 6) * spot.accumulation)[step * spot.accumulation :]
-    assert take(order(n, spot, step=step), 6 * spot.accumulation) == skipped
+def test_starting_at_a_step_is_skipping_the_steps_before(share, n, step):
+    skipped = take(order(n, share), (step + 6) * share.accumulation)[step * share.accumulation :]
+    assert take(order(n, share, step=step), 6 * share.accumulation) == skipped
 
 
 def test_to_start_far_on_at_most_two_epochs_are_read_before():

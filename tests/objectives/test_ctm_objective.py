@@ -180,7 +180,7 @@ def test_the_gradient_is_that_of_the_estimate_through_the_frozen_jump(random, ga
     """Against differences along a direction in weight space, with the target held still."""
     objective = random(gan_weight=gan_weight, dsm_weight=dsm_weight, balance="fixed")
     network, still = objective.network, copy.deepcopy(objective.network)
-    objective.model = lambda *args, **kwargs: (network if torch.is_grad_enabled() else still)(*args, **kwargs)
+    objective.attach(lambda *args, **kwargs: (network if torch.is_grad_enabled() else still)(*args, **kwargs))
     if gan_weight:
         objective.adversary.network.double()
     parameters = list(network.parameters())
@@ -282,7 +282,7 @@ def test_the_hinge_loss_of_a_discriminator_that_knows(random):
     objective = random(gan_weight=1.0)
     for logit, expected in ((0.0, 2.0), (3.0, 0.0)):
         logits = torch.tensor([[logit]] * 4 + [[-logit]] * 4)
-        objective.adversary.model = lambda images, logits=logits: logits
+        objective.adversary.attach(lambda images, logits=logits: logits)
         assert objective.adversary.loss(image_batch(), draws(4)).total == expected
 
 

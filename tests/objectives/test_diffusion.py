@@ -31,7 +31,7 @@ def test_loss_of_the_exact_denoiser_of_gaussian_data_is_the_dimension():
     draws = Draws(0, 0, range(2000))
     images = 0.5 * torch.randn(2000, 1, 8, 8)
     objective = Diffusion(None, ModelSpec(0.5), Diffusion.Options(), 100)
-    objective.model = zero_network
+    objective.attach(zero_network)
     loss = objective.loss(Batch(images), draws)
     assert loss.total.item() == pytest.approx(64, abs=4 * (2 * 64 / 2000) ** 0.5)
 

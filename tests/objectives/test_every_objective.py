@@ -156,7 +156,7 @@ def test_bfloat16_autocast_is_finite_and_close(make, name, options):
         with torch.autocast("cpu", torch.bfloat16):
             return objective.network(*args, **kwargs)
 
-    objective.model = autocast
+    objective.attach(autocast)
     loss, gradients = gradient(objective, batch_of(), range(8))
     assert loss.total.dtype == torch.float32
     assert all(value.isfinite().all() for value in gradients.values())
@@ -181,7 +181,7 @@ def test_gradient_flows_through_a_pass_of_the_network_and_no_target(make, name, 
         with_gradient.append(torch.is_grad_enabled())
         return objective.network(*args, **kwargs)
 
-    objective.model = watched
+    objective.attach(watched)
     objective.loss(batch_of(), Draws(0, STEP, range(8))).total.backward()
     assert with_gradient.count(True) == objective.passes
     others = [*objective.auxiliary.values(), *([objective.teacher.network] if objective.teacher else [])]
@@ -203,7 +203,7 @@ def test_state_is_what_the_method_says(make, name, options):
 def test_loss_uses_the_wrapped_network(make, name, options):
     objective = make(name, options)
     calls = []
-    objective.model = lambda *args, **kwargs: calls.append(args) or objective.network(*args, **kwargs)
+    objective.attach(lambda *args, **kwargs: calls.append(args) or objective.network(*args, **kwargs))
     objective.loss(batch_of(), Draws(0, STEP, range(8)))
     assert calls
 

@@ -103,7 +103,7 @@ def test_a_folder_can_not_be_or_lie_in_a_file(file, below):
 
 
 def test_training_in_a_file_ends_in_a_line_before_the_data_are_read(file, capsys, monkeypatch):
-    monkeypatch.setattr("cm_diffusers.engine.training.run.ImageData", None)
+    monkeypatch.setattr("cm_diffusers.engine.training.build.ImageData", None)
     with pytest.raises(SystemExit) as ended:
         train_main(flags(file), ["ect"], "")
     (line,) = capsys.readouterr().err.splitlines()

@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
+from cm_diffusers.engine.config import DataArguments
+
 
 FILE = "data.json"  # in the folder of a run, and in that of its model
 LISTED_NAMES = 12
@@ -87,3 +91,34 @@ class DataDescription:
         if classes is not None:
             classes = {int(label): name for label, name in classes.items()}
         return cls(**{**values, "size": tuple(values["size"]), "classes": classes})
+
+
+@dataclass(frozen=True)
+class DescribedData:
+    """What a network is built for, where the images themselves are not needed; in the interface of `ImageData`.
+
+    Args:
+        description: of the images, or of their latents.
+        args: how they were prepared.
+        vae: the autoencoder, for latents.
+    """
+
+    description: DataDescription
+    args: DataArguments
+    vae: nn.Module | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.description.channels
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        return self.description.size
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.description.num_classes
+
+    def measure_sigma_data(self) -> float:
+        """Raise ValueError: only images can be measured."""
+        raise ValueError("sigma_data is not among the settings, and there are no images to measure it on.")

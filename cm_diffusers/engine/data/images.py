@@ -299,12 +299,12 @@ class ImageData:
         """The images (B, C, H, W) at these places of the dataset."""
         return _Rows(self.images, self.condition).__getitems__(indices)["images"]
 
-    def batches(self, spot: ProcessShare, seed: int, step: int = 0) -> Iterator[dict[str, Any]]:
+    def batches(self, share: ProcessShare, seed: int, step: int = 0) -> Iterator[dict[str, Any]]:
         """Batches for the forward passes of this process from training step `step` on, without end."""
         if self.args.streaming:
-            order = StreamOrder(self.source, spot, seed, step, self.args.max_train_samples)
+            order = StreamOrder(self.source, share, seed, step, self.args.max_train_samples)
             return stream_batches(order, self._streamed, self.args.dataloader_num_workers)
-        order = KeyedOrder(len(self.images), spot, seed, step)
+        order = KeyedOrder(len(self.images), share, seed, step)
         workers = 0 if torch.is_tensor(self.images) else self.args.dataloader_num_workers
         rows = _Rows(self.images, self.condition)
         return loaded(rows, workers, batch_sampler=order)

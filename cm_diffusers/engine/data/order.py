@@ -30,16 +30,16 @@ class ProcessShare:
 class KeyedOrder(Sampler):
     """Lists of dataset indices, one per forward pass, from `step` on: a function of (seed, epoch) and nothing else."""
 
-    def __init__(self, n: int, spot: ProcessShare, seed: int, step: int = 0):
-        self.n, self.spot, self.seed, self.step = n, spot, seed, step
+    def __init__(self, n: int, share: ProcessShare, seed: int, step: int = 0):
+        self.n, self.share, self.seed, self.step = n, share, seed, step
 
     def __iter__(self) -> Iterator[list[int]]:
         step, orders = self.step, {}
         while True:
-            for micro in range(self.spot.accumulation):
+            for micro in range(self.share.accumulation):
                 indices = []
-                for row in self.spot.rows(micro):
-                    epoch, offset = divmod(step * self.spot.global_batch + row, self.n)
+                for row in self.share.rows(micro):
+                    epoch, offset = divmod(step * self.share.global_batch + row, self.n)
                     if epoch not in orders:
                         orders = {e: o for e, o in orders.items() if e >= epoch - 1}
                         orders[epoch] = permutation(self.n, self.seed, "epoch", epoch)

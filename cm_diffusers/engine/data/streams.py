@@ -65,24 +65,24 @@ class StreamOrder(Sampler):
 
     Args:
         stream: gives the rows of an epoch, all or more.
-        spot: where this process stands.
+        share: where this process stands.
         seed: of the run.
         step: the training step to begin with.
         limit: how many rows an epoch has at most.
     """
 
     def __init__(
-        self, stream: Iterable[dict[str, Any]], spot: ProcessShare, seed: int, step: int = 0, limit: int | None = None
+        self, stream: Iterable[dict[str, Any]], share: ProcessShare, seed: int, step: int = 0, limit: int | None = None
     ):
-        self.stream, self.spot, self.seed, self.step, self.limit = stream, spot, seed, step, limit
+        self.stream, self.share, self.seed, self.step, self.limit = stream, share, seed, step, limit
 
     def __iter__(self) -> Iterator[list[Row] | list[StreamFault]]:
-        rows = self._rows(self.step * self.spot.global_batch)
+        rows = self._rows(self.step * self.share.global_batch)
         try:
             while True:
-                for rank in range(self.spot.world):
-                    batch = list(islice(rows, self.spot.batch_size))
-                    if rank == self.spot.rank:
+                for rank in range(self.share.world):
+                    batch = list(islice(rows, self.share.batch_size))
+                    if rank == self.share.rank:
                         yield batch
         except StreamFault as fault:
             yield [fault]

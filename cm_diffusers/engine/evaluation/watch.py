@@ -9,12 +9,21 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.checkpoint import DamagedCheckpoint, copy_checkpoint, list_checkpoints, load_checkpoint
-from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    copy_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
+from cm_diffusers.engine.config import Config, parse_config
+from cm_diffusers.engine.data.description import DataDescription, DescribedData
 from cm_diffusers.engine.files import remove
 from cm_diffusers.engine.lock import is_locked
-from cm_diffusers.engine.training.run import build_trainer
-from cm_diffusers.objectives import OBJECTIVES
+from cm_diffusers.engine.saved.export import exported
+from cm_diffusers.engine.training.build import SavedModels, build_objective, load_models
+from cm_diffusers.engine.training.state import exported_weights
+from cm_diffusers.objectives import OBJECTIVES, Objective
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import with_our_interface
 
@@ -41,8 +50,7 @@ def follow(
     if not (run / "config.yaml").is_file():
         raise ValueError(f"watch {str(run)!r} is not a run: it holds no config.yaml.")
     config = parse_config(["--config", str(run / "config.yaml")], list(OBJECTIVES), "")
-    config = replace(config, run=replace(config.run, output_dir=str(run), compile=False, report_to=None))
-    trainer, done = None, set(done)
+    models, objective, done = None, None, set(done)
     while True:
         [step] = broadcast_object_list([_next_step(run, done, aside) if accelerator.is_main_process else None])
         if step is None:
@@ -54,10 +62,24 @@ def follow(
             checkpoint = load_checkpoint(aside)
         except DamagedCheckpoint as error:
             raise ValueError(f"checkpoint {step} of {run}: {error}") from None
-        if trainer is None:
-            trainer = build_trainer(config, accelerator)
-        trainer.load_weights(checkpoint)
-        yield step, with_our_interface(trainer.exported())
+        if models is None or objective is None:
+            models = load_models(config)
+            objective = _objective(config, models, checkpoint)
+            objective.network.to(accelerator.device)
+        weights = exported_weights(checkpoint.tensors, config.run)
+        yield step, with_our_interface(exported(objective, weights, models.vae))
+
+
+def _objective(config: Config, models: SavedModels, checkpoint: Checkpoint) -> Objective:
+    """The method of a run, without its images: a checkpoint says what they are."""
+    if "data" not in checkpoint.state:
+        raise ValueError(
+            "the checkpoints of this run do not say what its images are: let it go on for one checkpoint."
+        )
+    if config.model.sigma_data is None:
+        config = replace(config, model=replace(config.model, sigma_data=checkpoint.state["config"]["sigma_data"]))
+    data = DescribedData(DataDescription.from_dict(checkpoint.state["data"]), config.data, models.vae)
+    return build_objective(config, models, data, data)[1]
 
 
 def _next_step(run: Path, done: Collection[int], aside: Path) -> int | None:

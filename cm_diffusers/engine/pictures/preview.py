@@ -3,21 +3,10 @@
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from cm_diffusers.engine.files import written_aside
 from cm_diffusers.engine.pictures.curves import titled_row
-from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import captions_of, image_grid, labels_in_turn, sample_images, with_our_interface
-
-
-def with_vae(pipeline: DiffusionPipeline, vae: nn.Module) -> ImagePipeline:
-    """The pipeline of a network of latents, decoding them; stock ones become ours. Latents are not clipped."""
-    pipeline = with_our_interface(pipeline)
-    pipeline.register_modules(vae=vae)
-    if "clip_denoised" in pipeline.scheduler.config:
-        pipeline.scheduler.register_to_config(clip_denoised=False)
-    return pipeline
 
 
 def save_preview(pipeline: DiffusionPipeline, path: Path, count: int = 40, columns: int = 10) -> None:

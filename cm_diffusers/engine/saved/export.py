@@ -1,4 +1,4 @@
-"""Saved models: written aside, verified in a clean process, put in place at once."""
+"""Saved models: made of a method and weights, written aside, verified in a clean process, put in place at once."""
 
 import copy
 import ctypes
@@ -7,21 +7,45 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 from cm_diffusers.engine.files import fsync_folder, naming, remove
 from cm_diffusers.engine.saved import clean_process
+from cm_diffusers.objectives import Objective
+from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.pipelines.travel import save_with_code
+from cm_diffusers.sampling import with_our_interface
 
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ROUNDING = 1e-4  # images in [0, 1]; an error in a weight or a setting that is not rounding is far above
+
+
+def with_vae(pipeline: DiffusionPipeline, vae: nn.Module) -> ImagePipeline:
+    """The pipeline of a network of latents, decoding them; stock ones become ours. Latents are not clipped."""
+    pipeline = with_our_interface(pipeline)
+    pipeline.register_modules(vae=vae)
+    if "clip_denoised" in pipeline.scheduler.config:
+        pipeline.scheduler.register_to_config(clip_denoised=False)
+    return pipeline
+
+
+def exported(objective: Objective, weights: Mapping[str, Tensor], vae: nn.Module | None) -> DiffusionPipeline:
+    """The pipeline of a method whose network has these weights, which are copied; `vae` decodes where there is one."""
+    config = {k: v for k, v in objective.network.config.items() if k != "_name_or_path"}  # a path of here
+    # settings given by position stand among `_use_default_values`, which from_config would leave out
+    network = type(objective.network).from_config({**config, "_use_default_values": []})
+    network.load_state_dict(weights)
+    device = next(objective.network.parameters()).device
+    pipeline = objective.pipeline(network.to(device).eval())
+    return pipeline if vae is None else with_vae(pipeline, vae)
 
 
 def save_pipeline(

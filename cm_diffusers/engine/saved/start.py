@@ -15,6 +15,7 @@ from cm_diffusers.core.denoisers import Denoiser, Guided
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.core.time_labels import OWN_LABELS
 from cm_diffusers.engine.config import ModelArguments
+from cm_diffusers.engine.data.description import DescribedData
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.saved.stock import (
     AUTOENCODERS,
@@ -108,7 +109,7 @@ def _check_settings(model: SavedModel, args: ModelArguments, role: str, names: t
             raise ValueError(f"{name} {asked!r} differs from {found!r} of the {role}; leave the option out.")
 
 
-def check_fit(model: SavedModel, data: ImageData, role: str) -> None:
+def check_fit(model: SavedModel, data: ImageData | DescribedData, role: str) -> None:
     """Raise ValueError unless the model makes images like those of the dataset."""
     channels, height, width = model.sample_shape
     there, size = data.channels, data.resolution
@@ -268,13 +269,15 @@ def _from_teacher(teacher: SavedModel, args: ModelArguments) -> StartingPoint:
     return StartingPoint(network, teacher.spec, pretrained=True)
 
 
-def _from_pretrained(model: SavedModel, args: ModelArguments, data: ImageData) -> StartingPoint:
+def _from_pretrained(model: SavedModel, args: ModelArguments, data: ImageData | DescribedData) -> StartingPoint:
     check_fit(model, data, "pretrained model")
     _set_dropout(model.network, args.dropout)
     return StartingPoint(model.network, model.spec, pretrained=True)
 
 
-def _from_scratch(args: ModelArguments, data: ImageData, prediction: str, sigma_data: float | None) -> StartingPoint:
+def _from_scratch(
+    args: ModelArguments, data: ImageData | DescribedData, prediction: str, sigma_data: float | None
+) -> StartingPoint:
     if args.model_config_name_or_path is not None:
         network = _from_config(args, data)
     else:
@@ -295,7 +298,7 @@ def _from_scratch(args: ModelArguments, data: ImageData, prediction: str, sigma_
     return StartingPoint(network, ModelSpec(sigma_data, label, prediction=prediction), pretrained=False)
 
 
-def _prepare_labels(network: nn.Module, args: ModelArguments, data: ImageData) -> None:
+def _prepare_labels(network: nn.Module, args: ModelArguments, data: ImageData | DescribedData) -> None:
     """Raise ValueError where `network` can't be told what it shall be: how an image was augmented, or of no class."""
     name = type(network).__name__
     if data.args.augment and network.config.get("augment_channels") != augmentation.LABELS:
@@ -311,7 +314,7 @@ def _prepare_labels(network: nn.Module, args: ModelArguments, data: ImageData) -
         )
 
 
-def _from_config(args: ModelArguments, data: ImageData) -> UNet2DModel:
+def _from_config(args: ModelArguments, data: ImageData | DescribedData) -> UNet2DModel:
     path = Path(args.model_config_name_or_path)
     try:
         with looked_up(str(path)) as cached:
@@ -332,7 +335,7 @@ def _from_config(args: ModelArguments, data: ImageData) -> UNet2DModel:
 
 def build_start(
     args: ModelArguments,
-    data: ImageData,
+    data: ImageData | DescribedData,
     seed: int,
     teacher: SavedModel | None = None,
     method: type[Objective] = Objective,

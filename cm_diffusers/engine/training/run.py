@@ -1,45 +1,33 @@
 """From settings to a saved pipeline: what the training scripts call."""
 
 import json
-import math
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.utils.logging import disable_progress_bar
-from torch import nn
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.checkpoint import copy_checkpoint, newest_state
-from cm_diffusers.engine.config import Config, Known, parse_config
+from cm_diffusers.engine.checkpoint import copy_checkpoint
+from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.data.description import FILE as DATA
-from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.latents import LatentData
 from cm_diffusers.engine.files import holds, remove, replace_file
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.processes import ends_with_a_line, start_accelerator, together
-from cm_diffusers.engine.saved.discriminators import build_discriminator
 from cm_diffusers.engine.saved.export import save_pipeline
-from cm_diffusers.engine.saved.start import build_start, guided, load_start, load_teacher, load_vae
-from cm_diffusers.engine.saved.stock import SavedModel
 from cm_diffusers.engine.sharing.card import FACTS, METRICS, card_facts, draw_grids, model_card, portable_settings
 from cm_diffusers.engine.sharing.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
 from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
+from cm_diffusers.engine.training.build import build_trainer
 from cm_diffusers.engine.training.precision import choose_precision
 from cm_diffusers.engine.training.run_folder import EXPORTED, check_ours, look_over
 from cm_diffusers.engine.training.same_run import check_before_data
 from cm_diffusers.engine.training.tracking import check_tracker, start_trackers
 from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.objectives import OBJECTIVES
-from cm_diffusers.objectives.adversarial import AdversaryOptions
-from cm_diffusers.objectives.options import check_for_latents
-from cm_diffusers.pipelines import name_classes
 
 
 def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
@@ -105,7 +93,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
                 check_before_data(config, folder, accelerator.num_processes)
         trainer = build_trainer(config, accelerator)
         if warning is not None:
-            trainer._say(f"WARNING: {warning}")
+            trainer.say(f"WARNING: {warning}")
         if accelerator.is_main_process:
             _check_card(trainer, publisher)
         resumed = trainer.resume()
@@ -114,7 +102,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
                 _say_what_it_is(trainer, folder)
         goal = json.dumps([run.max_train_steps, run.export_weights, run.export_variant])
         if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
-            trainer._say(f"This run is finished: {folder / 'pipeline'} holds its model.")
+            trainer.say(f"This run is finished: {folder / 'pipeline'} holds its model.")
         else:
             if run.report_to:
                 start_trackers(accelerator, trainer.config, trainer.step)
@@ -159,7 +147,7 @@ def _check_card(trainer: Trainer, publisher: Publisher | None) -> None:
     if publisher is not None:
         publisher.check_card(card)
     if facts["warning"]:
-        trainer._say(f"WARNING: {facts['warning']}")
+        trainer.say(f"WARNING: {facts['warning']}")
 
 
 def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, verify: bool = False) -> None:
@@ -181,7 +169,7 @@ def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) ->
     """Push the model as it is now, and what the run resumes from, in the background, from copies of their own."""
     step = f"step-{trainer.step}"
     if publisher.waiting > 2:
-        trainer._say(f"WARNING: {step} is not published, as earlier pushes still wait for the Hub.")
+        trainer.say(f"WARNING: {step} is not published, as earlier pushes still wait for the Hub.")
         return
     copies = folder / ".hub" / step
     _export(trainer, copies / "pipeline", publisher)
@@ -212,85 +200,6 @@ def _how_to_push(publisher: Publisher, folder: Path) -> str:
         f"The model is complete in {folder / 'pipeline'}, but not all of it is on the Hub. Finish the push with:"
         f"\n  python training/push.py --model_dir {folder / 'pipeline'} --hub_model_id {publisher.repo_id}"
     )
-
-
-def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
-    """The run that `config` describes, at its start. Raises ValueError for settings that can't be met."""
-    config, method = config.given or config, OBJECTIVES[config.method]
-    main, folder, model = accelerator.is_main_process, Path(config.run.output_dir), config.model
-    saved = load_teacher(config.options.teacher, model) if config.options.teacher else None
-    teacher = None if saved is None else guided(saved, model.teacher_guidance_scale)
-    saved_start = load_start(model, method)
-    vae = _load_vae(config, saved or saved_start)
-    with accelerator.main_process_first():
-        images = ImageData(
-            config.data, model.class_conditional, folder / "images_checked.safetensors", show_progress=main
-        )
-    if model.sigma_data is None and (config.run.allow_data_change or not (saved or saved_start)):
-        model = replace(model, sigma_data=_measured_before(folder))
-    data = _latents(config, images, vae, accelerator)
-    start = build_start(model, data, config.run.seed, saved, method, config.options, saved_start)
-    known = Known(
-        images.resolution,
-        images.channels,
-        data.channels * math.prod(data.resolution),
-        None if start.pretrained else start.spec.time_label,
-    )
-    config = replace(config, model=replace(model, sigma_data=start.spec.sigma_data)).resolved(known)
-    extra, options = {}, config.options
-    if isinstance(options, AdversaryOptions) and options.discriminator_backbone is not None:
-        extra["discriminator"] = build_discriminator(
-            data.channels, data.num_classes, options.discriminator_backbone, image_size=224
-        )
-    objective = method(
-        start.network, start.spec, config.options, config.run.max_train_steps, start.pretrained, teacher, **extra
-    )
-    if data.num_classes is not None:
-        name_classes(objective.network, data.description.classes)
-    trainer = Trainer(config, objective, data, accelerator)
-    if main:
-        count = sum(p.numel() for p in start.network.parameters())
-        trainer._say(f"Data: {data.description}{'' if data.vae is None else ' (latents)'}")
-        if config.data.dataloader_num_workers and torch.is_tensor(data.images):
-            trainer._say(
-                "dataloader_num_workers is for the first pass alone: the dataset fits in memory, and stays there."
-            )
-        if saved is not None:
-            trainer._say(f"Teacher: {saved}")
-        what = "images in [-1, 1]" if data.vae is None else "latents"
-        trainer._say(f"sigma_data: {start.spec.sigma_data} (root mean square of the {what})")
-        trainer._say(
-            f"Model: {count / 1e6:.2f} M parameters, {start.spec.prediction}, time label {start.spec.time_label}"
-        )
-        trainer._say(f"Method: {config.method}, {objective.options}")
-        trainer._say(f"Precision: {accelerator.mixed_precision.replace('no', 'float32')}")
-        trainer._say(f"Images per step: {trainer.spot.global_batch} on {accelerator.num_processes} process(es)")
-    return trainer
-
-
-def _measured_before(folder: Path) -> float | None:
-    """The sigma_data that the weights of the run in `folder` were trained with, whatever its images are now."""
-    state = newest_state(folder) or {}
-    return state["config"]["sigma_data"] if "data" in state else None
-
-
-def _load_vae(config: Config, saved: SavedModel | None) -> nn.Module | None:
-    """The autoencoder, if there is one, of a run whose settings fit that. Raises ValueError where they do not."""
-    vae = load_vae(config.model, saved)
-    if vae is not None:
-        check_for_latents(config.data, config.options)
-    elif config.data.cache_latents:
-        raise ValueError("cache_latents is for latents: give --vae_name_or_path, or a teacher that has its own.")
-    return vae
-
-
-def _latents(config: Config, data: ImageData, vae: nn.Module | None, accelerator: Accelerator) -> ImageData:
-    """The images, or their latents where there is an autoencoder."""
-    if vae is None:
-        return data
-    cache = Path(config.run.output_dir) / "latents.safetensors" if config.data.cache_latents else None
-    with accelerator.main_process_first():
-        return LatentData(data, vae, cache, accelerator.device, tqdm.write)
 
 
 def _holds(folder: Path, export: str) -> bool:

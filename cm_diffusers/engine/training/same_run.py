@@ -1,11 +1,12 @@
 """Whether the settings of a run are those that it was begun with."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cm_diffusers.engine.checkpoint import newest_state
 from cm_diffusers.engine.config import Config
+from cm_diffusers.engine.data.description import DataDescription
 from cm_diffusers.engine.sharing.card import ON_THIS_MACHINE
 from cm_diffusers.engine.training.divergence import ADVISED, read_note
 
@@ -67,3 +68,51 @@ def check_before_data(config: Config, folder: Path, processes: int) -> None:
         changed = {key: values for key, values in changed.items() if key not in ADVISED}
     check_settings(folder, changed)
     check_global_batch(folder, state, processes * run.train_batch_size * run.gradient_accumulation_steps)
+
+
+def check_same_run(
+    config: Config, folder: Path, state: Mapping[str, Any], data: DataDescription, global_batch: int
+) -> Iterator[str]:
+    """Gives a line for each difference to a checkpoint that a run may have.
+
+    Args:
+        config: the settings now, resolved.
+        folder: of the run.
+        state: of the checkpoint.
+        data: what the images are now.
+        global_batch: images of a step now.
+
+    Raises:
+        ValueError: settings, images or their number in a step are others, and must not be.
+    """
+    changed, run = changed_settings(config, state), config.run
+    if read_note(folder) is not None:
+        for key in [key for key in changed if key in ADVISED]:
+            before, now = changed.pop(key)
+            yield f"{key} was {before!r}, is {now!r} from here on, as this run once diverged."
+    then = DataDescription.from_dict(state["data"]) if "data" in state else None
+    if then is None:
+        yield "The checkpoint does not say on which images it was trained; whether they changed is unknown."
+    differences = then.differences(data) if then is not None else []
+    if differences and changed.keys() == {"sigma_data"} and not run.allow_data_change:
+        changed = {}  # it was measured on those
+    check_settings(folder, changed)
+    check_global_batch(folder, state, global_batch)
+    if differences:
+        yield _allowed_data_change(folder, "; ".join(differences), then.shape == data.shape, run.allow_data_change)
+    before = state["config"]["max_train_steps"]
+    if before != run.max_train_steps:
+        yield (
+            f"max_train_steps was {before}, is {run.max_train_steps} now: schedules that are shares of the run move."
+        )
+
+
+def _allowed_data_change(folder: Path, differences: str, fits: bool, allowed: bool) -> str:
+    """What is said of other images; ValueError unless they were asked for and the network can take them."""
+    if not (fits and allowed):
+        raise ValueError(
+            f"{folder} holds a run on another dataset: {differences}. Give the dataset that it was trained"
+            " on, or another --output_dir"
+            + ("; with --allow_data_change the run goes on with this dataset." if fits else ".")
+        )
+    return f"The dataset is another one from here on, as --allow_data_change says: {differences}."

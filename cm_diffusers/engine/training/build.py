@@ -1,0 +1,143 @@
+"""From settings to what they describe: saved models, the method with its network, the run at its start."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from cm_diffusers.core.denoisers import Denoiser
+from cm_diffusers.engine.checkpoint import newest_state
+from cm_diffusers.engine.config import Config, Known
+from cm_diffusers.engine.data.description import DescribedData
+from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.latents import LatentData
+from cm_diffusers.engine.saved.discriminators import build_discriminator
+from cm_diffusers.engine.saved.start import build_start, guided, load_start, load_teacher, load_vae
+from cm_diffusers.engine.saved.stock import SavedModel
+from cm_diffusers.engine.training.trainer import Trainer
+from cm_diffusers.objectives import OBJECTIVES, Objective
+from cm_diffusers.objectives.adversarial import AdversaryOptions
+from cm_diffusers.objectives.options import check_for_latents
+from cm_diffusers.pipelines import name_classes
+
+
+@dataclass(frozen=True)
+class SavedModels:
+    """The saved models that the settings name; None for those that they do not.
+
+    Args:
+        teacher: the diffusion model to distil, and its denoiser under the guidance that was asked for.
+        start: the model that training goes on from.
+        vae: the autoencoder to train in the latents of.
+    """
+
+    teacher: SavedModel | None
+    denoiser: Denoiser | None
+    start: SavedModel | None
+    vae: nn.Module | None
+
+
+def load_models(config: Config) -> SavedModels:
+    """Load what is needed beside the data. Raises ValueError for what is not there, or does not fit the settings."""
+    model, method = config.model, OBJECTIVES[config.method]
+    teacher = load_teacher(config.options.teacher, model) if config.options.teacher else None
+    denoiser = None if teacher is None else guided(teacher, model.teacher_guidance_scale)
+    start = load_start(model, method)
+    vae = load_vae(model, teacher or start)
+    if vae is not None:
+        check_for_latents(config.data, config.options)
+    elif config.data.cache_latents:
+        raise ValueError("cache_latents is for latents: give --vae_name_or_path, or a teacher that has its own.")
+    return SavedModels(teacher, denoiser, start, vae)
+
+
+def build_objective(
+    config: Config, models: SavedModels, images: ImageData | DescribedData, data: ImageData | DescribedData
+) -> tuple[Config, Objective]:
+    """The method at its start, and the settings with all that is found out on the way.
+
+    Args:
+        config: the settings as they were given.
+        models: what `load_models` gives for them.
+        images: the images, which some defaults follow from.
+        data: what is trained on, the images or their latents.
+
+    Raises:
+        ValueError: the models fit neither the data nor each other.
+    """
+    method, options = OBJECTIVES[config.method], config.options
+    start = build_start(config.model, data, config.run.seed, models.teacher, method, options, models.start)
+    known = Known(
+        images.resolution,
+        images.channels,
+        data.channels * math.prod(data.resolution),
+        None if start.pretrained else start.spec.time_label,
+    )
+    config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data)).resolved(known)
+    extra, options = {}, config.options
+    if isinstance(options, AdversaryOptions) and options.discriminator_backbone is not None:
+        extra["discriminator"] = build_discriminator(
+            data.channels, data.num_classes, options.discriminator_backbone, image_size=224
+        )
+    steps = config.run.max_train_steps
+    objective = method(start.network, start.spec, options, steps, start.pretrained, models.denoiser, **extra)
+    if data.num_classes is not None:
+        name_classes(objective.network, data.description.classes)
+    return config, objective
+
+
+def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
+    """The run that `config` describes, at its start. Raises ValueError for settings that can't be met."""
+    config = config.given or config
+    main, folder, model = accelerator.is_main_process, Path(config.run.output_dir), config.model
+    models = load_models(config)
+    with accelerator.main_process_first():
+        images = ImageData(
+            config.data, model.class_conditional, folder / "images_checked.safetensors", show_progress=main
+        )
+    if model.sigma_data is None and (config.run.allow_data_change or not (models.teacher or models.start)):
+        config = replace(config, model=replace(model, sigma_data=_measured_before(folder)))
+    data = images if models.vae is None else _latents(config, images, models.vae, accelerator)
+    config, objective = build_objective(config, models, images, data)
+    trainer = Trainer(config, objective, data, accelerator)
+    for line in _described(trainer, models):
+        trainer.say(line)
+    return trainer
+
+
+def _measured_before(folder: Path) -> float | None:
+    """The sigma_data that the weights of the run in `folder` were trained with, whatever its images are now."""
+    state = newest_state(folder) or {}
+    return state["config"]["sigma_data"] if "data" in state else None
+
+
+def _latents(config: Config, images: ImageData, vae: nn.Module, accelerator: Accelerator) -> LatentData:
+    cache = Path(config.run.output_dir) / "latents.safetensors" if config.data.cache_latents else None
+    with accelerator.main_process_first():
+        return LatentData(images, vae, cache, accelerator.device, tqdm.write)
+
+
+def _described(trainer: Trainer, models: SavedModels) -> list[str]:
+    """What there is to say of a run at its start."""
+    config, objective, data, accelerator = trainer.config, trainer.objective, trainer.data, trainer.accelerator
+    network, spec, latents = objective.network, objective.spec, data.vae is not None
+    lines = [f"Data: {data.description}{' (latents)' if latents else ''}"]
+    if config.data.dataloader_num_workers and torch.is_tensor(data.images):
+        lines.append(
+            "dataloader_num_workers is for the first pass alone: the dataset fits in memory, and stays there."
+        )
+    if models.teacher is not None:
+        lines.append(f"Teacher: {models.teacher}")
+    count = sum(p.numel() for p in network.parameters())
+    return [
+        *lines,
+        f"sigma_data: {spec.sigma_data} (root mean square of the {'latents' if latents else 'images in [-1, 1]'})",
+        f"Model: {count / 1e6:.2f} M parameters, {spec.prediction}, time label {spec.time_label}",
+        f"Method: {config.method}, {objective.options}",
+        f"Precision: {accelerator.mixed_precision.replace('no', 'float32')}",
+        f"Images per step: {trainer.share.global_batch} on {accelerator.num_processes} process(es)",
+    ]

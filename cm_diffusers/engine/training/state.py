@@ -1,0 +1,108 @@
+"""What a run is at a step: networks, averages, optimisers and counters, as a checkpoint holds them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cm_diffusers.core.ema import EMA, ConstantDecay, HalfLife
+from cm_diffusers.engine.checkpoint import Checkpoint
+from cm_diffusers.engine.config import RunArguments
+from cm_diffusers.engine.training.divergence import norm
+from cm_diffusers.engine.training.meter import LossMeter
+from cm_diffusers.engine.training.optimisers import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from cm_diffusers.engine.training.precision import CastPass
+from cm_diffusers.objectives import Objective
+
+
+def average_profiles(run: RunArguments) -> list[HalfLife | ConstantDecay]:
+    """The averages of the weights that a run keeps; the first is exported."""
+    half_lives = [HalfLife(kimg, run.ema_rampup) for kimg in run.ema_half_life or []]
+    return [*half_lives, *(ConstantDecay(decay) for decay in run.ema_decay or [])]
+
+
+def exported_weights(tensors: Mapping[str, Mapping[str, Tensor]], run: RunArguments) -> Mapping[str, Tensor]:
+    """Of the tensors of a checkpoint those that are exported: the first average, or the weights where asked for."""
+    return tensors["model" if run.export_weights == "online" else average_profiles(run)[0].name]
+
+
+class RunState:
+    """The state of a run, at its start until a checkpoint is loaded.
+
+    Args:
+        objective: the method; its networks are prepared for `accelerator`, and it is attached to them.
+        run: which optimiser, and which averages.
+        accelerator: Accelerate's view of the machine.
+    """
+
+    def __init__(self, objective: Objective, run: RunArguments, accelerator: Accelerator):
+        self.objective, self.run, self.accelerator = objective, run, accelerator
+        network = objective.network.to(accelerator.device)
+        teacher = [objective.teacher.network] if objective.teacher is not None else []
+        for module in (*objective.auxiliary.values(), *teacher):
+            accelerator.prepare_model(module, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(network, run))
+        model = accelerator.prepare_model(CastPass(torch.compile(network) if run.compile else network))
+        model.train()
+        objective.attach(model, lambda value: accelerator.reduce(value, "mean"))
+        self.adversary = objective.adversary
+        if self.adversary is not None:
+            discriminator = self.adversary.network.to(accelerator.device)
+            self.adversary_optimizer = accelerator.prepare_optimizer(self.adversary.optimizer())
+            self.adversary.attach(accelerator.prepare_model(discriminator))
+        self.ema = EMA(network, average_profiles(run))
+        self.start_norm = norm(network.state_dict().values())
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.meter = LossMeter(objective.terms)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Groups of tensors by name, not copied."""
+        auxiliary = {f"auxiliary.{name}": module.state_dict() for name, module in self.objective.auxiliary.items()}
+        if self.adversary is not None:
+            auxiliary["discriminator"] = self.adversary.network.state_dict()
+            auxiliary["discriminator_optimizer"] = optimizer_tensors(self.adversary_optimizer.optimizer)
+        return {
+            "model": self.objective.network.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer.optimizer),
+            **self.ema.shadows,
+            **auxiliary,
+        }
+
+    def values(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        scaler = self.accelerator.scaler
+        return {
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "meter": self.meter.values.tolist(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go to what `tensors` and `values` gave."""
+        tensors, values = checkpoint.tensors, checkpoint.state
+        self.objective.network.load_state_dict(tensors["model"])
+        for name, shadow in self.ema.shadows.items():
+            for key, value in shadow.items():
+                value.copy_(tensors[name][key])
+        load_optimizer_tensors(self.optimizer.optimizer, tensors["optimizer"])
+        for name, module in self.objective.auxiliary.items():
+            module.load_state_dict(tensors[f"auxiliary.{name}"])
+        if self.adversary is not None:
+            self.adversary.network.load_state_dict(tensors["discriminator"])
+            load_optimizer_tensors(self.adversary_optimizer.optimizer, tensors["discriminator_optimizer"])
+        self.step, self.skipped = checkpoint.step, values["skipped"]
+        self.skipped_in_a_row = values["skipped_in_a_row"]
+        on_main = self.accelerator.is_main_process
+        self.meter = LossMeter(self.objective.terms, values["meter"] if on_main else None)
+        if self.accelerator.scaler is not None and values["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+
+    def gather_meter(self) -> None:
+        """Count on the main process what all have measured."""
+        if self.accelerator.num_processes > 1:
+            self.meter.values = self.accelerator.reduce(self.meter.values.to(self.accelerator.device)).cpu()
+            if not self.accelerator.is_main_process:
+                self.meter = LossMeter(self.objective.terms)
