@@ -19,7 +19,8 @@ from typing import Any
 
 from cm_diffusers.engine.config import DataArguments, parse_groups
 from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
-from cm_diffusers.engine.evaluation.evaluate import PICTURE, evaluate
+from cm_diffusers.engine.evaluation.evaluate import evaluate
+from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.engine.processes import ends_with_a_line
 
 
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         report = evaluate(args, data_args)
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n" + table(report))
-        print(f"Saved {args.folder / 'metrics.json'} and {args.folder / PICTURE}.")
+        print(f"Saved {args.folder / RunFiles.METRICS} and {args.folder / RunFiles.QUALITY}.")
         command = next_command(args, report)
         if command is not None:
             print(f"Try next:\n  {command}")

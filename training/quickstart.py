@@ -20,9 +20,10 @@ import yaml
 
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.engine.pictures.curves import titled_row
 from cm_diffusers.engine.processes import ends_with_a_line
-from cm_diffusers.engine.sharing.card import METRICS, renew_card
+from cm_diffusers.engine.sharing.card import renew_card
 from cm_diffusers.evaluation.halves import distances_to_half
 from cm_diffusers.objectives.options import steps_of
 from cm_diffusers.sampling import image_grid
@@ -70,7 +71,7 @@ def train() -> None:
 def sample(count: int) -> dict[int, np.ndarray]:
     """Images (count, 8, 8, 1) in [0, 1] by number of steps, made in a process that imports only diffusers."""
     with tempfile.TemporaryDirectory() as out:
-        arguments = [str(FOLDER / "pipeline"), out, str(count), *map(str, STEPS)]
+        arguments = [str(FOLDER / RunFiles.MODEL), out, str(count), *map(str, STEPS)]
         subprocess.run([sys.executable, "-I", "-c", SAMPLER, *arguments], check=True)
         return {n: np.load(f"{out}/{n}.npy") for n in STEPS}
 
@@ -114,8 +115,8 @@ def quickstart() -> None:
         "seed": 0,
         "time": {name: round(b - a, 1) for name, a, b in zip(names, clock, clock[1:])},
     }
-    (FOLDER / METRICS).write_text(json.dumps(report, indent=2) + "\n")
-    renew_card(FOLDER / "pipeline", FOLDER.name)
+    (FOLDER / RunFiles.METRICS).write_text(json.dumps(report, indent=2) + "\n")
+    renew_card(FOLDER / RunFiles.MODEL, FOLDER.name)
 
     print("\nFréchet distance to real digits, in the features of a small classifier (less is better):")
     for name, distance in distances.items():

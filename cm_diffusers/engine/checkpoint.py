@@ -5,7 +5,6 @@ and the folder is renamed to `checkpoint-<step>`; only then are older ones delet
 one that verifies.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from cm_diffusers.engine.files import fsync_folder, parse_json, read_plain, remove, why, write_file
+from cm_diffusers.engine.files import digest, fsync_folder, parse_json, read_plain, remove, why, write_file
 
 
 FORMAT = 1
@@ -45,12 +44,6 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(
-        value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
-    ).hexdigest()
 
 
 def save_checkpoint(
@@ -124,13 +117,17 @@ def _says_sound(path: Path) -> bool:
 
 def _add(folder: Path, manifest: dict[str, Any], name: str, data: bytes) -> None:
     with ThreadPoolExecutor(1) as beside:  # neither hashing nor writing holds Python's lock
-        digest = beside.submit(_digest, data)
+        found = beside.submit(digest, data)
         write_file(folder / name, data)
-    manifest["files"][name] = {"size": len(data), "sha256": digest.result()}
+    manifest["files"][name] = {"size": len(data), "sha256": found.result()}
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return digest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _seal(folder: Path, manifest: dict[str, Any]) -> None:
-    manifest["digest"] = _digest(manifest)
+    manifest["digest"] = _digest_of(manifest)
     write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     fsync_folder(folder)
 
@@ -185,8 +182,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint("it is missing" if not os.path.lexists(path) else "it is not a folder")
     try:
         manifest = parse_json(read_plain(path / "manifest.json", limit=MANIFEST_BYTES, follow=False))
-        digest = manifest.pop("digest")
-        sound = digest == _digest(manifest) and isinstance(manifest["files"], dict)
+        expected = manifest.pop("digest")
+        sound = expected == _digest_of(manifest) and isinstance(manifest["files"], dict)
     except FileNotFoundError:
         raise DamagedCheckpoint("manifest.json is missing") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -222,7 +219,7 @@ def _read(folder: Path, name: str, size: int, sha256: str) -> bytes:
         raise DamagedCheckpoint(f"{name} is missing") from None
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{name} {why(error)}") from None
-    if _digest(data) != sha256:
+    if digest(data) != sha256:
         raise DamagedCheckpoint(f"{name} was changed: its SHA-256 differs")
     return data
 

@@ -1,6 +1,7 @@
-"""Files: whole or not at all where they are written, plain and of a known size where they are read."""
+"""Files: whole or not at all where they are written, plain and of a known size where they are read; a run's names."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -36,6 +37,37 @@ ADVICE = {
 GOES_ON = "the same command goes on from what is saved, which is whole"
 # how libraries wrap a fault of the system: Python's text, Rust's, C's
 _WRAPPED = re.compile(r"\[Errno (\d+)\] [^:\n]+(?:: '([^'\n]+)')?|\(os error (\d+)\)|left on device \((\d+)\)")
+
+
+class RunFiles:
+    """What lies in the folder of a run; the first few in that of an evaluation as well."""
+
+    MODEL = "pipeline"  # the model, saved at the end
+    FACTS = "card.json"  # all that the model's card says, but for what was measured
+    METRICS = "metrics.json"  # what evaluate.py has measured
+    QUALITY = "quality.png"  # a picture of that
+    DATA = "data.json"  # what the images are; in the model's folder as well
+    SETTINGS = "config.yaml"
+    LOG = "log.jsonl"
+    CURVES = "losses.png"
+    PICTURES = "samples"
+    TRACKERS = "tracker"
+    TRACKER = "tracker.json"  # under which name and ids trackers know the run
+    EXPORTED = "exported.json"  # what the saved model is an export of
+    DIVERGED = "diverged.json"  # at which step it has, with which settings
+    SCANNED = "images_checked.safetensors"
+    LATENTS = "latents.safetensors"
+    FOR_HUB = ".hub"  # copies that are being pushed
+    LOCK = ".lock"  # held by the process that trains, while it lives
+    OWNER = ".owner"  # whose it is
+
+
+def digest(*parts: bytes) -> str:
+    """The SHA-256 of all parts, one after the other, in hexadecimal digits."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 # --- writing -------------------------------------------------------------------------------------------------------

@@ -7,19 +7,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.files import kind_of, read_plain, replace_file, set_aside
+from cm_diffusers.engine.files import RunFiles, kind_of, read_plain, replace_file, set_aside
 from cm_diffusers.engine.places import make_folder
-
-
-LOCK = ".lock"  # the file in its folder that a run holds while it lives
-OWNER = ".owner"  # whose it is
 
 
 def lock_folder(folder: Path) -> FileLock:
     """Take a folder for this process. The system frees it when the process ends, however it ends."""
     make_folder(folder)
-    lock, owner = FileLock(folder / LOCK), folder / OWNER
-    _make_way(folder / LOCK)
+    lock, owner = FileLock(folder / RunFiles.LOCK), folder / RunFiles.OWNER
+    _make_way(folder / RunFiles.LOCK)
     try:
         lock.acquire(timeout=1)  # evaluate.py --watch holds it for a moment, to see whether it is free
     except Timeout:
@@ -47,7 +43,7 @@ def _read_owner(file: Path) -> str:
 def is_locked(folder: Path) -> bool:
     """Whether a process has taken the folder."""
     try:
-        with FileLock(folder / LOCK).acquire(timeout=0):
+        with FileLock(folder / RunFiles.LOCK).acquire(timeout=0):
             return False
     except Timeout:
         return True

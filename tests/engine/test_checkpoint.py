@@ -421,13 +421,13 @@ def forge(root, files=None, **changes):
     del manifest["digest"]
     manifest["files"] = manifest["files"] if files is None else files
     manifest |= changes
-    manifest["digest"] = checkpoint_module._digest(manifest)
+    manifest["digest"] = checkpoint_module._digest_of(manifest)
     path.write_text(json.dumps(manifest))
     return path.parent
 
 
 def entry(data):
-    return {"size": len(data), "sha256": checkpoint_module._digest(data)}
+    return {"size": len(data), "sha256": checkpoint_module.digest(data)}
 
 
 def test_a_forged_manifest_that_tells_the_truth_is_read(tmp_path):

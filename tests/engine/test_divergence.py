@@ -14,7 +14,8 @@ import cm_diffusers.engine.training.state as state_module
 from cm_diffusers.core.ema import EMA
 from cm_diffusers.engine.checkpoint import list_checkpoints, load_checkpoint
 from cm_diffusers.engine.config import RunArguments
-from cm_diffusers.engine.training.divergence import NOTE, Diverged, advice, breakage, is_sound
+from cm_diffusers.engine.files import RunFiles
+from cm_diffusers.engine.training.divergence import Diverged, advice, breakage, is_sound
 from cm_diffusers.objectives.ect import ECT
 from tests.helpers.training_runs import flags, read_log, run, tensors
 
@@ -190,7 +191,7 @@ def test_a_real_blow_up_ends_with_a_message_and_code_2_and_its_advice_trains_to_
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 2 and "Traceback" not in first.stderr
     message = first.stderr.replace("\r", "\n").strip().splitlines()[-1]
-    assert "a lower --learning_rate (it is 1000)" in message and (tmp_path / "r" / NOTE).is_file()
+    assert "a lower --learning_rate (it is 1000)" in message and (tmp_path / "r" / RunFiles.DIVERGED).is_file()
     second = subprocess.run([*command, "--learning_rate", "1e-4"], capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert read_log(tmp_path / "r")[-1]["skipped"] == 0

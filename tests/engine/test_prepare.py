@@ -449,16 +449,16 @@ def test_a_run_that_is_stopped_at_any_write_gives_the_same_bytes(tmp_path, monke
     expected = contents(tmp_path / "whole")
     assert len(expected) == 5  # the plan and four shards
     looks, writes, stop_at = [], [], [0]
-    read_image, write = Image.open, prepare_module.write_file
+    read_image, write = Image.open, prepare_module.replace_file
 
     def stopping(path, data):
         writes.append(path)
         if len(writes) == stop_at[0]:
-            path.write_bytes(data[:100])  # what a kill leaves of a file
+            path.with_name(f".tmp-{path.name}").write_bytes(data[:100])  # what a kill leaves of a file
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(prepare_module, "write_file", stopping)
+    monkeypatch.setattr(prepare_module, "replace_file", stopping)
     monkeypatch.setattr(Image, "open", lambda *a, **k: looks.append(1) or read_image(*a, **k))
     script = load_script("prepare_data")
     for k in range(1, 6):
@@ -475,7 +475,7 @@ def test_a_run_that_is_stopped_at_any_write_gives_the_same_bytes(tmp_path, monke
         assert len(looks) == (14 if k == 1 else 7 - 2 * (k - 2))  # neither checked nor written again
 
 
-@pytest.mark.parametrize("moment, shards", [("to_uint8", 0), ("write_file", 2)])
+@pytest.mark.parametrize("moment, shards", [("to_uint8", 0), ("replace_file", 2)])
 def test_a_killed_process_leaves_nothing_that_the_same_command_does_not_mend(tmp_path, monkeypatch, moment, shards):
     monkeypatch.setattr(prepare_module, "SHARD_BYTES", 2 * 3 * 8 * 8)
     folder(tmp_path / "in", 12)
@@ -502,7 +502,7 @@ def test_a_full_disk_is_a_line_and_the_same_command_goes_on(tmp_path, capsys, mo
     folder(tmp_path / "in")
     with monkeypatch.context() as patch:
         patch.setattr(
-            prepare_module, "write_file", lambda path, data: os.write(os.open("/dev/full", os.O_WRONLY), data)
+            prepare_module, "replace_file", lambda path, data: os.write(os.open("/dev/full", os.O_WRONLY), data)
         )
         assert prepare(tmp_path / "in", tmp_path / "out") == 2
     assert "No space left on device. Free some room" in (said := capsys.readouterr().err)

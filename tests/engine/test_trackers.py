@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType, ProjectConfiguration
 
 from cm_diffusers.engine.config import parse_config
-from cm_diffusers.engine.training.tracking import NOTE, check_tracker, start_trackers
+from cm_diffusers.engine.files import RunFiles
+from cm_diffusers.engine.training.tracking import check_tracker, start_trackers
 from tests.helpers.training_runs import flags, run
 
 
@@ -91,7 +92,7 @@ def test_a_tracker_that_does_not_start_ends_the_run_before_training(tmp_path, in
     begin.side_effect = RuntimeError("api_key not configured")
     with pytest.raises(ValueError, match="report_to 'wandb': the tracker does not start: api_key not configured"):
         run(tmp_path, report_to="wandb")
-    assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / NOTE).exists()
+    assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / RunFiles.TRACKER).exists()
 
 
 # --- one run of the tracker ----------------------------------------------------------------------------------------
@@ -139,17 +140,17 @@ def test_a_tracker_that_is_new_to_a_run_begins_with_its_settings(tmp_path, insta
     module, begin = install("mlflow")
     start(tmp_path, "mlflow")
     assert module.log_params.call_count == 1 and begin.call_args.kwargs["run_id"] is None
-    assert sorted(json.loads((tmp_path / NOTE).read_text())["runs"]) == ["mlflow", "trackio"]
+    assert sorted(json.loads((tmp_path / RunFiles.TRACKER).read_text())["runs"]) == ["mlflow", "trackio"]
 
 
 def test_a_damaged_note_of_the_tracker_is_set_aside_and_a_new_run_begun(tmp_path, install):
     _, begin = install("trackio")
     run(tmp_path, max_train_steps=3, report_to="trackio")
-    (tmp_path / NOTE).write_text('{"name"')
+    (tmp_path / RunFiles.TRACKER).write_text('{"name"')
     with pytest.raises(ValueError, match="tracker.json is not JSON .*Delete it, and a new run of the"):
         start(tmp_path, "trackio")
     run(tmp_path, max_train_steps=6, report_to="trackio")
-    assert begin.call_count == 2 and (tmp_path / f"damaged-{NOTE}").read_text() == '{"name"'
+    assert begin.call_count == 2 and (tmp_path / f"damaged-{RunFiles.TRACKER}").read_text() == '{"name"'
 
 
 def test_tensorboard_shows_one_run_without_the_steps_that_a_resumed_run_trains_again(tmp_path):

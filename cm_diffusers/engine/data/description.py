@@ -10,7 +10,6 @@ from torch import nn
 from cm_diffusers.engine.config import DataArguments
 
 
-FILE = "data.json"  # in the folder of a run, and in that of its model
 LISTED_NAMES = 12
 
 

@@ -1,6 +1,5 @@
 """Images from any source of the datasets library, checked before training, in an order that only the seed decides."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +41,7 @@ from cm_diffusers.engine.data.scan import (
 )
 from cm_diffusers.engine.data.sources import declares_parts, is_table, load_local
 from cm_diffusers.engine.data.streams import StreamedRows, StreamOrder, numbered, stream_batches
+from cm_diffusers.engine.files import digest
 from cm_diffusers.lookup import looked_up
 from cm_diffusers.pixels import size_of
 
@@ -244,7 +244,7 @@ class ImageData:
         self._use(facts, decoder)
         self.images = images if keep else decoder
         labels = b"" if self.labels is None else self.labels.numpy().tobytes()
-        self._fingerprint = hashlib.sha256(facts.fingerprint.encode() + labels).hexdigest()
+        self._fingerprint = digest(facts.fingerprint.encode(), labels)
 
     def _look_at_first(self) -> None:
         """Decode the first rows of a stream for what has to be known of all; the others are checked as they come."""
@@ -278,7 +278,7 @@ class ImageData:
         """What tells this dataset and its shape from others without opening an image."""
         marks = marks_of(paths_of(self.source, self.column))
         facts = [VERSION, self.source._fingerprint, self.column, self.args.channels, self.resolution, keep, marks]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return digest(json.dumps(facts).encode())
 
     @property
     def condition(self) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.data.sources import NumberedImages
-from cm_diffusers.engine.files import fsync_folder, write_file
+from cm_diffusers.engine.files import fsync_folder, replace_file
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_uint8
 
@@ -101,9 +101,10 @@ def prepare(source: NumberedImages, output: Path, split: str, asked: Request) ->
         if plan is None:
             plan = _plan(source, asked)
             partial.mkdir(exist_ok=True)
-            _write(partial / PLAN, json.dumps(asdict(plan), indent=1).encode())
+            replace_file(partial / PLAN, json.dumps(asdict(plan), indent=1).encode())
         if not final.exists():
             _write_shards(source, plan, partial, split)
+            fsync_folder(partial)
             os.rename(partial, final)
             fsync_folder(output)
         return plan
@@ -128,14 +129,6 @@ def _find_plan(folder: Path, asked: Request) -> Plan | None:
             " another OUTPUT, or delete it."
         )
     return plan
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Write a file that is there as a whole or not at all."""
-    aside = file.with_name(f".tmp-{file.name}")
-    write_file(aside, data)
-    os.rename(aside, file)
-    fsync_folder(file.parent)
 
 
 def _in_threads(work: Callable[[int], Any], numbers: range, bar: tqdm) -> Iterator[Any]:
@@ -209,7 +202,7 @@ def _write_shards(source: NumberedImages, plan: Plan, folder: Path, split: str) 
                 columns["label"] = [source.labels[i] for i in rows]
             buffer = io.BytesIO()
             datasets.Dataset.from_dict(columns, features).to_parquet(buffer)
-            _write(file, buffer.getvalue())
+            replace_file(file, buffer.getvalue())
 
 
 def write_card(folder: Path, name: str, plan: Plan) -> None:

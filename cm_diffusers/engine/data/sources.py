@@ -3,7 +3,6 @@
 Nothing of an archive is run or written to disk: its members are read into memory one at a time, and only up to a size.
 """
 
-import hashlib
 import json
 import os
 import posixpath
@@ -38,6 +37,7 @@ from cm_diffusers.engine.data.tables import (
     split_of,
     stream_tables,
 )
+from cm_diffusers.engine.files import digest
 
 
 IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
@@ -184,7 +184,7 @@ def read_images(
     note += f", {len(missing)} of them without a row there (as {missing[0]})" if missing else ""
     say(f"Read {len(paths)} images{kinds} of {listing.root}{note}{listing.summary()}.")
     table = pa.table(columns).cast(features.arrow_schema)
-    return datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=_digest(marks.encode())[:16])
+    return datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=digest(marks.encode())[:16])
 
 
 def _metadata(listing: Listing) -> tuple[pa.Table, list[str]]:
@@ -331,7 +331,7 @@ def _by_rows(path: Path, split: str) -> NumberedImages:
         lambda i: open_image(rows[i][column]),
         labels and labels.values.tolist(),
         labels and labels.names,
-        _digest(json.dumps(facts).encode()),
+        digest(json.dumps(facts).encode()),
         said,
     )
 
@@ -344,12 +344,5 @@ def _names(paths: list[str | None], source: Path) -> list[str]:
 
 def _by_arrays(images: np.ndarray, labels: np.ndarray, classes: list[str]) -> NumberedImages:
     names = [f"image {i}" for i in range(len(images))]
-    fingerprint = _digest(images.tobytes(), labels.astype(np.int64).tobytes())
+    fingerprint = digest(images.tobytes(), labels.astype(np.int64).tobytes())
     return NumberedImages(names, lambda i: Image.fromarray(images[i]), labels.tolist(), classes, fingerprint)
-
-
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cm_diffusers.engine.sharing.card import FACTS
+from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.objectives.options import SOME_STEPS, Options, option
 
 
@@ -90,5 +90,5 @@ class EvaluationArguments(Options):
         if self.output_dir or self.watch:
             return Path(self.output_dir or self.watch)
         run = Path(self.pretrained_model_name_or_path or "").parent
-        has_card = (run / FACTS).is_file() and self.search_sigmas is None
+        has_card = (run / RunFiles.FACTS).is_file() and self.search_sigmas is None
         return run if has_card else Path("runs/evaluation")

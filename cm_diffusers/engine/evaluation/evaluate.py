@@ -21,17 +21,16 @@ from cm_diffusers.engine.evaluation.judge import Clock, Judge, JudgedImages, sam
 from cm_diffusers.engine.evaluation.references import build_judge
 from cm_diffusers.engine.evaluation.search import check_search, improve_sigmas
 from cm_diffusers.engine.evaluation.watch import follow
-from cm_diffusers.engine.files import replace_file, why
+from cm_diffusers.engine.files import RunFiles, replace_file, why
 from cm_diffusers.engine.pictures.curves import QUALITIES, plot_quality
 from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.processes import start_accelerator
-from cm_diffusers.engine.sharing.card import METRICS, ON_THIS_MACHINE, hub_id, read_report, renew_card
+from cm_diffusers.engine.sharing.card import ON_THIS_MACHINE, hub_id, read_report, renew_card
 from cm_diffusers.objectives.options import flags_of
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import load_pipeline
 
 
-PICTURE = "quality.png"
 MOVE = "Move it away, or choose another output_dir; the same command then measures anew."
 
 
@@ -74,7 +73,7 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     accelerator.end_training()
-    return json.loads((args.folder / METRICS).read_text())
+    return json.loads((args.folder / RunFiles.METRICS).read_text())
 
 
 def _check_data(data_args: DataArguments) -> None:
@@ -86,7 +85,7 @@ def _check_data(data_args: DataArguments) -> None:
 
 def _check_folder(args: EvaluationArguments) -> None:
     """Raise ValueError where the numbers would go on the card of another model."""
-    beside, model, run = args.folder / "pipeline", args.pretrained_model_name_or_path, args.watch
+    beside, model, run = args.folder / RunFiles.MODEL, args.pretrained_model_name_or_path, args.watch
     own = args.search_sigmas or (run and args.folder.resolve() == Path(run).resolve())
     own = own or (model and beside.resolve() == Path(model).resolve())
     if beside.is_dir() and not own:
@@ -189,15 +188,15 @@ def _write(folder: Path, report: dict[str, Any], clock: Clock, processes: int) -
     """metrics.json, quality.png, and the numbers on the card of the model beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**report, "time": {"processes": processes, **clock.seconds}}, indent=1)
-    replace_file(folder / METRICS, text + "\n")
-    plot_quality(report["results"], folder / PICTURE)
-    if (folder / "pipeline").is_dir():
-        renew_card(folder / "pipeline", folder.resolve().name)
+    replace_file(folder / RunFiles.METRICS, text + "\n")
+    plot_quality(report["results"], folder / RunFiles.QUALITY)
+    if (folder / RunFiles.MODEL).is_dir():
+        renew_card(folder / RunFiles.MODEL, folder.resolve().name)
 
 
 def _earlier_results(args: EvaluationArguments) -> list[dict[str, Any]]:
     """What an earlier call has measured of a watched run. Raises ValueError where that or other work would be lost."""
-    file = args.folder / METRICS
+    file = args.folder / RunFiles.METRICS
     if not os.path.lexists(file):
         return []
     results = _read_report(args.folder)["results"]
@@ -214,9 +213,9 @@ def _earlier_results(args: EvaluationArguments) -> list[dict[str, Any]]:
 def _read_report(folder: Path) -> dict[str, Any]:
     """The metrics.json of an earlier call. Raises ValueError, naming the file, where it is damaged."""
     try:
-        return read_report(folder / METRICS)
+        return read_report(folder / RunFiles.METRICS)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / METRICS} {why(error)}. {MOVE}") from None
+        raise ValueError(f"{folder / RunFiles.METRICS} {why(error)}. {MOVE}") from None
 
 
 def _check_same(folder: Path, report: dict[str, Any]) -> None:
@@ -225,6 +224,6 @@ def _check_same(folder: Path, report: dict[str, Any]) -> None:
     for key, value in report.items():
         if earlier.get(key) != value:
             raise ValueError(
-                f"{folder / METRICS} holds results of another {key}: {earlier.get(key)!r}, and here it is {value!r}."
-                " Choose another output_dir."
+                f"{folder / RunFiles.METRICS} holds results of another {key}: {earlier.get(key)!r}, and here it is"
+                f" {value!r}. Choose another output_dir."
             )

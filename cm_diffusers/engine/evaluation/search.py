@@ -7,9 +7,9 @@ from typing import Any
 from cm_diffusers.core.golden_section import search_levels
 from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
 from cm_diffusers.engine.evaluation.judge import Judge, sampler
-from cm_diffusers.engine.files import replace_file, why
+from cm_diffusers.engine.files import RunFiles, replace_file, why
 from cm_diffusers.engine.saved.export import save_pipeline
-from cm_diffusers.engine.sharing.card import FACTS, draw_grids, read_facts
+from cm_diffusers.engine.sharing.card import draw_grids, read_facts
 from cm_diffusers.evaluation import check_samples
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
@@ -21,7 +21,7 @@ def check_search(args: EvaluationArguments, pipeline: ImagePipeline) -> None:
             f"search_sigmas: a {type(pipeline).__name__} samples by diffusers' {type(scheduler).__name__}, which has"
             " no place for noise levels; those of consistency and trajectory models have."
         )
-    model, copy = Path(args.pretrained_model_name_or_path), args.folder / "pipeline"
+    model, copy = Path(args.pretrained_model_name_or_path), args.folder / RunFiles.MODEL
     if model.exists() and copy.exists() and copy.samefile(model):
         raise ValueError(f"search_sigmas saves a copy as {str(copy)!r}, which is the model itself; change output_dir.")
 
@@ -58,12 +58,12 @@ def improve_sigmas(
 
 def _save_copy(pipeline: ImagePipeline, args: EvaluationArguments) -> None:
     """The model with its new levels, with new pictures and, where its run knew what to say of it, a card to come."""
-    copy, grids = args.folder / "pipeline", {}
-    facts = Path(args.pretrained_model_name_or_path).parent / FACTS
+    copy, grids = args.folder / RunFiles.MODEL, {}
+    facts = Path(args.pretrained_model_name_or_path).parent / RunFiles.FACTS
     save_pipeline(pipeline, copy, complete=lambda written: grids.update(draw_grids(pipeline, written)))
     if facts.is_file():
         changed = _facts(facts) | {"stock": False, "grids": grids}
-        replace_file(args.folder / FACTS, json.dumps(changed, indent=1))
+        replace_file(args.folder / RunFiles.FACTS, json.dumps(changed, indent=1))
 
 
 def _facts(file: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from cm_diffusers.engine.checkpoint import (
 )
 from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.data.description import DataDescription, DescribedData
-from cm_diffusers.engine.files import remove
+from cm_diffusers.engine.files import RunFiles, remove
 from cm_diffusers.engine.lock import is_locked
 from cm_diffusers.engine.saved.export import exported
 from cm_diffusers.engine.training.build import SavedModels, build_objective, load_models
@@ -47,9 +47,9 @@ def follow(
     Raises:
         ValueError: the folder is not that of a run.
     """
-    if not (run / "config.yaml").is_file():
+    if not (run / RunFiles.SETTINGS).is_file():
         raise ValueError(f"watch {str(run)!r} is not a run: it holds no config.yaml.")
-    config = parse_config(["--config", str(run / "config.yaml")], list(OBJECTIVES), "")
+    config = parse_config(["--config", str(run / RunFiles.SETTINGS)], list(OBJECTIVES), "")
     models, objective, done = None, None, set(done)
     while True:
         [step] = broadcast_object_list([_next_step(run, done, aside) if accelerator.is_main_process else None])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cm_diffusers.engine.files import headline, read_json, read_plain, why
+from cm_diffusers.engine.files import RunFiles, headline, read_json, read_plain, why
 from cm_diffusers.engine.log import Log, read_log
 from cm_diffusers.engine.settings_files import read_yaml
 
@@ -80,17 +80,17 @@ def _number(row: dict[str, Any], path: list[str]) -> float | None:
 
 def read_run(folder: Path, name: str) -> Run:
     """The run in `folder`, to be called `name`. Raises ValueError for a folder that is none."""
-    if not any((folder / file).is_file() for file in ("config.yaml", "log.jsonl")):
+    if not any((folder / file).is_file() for file in (RunFiles.SETTINGS, RunFiles.LOG)):
         raise ValueError(f"{str(folder)!r} is not a run: it holds neither config.yaml nor log.jsonl.")
     run = Run(name)
-    run.settings = _read(run, folder / "config.yaml", read_yaml, "settings")
-    run.facts = _read(run, folder / "card.json", read_json, None)
-    run.metrics = _read(run, folder / "metrics.json", read_json, "metrics (training/evaluate.py writes them)")
+    run.settings = _read(run, folder / RunFiles.SETTINGS, read_yaml, "settings")
+    run.facts = _read(run, folder / RunFiles.FACTS, read_json, None)
+    run.metrics = _read(run, folder / RunFiles.METRICS, read_json, "metrics (training/evaluate.py writes them)")
     results = run.metrics.get("results")
     run.metrics["results"] = [row for row in results if _is_result(row)] if isinstance(results, list) else []
-    _read_log(run, folder / "log.jsonl")
+    _read_log(run, folder / RunFiles.LOG)
     run.hours = _hours(run, folder)
-    run.finished = (folder / "exported.json").is_file()
+    run.finished = (folder / RunFiles.EXPORTED).is_file()
     total = run.settings.get("max_train_steps", "an unknown number")
     if not run.finished:
         run.notes.append(f"It is not finished: step {run.step} of {total}.")
@@ -151,7 +151,7 @@ def _hours(run: Run, folder: Path) -> list[float] | None:
 
 def _read_pictures(run: Run, folder: Path) -> None:
     over_training = {}
-    for file in sorted((folder / "samples").glob("step-*.png")):
+    for file in sorted((folder / RunFiles.PICTURES).glob("step-*.png")):
         if match := re.fullmatch(r"step-(\d+)(-diagnostics)?", file.stem):
             over_training.setdefault(bool(match[2]), []).append((int(match[1]), file))
     grids = sorted(over_training.get(False, []))
@@ -163,7 +163,7 @@ def _read_pictures(run: Run, folder: Path) -> None:
     run.samples = [p for step, file in grids if (p := _picture(run, file, f"step {step}"))]
     for step, file in sorted(over_training.get(True, []))[-1:]:
         run.diagnostics = _picture(run, file, f"step {step}")
-    final = sorted((folder / "pipeline" / "samples").glob("*.png"))
+    final = sorted((folder / RunFiles.MODEL / "samples").glob("*.png"))
     run.final = [p for file in final if (p := _picture(run, file, file.stem.replace("_", " ")))]
 
 

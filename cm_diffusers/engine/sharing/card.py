@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 import cm_diffusers
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.description import DataDescription
-from cm_diffusers.engine.files import HUB_CARDS, LIBRARY, read_json, replace_file, why
+from cm_diffusers.engine.files import HUB_CARDS, LIBRARY, RunFiles, read_json, replace_file, why
 from cm_diffusers.objectives import Objective
 from cm_diffusers.objectives.options import HUB_ID, Flag, flags_of, phases
 from cm_diffusers.sampling import (
@@ -33,8 +33,6 @@ from cm_diffusers.sampling import (
 
 TEMPLATE = HUB_CARDS / "model_card.md"
 ON_THIS_MACHINE = "local"  # what a card says of a name that means something on this machine only
-FACTS = "card.json"  # beside a saved model: all that its card says, but for what was measured of it
-METRICS = "metrics.json"  # beside it, where something was measured
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
 MOST_NAMES = 100  # of classes in a card
 NO_METRICS = ("name", "step", "num_inference_steps", "sigmas")  # what a result in it has that is no metric
@@ -325,12 +323,12 @@ def renew_card(model: Path, repo: str) -> None:
     The run's facts and its report lie beside the model's folder; a model without facts keeps the card that it has.
     Raises ValueError where they are damaged.
     """
-    file = model.parent / FACTS
+    file = model.parent / RunFiles.FACTS
     if os.path.lexists(file):
         try:
-            card = model_card(read_facts(file), repo, model.parent / METRICS)
+            card = model_card(read_facts(file), repo, model.parent / RunFiles.METRICS)
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            if METRICS in str(error):
+            if RunFiles.METRICS in str(error):
                 raise
             raise ValueError(f"{file} {why(error)}. Move it away, and the model keeps the card that it has.") from None
         replace_file(model / "README.md", str(card))

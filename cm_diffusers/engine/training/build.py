@@ -15,6 +15,7 @@ from cm_diffusers.engine.config import Config, Known
 from cm_diffusers.engine.data.description import DescribedData
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.latents import LatentData
+from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.engine.saved.discriminators import build_discriminator
 from cm_diffusers.engine.saved.start import build_start, guided, load_start, load_teacher, load_vae
 from cm_diffusers.engine.saved.stock import SavedModel
@@ -96,9 +97,7 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     main, folder, model = accelerator.is_main_process, Path(config.run.output_dir), config.model
     models = load_models(config)
     with accelerator.main_process_first():
-        images = ImageData(
-            config.data, model.class_conditional, folder / "images_checked.safetensors", show_progress=main
-        )
+        images = ImageData(config.data, model.class_conditional, folder / RunFiles.SCANNED, show_progress=main)
     if model.sigma_data is None and (config.run.allow_data_change or not (models.teacher or models.start)):
         config = replace(config, model=replace(model, sigma_data=_measured_before(folder)))
     data = images if models.vae is None else _latents(config, images, models.vae, accelerator)
@@ -116,7 +115,7 @@ def _measured_before(folder: Path) -> float | None:
 
 
 def _latents(config: Config, images: ImageData, vae: nn.Module, accelerator: Accelerator) -> LatentData:
-    cache = Path(config.run.output_dir) / "latents.safetensors" if config.data.cache_latents else None
+    cache = Path(config.run.output_dir) / RunFiles.LATENTS if config.data.cache_latents else None
     with accelerator.main_process_first():
         return LatentData(images, vae, cache, accelerator.device, tqdm.write)
 

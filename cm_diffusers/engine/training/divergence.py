@@ -11,11 +11,10 @@ from torch import Tensor
 
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint, set_aside_newer
 from cm_diffusers.engine.config import RunArguments
-from cm_diffusers.engine.files import read_json, replace_file
+from cm_diffusers.engine.files import RunFiles, read_json, replace_file
 
 
 ADVISED = ("learning_rate", "max_grad_norm", "mixed_precision")  # what a run that diverged may be resumed with changed
-NOTE = "diverged.json"  # in the run's folder, once it has diverged: at which step, with which of these settings
 FAR = 10.0
 BROKEN = 1000.0  # a factor by which no training that works changes the size of all weights together
 
@@ -85,14 +84,14 @@ def go_back(root: Path, step: int, run: RunArguments) -> int | None:
     set_aside_newer(root, -1 if sound is None else sound, "diverged")
     root.mkdir(parents=True, exist_ok=True)
     note = {"step": step, "settings": {name: getattr(run, name) for name in ADVISED}}
-    replace_file(root / NOTE, json.dumps(note, indent=1))
+    replace_file(root / RunFiles.DIVERGED, json.dumps(note, indent=1))
     return sound
 
 
 def read_note(root: Path) -> dict[str, Any] | None:
     """What `go_back` noted: {"step": ..., "settings": {...}}; None in a run that never diverged, or has lost it."""
     try:
-        return check_note(root / NOTE)
+        return check_note(root / RunFiles.DIVERGED)
     except (OSError, ValueError):
         return None
 

@@ -13,17 +13,16 @@ from tqdm.auto import tqdm
 
 from cm_diffusers.engine.checkpoint import copy_checkpoint
 from cm_diffusers.engine.config import Config, parse_config
-from cm_diffusers.engine.data.description import FILE as DATA
-from cm_diffusers.engine.files import holds, remove, replace_file
+from cm_diffusers.engine.files import RunFiles, holds, remove, replace_file
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.processes import ends_with_a_line, start_accelerator, together
 from cm_diffusers.engine.saved.export import save_pipeline
-from cm_diffusers.engine.sharing.card import FACTS, METRICS, card_facts, draw_grids, model_card, portable_settings
+from cm_diffusers.engine.sharing.card import card_facts, draw_grids, model_card, portable_settings
 from cm_diffusers.engine.sharing.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
 from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
 from cm_diffusers.engine.training.build import build_trainer
 from cm_diffusers.engine.training.precision import choose_precision
-from cm_diffusers.engine.training.run_folder import EXPORTED, check_ours, look_over
+from cm_diffusers.engine.training.run_folder import check_ours, look_over
 from cm_diffusers.engine.training.same_run import check_before_data
 from cm_diffusers.engine.training.tracking import check_tracker, start_trackers
 from cm_diffusers.engine.training.trainer import Trainer
@@ -69,7 +68,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
     accelerator = start_accelerator(
         mixed_precision=precision,
         log_with=run.report_to,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tracker")),
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / RunFiles.TRACKERS)),
     )
     with together(accelerator):
         if accelerator.is_main_process:
@@ -84,7 +83,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
         if accelerator.is_main_process and run.push_to_hub:
             publisher = Publisher(run.hub_model_id, run.hub_private_repo, tqdm.write)
             publisher.check()
-            remove(folder / ".hub")  # copies for pushes of a run that was killed
+            remove(folder / RunFiles.FOR_HUB)  # copies for pushes of a run that was killed
         with together(accelerator):
             if accelerator.is_main_process:
                 if run.resume_from_hub and not any(folder.glob("checkpoint-*")):
@@ -102,7 +101,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
                 _say_what_it_is(trainer, folder)
         goal = json.dumps([run.max_train_steps, run.export_weights, run.export_variant])
         if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
-            trainer.say(f"This run is finished: {folder / 'pipeline'} holds its model.")
+            trainer.say(f"This run is finished: {folder / RunFiles.MODEL} holds its model.")
         else:
             if run.report_to:
                 start_trackers(accelerator, trainer.config, trainer.step)
@@ -112,8 +111,8 @@ def _train(config: Config, stopping: Stopping) -> Path:
             trainer.fit(stopping)
             with together(accelerator):
                 if accelerator.is_main_process:
-                    _export(trainer, folder / "pipeline", publisher, verify=True)
-                    replace_file(folder / EXPORTED, goal)
+                    _export(trainer, folder / RunFiles.MODEL, publisher, verify=True)
+                    replace_file(folder / RunFiles.EXPORTED, goal)
                     _say_what_next(folder)
                     if publisher is not None:
                         stopping.remark = f"as it was published. {_how_to_push(publisher, folder)}"
@@ -129,21 +128,21 @@ def _train(config: Config, stopping: Stopping) -> Path:
     finally:
         if lock is not None:
             lock.release()
-    return folder / "pipeline"
+    return folder / RunFiles.MODEL
 
 
 def _say_what_it_is(trainer: Trainer, folder: Path) -> None:
     """Leave the settings, and what the data are, for people and other programs."""
     description = trainer.data.description
-    replace_file(folder / "config.yaml", f"# data: {description}\n{trainer.config.to_yaml()}")
-    if not holds(folder / DATA, description.to_json()):
-        replace_file(folder / DATA, description.to_json())
+    replace_file(folder / RunFiles.SETTINGS, f"# data: {description}\n{trainer.config.to_yaml()}")
+    if not holds(folder / RunFiles.DATA, description.to_json()):
+        replace_file(folder / RunFiles.DATA, description.to_json())
 
 
 def _check_card(trainer: Trainer, publisher: Publisher | None) -> None:
     """Find what could be wrong with the card before there is a model to go on it; warn of the teacher's licence."""
     facts = card_facts(trainer.config, trainer.objective, trainer.exported(), trainer.summary(), {})
-    card = model_card(facts, "model", trainer.folder / METRICS)
+    card = model_card(facts, "model", trainer.folder / RunFiles.METRICS)
     if publisher is not None:
         publisher.check_card(card)
     if facts["warning"]:
@@ -158,9 +157,9 @@ def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, verify:
     def complete(written: Path) -> None:
         grids = draw_grids(pipeline, written)
         facts = card_facts(trainer.config, trainer.objective, pipeline, trainer.summary(), grids)
-        model_card(facts, name, trainer.folder / METRICS).save(written / "README.md")
-        (written / DATA).write_text(trainer.data.description.to_json())
-        replace_file(folder.parent / FACTS, json.dumps(facts, indent=1))
+        model_card(facts, name, trainer.folder / RunFiles.METRICS).save(written / "README.md")
+        (written / RunFiles.DATA).write_text(trainer.data.description.to_json())
+        replace_file(folder.parent / RunFiles.FACTS, json.dumps(facts, indent=1))
 
     save_pipeline(pipeline, folder, variant=trainer.run.export_variant, verify=verify, complete=complete)
 
@@ -171,11 +170,11 @@ def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) ->
     if publisher.waiting > 2:
         trainer.say(f"WARNING: {step} is not published, as earlier pushes still wait for the Hub.")
         return
-    copies = folder / ".hub" / step
-    _export(trainer, copies / "pipeline", publisher)
+    copies = folder / RunFiles.FOR_HUB / step
+    _export(trainer, copies / RunFiles.MODEL, publisher)
     source, state = folder / f"checkpoint-{trainer.step}", copies / "checkpoint"
     copy_checkpoint(source, state, portable_settings(trainer.config.given))
-    publisher.push(Push(copies / "pipeline", f"Step {trainer.step}", tag=step))
+    publisher.push(Push(copies / RunFiles.MODEL, f"Step {trainer.step}", tag=step))
     publisher.push(
         Push(
             state,
@@ -188,7 +187,7 @@ def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) ->
 
 
 def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
-    publisher.push(Push(folder / "pipeline", "End of training"))
+    publisher.push(Push(folder / RunFiles.MODEL, "End of training"))
     if publisher.finish(timeout):
         print(f"Pushed to {publisher.url}.")
     else:
@@ -197,21 +196,22 @@ def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
 
 def _how_to_push(publisher: Publisher, folder: Path) -> str:
     return (
-        f"The model is complete in {folder / 'pipeline'}, but not all of it is on the Hub. Finish the push with:"
-        f"\n  python training/push.py --model_dir {folder / 'pipeline'} --hub_model_id {publisher.repo_id}"
+        f"The model is complete in {folder / RunFiles.MODEL}, but not all of it is on the Hub. Finish the push with:"
+        f"\n  python training/push.py --model_dir {folder / RunFiles.MODEL} --hub_model_id {publisher.repo_id}"
     )
 
 
 def _holds(folder: Path, export: str) -> bool:
     """Whether the last export of the run was this one, and is still there."""
-    model = folder / "pipeline"
+    model = folder / RunFiles.MODEL
     files = [model / "model_index.json", *model.glob("*/*.json"), *model.glob("*/*.safetensors")]
-    return holds(folder / EXPORTED, export) and all(file.is_file() and file.stat().st_size for file in files)
+    return holds(folder / RunFiles.EXPORTED, export) and all(file.is_file() and file.stat().st_size for file in files)
 
 
 def _say_what_next(folder: Path) -> None:
     print(
-        f"\nSaved {folder / 'pipeline'}; pictures in {folder / 'samples'}, curves in {folder / 'losses.png'}."
-        f"\nSample it:  python training/sample.py --pretrained_model_name_or_path {folder / 'pipeline'}"
+        f"\nSaved {folder / RunFiles.MODEL}; pictures in {folder / RunFiles.PICTURES},"
+        f" curves in {folder / RunFiles.CURVES}."
+        f"\nSample it:  python training/sample.py --pretrained_model_name_or_path {folder / RunFiles.MODEL}"
         f" --num_samples 64 --output_dir {folder / 'images'}"
     )

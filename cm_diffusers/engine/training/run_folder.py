@@ -5,19 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cm_diffusers.engine.data.description import FILE as DATA
 from cm_diffusers.engine.data.description import DataDescription
-from cm_diffusers.engine.files import kind_of, read_json, set_aside, why
-from cm_diffusers.engine.lock import OWNER
+from cm_diffusers.engine.files import RunFiles, kind_of, read_json, set_aside, why
 from cm_diffusers.engine.settings_files import read_yaml
-from cm_diffusers.engine.sharing.card import FACTS, METRICS, read_facts, read_metrics
-from cm_diffusers.engine.training.divergence import NOTE as DIVERGED
+from cm_diffusers.engine.sharing.card import read_facts, read_metrics
 from cm_diffusers.engine.training.divergence import check_note
-from cm_diffusers.engine.training.tracking import NOTE as TRACKER
 from cm_diffusers.engine.training.tracking import read_note as read_tracker
-
-
-EXPORTED = "exported.json"  # what the saved model is an export of
 
 
 def _of(kind: type, read: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -30,22 +23,24 @@ def _of(kind: type, read: Callable[[Path], Any]) -> Callable[[Path], None]:
 
 # files with what raises an error for another content than a run's; None where only the reader of the file can tell
 FILES: dict[str, Callable[[Path], Any] | None] = {
-    "config.yaml": _of(dict, read_yaml),
-    DATA: lambda path: DataDescription.from_dict(read_json(path)),
-    FACTS: read_facts,
-    METRICS: read_metrics,
-    EXPORTED: _of(list, read_json),
-    DIVERGED: check_note,
-    TRACKER: read_tracker,
-    "log.jsonl": None,
-    "losses.png": None,
-    "quality.png": None,
-    "images_checked.safetensors": None,
-    "latents.safetensors": None,
+    RunFiles.SETTINGS: _of(dict, read_yaml),
+    RunFiles.DATA: lambda path: DataDescription.from_dict(read_json(path)),
+    RunFiles.FACTS: read_facts,
+    RunFiles.METRICS: read_metrics,
+    RunFiles.EXPORTED: _of(list, read_json),
+    RunFiles.DIVERGED: check_note,
+    RunFiles.TRACKER: read_tracker,
+    RunFiles.LOG: None,
+    RunFiles.CURVES: None,
+    RunFiles.QUALITY: None,
+    RunFiles.SCANNED: None,
+    RunFiles.LATENTS: None,
 }
-FOLDERS = ("samples", "pipeline", "tracker")
-OVERWRITTEN = ("config.yaml", "pipeline", "losses.png", DATA, FACTS)  # at the start, while it trains, at the end
-MARKS = ("checkpoint-*", "*-checkpoint-*", "log.jsonl", EXPORTED, OWNER)  # each says that a folder is that of a run
+FOLDERS = (RunFiles.PICTURES, RunFiles.MODEL, RunFiles.TRACKERS)
+# at the start, while it trains, at the end
+OVERWRITTEN = (RunFiles.SETTINGS, RunFiles.MODEL, RunFiles.CURVES, RunFiles.DATA, RunFiles.FACTS)
+# each says that a folder is that of a run
+MARKS = ("checkpoint-*", "*-checkpoint-*", RunFiles.LOG, RunFiles.EXPORTED, RunFiles.OWNER)
 
 
 def check_ours(folder: Path) -> None:

@@ -11,11 +11,10 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from cm_diffusers.engine.config import Config
-from cm_diffusers.engine.files import headline, read_json, replace_file, why
+from cm_diffusers.engine.files import RunFiles, headline, read_json, replace_file, why
 
 
 PROJECT = "cm_diffusers"
-NOTE = "tracker.json"  # in the run's folder: the name and the ids under which trackers know the run
 VERSIONS = {"aim": "aim<4"}  # what Accelerate can drive, where it can't drive every version
 SETTINGS_ONCE = ("mlflow", "tensorboard")  # mlflow refuses changed settings, tensorboard shows them as one more run
 
@@ -61,7 +60,7 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
     Raises:
         ValueError: a tracker does not start (no login, no network, its run was deleted).
     """
-    file = Path(config.run.output_dir) / NOTE
+    file = Path(config.run.output_dir) / RunFiles.TRACKER
     try:
         note = read_note(file) if file.exists() else _new_note(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -110,7 +109,7 @@ def _init_kwargs(note: dict[str, Any], folder: Path, step: int) -> dict[str, dic
             "reuse_last_task_id": runs.get("clearml", False),
             "continue_last_task": 0 if "clearml" in runs else False,  # 0: steps are counted from 0, as they are here
         },
-        "dvclive": {"dir": str(folder / "tracker" / "dvclive"), "resume": True},
+        "dvclive": {"dir": str(folder / RunFiles.TRACKERS / "dvclive"), "resume": True},
         "tensorboard": {"purge_step": step + 1},
     }
 

@@ -24,7 +24,7 @@ from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.engine.data.streams import StreamFault
-from cm_diffusers.engine.files import naming
+from cm_diffusers.engine.files import RunFiles, naming
 from cm_diffusers.engine.log import cut_log
 from cm_diffusers.engine.pictures.curves import plot_losses
 from cm_diffusers.engine.pictures.diagnostics import save_diagnostics
@@ -57,7 +57,7 @@ class Trainer:
         run = config.run
         self.config, self.run, self.objective, self.data, self.accelerator = config, run, objective, data, accelerator
         self.folder = Path(run.output_dir)
-        self.log_file = self.folder / "log.jsonl"
+        self.log_file = self.folder / RunFiles.LOG
         self.share = ProcessShare(
             run.train_batch_size, run.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
         )
@@ -165,7 +165,7 @@ class Trainer:
 
     def _draw(self) -> None:
         """Pictures of the model as it would be exported now: samples, what it makes of noise, losses."""
-        pipeline, name = self.exported(), self.folder / "samples" / f"step-{self.step:07d}"
+        pipeline, name = self.exported(), self.folder / RunFiles.PICTURES / f"step-{self.step:07d}"
         save_preview(pipeline, name.with_suffix(".png"))
         if self._shown is None:
             self._shown = next(self.data.batches(ProcessShare(8, 1, 0, 1), self.run.seed))
@@ -183,7 +183,7 @@ class Trainer:
             if numbers:
                 self.say(f"Step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
         if self.log_file.exists():
-            plot_losses(self.log_file, self.folder / "losses.png")
+            plot_losses(self.log_file, self.folder / RunFiles.CURVES)
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
