@@ -13,10 +13,10 @@ from cm_diffusers.models import (
     DiTModel,
     EDMUNet2DModel,
     JVPUNet2DModel,
-    RawSigmaUNet2DModel,
-    ShuffleUNet2DModel,
     TwoTimeModel,
 )
+from cm_diffusers.models.raw_sigma_unet import RawSigmaUNet2DModel  # of published checkpoints
+from cm_diffusers.models.shuffle_unet import ShuffleUNet2DModel  # of published checkpoints
 from cm_diffusers.pipelines import (
     ConsistencyPipeline,
     CTMPipeline,
@@ -38,8 +38,6 @@ __all__ = [
     "JVPUNet2DModel",
     "MeanFlowPipeline",
     "MultistepConsistencyScheduler",
-    "RawSigmaUNet2DModel",
-    "ShuffleUNet2DModel",
     "TrigFlowPipeline",
     "TrigFlowScheduler",
     "TwoTimeModel",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cm_diffusers.convert.accounting import Ledger
-from cm_diffusers.models import RawSigmaUNet2DModel, ShuffleUNet2DModel
+from cm_diffusers.models.raw_sigma_unet import RawSigmaUNet2DModel
+from cm_diffusers.models.shuffle_unet import ShuffleUNet2DModel
 
 
 def build_shuffle_network(tensors: dict[str, Tensor], image_size: int, family: str) -> ShuffleUNet2DModel:

@@ -5,8 +5,6 @@ from cm_diffusers.models.dit import DiTModel
 from cm_diffusers.models.edm_unet import EDMUNet2DModel
 from cm_diffusers.models.jvp_unet import JVPUNet2DModel
 from cm_diffusers.models.log_variance import with_log_variance, without_log_variance
-from cm_diffusers.models.raw_sigma_unet import RawSigmaUNet2DModel
-from cm_diffusers.models.shuffle_unet import ShuffleUNet2DModel
 from cm_diffusers.models.two_time import TwoTimeModel
 from cm_diffusers.models.unet_presets import EDM_PRESETS, UNET_PRESETS, build_unet, keep_time_embedding_in_float32
 
@@ -18,8 +16,6 @@ __all__ = [
     "JVPUNet2DModel",
     "PatchDiscriminator",
     "ProjectedDiscriminator",
-    "RawSigmaUNet2DModel",
-    "ShuffleUNet2DModel",
     "TwoTimeModel",
     "UNET_PRESETS",
     "build_unet",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cm_diffusers.core.augmentation import differentiable_augmentation
 from cm_diffusers.core.conditions import Condition, call_network, keywords_for
+from cm_diffusers.core.differentiable_augmentation import differentiable_augmentation
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives.base import Batch, Loss
 from cm_diffusers.objectives.options import STEPS, Length, Options, option

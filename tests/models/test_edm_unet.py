@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch.func import jvp
 
+from cm_diffusers import RawSigmaUNet2DModel, ShuffleUNet2DModel
 from cm_diffusers.models import (
     EDMUNet2DModel,
-    RawSigmaUNet2DModel,
-    ShuffleUNet2DModel,
     TwoTimeModel,
     keep_time_embedding_in_float32,
 )

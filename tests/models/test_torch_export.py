@@ -4,11 +4,10 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
+from cm_diffusers import RawSigmaUNet2DModel, ShuffleUNet2DModel
 from cm_diffusers.models import (
     DiTModel,
     EDMUNet2DModel,
-    RawSigmaUNet2DModel,
-    ShuffleUNet2DModel,
     TwoTimeModel,
     build_unet,
 )

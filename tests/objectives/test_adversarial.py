@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cm_diffusers.core.augmentation import differentiable_augmentation
 from cm_diffusers.core.conditions import of_classes
+from cm_diffusers.core.differentiable_augmentation import differentiable_augmentation
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.objectives.adversarial import Adversary, AdversaryOptions
 from cm_diffusers.objectives.balance import Part, balanced

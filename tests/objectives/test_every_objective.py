@@ -1,4 +1,4 @@
-"""What holds for every training method. A new one joins by being registered."""
+"""What holds for every training method, one from outside of the package among them."""
 
 import copy
 
@@ -11,7 +11,10 @@ from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.time_labels import OWN_LABELS
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
 from cm_diffusers.objectives.options import TeacherOptions
+from tests.helpers.new_method import Halving
 
+
+METHODS = {**OBJECTIVES, Halving.name: Halving}
 
 # Settings, by method, under which the battery runs, where its defaults alone don't reach all of its code.
 OPTIONS = {
@@ -36,7 +39,7 @@ OPTIONS = {
 # Students that keep the process of another diffusion model: every method that has such, and every kind once or more.
 STUDENTS = {
     name: cls.native_predictions[i % len(cls.native_predictions)]
-    for i, (name, cls) in enumerate(OBJECTIVES.items())
+    for i, (name, cls) in enumerate(METHODS.items())
     if cls.native_predictions
 }
 SPECS = {"flow": {"time_scale": 1000.0}, "epsilon": {"noise_schedule": {"beta_schedule": "linear"}}}
@@ -44,7 +47,7 @@ SPECS["v_prediction"] = {"noise_schedule": {"beta_schedule": "squaredcos_cap_v2"
 
 CASES = [
     pytest.param(name, options, id=f"{name}-{i}")
-    for name in OBJECTIVES
+    for name in METHODS
     for i, options in enumerate(OPTIONS.get(name, [{}]))
 ]
 CASES += [
@@ -58,7 +61,7 @@ STEP = 3
 @pytest.fixture
 def make(tiny_unet):
     def build(name, options, dtype=torch.float32, **unet):
-        cls, student = OBJECTIVES[name], options.get("student")
+        cls, student = METHODS[name], options.get("student")
         options = cls.Options(**{key: value for key, value in options.items() if key != "student"})
         prediction = student or cls.prediction(options)
         label = OWN_LABELS.get(prediction, "log_sigma")
@@ -128,7 +131,7 @@ def test_total_is_the_mean_over_the_samples(make, name, options):
     expected = loss.per_sample.mean() + sum(loss.terms[f"{part}_weight"] * loss.terms[part].mean() for part in parts)
     torch.testing.assert_close(loss.total.detach(), expected)
     assert not any(value.requires_grad for value in loss.terms.values())
-    assert set(loss.terms) <= set(OBJECTIVES[name].terms)
+    assert set(loss.terms) <= set(METHODS[name].terms)
 
 
 @every_objective
@@ -257,12 +260,12 @@ def test_curricula_are_numbers(make, name, options):
 
 
 def test_every_kind_of_student_that_keeps_its_process_is_here():
-    assert set(STUDENTS.values()) == {kind for cls in OBJECTIVES.values() for kind in cls.native_predictions}
+    assert set(STUDENTS.values()) == {kind for cls in METHODS.values() for kind in cls.native_predictions}
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_method_that_needs_a_teacher_says_so(name, make):
-    cls = OBJECTIVES[name]
+    cls = METHODS[name]
     assert issubclass(cls.Options, TeacherOptions) or not cls.needs_teacher
     network = make(name, OPTIONS.get(name, [{}])[0]).network
     if cls.needs_teacher:
@@ -270,6 +273,6 @@ def test_a_method_that_needs_a_teacher_says_so(name, make):
             cls(network, ModelSpec(0.5), cls.Options(), total_steps=10)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", METHODS)
 def test_name_is_the_key(name):
-    assert OBJECTIVES[name].name == name
+    assert METHODS[name].name == name

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cm_diffusers.core.augmentation import _colour, _cut_out, _translate, differentiable_augmentation
+from cm_diffusers.core.differentiable_augmentation import _colour, _cut_out, _translate, differentiable_augmentation
 from cm_diffusers.core.draws import Draws
 
 
