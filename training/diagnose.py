@@ -49,9 +49,9 @@ def diagnose(args: argparse.Namespace) -> dict[str, float]:
         images,
         condition,
         args.output_dir / "diagnostics.png",
-        teacher,
-        pipeline.scheduler.config.get("sigma_max", 80.0),
-        pipeline.unet,
+        teacher=teacher,
+        sigma_max=pipeline.scheduler.config.get("sigma_max", 80.0),
+        network=pipeline.unet,
     )
     replace_file(args.output_dir / "diagnostics.json", json.dumps(numbers, indent=2) + "\n")
     return numbers

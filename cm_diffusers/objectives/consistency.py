@@ -144,7 +144,7 @@ def consistency_pipeline(
 def trigflow_pipeline(network: nn.Module, spec: ModelSpec) -> DiffusionPipeline:
     """The pipeline that samples a consistency model of TrigFlow, or a flow model that was trained as one."""
     if spec.prediction == "flow":
-        return consistency_pipeline(network, spec, 0.0, 41, middle_rho(spec))
+        return consistency_pipeline(network, spec, 0.0, num_train_timesteps=41, rho=middle_rho(spec))
     scheduler = TrigFlowScheduler(sigma_data=spec.sigma_data, sigma_max=spec.sigma_max)
     return TrigFlowPipeline(network, scheduler)
 

@@ -142,7 +142,9 @@ class ECT(Objective):
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         """The second of two steps starts near where the paper samples CIFAR-10 (0.821)."""
-        return consistency_pipeline(network, self.spec, self.sigma_min, 41, middle_rho(self.spec))
+        return consistency_pipeline(
+            network, self.spec, self.sigma_min, num_train_timesteps=41, rho=middle_rho(self.spec)
+        )
 
     def describe(self, step: int) -> dict[str, float]:
         return {"stage": self.stage(step)}

@@ -76,12 +76,12 @@ def _spec_of(pipeline: ImagePipeline) -> ModelSpec:
     else:
         prediction, label = config.get("prediction", "edm"), config.get("time_label", "log_sigma")
     return ModelSpec(
-        levels.get("sigma_data", 1.0),
-        OWN_LABELS.get(prediction) or label,
-        levels.get("sigma_max", 80.0),
-        prediction,
-        config.get("time_scale", 1.0),
-        config.get("noise_schedule"),
+        sigma_data=levels.get("sigma_data", 1.0),
+        time_label=OWN_LABELS.get(prediction) or label,
+        sigma_max=levels.get("sigma_max", 80.0),
+        prediction=prediction,
+        time_scale=config.get("time_scale", 1.0),
+        noise_schedule=config.get("noise_schedule"),
     )
 
 

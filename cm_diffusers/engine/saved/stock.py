@@ -158,7 +158,9 @@ def _read_settings(scheduler: Any) -> ModelSpec:
     if name.startswith("FlowMatch") or prediction == "flow_prediction":
         if config.get("invert_sigmas"):
             raise ValueError(f"its {name} counts flow time from noise to data (invert_sigmas), which can't be read.")
-        return ModelSpec(None, "flow_time", HIGHEST_SIGMA, "flow", float(config.num_train_timesteps))
+        return ModelSpec(
+            None, "flow_time", HIGHEST_SIGMA, prediction="flow", time_scale=float(config.num_train_timesteps)
+        )
     if "beta_schedule" not in config:
         raise ValueError(
             f"its scheduler is a {name}; this version reads those with a beta_schedule (DDPM, DDIM, Euler, Heun,"

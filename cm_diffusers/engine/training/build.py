@@ -71,7 +71,9 @@ def build_objective(
         ValueError: the models fit neither the data nor each other.
     """
     method, options = OBJECTIVES[config.method], config.options
-    start = build_start(config.model, data, config.run.seed, models.teacher, method, options, models.start)
+    start = build_start(
+        config.model, data, config.run.seed, teacher=models.teacher, method=method, options=options, saved=models.start
+    )
     known = Known(
         images.resolution,
         images.channels,
@@ -79,13 +81,14 @@ def build_objective(
         None if start.pretrained else start.spec.time_label,
     )
     config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data)).resolved(known)
-    extra, options = {}, config.options
+    options = config.options
+    extra = {"pretrained": start.pretrained, "teacher": models.denoiser}
     if isinstance(options, AdversaryOptions) and options.discriminator_backbone is not None:
         extra["discriminator"] = build_discriminator(
             data.channels, data.num_classes, options.discriminator_backbone, image_size=224
         )
     steps = config.run.max_train_steps
-    objective = method(start.network, start.spec, options, steps, start.pretrained, models.denoiser, **extra)
+    objective = method(start.network, start.spec, options, steps, **extra)
     if data.num_classes is not None:
         name_classes(objective.network, data.description.classes)
     return config, objective

@@ -176,9 +176,9 @@ class Trainer:
                 batch.samples,
                 batch.condition,
                 name.with_name(f"{name.name}-diagnostics.png"),
-                self.objective.teacher,
-                self.objective.spec.sigma_max,
-                pipeline.unet if self.objective.needs_tangents else None,
+                teacher=self.objective.teacher,
+                sigma_max=self.objective.spec.sigma_max,
+                network=pipeline.unet if self.objective.needs_tangents else None,
             )
             if numbers:
                 self.say(f"Step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
