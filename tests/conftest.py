@@ -1,5 +1,6 @@
 """What the tests of several folders share."""
 
+import gc
 import math
 
 import pytest
@@ -9,6 +10,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from cm_diffusers.models import build_unet
+
+
+def pytest_collection_finish(session):
+    """Leave what is loaded by now out of later collections: each run of training ends with one."""
+    gc.collect()
+    gc.freeze()
 
 
 class GaussianDenoiser(ModelMixin, ConfigMixin):

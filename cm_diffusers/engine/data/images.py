@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def _causes(error: BaseException) -> str:
     return " - because: ".join(lines)
 
 
+@cache
 def _digits() -> datasets.Dataset:
     """The 1,797 handwritten digits of 8x8 pixels that ship inside scikit-learn."""
     try:
