@@ -1,4 +1,4 @@
-"""What the classes of a network are called, kept in its config and so saved and loaded with it."""
+"""What a network knows of its classes: their names, kept in its config and so saved with it, and the one for none."""
 
 from collections.abc import Mapping, Sequence
 
@@ -36,6 +36,13 @@ def name_classes(network: ModelMixin, id2label: Mapping[int | str, str] | None) 
             raise ValueError(f"The names of id2label must be text, got {name!r} for the label {label}.")
     names = {str(label): id2label[label] for label in sorted(id2label, key=int)}  # text, as JSON has it
     network.register_to_config(**{NAMES_KEY: names})
+
+
+def null_class(network: ModelMixin) -> int | None:
+    """The label that stands for no class, where `network` was trained with one; None else."""
+    transformer = any(cls.__name__ == "DiTModel" for cls in type(network).__mro__)
+    knows = network.config.get("num_class_embeds") and (transformer or network.config.get("label_dropout"))
+    return network.config.num_class_embeds if knows else None
 
 
 def class_names(network: ModelMixin) -> dict[int, str] | None:

@@ -3,7 +3,7 @@
 import torch
 from diffusers import CMStochasticIterativeScheduler, ImagePipelineOutput, ModelMixin, SchedulerMixin
 
-from ..core.conditions import call_network
+from ..core.guidance import call_guided
 from .arguments import Entries, Generators, Labels, Levels, Samples, read_count, read_numbers
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
@@ -56,6 +56,9 @@ class ConsistencyPipeline(ImagePipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         condition: Entries = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Levels = None,
+        negative_class_labels: Labels = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -74,6 +77,10 @@ class ConsistencyPipeline(ImagePipeline):
                 replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
             condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
+            guidance_scale: w of classifier-free guidance: 1 is none, more leads further away from what the network
+                makes of no class, by two samples in each network call.
+            guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
+            negative_class_labels: classes to be led away from instead of none, given as class_labels are.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -88,13 +95,14 @@ class ConsistencyPipeline(ImagePipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, sigmas=sigmas)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
-        noise, told, generator = self.prepare(
+        noise, plain, generator = self.prepare(
             batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
         )
+        told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
         sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
         for i, t in self.steps(self.scheduler.timesteps):
             network_input = self.scheduler.scale_model_input(sample, t).to(noise.dtype)
-            output = call_network(self.unet, network_input, t, condition=told, return_dict=False)[0]
+            output = call_guided(self.unet, network_input, t, told=told, sigma=self.scheduler.sigmas[i])
             sample, denoised = self.scheduler.step(output.float(), t, sample, generator, return_dict=False)
             tensors = {"latents": sample, "pred_original_sample": denoised}
             sample = self.after_step(callback_on_step_end, i, t, tensors, names)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
-from ..core.conditions import Condition, call_network
+from ..core.conditions import Condition
+from ..core.guidance import Guidance, call_guided
 from ..core.solvers import heun_end
 from .arguments import Entries, Generators, Labels, Levels, Samples, count_of, read_count, read_number, read_numbers
 from .calls import one_call
@@ -92,6 +93,9 @@ class CTMPipeline(ImagePipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         condition: Entries = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Levels = None,
+        negative_class_labels: Labels = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -115,6 +119,10 @@ class CTMPipeline(ImagePipeline):
                 replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
             condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
+            guidance_scale: w of classifier-free guidance: 1 is none, more leads further away from what the network
+                makes of no class, by two samples in each network call.
+            guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
+            negative_class_labels: classes to be led away from instead of none, given as class_labels are.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -125,9 +133,10 @@ class CTMPipeline(ImagePipeline):
         self._set_levels(num_inference_steps, sigmas, gamma, solver)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
-        noise, told, generator = self.prepare(
+        noise, plain, generator = self.prepare(
             batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
         )
+        told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
         levels, targets = self.scheduler.sigmas, self.scheduler.target_sigmas
         sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
         for i, t in self.steps(self.scheduler.timesteps):
@@ -338,18 +347,16 @@ class CTMPipeline(ImagePipeline):
         return self.prepare_condition(batch_size, class_labels, condition, None, self._execution_device)
 
     def _network(
-        self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, told: Condition
+        self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, told: Condition | Guidance
     ) -> torch.Tensor:
         """The network's output F for a jump of `sample` from `sigma` to `sigma_to`."""
         network_input = self.scheduler.precondition_inputs(sample, sigma).to(self.unet.dtype)
         timestep, target = (self.scheduler.labels(s, sample.device) for s in (sigma, sigma_to))
-        output = call_network(
-            self.unet, network_input, timestep, target_timestep=target, condition=told, return_dict=False
-        )
-        return output[0].float()
+        output = call_guided(self.unet, network_input, timestep, told=told, sigma=sigma, target_timestep=target)
+        return output.float()
 
     def _jump(
-        self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, told: Condition
+        self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, told: Condition | Guidance
     ) -> torch.Tensor:
         return self.scheduler.jump(self._network(sample, sigma, sigma_to, told), sample, sigma, sigma_to)
 
@@ -358,7 +365,7 @@ class CTMPipeline(ImagePipeline):
         sample: torch.Tensor,
         sigma: torch.Tensor,
         sigma_next: torch.Tensor,
-        told: Condition,
+        told: Condition | Guidance,
         solver: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A step of Euler or Heun with the denoiser g(x, t, t), down or up, and what it says of the clean sample."""

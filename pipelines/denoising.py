@@ -25,11 +25,12 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..core.conditions import Condition, call_network, of_classes
+from ..core.conditions import Condition, of_classes
+from ..core.guidance import Guidance, call_guided
 from ..core.parameterisation import NetworkInput, read_out, read_out_of_input
 from ..core.solvers import heun_end
 from ..core.time_labels import checked_label, vp_angles
-from .arguments import Entries, Generators, Labels, Samples, read_count, read_number
+from .arguments import Entries, Generators, Labels, Levels, Samples, read_count, read_number
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 from .settings import is_a, saying, settings_of
@@ -115,12 +116,12 @@ class DenoisingPipeline(ImagePipeline):
         return (18,)
 
     def denoise(
-        self, sample: torch.Tensor, sigma: torch.Tensor, condition: Condition | torch.Tensor | None
+        self, sample: torch.Tensor, sigma: torch.Tensor, condition: Condition | Guidance | torch.Tensor | None
     ) -> torch.Tensor:
         """The estimate of the clean sample from `sample` (B, C, H, W), float32, at the scalar level `sigma` > 0.
 
         The sample is x0 + sigma noise whatever the network predicts; a flow model is given sample / (1 + sigma), one
-        of noise or v sample / sqrt(1 + sigma^2). Class labels (B,) may stand for the condition.
+        of noise or v sample / sqrt(1 + sigma^2). Class labels (B,), or guidance, may stand for the condition.
         """
         prediction = self.config.prediction
         given = self._network_input
@@ -128,8 +129,8 @@ class DenoisingPipeline(ImagePipeline):
         network_input = self.scheduler.precondition_inputs(sample, sigma) if edm else sample / given.norm(sigma)
         cast = network_input.to(self.unet.dtype)
         label = given.label(sigma).to(sample.device)
-        told = condition if isinstance(condition, Condition) else of_classes(condition)
-        output = call_network(self.unet, cast, label, condition=told, return_dict=False)[0].float()
+        told = condition if isinstance(condition, (Condition, Guidance)) else of_classes(condition)
+        output = call_guided(self.unet, cast, label, told=told, sigma=sigma).float()
         if edm:
             output = -output if prediction == "trigflow" else output
             return self.scheduler.precondition_outputs(sample, output, sigma)
@@ -149,7 +150,7 @@ class DenoisingPipeline(ImagePipeline):
         )
 
     def _heun_step(
-        self, sample: torch.Tensor, denoised: torch.Tensor, euler: torch.Tensor, i: int, told: Condition
+        self, sample: torch.Tensor, denoised: torch.Tensor, euler: torch.Tensor, i: int, told: Condition | Guidance
     ) -> torch.Tensor:
         """`euler`, the end of a step of order 1 from `sample`, corrected by the slope there, which 0 has not."""
         now, then = self.scheduler.sigmas[i : i + 2]
@@ -209,6 +210,9 @@ class DenoisingPipeline(ImagePipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         condition: Entries = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Levels = None,
+        negative_class_labels: Labels = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -233,6 +237,10 @@ class DenoisingPipeline(ImagePipeline):
                 replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
             condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
+            guidance_scale: w of classifier-free guidance: 1 is none, more leads further away from what the network
+                makes of no class, by two samples in each network call.
+            guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
+            negative_class_labels: classes to be led away from instead of none, given as class_labels are.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -253,9 +261,10 @@ class DenoisingPipeline(ImagePipeline):
 
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
-        noise, told, generator = self.prepare(
+        noise, plain, generator = self.prepare(
             batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
         )
+        told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
         sample = noise.float() * sigmas[0]
         for i, t in self.steps(self.scheduler.timesteps):
             if churn and s_tmin <= sigmas[i] <= s_tmax:

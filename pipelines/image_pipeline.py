@@ -1,5 +1,6 @@
 """What the pipelines of this folder share: shapes, latents, labels and images."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,20 +11,24 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.conditions import Condition, of_classes
+from ..core.guidance import Guidance
 from .arguments import (
     Entries,
     Generators,
     Labels,
+    Levels,
     Samples,
     count_of,
     read_count,
     read_entries,
     read_generators,
     read_labels,
+    read_number,
+    read_numbers,
     read_samples,
 )
 from .calls import Call, current_call
-from .class_names import class_names, labels_named
+from .class_names import class_names, labels_named, null_class
 from .settings import check_scheduler
 from .travel import save_with_code
 
@@ -234,6 +239,47 @@ class ImagePipeline(DiffusionPipeline):
         """What the network is told of each image: class labels, see `prepare_class_labels`, and other entries."""
         labels = self.prepare_class_labels(batch_size, class_labels, generator, device)
         return of_classes(labels).also(**read_entries(entries, batch_size)).to(device)
+
+    def guided(
+        self, told: Condition, scale: float, interval: Levels, negative_class_labels: Labels
+    ) -> Condition | Guidance:
+        """What the network is told, with the guidance that was asked for; ValueError where that can't be.
+
+        Args:
+            told: the condition of each image.
+            scale: w; 1 is no guidance.
+            interval: the lowest and the highest noise level of it; None for all.
+            negative_class_labels: classes to be led away from; None for the one that stands for none.
+        """
+        scale, ends = read_number("guidance_scale", scale), read_numbers("guidance_interval", interval)
+        if not 0 <= scale < math.inf:
+            raise ValueError(f"guidance_scale must be a number of at least 0, got {scale}.")
+        if ends is not None and (len(ends) != 2 or not 0 <= ends[0] < ends[1]):
+            raise ValueError(f"guidance_interval must be two noise levels, the lower one first, got {interval!r}.")
+        count = read_count("the number of negative_class_labels", count_of(negative_class_labels))
+        rows = len(next(iter(told.entries.values()), ()))
+        if count not in (None, 1, rows):
+            raise ValueError(f"negative_class_labels must be one for all or one per image, {rows}, got {count}.")
+        away = None
+        if negative_class_labels is not None:
+            away = self.prepare_class_labels(rows, negative_class_labels, None, self._execution_device)
+        if scale == 1:
+            return told
+        if away is None:
+            null = self._null_class(scale)
+            away = torch.full_like(told.entries["class_labels"], null)
+        return Guidance(told, told.also(class_labels=away), scale, *(ends or ()))
+
+    def _null_class(self, scale: float) -> int:
+        """The label that stands for no class; ValueError where the network knows none, as guidance wants it."""
+        null = null_class(self.unet)
+        if null is None:
+            why = "is unconditional." if self.num_classes is None else "was trained with classes alone."
+            advice = " Give negative_class_labels, or train with --label_dropout 0.1." if self.num_classes else ""
+            raise ValueError(
+                f"guidance_scale {scale:g} needs a model with a class that stands for none; this one {why}{advice}"
+            )
+        return null
 
     def prepare(
         self,

@@ -5,7 +5,7 @@ import math
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 
-from ..core.conditions import call_network
+from ..core.guidance import call_guided
 from ..core.time_labels import flow_time_up_to_infinity
 from .arguments import Entries, Generators, Labels, Levels, Samples, read_count, read_numbers
 from .calls import one_call
@@ -105,6 +105,9 @@ class MeanFlowPipeline(ImagePipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         condition: Entries = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Levels = None,
+        negative_class_labels: Labels = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -123,6 +126,10 @@ class MeanFlowPipeline(ImagePipeline):
                 replaces the tensors, and `pipe._interrupt = True` ends the call.
             callback_on_step_end_tensor_inputs: which tensors it sees: "latents".
             condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
+            guidance_scale: w of classifier-free guidance: 1 is none, more leads further away from what the network
+                makes of no class, by two samples in each network call.
+            guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
+            negative_class_labels: classes to be led away from instead of none, given as class_labels are.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -136,15 +143,17 @@ class MeanFlowPipeline(ImagePipeline):
         self.scheduler.set_timesteps(sigmas=times, device=self._execution_device)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
-        noise, told, generator = self.prepare(
+        noise, plain, generator = self.prepare(
             batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
         )
+        told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
         times = self.scheduler.sigmas  # and 0
         sample = noise.float() * times[0]  # float32 between the steps, whatever the weights
         for i, timestep in self.steps(self.scheduler.timesteps):
             t, r = self.config.time_scale * times[i : i + 2]
             network_input = sample.to(noise.dtype)
-            output = call_network(self.unet, network_input, t, target_timestep=r, condition=told, return_dict=False)
-            sample = self.scheduler.step(output[0].float(), timestep, sample, return_dict=False)[0]
+            sigma = times[i] / (1 - times[i])
+            output = call_guided(self.unet, network_input, t, told=told, sigma=sigma, target_timestep=r)
+            sample = self.scheduler.step(output.float(), timestep, sample, return_dict=False)[0]
             sample = self.after_step(callback_on_step_end, i, timestep, {"latents": sample}, names)
         return self.finish(sample, output_type, return_dict)

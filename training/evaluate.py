@@ -47,7 +47,29 @@ def table(report: dict[str, Any]) -> str:
     spent = dict(report["time"])
     processes = spent.pop("processes")
     seconds = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in spent.items())
-    return "\n".join([*lines, f"Seconds: {seconds} ({processes} process{'es' * (processes > 1)})."])
+    lines.append(f"Seconds: {seconds} ({processes} process{'es' * (processes > 1)}).")
+    return "\n".join([*lines, *guidance_warnings(report["results"])])
+
+
+def guidance_warnings(results: list[dict[str, Any]]) -> list[str]:
+    """Where guidance brings the Fréchet distance down and the precision as well, which is no better picture.
+
+    In few steps the distance alone is a bad judge of guidance (arXiv:2603.14186).
+    """
+    plain = {(row.get("step"), row["name"]): row for row in results if "guidance_scale" not in row.get("how", {})}
+    warnings = []
+    for row in results:
+        name = row["name"].partition(", guidance ")[0]
+        base = plain.get((row.get("step"), name))
+        if base is None or base is row:
+            continue
+        if row["frechet_distance"] < base["frechet_distance"] and row["precision"] < base["precision"]:
+            warnings.append(
+                f"WARNING: {row['name']}: the Fréchet distance falls ({base['frechet_distance']:.4g} to"
+                f" {row['frechet_distance']:.4g}), and so does the precision ({base['precision']:.3g} to"
+                f" {row['precision']:.3g}): look at the images before you choose this guidance."
+            )
+    return warnings
 
 
 def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str | None:
@@ -59,18 +81,22 @@ def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str | Non
     if "search" in report:
         how = f"--num_inference_steps {args.search_sigmas}"
     elif args.pretrained_model_name_or_path:
-        model, name = args.pretrained_model_name_or_path, best_name(report)
-        steps = name.startswith("sigmas ")
-        how = f"--sigmas {name[7:].replace(',', '')}" if steps else f"--num_inference_steps {name.split()[0]}"
+        model, best = args.pretrained_model_name_or_path, best_result(report)
+        levels = (
+            f"--sigmas {' '.join(f'{sigma:g}' if isinstance(sigma, float) else sigma for sigma in best['sigmas'])}"
+        )
+        how = levels if best["name"].startswith("sigmas ") else f"--num_inference_steps {best['name'].split()[0]}"
+        for name, value in best.get("how", {}).items():
+            how += f" --{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         how += f" --revision {quote(args.revision)}" if args.revision else ""
     else:
         return None
     return f"python training/sample.py --pretrained_model_name_or_path {quote(str(model))} {how}"
 
 
-def best_name(report: dict[str, Any]) -> str:
-    """The name of the result whose images are nearest to the dataset."""
-    return min(report["results"], key=lambda row: row["frechet_distance"])["name"]
+def best_result(report: dict[str, Any]) -> dict[str, Any]:
+    """The result whose images are nearest to the dataset."""
+    return min(report["results"], key=lambda row: row["frechet_distance"])
 
 
 def main(argv: list[str] | None = None) -> None:

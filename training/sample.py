@@ -41,6 +41,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--s_tmax", type=float, help="highest level that is churned (inf)")
     add("--s_noise", type=float, help="factor of the noise that churning adds (1)")
     add("--gamma", type=float, help="share of new noise between a trajectory model's jumps, in [0, 1] (its own)")
+    add(
+        "--guidance_scale",
+        type=float,
+        help="for models trained with --label_dropout (1: no guidance)",
+    )
+    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels of guidance (all)")
+    add("--negative_class_label", help="a label or name of a class to be led away from instead of none")
     add("--class_labels", nargs="+", help="labels, or names of classes, to go round (all classes)")
     add("--seed", type=int, default=0, help="seed of the first image (0)")
     add("--batch_size", type=int, default=250, help="images made at once (250)")
@@ -59,6 +66,9 @@ def check_effects(args: argparse.Namespace) -> None:
         raise ValueError(
             "revision has no effect: revisions are those of a model on the Hub, and the model is a folder."
         )
+    for name in ("guidance_interval", "negative_class_label"):
+        if getattr(args, name) is not None and args.guidance_scale in (None, 1):
+            raise ValueError(f"{name} has no effect without a --guidance_scale other than 1.")
     for name in ("s_tmin", "s_tmax", "s_noise"):
         if getattr(args, name) is not None and not args.s_churn:
             raise ValueError(f"{name} has no effect without --s_churn.")
@@ -91,6 +101,7 @@ def sample(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, dtype=DTYPES[args.dtype])
     known = inspect.signature(pipeline.__call__).parameters
     names = ("num_inference_steps", "sigmas", "solver", "gamma", "s_churn", "s_tmin", "s_tmax", "s_noise")
+    names += ("guidance_scale", "guidance_interval")
     steps = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     wrong = steps.keys() - known.keys()
     if wrong:
@@ -98,6 +109,8 @@ def sample(args: argparse.Namespace) -> None:
     if args.class_labels and pipeline.num_classes is None:
         raise ValueError("class_labels has no effect: the model is unconditional.")
     chosen = [_label(pipeline, word) for word in args.class_labels or []]
+    if args.negative_class_label is not None:
+        steps["negative_class_labels"] = _label(pipeline, args.negative_class_label)
     pipeline.to(device).set_progress_bar_config(disable=True)
 
     make_folder(files)

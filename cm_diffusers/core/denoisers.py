@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.conditions import NOTHING, Condition, Rewired, call_network
+from cm_diffusers.core.guidance import guide
 from cm_diffusers.core.interpolants import Interpolant, LinearFlow, TrigFlow
 from cm_diffusers.core.parameterisation import edm_scalings, jump_scalings
 from cm_diffusers.core.time_labels import LABELS_OF_PREDICTION, TIME_LABELS
@@ -176,10 +177,9 @@ class Guided:
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Denoise `x` (B, ...), noised to `sigma` (B,)."""
+        x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         condition = condition.with_nulls(self.nulls)
-        both = condition.joined(condition.dropped())
-        given, null = self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return null + self.scale * (given - null)
+        return guide(lambda both: self.denoiser(x, sigma, both), condition, condition.dropped(), self.scale)
 
 
 Denoiser = EDMDenoiser | TrajectoryDenoiser | ProcessDenoiser | Guided

@@ -28,6 +28,14 @@ def name_of(number):
     return number.name
 
 
+@pytest.fixture(autouse=True)
+def hang_ups_are_heard():
+    """What is started inherits that they are ignored, where the tests themselves were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 class Started:
     """A training run in processes of its own: by its launcher, and by each process that trains."""
 

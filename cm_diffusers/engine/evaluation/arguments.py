@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.objectives.options import SOME_STEPS, Options, option
@@ -24,6 +25,22 @@ class EvaluationArguments(Options):
         None, "Numbers of steps, as 1 2 4. Default: the model's usual ones.", SOME_STEPS
     )
     sigmas: list[str] | None = option(None, "Lists of noise levels to sample at as well, as 80,0.8 80,5,0.5.")
+    guidance_scale: list[float] | None = option(
+        None,
+        "Scales of classifier-free guidance, as 1 1.5 2, each for all steps and lists of levels; 1 is none.",
+        "[0, 1e3]",
+    )
+    guidance_interval: list[float] | None = option(
+        None, "Lowest and highest noise level at which there is guidance. Default: all levels.", "[0, inf]"
+    )
+    solver: str | None = option(
+        None,
+        "Solver of diffusion and of trajectory models. Default: the model's usual one.",
+        choices=["gamma", "heun", "euler", "ddim", "sde", "sde_2m"],
+    )
+    gamma: float | None = option(
+        None, "Share of new noise between a trajectory model's jumps. Default: the model's own.", "[0, 1]"
+    )
     search_sigmas: int | None = option(
         None,
         "Find the best noise levels for this many steps, and save a copy of the model that takes them.",
@@ -62,6 +79,14 @@ class EvaluationArguments(Options):
             raise ValueError("search_sigmas and revision are for --pretrained_model_name_or_path.")
         if self.images_dir is not None and (self.num_inference_steps or self.sigmas):
             raise ValueError("num_inference_steps and sigmas are for models, and images_dir is given.")
+        how = ("guidance_scale", "guidance_interval", "solver", "gamma")
+        for name in how if self.images_dir is not None else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is for models, and images_dir is given.")
+        if self.guidance_interval is not None and set(self.guidance_scale or [1]) == {1}:
+            raise ValueError("guidance_interval has no effect without a --guidance_scale other than 1.")
+        if self.search_sigmas and len(self.guidance_scale or []) > 1:
+            raise ValueError("search_sigmas searches at one guidance_scale; give one.")
         if self.images_dir is not None and self.seed:
             raise ValueError("seed is for models, and images_dir is given.")
         if self.search_samples != 2000 and self.search_sigmas is None:
@@ -83,6 +108,13 @@ class EvaluationArguments(Options):
             return [[float(sigma) for sigma in one.split(",")] for one in lists]
         except ValueError:
             raise ValueError(f"sigmas takes lists of numbers, as 80,0.8; got {', '.join(lists)}.") from None
+
+    def ways(self) -> list[dict[str, Any]]:
+        """What a sampler is told beside its levels, for each scale of guidance."""
+        common = {name: getattr(self, name) for name in ("solver", "gamma") if getattr(self, name) is not None}
+        interval = {} if self.guidance_interval is None else {"guidance_interval": self.guidance_interval}
+        scales = dict.fromkeys(self.guidance_scale or [1.0])
+        return [common if scale == 1 else {**common, "guidance_scale": scale, **interval} for scale in scales]
 
     @property
     def folder(self) -> Path:

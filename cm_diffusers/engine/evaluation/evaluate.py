@@ -149,9 +149,12 @@ def _sources(
     steps, lists = args.num_inference_steps or list(subject.default_steps), args.sigma_lists()
     if search is not None:
         steps, lists = [*steps, search["num_inference_steps"]], [search["from"], *lists]
-    sources = [sampler(subject, f"{n} step{'s' * (n > 1)}", num_inference_steps=n) for n in dict.fromkeys(steps)]
-    return sources + [
-        sampler(subject, f"sigmas {', '.join(f'{s:g}' for s in sigmas)}", sigmas=sigmas) for sigmas in lists
+    levels = {f"{n} step{'s' * (n > 1)}": {"num_inference_steps": n} for n in steps}
+    levels |= {f"sigmas {', '.join(f'{s:g}' for s in sigmas)}": {"sigmas": sigmas} for sigmas in lists}
+    return [
+        sampler(subject, name + (f", guidance {how['guidance_scale']:g}" if "guidance_scale" in how else ""), at, how)
+        for how in args.ways()
+        for name, at in levels.items()
     ]
 
 

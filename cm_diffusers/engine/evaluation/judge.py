@@ -56,25 +56,33 @@ class JudgedImages:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def sampler(pipeline: ImagePipeline, name: str, **how: Any) -> JudgedImages:
-    """The images that a model makes, one per seed; `how` is `num_inference_steps` or `sigmas`.
+def sampler(
+    pipeline: ImagePipeline, name: str, levels: dict[str, Any], how: dict[str, Any] | None = None
+) -> JudgedImages:
+    """The images that a model makes, one per seed. One is made at once, so that what it can't do is known at once.
 
-    One is made at once, so that what the model can't do is known at once.
+    Args:
+        pipeline: the model.
+        name: what a result calls it.
+        levels: `num_inference_steps` or `sigmas`.
+        how: what else the pipeline is told: guidance, solver, gamma.
 
     Raises:
-        ValueError: a model that takes no such numbers, or none like these.
+        ValueError: a model that takes no such arguments, or none like these.
     """
+    how = how or {}
 
     def images(seeds: range) -> Tensor:
-        made = sample_images(pipeline, seeds, batch_size=len(seeds), **how)
+        made = sample_images(pipeline, seeds, batch_size=len(seeds), **levels, **how)
         return torch.from_numpy(made).permute(0, 3, 1, 2)
 
     try:
         images(range(1))
     except (TypeError, ValueError) as error:  # the first for arguments that the pipeline does not have
         raise ValueError(f"{type(pipeline).__name__}, {name}: {error}") from None
-    levels = [round(sigma, 6) if math.isfinite(sigma) else "inf" for sigma in levels_used(pipeline)]  # for JSON
-    return JudgedImages(name, images, {"num_inference_steps": len(levels), "sigmas": levels})
+    used = [round(sigma, 6) if math.isfinite(sigma) else "inf" for sigma in levels_used(pipeline)]  # for JSON
+    facts = {"num_inference_steps": len(used), "sigmas": used} | ({"how": how} if how else {})
+    return JudgedImages(name, images, facts)
 
 
 def stored(data: ImageData) -> JudgedImages:

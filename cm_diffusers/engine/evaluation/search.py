@@ -33,15 +33,15 @@ def improve_sigmas(
     config, steps = pipeline.scheduler.config, args.search_sigmas
     seeds = range(first_seed, first_seed + args.search_samples)
     check_samples(len(seeds), judge.reference)
-    evaluations = []
+    evaluations, [how] = [], args.ways()
 
     def distance(sigmas: list[float]) -> float:
         title = f"Levels {', '.join(f'{sigma:.3g}' for sigma in sigmas)}"
-        found = judge.distance(sampler(pipeline, title, sigmas=sigmas), seeds, title)
+        found = judge.distance(sampler(pipeline, title, {"sigmas": sigmas}, how), seeds, title)
         evaluations.append([*sigmas, found])
         return found
 
-    start = sampler(pipeline, f"{steps} steps", num_inference_steps=steps).facts["sigmas"]
+    start = sampler(pipeline, f"{steps} steps", {"num_inference_steps": steps}, how).facts["sigmas"]
     sigmas, _ = search_levels(distance, start, max(config.sigma_min, config.sigma_data / 50))
     pipeline.scheduler.register_to_config(default_sigmas={**(config.default_sigmas or {}), str(steps): sigmas})
     if judge.accelerator.is_main_process:

@@ -99,6 +99,8 @@ def _curves(results: Sequence[dict[str, Any]], training: bool) -> dict[str, list
     """Results that a line joins: each way to sample over training, or all numbers of steps; levels stand alone."""
     curves = {}
     for row in results:
-        joined = not training and row["name"].endswith(("step", "steps"))
-        curves.setdefault("the model's levels" if joined else row["name"], []).append(row)
+        levels, _, guidance = row["name"].partition(", guidance ")
+        joined = not training and levels.endswith(("step", "steps"))
+        label = "the model's levels" + (f", guidance {guidance}" if guidance else "") if joined else row["name"]
+        curves.setdefault(label, []).append(row)
     return curves

@@ -23,7 +23,6 @@ from cm_diffusers.engine.saved.stock import (
     SavedModel,
     is_few_step,
     negate,
-    null_class,
     nulls_of,
     read_stock,
 )
@@ -40,6 +39,7 @@ from cm_diffusers.models.unet_presets import check_halvings
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec, Objective
 from cm_diffusers.objectives.mean_flow import jump_to_zero
 from cm_diffusers.pipelines import CTMPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline
+from cm_diffusers.pipelines.class_names import null_class
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import PIPELINES, load_pipeline
 

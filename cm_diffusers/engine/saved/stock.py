@@ -12,6 +12,7 @@ from torch import nn
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.models import DiTModel
 from cm_diffusers.objectives import ModelSpec
+from cm_diffusers.pipelines.class_names import null_class
 
 
 NETWORKS = {"DDPMPipeline": "unet", "DDIMPipeline": "unet", "LDMPipeline": "unet", "DiTPipeline": "transformer"}
@@ -88,12 +89,6 @@ def _process(spec: ModelSpec) -> str:
     high = "infinity" if math.isinf(high) else f"{high:.3g}"
     steps = len(process.angles)
     return f"predicts {spec.prediction} on a {name} VP schedule of {steps} steps, sigma {low:.2g} to {high}"
-
-
-def null_class(network: nn.Module) -> int | None:
-    """The label that stands for no class, where `network` knows one; None else."""
-    knows = isinstance(network, DiTModel) or network.config.get("label_dropout")
-    return network.config.num_class_embeds if knows else None
 
 
 def nulls_of(null_class: int | None) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ TEMPLATE = HUB_CARDS / "model_card.md"
 ON_THIS_MACHINE = "local"  # what a card says of a name that means something on this machine only
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
 MOST_NAMES = 100  # of classes in a card
-NO_METRICS = ("name", "step", "num_inference_steps", "sigmas")  # what a result in it has that is no metric
+NO_METRICS = ("name", "step", "num_inference_steps", "sigmas", "how")  # what a result in it has that is no metric
 
 
 @dataclass(frozen=True)

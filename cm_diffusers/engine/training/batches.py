@@ -9,8 +9,9 @@ from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.labelled_augmentation import augment
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.saved.stock import null_class, nulls_of
+from cm_diffusers.engine.saved.stock import nulls_of
 from cm_diffusers.objectives import Batch, Objective
+from cm_diffusers.pipelines.class_names import null_class
 
 
 def as_they_are(raw: dict[str, Any], data: ImageData, device: torch.device) -> Batch:
