@@ -14,7 +14,7 @@ FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_l
 FAST_TESTS := tests/core tests/schedulers tests/test_layout.py tests/test_results.py \
 	$(filter-out %/test_every_objective.py,$(wildcard tests/objectives/test_*.py))
 
-.PHONY: help venv quickstart check oracles test test-slow test-floors quality lint types style clean
+.PHONY: help venv quickstart check oracles test test-wide test-slow test-floors quality lint types style clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,10 +35,13 @@ check: venv quality oracles  ## the linter, the types and the fast oracles, in l
 oracles: venv
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL) $(FAST_TESTS)
 
-test: venv quality  ## the tests but for the slow ones, about ten minutes on two cores
+test: venv quality  ## the tests but for the wide and the slow ones, some minutes
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL)
 
-test-slow: venv  ## the longer runs as well
+test-wide: venv  ## the further cases of the same tests, such as each method where some stand for all
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL) -m "wide and not slow"
+
+test-slow: venv  ## all tests, the longer runs as well
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL) -m "slow or not slow"
 
 $(FLOORS)/.installed: setup.py constraints-floors.txt

@@ -16,6 +16,7 @@ from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.saved.export import verify_export
 from cm_diffusers.engine.saved.start import denoiser_of, load_pipeline, load_teacher
 from cm_diffusers.objectives import OBJECTIVES
+from tests.helpers.breadth import narrowed
 from tests.helpers.stock_pipelines import PIPELINES, autoencoder_kl, autoencoder_tiny, dit, save, unet
 from tests.helpers.training_runs import differences, read_log, run, tensors
 
@@ -100,7 +101,12 @@ def test_a_trajectory_model_begins_as_its_teacher_and_jumps_after_reloading(kind
 
 
 @pytest.mark.parametrize(
-    "kind, method", [("epsilon", "diffusion"), ("v, zero snr", "cdm"), ("flow", "diffusion"), ("edm", "cdm")]
+    "kind, method",
+    narrowed(
+        [("epsilon", "diffusion"), ("v, zero snr", "cdm"), ("flow", "diffusion"), ("edm", "cdm")],
+        ("flow", "diffusion"),
+        ("v, zero snr", "cdm"),
+    ),
 )
 def test_a_diffusion_model_is_tuned_on_its_own_process_and_teaches(kind, method, tmp_path):
     folder = start(kind, method, tmp_path, max_train_steps=2) / "pipeline"

@@ -184,6 +184,7 @@ def test_without_a_sound_checkpoint_the_run_starts_anew_with_what_the_message_ad
     assert "Resumed" not in capsys.readouterr().out and steps_of(tmp_path)[0] == 3
 
 
+@pytest.mark.wide
 def test_a_real_blow_up_ends_with_a_message_and_code_2_and_its_advice_trains_to_the_end(tmp_path):
     """By the command line, with a learning rate that breaks the network, and then as the message says."""
     settings = {**SHORT, "learning_rate": 1000.0, "max_skipped_steps": 4}

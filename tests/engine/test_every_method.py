@@ -16,6 +16,7 @@ from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.saved.start import denoiser_of, load_pipeline
 from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.objectives import OBJECTIVES
+from tests.helpers.breadth import narrowed
 from tests.helpers.training_runs import differences, flags, read_log, run, tensors
 
 
@@ -34,7 +35,6 @@ SETTINGS = {
     "ctm": {"solver_steps": 2, "gan_weight": 0.5, "discriminator_start_step": 3, "balance": "fixed"},
 }
 CONTINUOUS = ("sct", "scd", "mean_flow")
-every_method = pytest.mark.parametrize("method", OBJECTIVES)
 TARGET = {"auxiliary.target"}
 STATE = {"ct": TARGET, "cd": TARGET, "ctm": TARGET | {"discriminator", "discriminator_optimizer"}}
 
@@ -57,7 +57,7 @@ def train(teacher):
     return make
 
 
-@every_method
+@pytest.mark.parametrize("method", narrowed(OBJECTIVES, "ect", "ctm", "sct"))
 def test_a_stopped_run_is_resumed_bit_for_bit(train, tmp_path, monkeypatch, method):
     whole = train(tmp_path / "whole", method, dropout=0.1)
     cls, loss = OBJECTIVES[method], OBJECTIVES[method].loss
@@ -108,7 +108,7 @@ def test_the_exported_model_is_the_students_average_and_nothing_else(train, tmp_
         assert any(not saved[group, key].equal(exported[key]) for key in network)
 
 
-@every_method
+@pytest.mark.parametrize("method", narrowed(OBJECTIVES, "ect", "ctm", "mean_flow"))
 def test_two_passes_of_eight_are_one_of_sixteen(train, tmp_path, method):
     whole = train(tmp_path / "whole", method, train_batch_size=16)
     split = train(tmp_path / "split", method, train_batch_size=8, gradient_accumulation_steps=2)

@@ -13,6 +13,7 @@ from cm_diffusers.engine.config import Known, parse_config
 from cm_diffusers.engine.training.run import main, train
 from cm_diffusers.objectives import OBJECTIVES
 from tests.helpers import stock_pipelines as stock
+from tests.helpers.breadth import narrowed
 from tests.helpers.training_runs import differences, flags, run
 
 
@@ -87,7 +88,7 @@ def test_a_combination_that_can_not_be_once_it_is_resolved_is_refused_at_once(tm
         parse_config(flags(tmp_path, "ctm", **settings), ["ctm"], "")
 
 
-@pytest.mark.parametrize("method", ["ect", "ict", "ctm"])
+@pytest.mark.parametrize("method", narrowed(["ect", "ict", "ctm"], "ctm"))
 def test_a_run_leaves_its_values_and_goes_on_by_its_command_or_by_them(method, tmp_path):
     settings = SHARES if method == "ect" else {}
     folder = run(tmp_path / "run", method, **settings)
@@ -124,6 +125,7 @@ def test_other_values_than_those_that_defaults_came_to_are_refused(tmp_path):
         run(folder, "ict", ema_half_life=1)
 
 
+@pytest.mark.wide
 def test_a_run_of_an_earlier_version_goes_on_by_the_values_that_are_shown_since(tmp_path):
     """Its checkpoints hold what was given, as they do now; its config.yaml is one with nulls until it goes on."""
     folder = run(tmp_path / "run", **SHARES)

@@ -118,6 +118,7 @@ def numbers_of(text):
     return set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", text))
 
 
+@pytest.mark.wide
 def test_models_of_every_method_load_for_anyone(hub, api, runs):
     images = train_and_push(api, runs)
     for how in ("alone", "library"):

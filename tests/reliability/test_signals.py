@@ -16,6 +16,7 @@ from PIL import Image
 
 from cm_diffusers.engine.checkpoint import newest_checkpoint
 from cm_diffusers.engine.stopping import Stopped, Stopping
+from tests.helpers.breadth import narrowed
 from tests.helpers.scripts import ACCELERATE, PYTHON, SCRIPT, TORCHRUN
 from tests.helpers.training_runs import differences, flags, read_log, run
 
@@ -108,7 +109,7 @@ def assert_goes_on_exactly(folder, capsys):
     assert read_log(folder) == read_log(folder.with_name("whole"))
 
 
-@pytest.mark.parametrize("number", ALL, ids=name_of)
+@pytest.mark.parametrize("number", narrowed(ALL, signal.SIGTERM, signal.SIGHUP), ids=name_of)
 def test_each_signal_saves_and_stops(start, capsys, number):
     one = start(PYTHON).until_it_trains()
     one.send(number, one.trainers)

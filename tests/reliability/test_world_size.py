@@ -16,6 +16,7 @@ from cm_diffusers.engine.data.images import FIRST_ROWS
 from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.engine.data.streams import StreamOrder
 from cm_diffusers.objectives import OBJECTIVES
+from tests.helpers.breadth import narrowed
 from tests.helpers.scripts import SCRIPT
 from tests.helpers.training_runs import flags, read_log, run, tensors
 
@@ -88,6 +89,7 @@ def test_two_processes_train_as_one(one, tmp_path):
     assert_agree(tmp_path, one)
 
 
+@pytest.mark.wide
 def test_a_checkpoint_of_one_process_is_resumed_by_two(one, tmp_path):
     shutil.copytree(one / "checkpoint-20", tmp_path / "checkpoint-20")
     shutil.copy(one / "log.jsonl", tmp_path)
@@ -96,7 +98,7 @@ def test_a_checkpoint_of_one_process_is_resumed_by_two(one, tmp_path):
     assert_agree(tmp_path, one)
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", narrowed(OBJECTIVES, "ctm", "mean_flow"))
 def test_every_method_trains_on_two_processes_as_on_one(server, teacher, tmp_path, method):
     settings = {**OPTIONS.get(method, {}), "max_train_steps": 8, "random_flip": True}
     if method in ("cd", "ecd", "scd", "ctm"):
