@@ -20,6 +20,7 @@ from diffusers.utils.logging import disable_progress_bar
 from PIL import Image, ImageOps
 
 from cm_diffusers.pipelines import CTMPipeline
+from cm_diffusers.pipelines.class_names import null_class
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.pixels import to_uint8
 from cm_diffusers.sampling import (
@@ -61,7 +62,9 @@ class Demo:
         self.pipeline, self.name = pipeline, name
         self.options = inspect.signature(pipeline.__call__).parameters
 
-    def sample(self, steps: int, sigmas: str, gamma: float, label: int, seed: int, count: int) -> tuple:
+    def sample(
+        self, steps: int, sigmas: str, gamma: float, label: int, seed: int, count: int, guidance: float = 1.0
+    ) -> tuple:
         """A grid of `count` images, and the noise levels from which their steps started.
 
         Args:
@@ -70,10 +73,13 @@ class Demo:
             gamma: for trajectory models.
             label: 0 for all classes in turn, else the place of the class among those that have images, from 1 on.
             seed: of the first image, the next has the next; the image of a seed does not depend on the others.
+            guidance: scale of classifier-free guidance; 1 is none.
         """
         arguments = {"sigmas": _numbers(sigmas)} if sigmas.strip() else {"num_inference_steps": steps}
         if "gamma" in self.options:
             arguments["gamma"] = gamma
+        if guidance != 1:
+            arguments["guidance_scale"] = guidance
         _check_filled(seed=seed)
         labels = [self.pipeline.classes[label - 1]] * count if label else None
         seeds = range(seed, seed + count)
@@ -156,13 +162,22 @@ class Demo:
                     info="0: a chain of jumps; 1: noise drawn anew at each step",
                     visible="gamma" in self.options,
                 )
+                guidance = gr.Slider(
+                    0,
+                    5,
+                    1,
+                    step=0.1,
+                    label="Guidance",
+                    info="1: none; more: further away from what the model makes of no class",
+                    visible=null_class(self.pipeline.unet) is not None,
+                )
                 label, seed = self._class_and_seed("all in turn")
                 count = gr.Slider(1, 64, 16, step=1, label="Number of images")
                 button = gr.Button("Make images", variant="primary")
             with gr.Column(scale=2):
                 grid = _picture("Images", buttons=["download", "fullscreen"])
                 levels = gr.Textbox(label="Noise levels used (sigma)")
-        inputs = [steps, sigmas, gamma, label, seed, count]
+        inputs = [steps, sigmas, gamma, label, seed, count, guidance]
         _on([button.click, sigmas.submit], self.sample, inputs, [grid, levels])
 
     def _jump_tab(self) -> None:

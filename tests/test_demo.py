@@ -28,7 +28,7 @@ from cm_diffusers import (
     TwoTimeModel,
 )
 from cm_diffusers.demo import Demo, main
-from cm_diffusers.models import build_unet
+from cm_diffusers.models import EDMUNet2DModel, build_unet
 from cm_diffusers.sampling import load_pipeline, sample_images
 
 
@@ -108,6 +108,22 @@ def test_the_slider_sets_the_number_of_network_calls(consistency):
     three, levels = consistency.ask("sample", steps=3, count=1)
     assert consistency.calls == 3 and len(levels.split(", ")) == 3 and levels.startswith("80, ")
     assert not np.array_equal(one, three)
+
+
+def test_guidance_is_for_models_that_know_no_class():
+    labelled = EDMUNet2DModel(8, 1, 1, 8, (1,), 1, num_class_embeds=3, label_dropout=0.1)
+    network = random_weights(labelled)
+    demo = Demo(DenoisingPipeline(network, EDMEulerScheduler()), "a/model")
+    sliders = {
+        name: [block for block in one.page().blocks.values() if getattr(block, "label", "") == "Guidance"]
+        for name, one in (("labelled", demo), ("plain", Demo(trajectory_model(), "b/model")))
+    }
+    assert [block.visible for block in sliders["labelled"]] == [True]
+    assert [block.visible for block in sliders["plain"]] == [False]
+    plain, guided = (np.asarray(demo.sample(2, "", 0.0, 1, 0, 1, scale)[0]) for scale in (1, 3))
+    images = sample_images(demo.pipeline, range(1), [0], num_inference_steps=2, guidance_scale=3)
+    assert not np.array_equal(plain, guided)
+    assert np.array_equal(guided[:480:60, :480:60, 0], (images[0, ..., 0] * 255).round().astype(np.uint8))
 
 
 def test_a_list_of_levels_goes_before_the_number_of_steps(consistency):

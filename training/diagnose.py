@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cm_diffusers.core.conditions import Condition
+from cm_diffusers.core.denoisers import Guided
 from cm_diffusers.engine.config import DataArguments, ModelArguments
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.order import ProcessShare
@@ -20,6 +21,8 @@ from cm_diffusers.engine.pictures.diagnostics import save_diagnostics
 from cm_diffusers.engine.places import check_place, find_device, make_folder
 from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.engine.saved.start import check_fit, denoiser_of, load_pipeline, load_teacher
+from cm_diffusers.engine.saved.stock import nulls_of
+from cm_diffusers.pipelines.class_names import null_class
 
 
 def diagnose(args: argparse.Namespace) -> dict[str, float]:
@@ -44,14 +47,20 @@ def diagnose(args: argparse.Namespace) -> dict[str, float]:
     images = batch["images"].to(device).float() / 127.5 - 1
     condition = Condition(batch["condition"]).to(device)
     pipeline.unet.eval()
+    denoiser = denoiser_of(pipeline)
+    if args.guidance_scale != 1:
+        null = null_class(pipeline.unet)
+        if null is None:
+            raise ValueError("guidance_scale needs a model that knows a class for none (--label_dropout trains one).")
+        denoiser = Guided(denoiser, args.guidance_scale, nulls_of(null))
     numbers = save_diagnostics(
-        denoiser_of(pipeline),
+        denoiser,
         images,
         condition,
         args.output_dir / "diagnostics.png",
         teacher=teacher,
         sigma_max=pipeline.scheduler.config.get("sigma_max", 80.0),
-        network=pipeline.unet,
+        network=pipeline.unet if args.guidance_scale == 1 else None,  # tangents are the network's own
     )
     replace_file(args.output_dir / "diagnostics.json", json.dumps(numbers, indent=2) + "\n")
     return numbers
@@ -62,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a model")
     add("--pretrained_teacher_model", help="a diffusion model, to compare with")
+    add("--guidance_scale", type=float, default=1.0, help="look at the model under this guidance (1: none)")
     add("--dataset_name", required=True, help="real images, as for training")
     add("--split", default="train", help="split of the dataset (train)")
     add("--seed", type=int, default=0, help="which images (0)")

@@ -6,6 +6,7 @@ Whatever process a network was trained on, its denoiser takes x = x0 + sigma noi
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,6 +158,15 @@ def flow_denoiser(network: Callable, sigma_data: float | None = None, time_scale
     return ProcessDenoiser(network, LinearFlow(), "flow", sigma_data, time_scale)
 
 
+def jump_to_zero(network: Callable, time_scale: float = 1.0) -> ProcessDenoiser:
+    """The jump of a network with two times, told `time_scale` times these, from any flow time to 0, as a denoiser."""
+
+    def to_zero(x: Tensor, t: Tensor, **condition: Tensor) -> Any:
+        return network(x, t, target_timestep=torch.zeros_like(t), **condition)
+
+    return flow_denoiser(Rewired(network, to_zero), time_scale=time_scale)
+
+
 @dataclass(frozen=True)
 class Guided:
     """D_null + w (D - D_null): classifier-free guidance of scale w (Ho & Salimans 2022, arXiv:2207.12598, eq. 6).
@@ -174,6 +184,10 @@ class Guided:
     @property
     def network(self) -> Callable:
         return self.denoiser.network
+
+    @property
+    def sigma_data(self) -> float | None:
+        return self.denoiser.sigma_data
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Denoise `x` (B, ...), noised to `sigma` (B,)."""

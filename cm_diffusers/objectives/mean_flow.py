@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from cm_diffusers.core.arrays import append_dims
-from cm_diffusers.core.conditions import Rewired, call_network
-from cm_diffusers.core.denoisers import ProcessDenoiser, flow_denoiser
+from cm_diffusers.core.conditions import call_network
+from cm_diffusers.core.denoisers import ProcessDenoiser, jump_to_zero
 from cm_diffusers.core.distances import l2
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.tangents import jvp, jvp_ready
@@ -41,15 +41,6 @@ class MeanFlowOptions(Options):
     power: float = option(0.75, "p of the weight 1 / (|error|^2 + c)^p (1 for ImageNet).", "[0, 4]")
     weight_c: float = option(1e-3, "c of the weight.", "[1e-12, 1e6]")
     jvp_mode: str = option("exact", "How tangents are taken.", choices=JVP_MODES)
-
-
-def jump_to_zero(network: Callable, time_scale: float = 1.0) -> ProcessDenoiser:
-    """The jump of a network with two times, told `time_scale` times these, from any time to 0, as a denoiser."""
-
-    def to_zero(x: Tensor, t: Tensor, **condition: Tensor) -> Any:
-        return network(x, t, target_timestep=torch.zeros_like(t), **condition)
-
-    return flow_denoiser(Rewired(network, to_zero), time_scale=time_scale)
 
 
 class MeanFlow(Objective):

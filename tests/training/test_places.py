@@ -217,7 +217,10 @@ def proposed(report, **settings):
     return load_script("evaluate").next_command(EvaluationArguments(**settings), report)
 
 
-RESULTS = [{"name": "2 steps", "frechet_distance": 3.0}, {"name": "sigmas 80, 0.8", "frechet_distance": 5.0}]
+RESULTS = [
+    {"name": "2 steps", "frechet_distance": 3.0, "sigmas": [80.0, 1.4]},
+    {"name": "sigmas 80, 0.8", "frechet_distance": 5.0, "sigmas": [80.0, 0.8]},
+]
 
 
 def test_after_an_evaluation_the_best_way_is_proposed_to_sample_the_model(model, tmp_path):
@@ -227,6 +230,14 @@ def test_after_an_evaluation_the_best_way_is_proposed_to_sample_the_model(model,
     assert len(sample(model, tmp_path / "s", "--num_samples", 1, *command[4:])) == 1
     command = shlex.split(proposed({"results": RESULTS[1:]}, **settings))
     assert command[-3:] == ["--sigmas", "80", "0.8"]
+    guided = {
+        **RESULTS[0],
+        "name": "2 steps, guidance 1.5",
+        "how": {"guidance_scale": 1.5, "guidance_interval": [0.1, 2]},
+    }
+    command = shlex.split(proposed({"results": [guided]}, **settings))
+    assert command[4:] == ["--num_inference_steps", "2", "--guidance_scale", "1.5", "--guidance_interval", "0.1", "2"]
+    command = shlex.split(proposed({"results": RESULTS[1:]}, **settings))
     assert len(sample(model, tmp_path / "t", "--num_samples", 1, *command[4:])) == 1
 
 

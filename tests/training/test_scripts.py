@@ -226,6 +226,17 @@ def test_diagnose_leaves_a_picture_and_numbers(tmp_path, capsys):
     numbers = json.loads((tmp_path / "diagnostics.json").read_text())
     assert 0 < numbers["consistency_error"] < 2 and numbers["tangent_difference"] < 0.5
     assert np.asarray(Image.open(tmp_path / "diagnostics.png")).std() > 10
+    plain = np.asarray(Image.open(tmp_path / "diagnostics.png"))
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--pretrained_model_name_or_path", str(model), "--guidance_scale", "2", *words])
+    assert "a class for none" in capsys.readouterr().err
+    labelled = {"model_preset": "ddpmpp_tiny", "label_dropout": 0.3, "max_train_steps": 20}
+    guided = run(tmp_path / "labelled", "diffusion", **labelled) / "pipeline"
+    pictures = []
+    for scale in ("1", "9"):
+        script.main(["--pretrained_model_name_or_path", str(guided), "--guidance_scale", scale, *words])
+        pictures.append(np.asarray(Image.open(tmp_path / "diagnostics.png")).astype(int))
+    assert plain.shape != pictures[1].shape and np.abs(pictures[0][:150] - pictures[1][:150]).max() > 5
     with pytest.raises(SystemExit, match="2"):
         script.main(["--pretrained_model_name_or_path", str(tmp_path / "nothing"), *words])
     assert "error: " in capsys.readouterr().err

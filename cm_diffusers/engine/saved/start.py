@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 from torch import nn
 
 from cm_diffusers.core import labelled_augmentation as augmentation
-from cm_diffusers.core.denoisers import Denoiser, Guided
+from cm_diffusers.core.denoisers import Denoiser, Guided, jump_to_zero
 from cm_diffusers.core.draws import derive_seed
 from cm_diffusers.core.time_labels import OWN_LABELS
 from cm_diffusers.engine.config import ModelArguments
@@ -37,7 +37,6 @@ from cm_diffusers.models import (
 )
 from cm_diffusers.models.unet_presets import check_halvings
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec, Objective
-from cm_diffusers.objectives.mean_flow import jump_to_zero
 from cm_diffusers.pipelines import CTMPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline
 from cm_diffusers.pipelines.class_names import null_class
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
