@@ -34,6 +34,7 @@ def test_every_script_can_be_read(path):
     load_script(path.stem, path.parent.relative_to(ROOT))
 
 
+@pytest.mark.wide
 def test_the_picture_of_the_flat_loss_is_drawn(tmp_path):
     settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 10, "max_train_steps": 4}
     run(tmp_path, "ect", class_conditional=True, **settings)

@@ -213,6 +213,7 @@ def test_the_samples_of_a_model_are_drawn_with_the_names(named, tmp_path, monkey
     assert seen[0][:4] == ["cat", "dog", "dog", "cat"]
 
 
+@pytest.mark.wide
 def test_sample_py_takes_names_of_classes(trained, tmp_path):
     script = Path(__file__).resolve().parents[2] / "training" / "sample.py"
     model = ["--pretrained_model_name_or_path", trained[0] / "pipeline", "--num_samples", "2", "--device", "cpu"]

@@ -232,6 +232,7 @@ assert "cm_diffusers" not in sys.modules
 """
 
 
+@pytest.mark.wide
 def test_other_models_load_with_nothing_but_diffusers_and_their_own_code(train, tmp_path):
     folders = [train(tmp_path / method, method) / "pipeline" for method in ("ctm", *CONTINUOUS)]
     folders.append(run(tmp_path / "flow", "diffusion", interpolant="flow") / "pipeline")

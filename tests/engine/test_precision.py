@@ -302,6 +302,7 @@ def test_a_stopped_run_in_fp16_is_resumed_bit_for_bit_with_its_scale(fp16, tmp_p
     assert differences(tmp_path / "stopped", tmp_path / "whole") == []
 
 
+@pytest.mark.wide
 def test_a_scale_that_is_too_high_is_lowered_and_ends_no_run(fp16, tmp_path):
     fp16(2.0**22)
     run(tmp_path, max_train_steps=12, max_skipped_steps=0, **SAVES)

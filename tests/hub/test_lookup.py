@@ -82,6 +82,7 @@ print(json.dumps([type(pipe).__name__, len(rows)]))
 """
 
 
+@pytest.mark.wide
 def test_what_is_in_the_cache_is_used_while_the_hub_is_away(hub, api, tiny_unet, tmp_path):
     ConsistencyPipeline(tiny_unet(), MultistepConsistencyScheduler()).save_pretrained(tmp_path / "model")
     publisher = Publisher("tester/model", api=api)

@@ -116,6 +116,7 @@ def test_kills_leave_the_target_average_as_it_is(server, teacher, tmp_path, meth
     assert_same(folder, whole, 20, ["auxiliary.target"])
 
 
+@pytest.mark.wide
 def test_a_launched_run_is_killed_and_resumed(whole, tmp_path):
     script = str(REPOSITORY / "training" / "train_consistency.py")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", script]

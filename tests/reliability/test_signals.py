@@ -129,7 +129,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing(start):
     assert one.launcher.wait(20) == 128 + signal.SIGTERM and "Stopped by SIGTERM" in one.text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=name_of)
+@pytest.mark.parametrize("number", narrowed([signal.SIGTERM, signal.SIGKILL], signal.SIGKILL), ids=name_of)
 def test_a_run_whose_launcher_is_gone_saves_and_stops(start, capsys, number):
     """accelerate launch of one process hands no signal on."""
     one = start(ACCELERATE).until_it_trains()
@@ -139,6 +139,7 @@ def test_a_run_whose_launcher_is_gone_saves_and_stops(start, capsys, number):
     assert_goes_on_exactly(one.folder, capsys)
 
 
+@pytest.mark.wide
 def test_a_shell_may_end_before_the_run_that_it_started(start, tmp_path):
     command, said = " ".join(map(str, [*PYTHON, *flags(tmp_path / "run0", **LONG)])), tmp_path / "said.txt"
     words = f"{command} > {said} 2>&1 & echo $!; sleep 100; true"
@@ -211,6 +212,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert "Traceback" not in one.text()
 
 
+@pytest.mark.wide
 def test_workers_that_load_images_end_with_the_run(start, tmp_path):
     settings = {"dataloader_num_workers": 2, "streaming": True, "dataset_name": write_images(tmp_path / "images")}
     settings |= {"class_conditional": None, "max_train_samples": None}
@@ -278,6 +280,7 @@ def test_where_nothing_is_to_be_saved_a_signal_ends_the_run_at_once(start, numbe
     assert (one.folder / "pipeline" / "model_index.json").exists()
 
 
+@pytest.mark.wide
 def test_a_process_that_waits_for_another_one_does_not_outlive_a_signal(start):
     """While the main process reads the images, the other one is in a call that does not return."""
     program = slowed("cm_diffusers.engine.data.images", "save_scan")

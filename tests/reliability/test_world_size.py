@@ -110,6 +110,7 @@ def test_every_method_trains_on_two_processes_as_on_one(server, teacher, tmp_pat
     assert ("auxiliary.target" in {group for group, _ in tensors(one)}) == (method in ("ct", "cd", "ctm"))
 
 
+@pytest.mark.wide
 def test_augmented_images_and_dropout_of_features_and_labels_are_the_same_on_two_processes(server, tmp_path):
     settings = {"model_preset": "ddpmpp_tiny", "augment": 0.5, "dropout": 0.3, "label_dropout": 0.3}
     one, two = tmp_path / "one", tmp_path / "two"

@@ -23,6 +23,7 @@ def start(words):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.wide
 def test_two_processes_train_where_there_is_no_gpu(tmp_path):
     result = start(flags(tmp_path / "run", max_train_steps=2))
     assert result.returncode == 0, result.stderr[-3000:]
