@@ -75,7 +75,7 @@ def guidance_warnings(results: list[dict[str, Any]]) -> list[str]:
 def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str | None:
     """What to do with the results; nothing for images without their model."""
     run = args.folder if args.watch is None else Path(args.watch)
-    model = run / "pipeline"
+    model = run / RunFiles.MODEL
     if model.is_dir() and "search" not in report:
         return f"python training/push.py --model_dir {quote(str(model))}"
     if "search" in report:

@@ -36,7 +36,7 @@ class Guidance:
         condition: B rows.
         negative: as many.
         scale: w.
-        low, high: the levels sigma, both included, at which there is guidance (Kynkaanniemi et al. 2024,
+        low, high: the levels sigma, both included, at which there is guidance (Kynkäänniemi et al. 2024,
             arXiv:2404.07724).
     """
 
@@ -54,18 +54,18 @@ def call_guided(
 
     Tensors among the times and keywords are for all samples, (), or for each, (B,).
     """
+    if isinstance(told, Guidance) and not told.low <= sigma <= told.high:
+        told = told.condition
     if not isinstance(told, Guidance):
         return call_network(network, x, *times, condition=told, return_dict=False, **kwargs)[0]
-    if not told.low <= sigma <= told.high:
-        return call_network(network, x, *times, condition=told.condition, return_dict=False, **kwargs)[0]
 
     def twice(value: Any) -> Any:
         return torch.cat([value, value]) if torch.is_tensor(value) and value.ndim else value
 
+    x, times = twice(x), tuple(map(twice, times))
+    kwargs = {name: twice(value) for name, value in kwargs.items()}
+
     def both(condition: Condition) -> Tensor:
-        keywords = {name: twice(value) for name, value in kwargs.items()}
-        return call_network(network, twice(x), *map(twice, times), condition=condition, return_dict=False, **keywords)[
-            0
-        ]
+        return call_network(network, x, *times, condition=condition, return_dict=False, **kwargs)[0]
 
     return guide(both, told.condition, told.negative, told.scale)

@@ -38,19 +38,21 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """Of each step the batch as it is, the draws, and the batch that is trained on; of pictures the first alone."""
-    seen, make, show = [], step_module.as_trained, trainer.as_they_are
+    """What the loop makes of each batch: the images and labels as they are read, the draws, and the batch."""
+    seen, read, make = [], trainer.as_they_are, step_module.as_trained
 
-    def watched(batch, draws, config, objective):
-        seen.append((batch, draws, make(batch, draws, config, objective)))
+    def as_they_are(raw, data, device):
+        seen.append((raw, None, read(raw, data, device)))
         return seen[-1][-1]
 
-    def shown(raw, data, device):
-        seen.append((show(raw, data, device),))
-        return seen[-1][0]
+    def as_trained(batch, draws, config, objective):
+        raw, _, _ = seen.pop()
+        seen.append((raw, draws, make(batch, draws, config, objective)))
+        return seen[-1][-1]
 
-    monkeypatch.setattr(step_module, "as_trained", watched)
-    monkeypatch.setattr(trainer, "as_they_are", shown)
+    for module in (step_module, trainer):
+        monkeypatch.setattr(module, "as_they_are", as_they_are)
+    monkeypatch.setattr(step_module, "as_trained", as_trained)
     return seen
 
 
@@ -73,22 +75,24 @@ def test_a_stopped_run_is_resumed_bit_for_bit(whole, tmp_path, monkeypatch):
 def test_the_loop_trains_on_augmented_images_and_says_so(tmp_path, batches):
     train(tmp_path, max_train_steps=4, train_batch_size=32, validation_steps=4)
     for raw, draws, batch in batches[:-1]:
-        images, labels = augment(raw.samples, draws, EDM["augment"])
+        images, labels = augment(raw["images"].float() / 127.5 - 1, draws, EDM["augment"])
         assert torch.equal(batch.samples, images) and torch.equal(batch.condition.entries["augment_labels"], labels)
-        left_out = batch.condition.entries["class_labels"] != raw.condition.entries["class_labels"]
+        left_out = batch.condition.entries["class_labels"] != raw["condition"]["class_labels"]
         assert (batch.condition.entries["class_labels"][left_out] == 10).all() and 4 <= left_out.sum() <= 22
-        assert raw.samples.min() == -1 and raw.samples.max() == 1 and raw.condition.entries.keys() == {"class_labels"}
-    [pictured] = batches[-1]  # pictures are of the images and labels as they are
-    assert pictured.condition.entries.keys() == {"class_labels"} and len(pictured.samples) == 8
+    raw, draws, batch = batches[-1]  # pictures are of the images and labels as they are
+    assert draws is None and "augment_labels" not in batch.condition.entries
+    assert torch.equal(batch.samples, raw["images"].float() / 127.5 - 1) and torch.equal(
+        batch.condition.entries["class_labels"], raw["condition"]["class_labels"]
+    )
 
 
 def test_without_the_options_images_and_labels_are_left_alone(tmp_path, batches):
     train(tmp_path, augment=0, label_dropout=0, max_train_steps=2)
     for raw, _, batch in batches:
         assert "augment_labels" not in batch.condition.entries and torch.equal(
-            batch.condition.entries["class_labels"], raw.condition.entries["class_labels"]
+            batch.condition.entries["class_labels"], raw["condition"]["class_labels"]
         )
-        assert torch.equal(batch.samples, raw.samples)
+        assert torch.equal(batch.samples, raw["images"].float() / 127.5 - 1)
     assert load_pipeline(str(tmp_path / "pipeline")).unet.augment_embedding is None
 
 
