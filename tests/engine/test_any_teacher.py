@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -311,6 +312,9 @@ def test_a_latent_model_from_nothing_and_its_distillation_are_watched_without_im
         )
         levels = {name: value for name, value in exported.scheduler.config.items() if name[0] != "_"}
         assert levels.items() <= watched.scheduler.config.items()
+    elsewhere = SimpleNamespace(device=torch.device("meta"), is_main_process=True)  # as a GPU is
+    [(_, watched)] = follow(student, elsewhere, (), tmp_path / "aside")
+    assert watched.unet.device == watched.vae.device == elsewhere.device
 
 
 def test_kept_latents_are_read_again_unless_they_are_others_or_damaged(tmp_path, monkeypatch, capsys):

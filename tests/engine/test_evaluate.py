@@ -22,6 +22,7 @@ from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
 from cm_diffusers.engine.evaluation.evaluate import evaluate
 from cm_diffusers.evaluation import load_extractor, measure, reference_features
 from cm_diffusers.sampling import load_pipeline, sample_images, to_pil
+from tests.helpers.scripts import load_script
 from tests.helpers.training_runs import run
 
 
@@ -304,3 +305,83 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(model, tmp_path, 
 
     monkeypatch.setattr(watch, "copy_checkpoint", deleted)
     assert watch._next_step(model.parent, set(), tmp_path / "aside") is None
+
+
+# --- guidance ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A diffusion model that knows a class for none."""
+    settings = {"model_preset": "ddpmpp_tiny", "label_dropout": 0.3, "max_train_steps": 20, "train_batch_size": 32}
+    return run(tmp_path_factory.mktemp("runs") / "labelled", "diffusion", **settings) / "pipeline"
+
+
+def test_guidance_is_measured_beside_none(judged, labelled):
+    how = {
+        "guidance_scale": [1, 2.5],
+        "guidance_interval": [0.1, 10],
+        "solver": "euler",
+        "num_inference_steps": [3, 4],
+    }
+    report = judged(pretrained_model_name_or_path=labelled, **how)
+    names = [f"{n} steps, euler{guidance}" for guidance in ("", ", guidance 2.5") for n in (3, 4)]
+    assert [row["name"] for row in report["results"]] == names
+    told = {"solver": "euler", "guidance_scale": 2.5, "guidance_interval": [0.1, 10]}
+    assert [row["how"] for row in report["results"]] == [{"solver": "euler"}] * 2 + [told] * 2
+    distances = [row["frechet_distance"] for row in report["results"]]
+    assert len(set(distances)) == 4 and report["sampling"] == [{"solver": "euler"}, told]
+    [alone] = judged(
+        pretrained_model_name_or_path=labelled, **{**how, "guidance_scale": 2.5, "num_inference_steps": 4}
+    )["results"]
+    assert alone["frechet_distance"] == pytest.approx(distances[3], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"guidance_scale": 2},
+            "1 step, guidance 2: guidance_scale 2 needs a model with a class that stands for none",
+        ),
+        ({"guidance_interval": [0, 1]}, "guidance_interval has no effect without a --guidance_scale"),
+        ({"guidance_scale": [2, 3], "search_sigmas": 2}, "searches at one guidance_scale"),
+        ({"gamma": 0.5}, "gamma"),
+    ],
+)
+def test_guidance_that_can_not_be_is_refused(judged, settings, message):
+    with pytest.raises(ValueError, match=message):
+        judged(num_inference_steps=1, **settings)
+
+
+def test_guidance_is_for_models(judged):
+    with pytest.raises(ValueError, match="guidance_scale is for models, and images_dir is given"):
+        judged(images_dir="images", pretrained_model_name_or_path=None, guidance_scale=2)
+
+
+def test_a_series_is_not_continued_in_another_way(judged, model, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(model.parent, folder)
+    shutil.rmtree(folder / "checkpoint-6")
+    file, report = tmp_path / "out" / "metrics.json", judged(watch=folder, num_inference_steps=[1])
+    shutil.copytree(model.parent / "checkpoint-6", folder / "checkpoint-6")
+    file.write_text(json.dumps({**report, "sampling": [{"solver": "euler"}]}))
+    with pytest.raises(ValueError, match="holds results of another sampling: .*euler.*, and here it is None"):
+        judged(watch=folder, num_inference_steps=[1])
+    del report["sampling"]  # as earlier versions left it
+    file.write_text(json.dumps(report))
+    assert [row["step"] for row in judged(watch=folder, num_inference_steps=[1])["results"]] == [3, 6]
+
+
+def test_a_distance_that_falls_with_the_precision_is_warned_of():
+    def row(name, distance, precision, **how):
+        return {"name": name, "frechet_distance": distance, "precision": precision, **({"how": how} if how else {})}
+
+    plain, guided = row("2 steps", 3.0, 0.8), {"guidance_scale": 2}
+    warn = load_script("evaluate").guidance_warnings
+    worse = row("2 steps, guidance 2", 2.0, 0.7, **guided)
+    assert warn([plain, row("2 steps, guidance 2", 2.0, 0.9, **guided)]) == []
+    assert warn([plain, row("2 steps, guidance 2", 4.0, 0.7, **guided)]) == []
+    assert warn([row("4 steps", 3.0, 0.8), worse]) == []
+    [warning] = warn([plain, worse])
+    assert warning.startswith("WARNING: 2 steps, guidance 2: the Fréchet distance falls (3 to 2)")

@@ -151,11 +151,13 @@ def _sources(
         steps, lists = [*steps, search["num_inference_steps"]], [search["from"], *lists]
     levels = {f"{n} step{'s' * (n > 1)}": {"num_inference_steps": n} for n in steps}
     levels |= {f"sigmas {', '.join(f'{s:g}' for s in sigmas)}": {"sigmas": sigmas} for sigmas in lists}
-    return [
-        sampler(subject, name + (f", guidance {how['guidance_scale']:g}" if "guidance_scale" in how else ""), at, how)
-        for how in args.ways()
-        for name, at in levels.items()
-    ]
+    return [sampler(subject, name + _named(how), at, how) for how in args.ways() for name, at in levels.items()]
+
+
+def _named(how: dict[str, Any]) -> str:
+    """The end of a result's name, as its numbers are those of this solver, gamma and guidance."""
+    parts = {"solver": "{}", "gamma": "gamma {:g}", "guidance_scale": "guidance {:g}"}
+    return "".join(f", {text.format(how[key])}" for key, text in parts.items() if key in how)
 
 
 def _heading(
@@ -174,6 +176,7 @@ def _heading(
         "num_samples": count,
         "seed": args.seed,
         "class_labels": _which_labels(subject),
+        "sampling": args.ways() if any(args.ways()) else None,
         "versions": {name: package.__version__ for name, package in packages.items()},
     }
 

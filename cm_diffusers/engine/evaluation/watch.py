@@ -65,9 +65,8 @@ def follow(
         if models is None or objective is None:
             models = load_models(config)
             objective = _objective(config, models, checkpoint)
-            objective.network.to(accelerator.device)
         weights = exported_weights(checkpoint.tensors, config.run)
-        yield step, with_our_interface(exported(objective, weights, models.vae))
+        yield step, with_our_interface(exported(objective, weights, models.vae)).to(accelerator.device)
 
 
 def _objective(config: Config, models: SavedModels, checkpoint: Checkpoint) -> Objective:

@@ -99,8 +99,7 @@ def _curves(results: Sequence[dict[str, Any]], training: bool) -> dict[str, list
     """Results that a line joins: each way to sample over training, or all numbers of steps; levels stand alone."""
     curves = {}
     for row in results:
-        levels, _, guidance = row["name"].partition(", guidance ")
+        levels, comma, how = row["name"].partition(", ")
         joined = not training and levels.endswith(("step", "steps"))
-        label = "the model's levels" + (f", guidance {guidance}" if guidance else "") if joined else row["name"]
-        curves.setdefault(label, []).append(row)
+        curves.setdefault(f"the model's levels{comma}{how}" if joined else row["name"], []).append(row)
     return curves
