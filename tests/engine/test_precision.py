@@ -65,7 +65,8 @@ QUICK = ("cdm", "mean_flow")  # the others take a minute and more
 
 
 @pytest.mark.parametrize(
-    "method", [method if method in QUICK else pytest.param(method, marks=pytest.mark.slow) for method in OBJECTIVES]
+    "method",
+    [pytest.param(method, marks=pytest.mark.wide if method in QUICK else pytest.mark.slow) for method in OBJECTIVES],
 )
 def test_a_compiled_run_is_that_without(train, traced, method):
     assert train("compiled", method, compile=True) == pytest.approx(train("plain", method), rel=1e-5)

@@ -74,6 +74,7 @@ def assert_same(folder, whole, steps=75, auxiliary=()):
     assert [row["step"] for row in read_log(folder)] == [*range(2, steps, 2), steps]
 
 
+@pytest.mark.wide
 def test_ten_kills_change_nothing(server, whole, tmp_path):
     rng = random.Random(0)
     in_a_save, steps = 0, []

@@ -109,7 +109,7 @@ def assert_goes_on_exactly(folder, capsys):
     assert read_log(folder) == read_log(folder.with_name("whole"))
 
 
-@pytest.mark.parametrize("number", narrowed(ALL, signal.SIGTERM, signal.SIGHUP), ids=name_of)
+@pytest.mark.parametrize("number", narrowed(ALL, signal.SIGTERM), ids=name_of)
 def test_each_signal_saves_and_stops(start, capsys, number):
     one = start(PYTHON).until_it_trains()
     one.send(number, one.trainers)
@@ -120,6 +120,7 @@ def test_each_signal_saves_and_stops(start, capsys, number):
         assert_goes_on_exactly(one.folder, capsys)
 
 
+@pytest.mark.wide
 def test_under_nohup_a_closed_terminal_stops_nothing(start):
     one = start(["nohup", *PYTHON]).until_it_trains()
     one.send(signal.SIGHUP, [one.launcher])
@@ -171,7 +172,7 @@ def test_a_signal_to_every_process_of_two_saves(start, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", narrowed([0, 1], 1))
 def test_a_signal_to_one_process_of_two_saves(start, which):
     one = start(TORCHRUN, train_batch_size=4).until_it_trains()
     one.send(signal.SIGUSR1, one.trainers[which : which + 1])
@@ -179,6 +180,7 @@ def test_a_signal_to_one_process_of_two_saves(start, which):
     assert read_log(one.folder)[-1]["step"] == newest_checkpoint(one.folder)[0].step
 
 
+@pytest.mark.wide
 def test_two_processes_whose_launcher_is_killed_save(start):
     one = start(TORCHRUN, train_batch_size=4).until_it_trains()
     one.send(signal.SIGKILL, [one.launcher])
@@ -258,11 +260,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     "where, name, said, settings",
     [
         ("cm_diffusers.engine.data.images", "save_scan", "before training began; nothing is lost", {}),
-        (
+        pytest.param(
             "cm_diffusers.engine.training.run",
             "draw_grids",
             "as the model was exported; the same command exports it",
             {"max_train_steps": 3},
+            marks=pytest.mark.wide,
         ),
         ("cm_diffusers.engine.saved.export", "verify_export", "as the model was exported", {"max_train_steps": 3}),
     ],

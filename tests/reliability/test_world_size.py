@@ -84,6 +84,7 @@ def assert_agree(folder, one, steps=40):
         assert (ours[key] - theirs[key]).abs().max() <= 1e-5, key
 
 
+@pytest.mark.wide
 def test_two_processes_train_as_one(one, tmp_path):
     assert "Resumed" not in on_two(tmp_path)
     assert_agree(tmp_path, one)

@@ -30,6 +30,7 @@ def test_two_processes_train_where_there_is_no_gpu(tmp_path):
     assert "on 2 process(es)" in result.stdout and (tmp_path / "run/pipeline/model_index.json").is_file()
 
 
+@pytest.mark.wide
 def test_an_error_of_the_user_is_one_line_of_one_process(tmp_path):
     result = start([*flags(tmp_path / "run"), "--train_batch_size", "none"])
     assert result.returncode != 0
