@@ -6,11 +6,13 @@
     python training/evaluate.py --images_dir folder ... images instead of a model
     python training/evaluate.py --watch runs/mine ...   each checkpoint of a run, until it ends
     python training/evaluate.py --search_sigmas 2 ...   the best noise levels of two steps, and a copy with them
+    python training/evaluate.py --search_guidance 2 ... the best scale of guidance of two steps, measured beside none
 
 Leaves metrics.json and quality.png in the output folder. Where that is the folder of a run, the numbers go on the card
 of its model. Image i is made from seed + i alone, so that the number of processes makes no difference.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -31,6 +33,7 @@ COLUMNS = {
     "recall": "recall",
     "density": "density",
     "coverage": "coverage",
+    "label_agreement": "labels",
 }
 
 
@@ -38,12 +41,18 @@ def table(report: dict[str, Any]) -> str:
     """The results for people to read."""
     names = [f"step {row['step']}, {row['name']}" if "step" in row else row["name"] for row in report["results"]]
     width = max(map(len, names)) + 2
-    lines = [" " * width + "".join(f"{title:>11}" for title in COLUMNS.values())]
+    columns = [column for column in COLUMNS if any(column in row for row in report["results"])]
+    lines = [" " * width + "".join(f"{COLUMNS[column]:>11}" for column in columns)]
     for name, row in zip(names, report["results"]):
-        lines.append(f"{name:{width}}" + "".join(f"{row[column]:11.4g}" for column in COLUMNS))
+        lines.append(f"{name:{width}}" + "".join(f"{row.get(column, math.nan):11.4g}" for column in columns))
     extractor, count = report["extractor"]["name"], report["num_samples"]
     named = "FID-50k" if any("fid" in row for row in report["results"]) else "not FID-50k"
     lines.append(f"\n{count} samples against {report['reference']['images']} images; features: {extractor} ({named}).")
+    if "label_agreement" in columns:
+        real = report["reference"]["label_agreement"]
+        lines.append(
+            f"Labels: the share of samples of the class that was asked for; {real:.4g} among the real images."
+        )
     spent = dict(report["time"])
     processes = spent.pop("processes")
     seconds = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in spent.items())
@@ -52,9 +61,9 @@ def table(report: dict[str, Any]) -> str:
 
 
 def guidance_warnings(results: list[dict[str, Any]]) -> list[str]:
-    """Where guidance brings the Fréchet distance down and the precision as well, which is no better picture.
+    """Where guidance brings the Fréchet distance down, and the precision or the label agreement as well.
 
-    In few steps the distance alone is a bad judge of guidance (arXiv:2603.14186).
+    Such pictures are no better: in few steps the distance alone is a bad judge of guidance (arXiv:2603.14186).
     """
     plain = {(row.get("step"), row["name"]): row for row in results if "guidance_scale" not in row.get("how", {})}
     warnings = []
@@ -63,11 +72,18 @@ def guidance_warnings(results: list[dict[str, Any]]) -> list[str]:
         base = plain.get((row.get("step"), name))
         if base is None or base is row:
             continue
-        if row["frechet_distance"] < base["frechet_distance"] and row["precision"] < base["precision"]:
+        if row["frechet_distance"] >= base["frechet_distance"]:
+            continue
+        fallen = [
+            f"the {name.replace('_', ' ')} ({base[name]:.3g} to {row[name]:.3g})"
+            for name in ("precision", "label_agreement")
+            if name in row and name in base and row[name] < base[name]
+        ]
+        if fallen:
             warnings.append(
                 f"WARNING: {row['name']}: the Fréchet distance falls ({base['frechet_distance']:.4g} to"
-                f" {row['frechet_distance']:.4g}), and so does the precision ({base['precision']:.3g} to"
-                f" {row['precision']:.3g}): look at the images before you choose this guidance."
+                f" {row['frechet_distance']:.4g}), and so does {' and '.join(fallen)}: look at the images before you"
+                " choose this guidance."
             )
     return warnings
 
@@ -76,10 +92,15 @@ def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str | Non
     """What to do with the results; nothing for images without their model."""
     run = args.folder if args.watch is None else Path(args.watch)
     model = run / RunFiles.MODEL
-    if model.is_dir() and "search" not in report:
+    best_model = args.folder / RunFiles.BEST / RunFiles.MODEL
+    if args.keep_best and best_model.is_dir():
+        return f"python training/push.py --model_dir {quote(str(best_model))}"
+    if model.is_dir() and not report.keys() & {"search", "guidance_search"}:
         return f"python training/push.py --model_dir {quote(str(model))}"
     if "search" in report:
         how = f"--num_inference_steps {args.search_sigmas}"
+        if args.guidance_scale and args.guidance_scale[0] != 1:
+            how += f" --guidance_scale {args.guidance_scale[0]:g}"
     elif args.pretrained_model_name_or_path:
         model, best = args.pretrained_model_name_or_path, best_result(report)
         levels = (

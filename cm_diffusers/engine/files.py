@@ -46,6 +46,7 @@ class RunFiles:
     FACTS = "card.json"  # all that the model's card says, but for what was measured
     METRICS = "metrics.json"  # what evaluate.py has measured
     QUALITY = "quality.png"  # a picture of that
+    BEST = "best"  # a folder with the best of the models that evaluate.py has watched
     DATA = "data.json"  # what the images are; in the model's folder as well
     SETTINGS = "config.yaml"
     LOG = "log.jsonl"

@@ -1,12 +1,13 @@
 """How far samples are from data."""
 
+from cm_diffusers.evaluation.agreement import label_agreement, labels_told_apart
 from cm_diffusers.evaluation.classifier import SmallClassifier, train_classifier
 from cm_diffusers.evaluation.features import Extractor, load_extractor
 from cm_diffusers.evaluation.frechet import Moments, frechet_distance
 from cm_diffusers.evaluation.kernel import kernel_distance
 from cm_diffusers.evaluation.manifold import density_coverage, precision_recall
 from cm_diffusers.evaluation.measure import FID_SAMPLES, check_samples, measure
-from cm_diffusers.evaluation.reference import Reference, reference_features
+from cm_diffusers.evaluation.reference import Reference, kept_places, reference_features
 
 
 __all__ = [
@@ -18,7 +19,10 @@ __all__ = [
     "check_samples",
     "density_coverage",
     "frechet_distance",
+    "kept_places",
     "kernel_distance",
+    "label_agreement",
+    "labels_told_apart",
     "load_extractor",
     "measure",
     "precision_recall",

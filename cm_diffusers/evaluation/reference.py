@@ -59,8 +59,7 @@ def reference_features(
     path = None if cache_dir is None else Path(cache_dir, name)
     if path is not None and path.exists():
         return load_reference(path, facts)
-    keep = torch.zeros(count, dtype=torch.bool)
-    keep[permutation(count, "reference")[:KEPT]] = True
+    keep = kept_places(count)
     moments, kept, start = Moments(), [], 0
     for batch in batches:
         features = extractor(batch).cpu()
@@ -71,6 +70,13 @@ def reference_features(
     if path is not None:
         _save(reference, path)
     return reference
+
+
+def kept_places(count: int) -> Tensor:
+    """Of which of `count` images a reference keeps the features: bool (count,)."""
+    keep = torch.zeros(count, dtype=torch.bool)
+    keep[permutation(count, "reference")[:KEPT]] = True
+    return keep
 
 
 def _hash(batches: Iterable[Tensor]) -> tuple[int, tuple[int, ...], str]:

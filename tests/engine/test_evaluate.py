@@ -20,7 +20,15 @@ from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.evaluation import watch
 from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
 from cm_diffusers.engine.evaluation.evaluate import evaluate
-from cm_diffusers.evaluation import load_extractor, measure, reference_features
+from cm_diffusers.engine.evaluation.judge import RealLabels
+from cm_diffusers.evaluation import (
+    label_agreement,
+    labels_told_apart,
+    load_extractor,
+    measure,
+    reference_features,
+)
+from cm_diffusers.pipelines import name_classes
 from cm_diffusers.sampling import load_pipeline, sample_images, to_pil
 from tests.helpers.scripts import load_script
 from tests.helpers.training_runs import run
@@ -34,6 +42,12 @@ METRICS = ("frechet_distance", "kernel_distance", "precision", "recall", "densit
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs") / "ect", max_train_steps=6, checkpoints_total_limit=9) / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory):
+    settings = {"max_train_steps": 1, "class_conditional": False}
+    return run(tmp_path_factory.mktemp("runs") / "unlabelled", **settings) / "pipeline"
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +142,7 @@ def test_other_seeds_make_other_images(judged):
     assert one["frechet_distance"] != other["frechet_distance"]
 
 
+@pytest.mark.wide
 def test_two_processes_measure_what_one_does(judged, words, tmp_path):
     one = judged(num_inference_steps=[1, 2], output_dir=tmp_path / "one")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -385,3 +400,103 @@ def test_a_distance_that_falls_with_the_precision_is_warned_of():
     assert warn([row("4 steps", 3.0, 0.8), worse]) == []
     [warning] = warn([plain, worse])
     assert warning.startswith("WARNING: 2 steps, guidance 2: the Fréchet distance falls (3 to 2)")
+
+
+def test_the_guidance_that_is_best_is_found_and_measured_beside_none(judged, labelled):
+    model = {"pretrained_model_name_or_path": labelled, "solver": "euler", "num_inference_steps": [4]}
+    report = judged(**model, search_guidance=3, search_samples=60)
+    found = report["guidance_search"]
+    scales = [scale for scale, _ in found["scales_and_frechet_distances"]]
+    assert scales[0] == 1 and all(1 < scale < 5 for scale in scales[1:]) and len(scales) == 11
+    assert found["to"] == min(found["scales_and_frechet_distances"], key=lambda pair: pair[1])[0]
+    assert found["first_seed"] == 50 and found["num_samples"] == 60 and found["num_inference_steps"] == 3
+    plain = [f"{n} steps, euler" for n in (4, 3)]
+    guided = [f"{name}, guidance {found['to']:g}" for name in plain]
+    assert [row["name"] for row in report["results"]] == (plain if found["to"] == 1 else plain + guided)
+    scale, distance = found["scales_and_frechet_distances"][1]
+    [alone] = judged(
+        **{**model, "num_inference_steps": 3}, guidance_scale=scale, seed=50, num_samples=60, batch_size=60
+    )["results"]
+    assert alone["frechet_distance"] == pytest.approx(distance, rel=1e-4)
+
+
+def test_samples_are_of_the_classes_that_were_asked_for_as_often_as_by_hand(judged, labelled):
+    report = judged(pretrained_model_name_or_path=labelled, num_inference_steps=[3])
+    [row] = report["results"]
+    data = ImageData(DataArguments(**DATA), True, show_progress=False)
+    images = data.images.float() / 255
+    extractor = load_extractor("classifier", None, (images, data.labels))
+    pipeline = load_pipeline(str(labelled))
+    pipeline.set_progress_bar_config(disable=True)
+    made = features_by_hand(pipeline, range(50), extractor, num_inference_steps=3)
+    asked = torch.arange(50) % 10
+    assert row["label_agreement"] == label_agreement(extractor(images), data.labels, made, asked)
+    real = labels_told_apart(extractor(images), data.labels)
+    assert report["reference"]["label_agreement"] == pytest.approx(real, abs=1e-4) and real > 0.7
+    assert "labels" in (shown := load_script("evaluate").table(report)) and f"{real:.4g} among the real" in shown
+
+
+def test_labels_are_those_of_the_same_names():
+    real = RealLabels(torch.tensor([0, 1, 1]), {0: "cat", 1: "dog"})
+    assert real.of([0, 1, 0], None).tolist() == [0, 1, 0]
+    assert real.of([5, 3], {3: "cat", 5: "dog"}).tolist() == [1, 0]
+    assert real.of([0, 2], None) is None and real.of([0], {0: "horse"}) is None
+
+
+def test_a_model_without_classes_or_with_others_has_no_agreement(judged, unlabelled, labelled, capsys):
+    report = judged(pretrained_model_name_or_path=unlabelled, num_inference_steps=[1])
+    assert "label_agreement" not in report["results"][0]
+    other = load_pipeline(str(labelled))
+    name_classes(other.unet, {i: f"kind {i}" for i in range(10)})
+    other.save_pretrained(labelled.parent / "named")
+    report = judged(pretrained_model_name_or_path=labelled.parent / "named", num_inference_steps=[2])
+    assert "label_agreement" not in report["results"][0]
+    assert "Label agreement is not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metric, steps", [("recall", [1, 2]), ("frechet_distance", [2])])
+def test_the_best_checkpoint_of_a_run_is_kept(judged, model, tmp_path, metric, steps):
+    report = judged(watch=model.parent, num_inference_steps=steps, keep_best=metric)
+    best = tmp_path / "out" / "best"
+    first = {row["step"]: row[metric] for row in reversed(report["results"])}
+    wanted = min(first, key=lambda step: (first[step] if metric == "frechet_distance" else -first[step], step))
+    kept = json.loads((best / "metrics.json").read_text())
+    assert [row["step"] for row in kept["results"]] == [wanted] and kept["kept_by"] == metric
+    [alone] = judged(
+        pretrained_model_name_or_path=best / "pipeline", num_inference_steps=steps[:1], output_dir=tmp_path / "other"
+    )["results"]
+    assert alone["frechet_distance"] == pytest.approx(kept["results"][0]["frechet_distance"], rel=1e-6)
+    card = ModelCard.load(best / "pipeline" / "README.md").text
+    assert f"| steps | {wanted} of" in card and model.parent.name in card
+
+
+def test_the_one_that_was_best_stays_where_a_later_one_is_no_better(judged, model, tmp_path, monkeypatch):
+    values = iter([0.5, 0.5])
+
+    def measured(self, source, numbers, title):
+        return dict.fromkeys(METRICS, 0.0) | {"recall": next(values)}
+
+    monkeypatch.setattr(cm_diffusers.engine.evaluation.judge.Judge, "measure", measured)
+    judged(watch=model.parent, num_inference_steps=[1], keep_best="recall")
+    [kept] = json.loads((tmp_path / "out" / "best" / "metrics.json").read_text())["results"]
+    assert kept["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"keep_best": "recall"}, "keep_best is for --watch"),
+        ({"search_guidance": 2, "guidance_scale": 2}, "search_guidance finds the guidance_scale"),
+        ({"search_guidance": 2, "search_sigmas": 2}, "search_guidance and search_sigmas go one after the other"),
+        ({"search_guidance": 2, "search_samples": 60}, "needs a model with a class that stands for none"),
+        ({"images_dir": "x", "search_guidance": 2}, "search_guidance and revision are for --pretrained_model"),
+    ],
+)
+def test_searches_and_choices_that_can_not_be_are_refused(judged, settings, message):
+    with pytest.raises(ValueError, match=message):
+        judged(**settings)
+
+
+def test_the_best_by_labels_needs_labels(judged, unlabelled):
+    with pytest.raises(ValueError, match="the model has no classes, or others"):
+        judged(watch=unlabelled.parent, num_inference_steps=[1], keep_best="label_agreement")

@@ -8,6 +8,17 @@ from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.objectives.options import SOME_STEPS, Options, option
 
 
+BETTER = {  # by its metric, whether of two models the better one has less or more
+    "frechet_distance": "less",
+    "kernel_distance": "less",
+    "precision": "more",
+    "recall": "more",
+    "density": "more",
+    "coverage": "more",
+    "label_agreement": "more",
+}
+
+
 @dataclass(frozen=True)
 class EvaluationArguments(Options):
     pretrained_model_name_or_path: str | None = option(
@@ -46,8 +57,17 @@ class EvaluationArguments(Options):
         "Find the best noise levels for this many steps, and save a copy of the model that takes them.",
         "[2, 10]",
     )
+    search_guidance: int | None = option(
+        None, "Find the best scale of guidance, 1 to 5, for this many steps, and measure it beside none.", SOME_STEPS
+    )
     search_samples: int = option(
-        2000, "Images per distance in that search; their seeds are not those of the results.", SOME_STEPS
+        2000, "Images per distance in these searches; their seeds are not those of the results.", SOME_STEPS
+    )
+    keep_best: str | None = option(
+        None,
+        "Of a watched run, keep the checkpoint that is best by this metric of the first number of steps, as a model in"
+        " best/pipeline of the output folder.",
+        choices=[*BETTER],
     )
     seed: int = option(0, "Image i is made from seed + i alone; classes take turns.", "[0, 1e18]")
     batch_size: int = option(250, "Images made at once by each process.", SOME_STEPS)
@@ -75,22 +95,32 @@ class EvaluationArguments(Options):
         given = [self.pretrained_model_name_or_path, self.images_dir, self.watch]
         if sum(name is not None for name in given) != 1:
             raise ValueError("Give exactly one of pretrained_model_name_or_path, images_dir and watch.")
-        if self.pretrained_model_name_or_path is None and (self.search_sigmas or self.revision):
-            raise ValueError("search_sigmas and revision are for --pretrained_model_name_or_path.")
+        of_a_model = self.search_sigmas or self.search_guidance or self.revision
+        if self.pretrained_model_name_or_path is None and of_a_model:
+            raise ValueError("search_sigmas, search_guidance and revision are for --pretrained_model_name_or_path.")
+        if self.keep_best is not None and self.watch is None:
+            raise ValueError("keep_best is for --watch, as there is one model only.")
         if self.images_dir is not None and (self.num_inference_steps or self.sigmas):
             raise ValueError("num_inference_steps and sigmas are for models, and images_dir is given.")
         how = ("guidance_scale", "guidance_interval", "solver", "gamma")
         for name in how if self.images_dir is not None else ():
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} is for models, and images_dir is given.")
-        if self.guidance_interval is not None and set(self.guidance_scale or [1]) == {1}:
+        if self.guidance_interval is not None and set(self.guidance_scale or [1]) == {1} and not self.search_guidance:
             raise ValueError("guidance_interval has no effect without a --guidance_scale other than 1.")
         if self.search_sigmas and len(self.guidance_scale or []) > 1:
             raise ValueError("search_sigmas searches at one guidance_scale; give one.")
+        if self.search_sigmas and self.search_guidance:
+            raise ValueError(
+                "search_guidance and search_sigmas go one after the other: search the guidance, then the levels with"
+                " the --guidance_scale that was found."
+            )
+        if self.search_guidance and self.guidance_scale:
+            raise ValueError("search_guidance finds the guidance_scale; leave that out.")
         if self.images_dir is not None and self.seed:
             raise ValueError("seed is for models, and images_dir is given.")
-        if self.search_samples != 2000 and self.search_sigmas is None:
-            raise ValueError("search_samples is for --search_sigmas, which is not given.")
+        if self.search_samples != 2000 and self.search_sigmas is None and self.search_guidance is None:
+            raise ValueError("search_samples is for --search_sigmas and --search_guidance, and none is given.")
         if self.feature_weights is not None and self.feature_extractor == "classifier":
             raise ValueError("feature_weights has no effect: the classifier is trained on the dataset.")
         if self.revision is not None and Path(self.pretrained_model_name_or_path).exists():
@@ -109,12 +139,12 @@ class EvaluationArguments(Options):
         except ValueError:
             raise ValueError(f"sigmas takes lists of numbers, as 80,0.8; got {', '.join(lists)}.") from None
 
-    def ways(self) -> list[dict[str, Any]]:
-        """What a sampler is told beside its levels, for each scale of guidance."""
+    def ways(self, *scales: float) -> list[dict[str, Any]]:
+        """What a sampler is told beside its levels, for each scale of guidance; by default for those asked for."""
         common = {name: getattr(self, name) for name in ("solver", "gamma") if getattr(self, name) is not None}
         interval = {} if self.guidance_interval is None else {"guidance_interval": self.guidance_interval}
-        scales = dict.fromkeys(self.guidance_scale or [1.0])
-        return [common if scale == 1 else {**common, "guidance_scale": scale, **interval} for scale in scales]
+        wanted = dict.fromkeys(scales or self.guidance_scale or [1.0])
+        return [common if scale == 1 else {**common, "guidance_scale": scale, **interval} for scale in wanted]
 
     @property
     def folder(self) -> Path:

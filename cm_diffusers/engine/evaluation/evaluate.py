@@ -12,20 +12,22 @@ import diffusers
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers.utils.logging import disable_progress_bar
+from tqdm.auto import tqdm
 
 import cm_diffusers
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
+from cm_diffusers.engine.evaluation.arguments import BETTER, EvaluationArguments
 from cm_diffusers.engine.evaluation.judge import Clock, Judge, JudgedImages, sampler, stored
 from cm_diffusers.engine.evaluation.references import build_judge
-from cm_diffusers.engine.evaluation.search import check_search, improve_sigmas
+from cm_diffusers.engine.evaluation.search import check_search, find_guidance, improve_sigmas
 from cm_diffusers.engine.evaluation.watch import follow
 from cm_diffusers.engine.files import RunFiles, replace_file, why
 from cm_diffusers.engine.pictures.curves import QUALITIES, plot_quality
 from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.processes import start_accelerator
-from cm_diffusers.engine.sharing.card import ON_THIS_MACHINE, hub_id, read_report, renew_card
+from cm_diffusers.engine.saved.export import save_pipeline
+from cm_diffusers.engine.sharing.card import ON_THIS_MACHINE, draw_grids, hub_id, read_facts, read_report, renew_card
 from cm_diffusers.objectives.options import flags_of
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import load_pipeline
@@ -56,20 +58,28 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
         if judge is None:
             judge, facts = build_judge(args, data_args, _shape(subject), len(numbers), accelerator, clock)
             report = _heading(args, subject, len(numbers), judge, facts)
+            _check_classes(subject, judge, args)
             if results:
                 _check_same(args.folder, report)
+        if args.search_guidance:
+            report["guidance_search"] = find_guidance(subject, args, numbers.stop, judge)
+            sources = _sources(subject, args, guidance=report["guidance_search"])
         if args.search_sigmas:
             report["search"] = improve_sigmas(subject, args, numbers.stop, judge)
             accelerator.wait_for_everyone()
-            sources = _sources(subject, args, report["search"])
+            sources = _sources(subject, args, levels=report["search"])
         for source in sources:
             at = {} if step is None else {"step": step}
             title = source.name if step is None else f"Step {step}, {source.name}"
             results.append({"name": source.name, **at, **source.facts, **judge.measure(source, numbers, title)})
         if accelerator.is_main_process:
+            if args.keep_best and _is_best(results, step, args.keep_best):
+                _keep(subject, args, report, results[-len(sources)])
             _write(args.folder, {**report, "results": results}, clock, accelerator.num_processes)
     if not results:
         raise ValueError(f"the run in {args.watch!r} has ended and holds no checkpoint.")
+    if args.keep_best and accelerator.is_main_process:
+        _describe_best(args)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     accelerator.end_training()
@@ -136,9 +146,14 @@ def _numbers(subject: ImagePipeline | ImageData, args: EvaluationArguments) -> r
 
 
 def _sources(
-    subject: ImagePipeline | ImageData, args: EvaluationArguments, search: dict[str, Any] | None = None
+    subject: ImagePipeline | ImageData,
+    args: EvaluationArguments,
+    levels: dict[str, Any] | None = None,
+    guidance: dict[str, Any] | None = None,
 ) -> list[JudgedImages]:
-    """Where its images come from: each number of steps, each list of levels; what a search began with and found, too.
+    """Where its images come from: each number of steps, each list of levels.
+
+    What a search of levels or of guidance began with and found comes beside these.
 
     Raises:
         ValueError: the model can't be sampled so.
@@ -147,11 +162,14 @@ def _sources(
         return [stored(subject)]
     subject.set_progress_bar_config(disable=True)
     steps, lists = args.num_inference_steps or list(subject.default_steps), args.sigma_lists()
-    if search is not None:
-        steps, lists = [*steps, search["num_inference_steps"]], [search["from"], *lists]
-    levels = {f"{n} step{'s' * (n > 1)}": {"num_inference_steps": n} for n in steps}
-    levels |= {f"sigmas {', '.join(f'{s:g}' for s in sigmas)}": {"sigmas": sigmas} for sigmas in lists}
-    return [sampler(subject, name + _named(how), at, how) for how in args.ways() for name, at in levels.items()]
+    ways = args.ways()
+    if levels is not None:
+        steps, lists = [*steps, levels["num_inference_steps"]], [levels["from"], *lists]
+    if guidance is not None:
+        steps, ways = [*steps, guidance["num_inference_steps"]], args.ways(1.0, guidance["to"])
+    places = {f"{n} step{'s' * (n > 1)}": {"num_inference_steps": n} for n in steps}
+    places |= {f"sigmas {', '.join(f'{s:g}' for s in sigmas)}": {"sigmas": sigmas} for sigmas in lists}
+    return [sampler(subject, name + _named(how), at, how) for how in ways for name, at in places.items()]
 
 
 def _named(how: dict[str, Any]) -> str:
@@ -179,6 +197,46 @@ def _heading(
         "sampling": args.ways() if any(args.ways()) else None,
         "versions": {name: package.__version__ for name, package in packages.items()},
     }
+
+
+def _check_classes(subject: ImagePipeline | ImageData, judge: Judge, args: EvaluationArguments) -> None:
+    """Say where label agreement can't be measured though labels were read; ValueError where it decides."""
+    known = judge.labels is not None and isinstance(subject, ImagePipeline) and subject.classes is not None
+    same = known and judge.labels.of(subject.classes, subject.id2label) is not None
+    if known and not same and judge.accelerator.is_main_process:
+        tqdm.write("Label agreement is not measured: the model has classes that the dataset has not.")
+    if args.keep_best == "label_agreement" and not same:
+        fault = "give --label_column" if judge.labels is None else "the model has no classes, or others"
+        raise ValueError(f"keep_best label_agreement needs labels of the dataset that the model has as well: {fault}.")
+
+
+def _is_best(results: list[dict[str, Any]], step: int, metric: str) -> bool:
+    """Whether no earlier checkpoint is as good as that of `step`, of which each has its first result counted."""
+    first = {}
+    for row in results:
+        first.setdefault(row["step"], row[metric])
+    sign = 1 if BETTER[metric] == "less" else -1
+    return all(sign * first[step] < sign * value for other, value in first.items() if other != step)
+
+
+def _keep(pipeline: ImagePipeline, args: EvaluationArguments, report: dict[str, Any], row: dict[str, Any]) -> None:
+    """Save the model of a checkpoint, as its run would at its end, and say by which numbers it was chosen."""
+    folder = args.folder / RunFiles.BEST
+    save_pipeline(pipeline, folder / RunFiles.MODEL, complete=lambda written: draw_grids(pipeline, written))
+    text = json.dumps({**report, "kept_by": args.keep_best, "results": [row]}, indent=1)
+    replace_file(folder / RunFiles.METRICS, text + "\n")
+    metric = args.keep_best.replace("_", " ")
+    tqdm.write(f"Best {metric} so far, {row[args.keep_best]:.4g}, at step {row['step']}: kept in {folder}.")
+
+
+def _describe_best(args: EvaluationArguments) -> None:
+    """Give the model that was kept the card of its run, with its own step, once there is one."""
+    best, run = args.folder / RunFiles.BEST, Path(args.watch)
+    if (run / RunFiles.FACTS).is_file() and (best / RunFiles.METRICS).is_file():
+        [row] = _read_report(best)["results"]
+        facts = read_facts(run / RunFiles.FACTS) | {"steps": row["step"]}
+        replace_file(best / RunFiles.FACTS, json.dumps(facts, indent=1))
+        renew_card(best / RunFiles.MODEL, f"{run.resolve().name}-best")
 
 
 def _which_labels(subject: ImagePipeline | ImageData) -> str | None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.evaluation import Extractor, Reference, frechet_distance, measure
+from cm_diffusers.evaluation import Extractor, Reference, frechet_distance, label_agreement, measure
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
-from cm_diffusers.sampling import levels_used, sample_images
+from cm_diffusers.sampling import labels_in_turn, levels_used, sample_images
 
 
 class Clock(Counter):
@@ -49,11 +49,37 @@ class JudgedImages:
         name: what a result calls it: "2 steps", "sigmas 80, 0.8", or "images".
         images: gives the images (B, C, H, W) in [0, 1] of these numbers: seeds, or places in a dataset.
         facts: what a result says of it beside its name.
+        labels: gives the labels that these images were asked for; None where none were.
+        classes: what those labels are called, where they have names.
     """
 
     name: str
     images: Callable[[range], Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
+    labels: Callable[[range], list[int]] | None = None
+    classes: dict[int, str] | None = None
+
+
+@dataclass(frozen=True)
+class RealLabels:
+    """The classes of a reference's images.
+
+    Args:
+        values: int64 (n,), of the images whose features are kept.
+        classes: the names of the classes by their labels.
+    """
+
+    values: Tensor
+    classes: dict[int, str]
+
+    def of(self, labels: list[int], classes: dict[int, str] | None) -> Tensor | None:
+        """A model's labels, with its names of `classes`, as these labels; None where they are of other classes.
+
+        Names tell where the model has some, else the numbers are the same.
+        """
+        places = {name: label for label, name in self.classes.items()}
+        found = [label if classes is None else places.get(classes.get(label)) for label in labels]
+        return torch.tensor(found) if all(label in self.classes for label in found) else None
 
 
 def sampler(
@@ -82,7 +108,8 @@ def sampler(
         raise ValueError(f"{type(pipeline).__name__}, {name}: {error}") from None
     used = [round(sigma, 6) if math.isfinite(sigma) else "inf" for sigma in levels_used(pipeline)]  # for JSON
     facts = {"num_inference_steps": len(used), "sigmas": used} | ({"how": how} if how else {})
-    return JudgedImages(name, images, facts)
+    labels = None if pipeline.num_classes is None else lambda seeds: labels_in_turn(pipeline, seeds)
+    return JudgedImages(name, images, facts, labels, pipeline.id2label)
 
 
 def stored(data: ImageData) -> JudgedImages:
@@ -100,6 +127,7 @@ class Judge:
         accelerator: whose processes share the work.
         batch_size: images made at once by each of them.
         clock: is told the seconds of sampling, features and metrics.
+        labels: the classes of the dataset, where they were read.
     """
 
     extractor: Extractor
@@ -107,6 +135,7 @@ class Judge:
     accelerator: Accelerator
     batch_size: int
     clock: Clock
+    labels: RealLabels | None = None
 
     def features(self, source: JudgedImages, numbers: range, title: str) -> Tensor:
         """Features (N, d), all of them on every process.
@@ -130,7 +159,17 @@ class Judge:
         if not self.accelerator.is_main_process:
             return {}
         with self.clock("metrics"):
-            return measure(features, self.reference, clock=self.clock)
+            return measure(features, self.reference, clock=self.clock) | self._agreement(features, source, numbers)
+
+    def _agreement(self, features: Tensor, source: JudgedImages, numbers: range) -> dict[str, float]:
+        """How many images are of the class that was asked for, where that is known of the dataset's."""
+        if self.labels is None or source.labels is None:
+            return {}
+        asked = self.labels.of(source.labels(numbers), source.classes)
+        if asked is None:
+            return {}
+        real = self.reference.features
+        return {"label_agreement": label_agreement(real, self.labels.values, features.cpu(), asked)}
 
     def distance(self, source: JudgedImages, numbers: range, title: str) -> float:
         """The Fréchet distance of the images of these numbers, the same number on every process."""

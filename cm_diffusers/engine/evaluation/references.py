@@ -12,9 +12,16 @@ from tqdm.auto import tqdm
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
-from cm_diffusers.engine.evaluation.judge import Clock, Judge
+from cm_diffusers.engine.evaluation.judge import Clock, Judge, RealLabels
 from cm_diffusers.engine.sharing.card import ON_THIS_MACHINE, hub_id
-from cm_diffusers.evaluation import Extractor, check_samples, load_extractor, reference_features
+from cm_diffusers.evaluation import (
+    Extractor,
+    check_samples,
+    kept_places,
+    labels_told_apart,
+    load_extractor,
+    reference_features,
+)
 
 
 BATCH = 1000  # images of the dataset at once
@@ -33,7 +40,8 @@ def build_judge(
     with clock("reference"):
         name = args.feature_extractor or _best_extractor(args, accelerator)
         with accelerator.main_process_first():
-            data = ImageData(data_args, class_conditional=name == "classifier", show_progress=main)
+            labelled = name == "classifier" or data_args.label_column is not None
+            data = ImageData(data_args, class_conditional=labelled, show_progress=main)
         found = (data.channels, *data.resolution)
         if found != shape:
             raise ValueError(
@@ -47,7 +55,12 @@ def build_judge(
     check_samples(count, reference)
     known = "digits" if data_args.dataset_name == "digits" else hub_id(data_args.dataset_name)
     facts = {"dataset": known or ON_THIS_MACHINE, "split": data_args.split, "reference": reference.facts}
-    return Judge(extractor, reference, accelerator, args.batch_size, clock), facts
+    labels = None
+    if data.labels is not None:
+        labels = RealLabels(data.labels[kept_places(len(data.labels))], dict(data.description.classes))
+        told_apart = labels_told_apart(reference.features, labels.values)
+        facts["reference"] = {**reference.facts, "label_agreement": round(told_apart, 4)}
+    return Judge(extractor, reference, accelerator, args.batch_size, clock, labels), facts
 
 
 def _by(shape: tuple[int, ...]) -> str:

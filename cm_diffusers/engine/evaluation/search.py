@@ -1,10 +1,10 @@
-"""The noise levels at which a saved model is best, found and kept in its scheduler."""
+"""The noise levels at which a saved model is best, kept in its scheduler; and the scale of guidance."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from cm_diffusers.core.golden_section import search_levels
+from cm_diffusers.core.golden_section import golden_section, search_levels
 from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
 from cm_diffusers.engine.evaluation.judge import Judge, sampler
 from cm_diffusers.engine.files import RunFiles, replace_file, why
@@ -12,6 +12,9 @@ from cm_diffusers.engine.saved.export import save_pipeline
 from cm_diffusers.engine.sharing.card import draw_grids, read_facts
 from cm_diffusers.evaluation import check_samples
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
+
+
+HIGHEST_SCALE = 5.0  # of the search of guidance
 
 
 def check_search(args: EvaluationArguments, pipeline: ImagePipeline) -> None:
@@ -53,6 +56,31 @@ def improve_sigmas(
         "num_samples": len(seeds),
         "first_seed": first_seed,
         "levels_and_frechet_distances": evaluations,
+    }
+
+
+def find_guidance(pipeline: ImagePipeline, args: EvaluationArguments, first_seed: int, judge: Judge) -> dict[str, Any]:
+    """Find the scale of guidance with the least Fréchet distance, 1 where none is better; and tell what was found."""
+    steps = args.search_guidance
+    seeds = range(first_seed, first_seed + args.search_samples)
+    check_samples(len(seeds), judge.reference)
+    evaluations = []
+
+    def distance(scale: float) -> float:
+        scale = round(scale, 2)
+        [how], title = args.ways(scale), f"Guidance {scale:g}"
+        found = judge.distance(sampler(pipeline, title, {"num_inference_steps": steps}, how), seeds, title)
+        evaluations.append([scale, found])
+        return found
+
+    distance(1.0)
+    golden_section(distance, 1.0, HIGHEST_SCALE, tolerance=0.1)
+    return {
+        "num_inference_steps": steps,
+        "to": min(evaluations, key=lambda pair: pair[1])[0],
+        "num_samples": len(seeds),
+        "first_seed": first_seed,
+        "scales_and_frechet_distances": evaluations,
     }
 
 
