@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
 from .class_names import labels_named
 
@@ -18,6 +20,7 @@ Labels = int | str | Sequence[int | str] | np.ndarray | torch.Tensor | None
 Levels = float | Sequence[float] | np.ndarray | torch.Tensor | None
 Samples = torch.Tensor | np.ndarray | None
 Entries = Mapping[str, torch.Tensor | np.ndarray] | None
+Images = torch.Tensor | np.ndarray | Image.Image | Sequence[Image.Image] | None
 
 
 def plain(value: Any) -> Any:
@@ -80,6 +83,34 @@ def read_samples(name: str, value: Any, shape: Sequence[int | str]) -> torch.Ten
     if not value.isfinite().all():
         raise ValueError(f"{name} must be finite; some of the values are infinite or no numbers.")
     return value
+
+
+def read_images(name: str, value: Images, shape: tuple[int, int, int]) -> torch.Tensor | None:
+    """Images (n, *shape), float32 in [-1, 1], from a tensor (n, C, H, W) or an array (n, H, W, C) in [0, 1], or PIL.
+
+    One alone may come without its first dimension. PIL images become grey or RGB as the shape's channels say.
+    """
+    if value is None:
+        return None
+    found = [value] if isinstance(value, Image.Image) else value
+    if isinstance(found, (list, tuple)) and found and all(isinstance(one, Image.Image) for one in found):
+        if shape[0] not in (1, 3):
+            raise ValueError(f"{name} must be a tensor or an array, as PIL has no images of {shape[0]} channels.")
+        found = VaeImageProcessor.pil_to_numpy([one.convert("L" if shape[0] == 1 else "RGB") for one in found])
+    if isinstance(found, np.ndarray):
+        found = found[None] if found.ndim == 3 else found
+        found = torch.from_numpy(np.array(found)).movedim(-1, 1) if found.ndim == 4 else found
+    if torch.is_tensor(found) and found.ndim == 3:
+        found = found[None]
+    try:
+        images = read_samples(name, found, ("n", *shape))
+    except ValueError as error:
+        raise ValueError(f"{error} Images are those of the model's size, floats in [0, 1], or PIL images.") from None
+    assert images is not None
+    if not len(images) or images.min() < 0 or images.max() > 1:
+        ends = f"[{images.min():g}, {images.max():g}]" if len(images) else "none"
+        raise ValueError(f"{name} must lie in [0, 1], got {ends}.")
+    return 2 * images.float() - 1
 
 
 def read_generators(generator: Generators) -> torch.Generator | list[torch.Generator] | None:

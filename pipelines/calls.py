@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 
@@ -24,6 +25,7 @@ class Call:
 
     def __init__(self, pipeline: DiffusionPipeline, scheduler: SchedulerMixin, stops: int):
         self.pipeline, self.stops, self.stopped = pipeline, stops, False
+        self.device: torch.device | None = None  # where it runs, once that was asked for
         self.own_scheduler = scheduler
         self.scheduler = copy.copy(scheduler)  # whose `set_timesteps` makes all that steps change
 

@@ -4,7 +4,7 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, ImagePipelineOutput, ModelMixin, SchedulerMixin
 
 from ..core.guidance import call_guided
-from .arguments import Entries, Generators, Labels, Levels, Samples, read_count, read_numbers
+from .arguments import Entries, Generators, Images, Labels, Levels, Samples
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 
@@ -59,6 +59,9 @@ class ConsistencyPipeline(ImagePipeline):
         guidance_scale: float = 1.0,
         guidance_interval: Levels = None,
         negative_class_labels: Labels = None,
+        timesteps: Levels = None,
+        image: Images = None,
+        noise_level: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -81,6 +84,11 @@ class ConsistencyPipeline(ImagePipeline):
                 makes of no class, by two samples in each network call.
             guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
             negative_class_labels: classes to be led away from instead of none, given as class_labels are.
+            timesteps: the levels by the times of `scheduler.timesteps`, instead of sigmas.
+            image: what to begin with instead of pure noise, one for all or one per image: a tensor (n, C, H, W) or an
+                array (n, H, W, C) in [0, 1], or PIL, of the model's size.
+            noise_level: sigma, of the noise that it gets, and of the first step: the higher, the more is made anew.
+                Other levels, whose first one it is, may stand for it.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -88,22 +96,29 @@ class ConsistencyPipeline(ImagePipeline):
         Raises:
             ValueError: an argument that can't be meant, before the network is called.
         """
-        num_inference_steps = read_count("num_inference_steps", num_inference_steps, None)
-        sigmas = read_numbers("sigmas", sigmas)
-        if num_inference_steps is None and sigmas is None:
-            num_inference_steps = self.default_steps[0]
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, sigmas=sigmas)
+        scheduler = self.scheduler
+        images, level = self.read_start(image, noise_level, sigmas, timesteps)
+        num_inference_steps, sigmas, timesteps = self.read_levels(num_inference_steps, sigmas, timesteps, level)
+        scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
-            batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
+            batch_size,
+            class_labels,
+            condition,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            images=images,
         )
         told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
-        sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
-        for i, t in self.steps(self.scheduler.timesteps):
-            network_input = self.scheduler.scale_model_input(sample, t).to(noise.dtype)
-            output = call_guided(self.unet, network_input, t, told=told, sigma=self.scheduler.sigmas[i])
-            sample, denoised = self.scheduler.step(output.float(), t, sample, generator, return_dict=False)
+        sample = noise.float() * scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
+        if images is not None:
+            sample = self.encoded(images, noise) + sample
+        for i, t in self.steps(scheduler.timesteps):
+            network_input = scheduler.scale_model_input(sample, t).to(noise.dtype)
+            output = call_guided(self.unet, network_input, t, told=told, sigma=scheduler.sigmas[i])
+            sample, denoised = scheduler.step(output.float(), t, sample, generator, return_dict=False)
             tensors = {"latents": sample, "pred_original_sample": denoised}
             sample = self.after_step(callback_on_step_end, i, t, tensors, names)
         return self.finish(sample, output_type, return_dict)

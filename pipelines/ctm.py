@@ -7,7 +7,18 @@ from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 from ..core.conditions import Condition
 from ..core.guidance import Guidance, call_guided
 from ..core.solvers import heun_end
-from .arguments import Entries, Generators, Labels, Levels, Samples, count_of, read_count, read_number, read_numbers
+from .arguments import (
+    Entries,
+    Generators,
+    Images,
+    Labels,
+    Levels,
+    Samples,
+    count_of,
+    read_count,
+    read_number,
+    read_numbers,
+)
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 from .settings import SAMPLED_BY, check_scheduler, is_a, takes_two_times
@@ -96,6 +107,9 @@ class CTMPipeline(ImagePipeline):
         guidance_scale: float = 1.0,
         guidance_interval: Levels = None,
         negative_class_labels: Labels = None,
+        timesteps: Levels = None,
+        image: Images = None,
+        noise_level: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -123,6 +137,11 @@ class CTMPipeline(ImagePipeline):
                 makes of no class, by two samples in each network call.
             guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
             negative_class_labels: classes to be led away from instead of none, given as class_labels are.
+            timesteps: the levels by the times of `scheduler.timesteps`, instead of sigmas.
+            image: what to begin with instead of pure noise, one for all or one per image: a tensor (n, C, H, W) or an
+                array (n, H, W, C) in [0, 1], or PIL, of the model's size.
+            noise_level: sigma, of the noise that it gets, and of the first step: the higher, the more is made anew.
+                Other levels, whose first one it is, may stand for it.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -130,19 +149,29 @@ class CTMPipeline(ImagePipeline):
         Raises:
             ValueError: an argument that can't be meant, before the network is called.
         """
-        self._set_levels(num_inference_steps, sigmas, gamma, solver)
+        images, level = self.read_start(image, noise_level, sigmas, timesteps)
+        self._set_levels(num_inference_steps, sigmas, gamma, solver, timesteps, level)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
-            batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
+            batch_size,
+            class_labels,
+            condition,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            images=images,
         )
         told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
-        levels, targets = self.scheduler.sigmas, self.scheduler.target_sigmas
-        sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
-        for i, t in self.steps(self.scheduler.timesteps):
+        scheduler = self.scheduler
+        levels, targets = scheduler.sigmas, scheduler.target_sigmas
+        sample = noise.float() * scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
+        if images is not None:
+            sample = self.encoded(images, noise) + sample
+        for i, t in self.steps(scheduler.timesteps):
             if solver == "gamma":
                 output = self._network(sample, levels[i], targets[i], told)
-                sample, denoised = self.scheduler.step(output, t, sample, generator, return_dict=False)
+                sample, denoised = scheduler.step(output, t, sample, generator, return_dict=False)
             else:
                 sample, denoised = self._ode_step(sample, levels[i], levels[i + 1], told, solver)
             tensors = {"latents": sample, "pred_original_sample": denoised}
@@ -303,21 +332,27 @@ class CTMPipeline(ImagePipeline):
             return_dict=return_dict,
         )
 
-    def _set_levels(self, num_inference_steps: int | None, sigmas: Levels, gamma: float | None, solver: str) -> None:
+    def _set_levels(
+        self,
+        num_inference_steps: int | None,
+        sigmas: Levels,
+        gamma: float | None,
+        solver: str,
+        timesteps: Levels = None,
+        noise_level: float | None = None,
+    ) -> None:
         """Tell the scheduler the levels of a call."""
         if solver not in CTM_SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(CTM_SOLVERS)}; got {solver!r}.")
         if solver != "gamma" and gamma is not None:
             raise ValueError(f"gamma={gamma} means nothing to the solver {solver!r}; it is for 'gamma'.")
-        num_inference_steps = read_count("num_inference_steps", num_inference_steps, None)
-        sigmas, gamma = read_numbers("sigmas", sigmas), None if gamma is None else read_number("gamma", gamma)
-        if num_inference_steps is None and sigmas is None:
-            num_inference_steps = self.default_steps[0]
-        if solver != "gamma" and num_inference_steps is not None and sigmas is None:
+        gamma = None if gamma is None else read_number("gamma", gamma)
+        num_inference_steps, sigmas, timesteps = self.read_levels(num_inference_steps, sigmas, timesteps, noise_level)
+        if solver != "gamma" and num_inference_steps is not None and sigmas is None and timesteps is None:
             # the scheduler's own grid ends with a long jump to the floor
             sigmas = self._karras(num_inference_steps, self.scheduler.config.sigma_max)[:-1].tolist()
             num_inference_steps = None
-        self.scheduler.set_timesteps(num_inference_steps, self._execution_device, sigmas=sigmas, gamma=gamma)
+        self.scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, gamma)
 
     def _karras(self, steps: int, sigma_max: float) -> torch.Tensor:
         """The steps + 1 levels from `sigma_max` to the floor."""

@@ -14,6 +14,7 @@ from which it steps. Here it comes before, as in the paper.
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DDPMScheduler,
@@ -27,10 +28,11 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.conditions import Condition, of_classes
 from ..core.guidance import Guidance, call_guided
+from ..core.karras import karras_sigma
 from ..core.parameterisation import NetworkInput, read_out, read_out_of_input
 from ..core.solvers import heun_end
 from ..core.time_labels import checked_label, vp_angles
-from .arguments import Entries, Generators, Labels, Levels, Samples, read_count, read_number
+from .arguments import Entries, Generators, Images, Labels, Levels, Samples, read_count, read_number
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 from .settings import is_a, saying, settings_of
@@ -160,13 +162,51 @@ class DenoisingPipeline(ImagePipeline):
         slope_then = (euler - self.denoise(euler, then, told)) / then  # line 7
         return heun_end(sample, then - now, slope, slope_then)
 
-    def _sde_scheduler(self, order: int, num_inference_steps: int) -> EDMDPMSolverMultistepScheduler:
+    def levels_below(self, noise_level: float, num_inference_steps: int) -> list[float]:
+        """See `ImagePipeline`: a Karras grid that ends with sigma_min, before the step to 0."""
+        config = self.scheduler.config
+        ramp = np.linspace(0, 1, num_inference_steps)
+        return karras_sigma(ramp, config.sigma_min, noise_level, config.rho).tolist()
+
+    def _set_levels(
+        self, num_inference_steps: int | None, sigmas: list[float] | None, timesteps: list[float] | None
+    ) -> None:
+        """Tell the scheduler of the call its levels; ValueError for those that can't be meant."""
+        scheduler = self.scheduler
+        if sum(given is not None for given in (num_inference_steps, sigmas, timesteps)) != 1:
+            raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
+        if num_inference_steps is not None:
+            read_count("num_inference_steps", num_inference_steps, 2)
+            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            return
+        name, given = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
+        levels = torch.tensor(given, dtype=torch.float64)
+        if timesteps is not None:
+            levels = (4 * levels).exp()  # the inverse of EDM's c_noise, ln(sigma) / 4
+        highest = scheduler.config.sigma_max * (1 + 1e-6)
+        if not len(levels) or not ((levels > 0) & (levels <= highest)).all():
+            raise ValueError(
+                f"`{name}` must be levels in (0, {scheduler.config.sigma_max:g}], falling, got {given}"
+                + ("." if sigmas is not None else f", which are {levels.tolist()}.")
+            )
+        if (levels[1:] >= levels[:-1]).any():
+            raise ValueError(f"`{name}` must fall strictly, got {given}.")
+        # diffusers' own argument `sigmas` takes places on the Karras grid, not levels
+        scheduler.set_timesteps(len(levels), device=self._execution_device)
+        levels = levels.float()
+        scheduler.timesteps = scheduler.precondition_noise(levels).to(self._execution_device)
+        scheduler.sigmas = torch.cat([levels, scheduler.sigmas[-1:]])
+
+    def _sde_scheduler(self, order: int) -> EDMDPMSolverMultistepScheduler:
         """The stock solver of the SDE, at the levels of the pipeline's scheduler."""
         settings = {"algorithm_type": "sde-dpmsolver++", "solver_order": order}
         # settings given by position stand among `_use_default_values`, which from_config would leave out
         config = {**self.scheduler.config, "_use_default_values": []}
         scheduler = EDMDPMSolverMultistepScheduler.from_config(config, **settings)
-        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        own = self.scheduler
+        scheduler.set_timesteps(own.num_inference_steps, device=self._execution_device)
+        if not torch.allclose(scheduler.sigmas, own.sigmas):  # where both choose the levels they differ by roundings
+            scheduler.sigmas, scheduler.timesteps = own.sigmas.clone(), own.timesteps
         scheduler.set_begin_index(0)  # its timesteps differ from those of `self.scheduler` by roundings
         return scheduler
 
@@ -197,7 +237,7 @@ class DenoisingPipeline(ImagePipeline):
         self,
         batch_size: int | None = None,
         class_labels: Labels = None,
-        num_inference_steps: int = 18,
+        num_inference_steps: int | None = None,
         solver: str = "heun",
         s_churn: float = 0.0,
         s_tmin: float = 0.0,
@@ -213,6 +253,10 @@ class DenoisingPipeline(ImagePipeline):
         guidance_scale: float = 1.0,
         guidance_interval: Levels = None,
         negative_class_labels: Labels = None,
+        sigmas: Levels = None,
+        timesteps: Levels = None,
+        image: Images = None,
+        noise_level: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -220,8 +264,8 @@ class DenoisingPipeline(ImagePipeline):
             batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
             class_labels: one label for all or one per image, or names of classes where the model knows them; drawn
                 from `generator` where the model wants some and neither they nor `latents` are given.
-            num_inference_steps: number of Karras levels N; Heun calls the network 2 N - 1 times, the others N times.
-                The SDE wants more of them than the ODE.
+            num_inference_steps: number of Karras levels N, 2 or more (18); Heun calls the network 2 N - 1 times, the
+                others N times. The SDE wants more of them than the ODE.
             solver: "heun", "euler", "ddim" (euler by another name), "sde" or "sde_2m".
             s_churn: noise to add and take away again on the way, for heun and euler, at least 0: each step starts from
                 a level higher by the factor 1 + min(s_churn / N, sqrt(2) - 1).
@@ -241,6 +285,12 @@ class DenoisingPipeline(ImagePipeline):
                 makes of no class, by two samples in each network call.
             guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
             negative_class_labels: classes to be led away from instead of none, given as class_labels are.
+            sigmas: the noise levels, falling, instead of a number, for example [5, 1, 0.2]; or else
+            timesteps: the same by the times of `scheduler.timesteps`.
+            image: what to begin with instead of pure noise, one for all or one per image: a tensor (n, C, H, W) or an
+                array (n, H, W, C) in [0, 1], or PIL, of the model's size.
+            noise_level: sigma, of the noise that it gets, and of the first step: the higher, the more is made anew.
+                Other levels, whose first one it is, may stand for it.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -251,32 +301,41 @@ class DenoisingPipeline(ImagePipeline):
         churning = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
         s_churn, s_tmin, s_tmax, s_noise = (read_number(name, value) for name, value in churning.items())
         self._check_solver(solver, s_churn, s_tmin, s_tmax, s_noise)
-        num_inference_steps = read_count("num_inference_steps", num_inference_steps, 2) or self.default_steps[0]
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        self.scheduler.is_scale_input_called = True  # `denoise` scales the network's input itself
-        sigmas = self.scheduler.sigmas
-        churn = min(s_churn / num_inference_steps, math.sqrt(2) - 1)
+        scheduler = self.scheduler
+        images, level = self.read_start(image, noise_level, sigmas, timesteps)
+        self._set_levels(*self.read_levels(num_inference_steps, sigmas, timesteps, level))
+        scheduler.is_scale_input_called = True  # `denoise` scales the network's input itself
+        levels = scheduler.sigmas
+        churn = min(s_churn / scheduler.num_inference_steps, math.sqrt(2) - 1)
 
-        sde = self._sde_scheduler(2 if solver == "sde_2m" else 1, num_inference_steps) if "sde" in solver else None
+        sde = self._sde_scheduler(2 if solver == "sde_2m" else 1) if "sde" in solver else None
 
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
-            batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
+            batch_size,
+            class_labels,
+            condition,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            images=images,
         )
         told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
-        sample = noise.float() * sigmas[0]
-        for i, t in self.steps(self.scheduler.timesteps):
-            if churn and s_tmin <= sigmas[i] <= s_tmax:
+        sample = noise.float() * levels[0]
+        if images is not None:
+            sample = self.encoded(images, noise) + sample
+        for i, t in self.steps(scheduler.timesteps):
+            if churn and s_tmin <= levels[i] <= s_tmax:
                 new = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
-                sample = sample + s_noise * sigmas[i] * math.sqrt((1 + churn) ** 2 - 1) * new
-                sigmas[i] *= 1 + churn
-            denoised = self.denoise(sample, sigmas[i], told)
+                sample = sample + s_noise * levels[i] * math.sqrt((1 + churn) ** 2 - 1) * new
+                levels[i] *= 1 + churn
+            denoised = self.denoise(sample, levels[i], told)
             if sde is not None:
-                output = self._edm_output(sample, denoised, sigmas[i])
+                output = self._edm_output(sample, denoised, levels[i])
                 sample = sde.step(output, t, sample, generator=generator, return_dict=False)[0]
             else:
-                euler = self.scheduler.step(denoised, t, sample, pred_original_sample=denoised, return_dict=False)[0]
+                euler = scheduler.step(denoised, t, sample, pred_original_sample=denoised, return_dict=False)[0]
                 sample = self._heun_step(sample, denoised, euler, i, told) if solver == "heun" else euler
             tensors = {"latents": sample, "pred_original_sample": denoised}
             sample = self.after_step(callback_on_step_end, i, t, tensors, names)

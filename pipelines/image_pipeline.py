@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -12,9 +13,11 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.conditions import Condition, of_classes
 from ..core.guidance import Guidance
+from ..core.karras import karras_sigma
 from .arguments import (
     Entries,
     Generators,
+    Images,
     Labels,
     Levels,
     Samples,
@@ -22,6 +25,7 @@ from .arguments import (
     read_count,
     read_entries,
     read_generators,
+    read_images,
     read_labels,
     read_number,
     read_numbers,
@@ -35,6 +39,7 @@ from .travel import save_with_code
 
 StepCallback = Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict]
 OneOrMore = torch.Generator | list[torch.Generator] | None
+_signature_keys: dict[tuple[type, type], tuple[Any, Any]] = {}  # as diffusers found them
 
 
 class ImagePipeline(DiffusionPipeline):
@@ -59,6 +64,25 @@ class ImagePipeline(DiffusionPipeline):
         # diffusers itself takes over only networks of the very class that the signature names
         parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "scheduler", "vae")}
         return super().from_pipe(pipeline, **{**parts, **kwargs})
+
+    @classmethod
+    def _get_signature_keys(cls, obj: Any) -> tuple[Any, Any]:
+        """As diffusers finds them. They are kept: `components` and `device` ask anew, several times in each call."""
+        key = (cls, obj if isinstance(obj, type) else type(obj))
+        if key not in _signature_keys:
+            _signature_keys[key] = super()._get_signature_keys(obj)
+        modules, settings = _signature_keys[key]
+        return type(modules)(modules), type(settings)(settings)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """As diffusers finds it, once in each call."""
+        call = current_call(self)
+        if call is None:
+            return super()._execution_device
+        if call.device is None:
+            call.device = super()._execution_device
+        return call.device
 
     def register_modules(self, **modules: Any) -> None:
         """Take over components as diffusers does. Raises ValueError for a scheduler of a foreign class."""
@@ -111,6 +135,11 @@ class ImagePipeline(DiffusionPipeline):
             self.__dict__["_stops"] = self.__dict__.get("_stops", 0) + 1
 
     @property
+    def num_timesteps(self) -> int:
+        """Number of steps, each with a call of `callback_on_step_end`, of the call in progress or the last one."""
+        return self.scheduler.num_inference_steps or 0
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of what the network makes."""
         size = self.unet.config.sample_size
@@ -147,6 +176,12 @@ class ImagePipeline(DiffusionPipeline):
             ValueError: a name that no class or that several have, or a model that does not know the names.
         """
         return labels_named(self.id2label, [names] if isinstance(names, str) else names)
+
+    def levels_below(self, noise_level: float, num_inference_steps: int) -> list[float]:
+        """The levels (n,) of n steps that begin at `noise_level`, falling: on a Karras grid that ends at the floor."""
+        config = self.scheduler.config
+        ramp = np.arange(num_inference_steps) / num_inference_steps
+        return karras_sigma(ramp, config.sigma_min, noise_level, config.rho).tolist()
 
     @property
     def default_steps(self) -> tuple[int, ...]:
@@ -185,6 +220,7 @@ class ImagePipeline(DiffusionPipeline):
         generator: OneOrMore,
         latents: Samples,
         condition: Samples = None,
+        images: Samples = None,
     ) -> int:
         """The batch size that the arguments agree on; ValueError where they don't."""
         counts = {
@@ -193,6 +229,7 @@ class ImagePipeline(DiffusionPipeline):
             "the number of generators": count_of(generator),
             "the batch of latents": count_of(latents),
             "the rows of condition": count_of(condition),
+            "the number of images": None if images is None or len(images) == 1 else len(images),  # one is for all
         }
         sizes = {name: size for name, size in counts.items() if size is not None}
         if len(set(sizes.values())) > 1:
@@ -290,12 +327,16 @@ class ImagePipeline(DiffusionPipeline):
         generator: Generators,
         latents: Samples,
         output_type: str,
+        images: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Condition, OneOrMore]:
-        """Unit noise, condition and the source of further noise of a call; ValueError for what can't be done."""
+        """Unit noise, condition and the source of further noise of a call; ValueError for what can't be done.
+
+        `images` (n, C, H, W) are those that the call begins with, as `read_images` gives them.
+        """
         self.check_output(output_type)
         generator, given = read_generators(generator), latents is not None
         rows = next(iter((condition or {}).values()), None)
-        batch_size = self.resolve_batch_size(batch_size, class_labels, generator, latents, rows)
+        batch_size = self.resolve_batch_size(batch_size, class_labels, generator, latents, rows, images)
         latents = read_samples("latents", latents, (batch_size, *self.sample_shape))
         if given and class_labels is None and self.num_classes is not None:
             raise ValueError(
@@ -305,6 +346,52 @@ class ImagePipeline(DiffusionPipeline):
         device = self._execution_device
         noise = self.prepare_latents(batch_size, generator, latents, device)
         return noise, self.prepare_condition(batch_size, class_labels, condition, generator, device), generator
+
+    def read_start(
+        self, image: Images, noise_level: float | None, sigmas: Levels, timesteps: Levels
+    ) -> tuple[torch.Tensor | None, float | None]:
+        """The images that a call begins with, see `read_images`, and their noise level unless other levels are given.
+
+        Raises:
+            ValueError: one without the other, a level outside the scheduler's range, or several kinds of levels.
+        """
+        images = read_images("image", image, self.image_shape)
+        level = None if noise_level is None else read_number("noise_level", noise_level)
+        others = sigmas is not None or timesteps is not None
+        if images is None and level is not None:
+            raise ValueError(f"noise_level {level:g} is that of an image to begin with, and no image is given.")
+        if level is not None and others:
+            raise ValueError("Sampling begins with the first of sigmas or timesteps; leave noise_level out.")
+        if images is not None and level is None and not others:
+            raise ValueError("An image needs a noise_level to begin with, or sigmas: the higher, the more is new.")
+        low, high = self.scheduler.config.get("sigma_min", 0.0), self.scheduler.config.get("sigma_max", math.inf)
+        if level is not None and not (low < level <= high and level < math.inf):
+            raise ValueError(f"noise_level must be finite and in ({low:g}, {high:g}], got {level:g}.")
+        return images, level
+
+    def read_levels(
+        self, num_inference_steps: int | None, sigmas: Levels, timesteps: Levels, noise_level: float | None
+    ) -> tuple[int | None, list[float] | None, list[float] | None]:
+        """The arguments of a scheduler's `set_timesteps`, which checks them: a number of steps, by default the usual
+        one, or levels of either kind; those below `noise_level` where that is given."""
+        steps = read_count("num_inference_steps", num_inference_steps, None)
+        levels, times = read_numbers("sigmas", sigmas), read_numbers("timesteps", timesteps)
+        if steps is None and levels is None and times is None:
+            steps = self.default_steps[0]
+        if noise_level is not None:
+            read_count("num_inference_steps", steps)
+            assert steps is not None
+            steps, levels = None, self.levels_below(noise_level, steps)
+        return steps, levels, times
+
+    def encoded(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Images (1 or B, C, H, W) in [-1, 1] as samples like `noise` (B, c, h, w), float32: what `decode` undoes."""
+        images = images.to(noise.device)
+        if self.vae is not None:
+            config = self.vae.config
+            latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode().float()
+            images = (latents - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
+        return images.expand(noise.shape)
 
     def steps(self, timesteps: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Number and time of each step under a progress bar, until the call is told to stop."""

@@ -6,8 +6,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 
 from ..core.guidance import call_guided
-from ..core.time_labels import flow_time_up_to_infinity
-from .arguments import Entries, Generators, Labels, Levels, Samples, read_count, read_numbers
+from ..core.time_labels import flow_time_up_to_infinity, sigma_of_flow_time
+from .arguments import Entries, Generators, Images, Labels, Levels, Samples, read_count, read_numbers
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 from .settings import saying, settings_of, takes_two_times
@@ -75,14 +75,28 @@ class MeanFlowPipeline(ImagePipeline):
     def default_steps(self) -> tuple[int, ...]:
         return (1, 2)
 
-    def flow_times(self, num_inference_steps: int | None, sigmas: Levels) -> list[float]:
-        """Flow times from 1, evenly spaced, or those of the noise levels `sigmas`; ValueError for bad ones."""
-        if (num_inference_steps is None) == (sigmas is None):
-            raise ValueError("Pass exactly one of `num_inference_steps` and `sigmas`.")
-        if sigmas is None:
+    def levels_below(self, noise_level: float, num_inference_steps: int) -> list[float]:
+        """See `ImagePipeline`: steps of equal length in flow time."""
+        first = flow_time_up_to_infinity(noise_level)
+        times = [first * (1 - k / num_inference_steps) for k in range(num_inference_steps)]
+        return [noise_level, *map(sigma_of_flow_time, times[1:])]
+
+    def flow_times(self, num_inference_steps: int | None, sigmas: Levels, timesteps: Levels = None) -> list[float]:
+        """Flow times from 1, evenly spaced, or those of `sigmas` or of `timesteps`; ValueError for bad ones."""
+        if sum(given is not None for given in (num_inference_steps, sigmas, timesteps)) != 1:
+            raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
+        if num_inference_steps is not None:
             steps = read_count("num_inference_steps", num_inference_steps)
             assert steps is not None
             return [1 - k / steps for k in range(steps)]
+        if timesteps is not None:
+            times = read_numbers("timesteps", timesteps) or []
+            highest = self.scheduler.config.num_train_timesteps
+            if not times or not all(0 < time <= highest for time in times):
+                raise ValueError(f"`timesteps` must be a non-empty list of numbers in (0, {highest}], got {times}.")
+            if any(then >= now for now, then in zip(times, times[1:])):
+                raise ValueError(f"`timesteps` must fall strictly, got {times}.")
+            return [time / highest for time in times]
         levels = read_numbers("sigmas", sigmas)
         if not levels or any(math.isnan(s) or s <= 0 for s in levels):
             raise ValueError(f"`sigmas` must be a non-empty list of positive numbers, got {levels}.")
@@ -108,6 +122,9 @@ class MeanFlowPipeline(ImagePipeline):
         guidance_scale: float = 1.0,
         guidance_interval: Levels = None,
         negative_class_labels: Labels = None,
+        timesteps: Levels = None,
+        image: Images = None,
+        noise_level: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -130,6 +147,11 @@ class MeanFlowPipeline(ImagePipeline):
                 makes of no class, by two samples in each network call.
             guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
             negative_class_labels: classes to be led away from instead of none, given as class_labels are.
+            timesteps: the levels by the times of `scheduler.timesteps`, instead of sigmas.
+            image: what to begin with instead of pure noise, one for all or one per image: a tensor (n, C, H, W) or an
+                array (n, H, W, C) in [0, 1], or PIL, of the model's size.
+            noise_level: sigma, of the noise that it gets, and of the first step: the higher, the more is made anew.
+                Other levels, whose first one it is, may stand for it.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -137,23 +159,34 @@ class MeanFlowPipeline(ImagePipeline):
         Raises:
             ValueError: an argument that can't be meant, before the network is called.
         """
-        if num_inference_steps is None and sigmas is None:
-            num_inference_steps = self.default_steps[0]
-        times = self.flow_times(num_inference_steps, sigmas)
-        self.scheduler.set_timesteps(sigmas=times, device=self._execution_device)
+        scheduler = self.scheduler
+        images, level = self.read_start(image, noise_level, sigmas, timesteps)
+        times = self.flow_times(*self.read_levels(num_inference_steps, sigmas, timesteps, level))
+        if images is not None and times[0] == 1:
+            raise ValueError("An image with noise of an infinite level is no more than noise; leave the image out.")
+        scheduler.set_timesteps(sigmas=times, device=self._execution_device)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
-            batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
+            batch_size,
+            class_labels,
+            condition,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            images=images,
         )
         told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
-        times = self.scheduler.sigmas  # and 0
+        times = scheduler.sigmas  # and 0
         sample = noise.float() * times[0]  # float32 between the steps, whatever the weights
-        for i, timestep in self.steps(self.scheduler.timesteps):
-            t, r = self.config.time_scale * times[i : i + 2]
+        if images is not None:
+            sample = (1 - times[0]) * self.encoded(images, noise) + sample
+        labels = (self.config.time_scale * times).unbind()
+        for i, timestep in self.steps(scheduler.timesteps):
+            t, r = labels[i : i + 2]
             network_input = sample.to(noise.dtype)
             sigma = times[i] / (1 - times[i])
             output = call_guided(self.unet, network_input, t, told=told, sigma=sigma, target_timestep=r)
-            sample = self.scheduler.step(output.float(), timestep, sample, return_dict=False)[0]
+            sample = scheduler.step(output.float(), timestep, sample, return_dict=False)[0]
             sample = self.after_step(callback_on_step_end, i, timestep, {"latents": sample}, names)
         return self.finish(sample, output_type, return_dict)

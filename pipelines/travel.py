@@ -21,7 +21,7 @@ from diffusers.configuration_utils import FrozenDict
 
 
 LIBRARY = "cm_diffusers"
-MAY_IMPORT = {"torch", "numpy", "diffusers", *sys.stdlib_module_names}
+MAY_IMPORT = {"torch", "numpy", "diffusers", "PIL", *sys.stdlib_module_names}
 DOCSTRING = """{title}, in one file that needs torch, numpy and diffusers only.
 
 Of the library cm_diffusers {version} (Apache-2.0), written by its save_pretrained. The folder loads with

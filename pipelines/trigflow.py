@@ -1,10 +1,13 @@
 """Sampling of TrigFlow models: consistency models in one to a few steps, diffusion models by their ODE."""
 
+import math
+
+import numpy as np
 import torch
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
 from ..core.guidance import call_guided
-from .arguments import Entries, Generators, Labels, Levels, Samples, read_count, read_numbers
+from .arguments import Entries, Generators, Images, Labels, Levels, Samples
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
 
@@ -32,6 +35,16 @@ class TrigFlowPipeline(ImagePipeline):
     def default_steps(self) -> tuple[int, ...]:
         return (1, 2) if self.scheduler.config.solver == "consistency" else (18,)
 
+    def levels_below(self, noise_level: float, num_inference_steps: int) -> list[float]:
+        """See `ImagePipeline`: angles t sqrt(1 - k / n) of a consistency model; a Karras grid for the solvers."""
+        scheduler = self.scheduler
+        if scheduler.config.solver == "consistency":
+            angles = scheduler.sigma_to_timestep(noise_level) * np.sqrt(
+                1 - np.arange(num_inference_steps) / num_inference_steps
+            )
+            return [noise_level, *scheduler.timestep_to_sigma(angles)[1:].tolist()]
+        return super().levels_below(noise_level, num_inference_steps)
+
     @torch.no_grad()
     @one_call
     def __call__(
@@ -52,6 +65,8 @@ class TrigFlowPipeline(ImagePipeline):
         guidance_scale: float = 1.0,
         guidance_interval: Levels = None,
         negative_class_labels: Labels = None,
+        image: Images = None,
+        noise_level: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -78,6 +93,10 @@ class TrigFlowPipeline(ImagePipeline):
                 makes of no class, by two samples in each network call.
             guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
             negative_class_labels: classes to be led away from instead of none, given as class_labels are.
+            image: what to begin with instead of pure noise, one for all or one per image: a tensor (n, C, H, W) or an
+                array (n, H, W, C) in [0, 1], or PIL, of the model's size.
+            noise_level: sigma, of the noise that it gets, and of the first step: the higher, the more is made anew.
+                Other levels, whose first one it is, may stand for it.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -85,30 +104,39 @@ class TrigFlowPipeline(ImagePipeline):
         Raises:
             ValueError: an argument that can't be meant, before the network is called.
         """
-        num_inference_steps = read_count("num_inference_steps", num_inference_steps, None)
-        sigmas, timesteps = read_numbers("sigmas", sigmas), read_numbers("timesteps", timesteps)
-        if num_inference_steps is None and sigmas is None and timesteps is None:
-            num_inference_steps = self.default_steps[0]
-        self.scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, solver)
+        scheduler = self.scheduler
+        images, level = self.read_start(image, noise_level, sigmas, timesteps)
+        num_inference_steps, sigmas, timesteps = self.read_levels(num_inference_steps, sigmas, timesteps, level)
+        scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, solver)
+        if images is not None and scheduler.sigmas[0] == math.inf:
+            raise ValueError("An image with noise of an infinite level is no more than noise; leave the image out.")
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
-            batch_size, class_labels, condition, generator=generator, latents=latents, output_type=output_type
+            batch_size,
+            class_labels,
+            condition,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            images=images,
         )
         told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
-        sample = noise.float() * self.scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
+        sample = noise.float() * scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
+        if images is not None:
+            sample = scheduler.add_noise(self.encoded(images, noise), noise.float(), sigmas=scheduler.sigmas[0])
         step = 0
-        with self.progress_bar(total=self.scheduler.num_inference_steps) as bar:
-            for t, sigma in zip(self.scheduler.timesteps, self.scheduler.sigmas):
-                if self.scheduler.state_in_first_order:
-                    level = t
-                network_input = self.scheduler.scale_model_input(sample, t).to(noise.dtype)
+        with self.progress_bar(total=scheduler.num_inference_steps) as bar:
+            for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
+                if scheduler.state_in_first_order:
+                    began = t
+                network_input = scheduler.scale_model_input(sample, t).to(noise.dtype)
                 output = call_guided(self.unet, network_input, t, told=told, sigma=sigma)
-                sample, denoised = self.scheduler.step(output.float(), t, sample, generator, return_dict=False)
-                if not self.scheduler.state_in_first_order:
+                sample, denoised = scheduler.step(output.float(), t, sample, generator, return_dict=False)
+                if not scheduler.state_in_first_order:
                     continue  # in the middle of a step of Heun
                 tensors = {"latents": sample, "pred_original_sample": denoised}
-                sample = self.after_step(callback_on_step_end, step, level, tensors, names)
+                sample = self.after_step(callback_on_step_end, step, began, tensors, names)
                 step += 1
                 bar.update()
                 if self.interrupt:

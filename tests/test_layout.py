@@ -22,7 +22,7 @@ PARTS = {
     "core": ((), {"torch", "numpy"}),
     "models": ((), {"torch", "numpy", "diffusers"}),
     "schedulers": (("core",), {"torch", "numpy", "diffusers"}),
-    "pipelines": (("core",), {"torch", "numpy", "diffusers"}),
+    "pipelines": (("core",), {"torch", "numpy", "diffusers", "PIL"}),  # which diffusers needs
     "lookup": ((), {"huggingface_hub"}),
     "parent": ((), set()),
     "sampling": (("lookup", "pipelines"), {"torch", "numpy", "diffusers", "PIL"}),

@@ -362,9 +362,11 @@ def test_pipelines_of_the_same_parts_make_the_same_images(pipe, tmp_path):
     copies = [type(pipe)(**pipe.components), type(pipe)(pipe.unet, pipe.scheduler), type(pipe).from_pipe(pipe)]
     pipe.save_pretrained(tmp_path)
     scheduler = type(pipe.scheduler).from_pretrained(tmp_path, subfolder="scheduler")
-    copies += [type(pipe)(pipe.unet, scheduler), DiffusionPipeline.from_pretrained(tmp_path)]
-    for copy in copies:
+    for copy in [*copies, type(pipe)(pipe.unet, scheduler)]:
         assert torch.equal(images(quiet(copy)), expected)
+    # loaded weights can lie at addresses where some kernels round otherwise
+    loaded = images(quiet(DiffusionPipeline.from_pretrained(tmp_path)))
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
 
 
 class PlainAutoencoder(ModelMixin, ConfigMixin):
