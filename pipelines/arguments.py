@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from .class_names import labels_named
@@ -96,7 +95,11 @@ def read_images(name: str, value: Images, shape: tuple[int, int, int]) -> torch.
     if isinstance(found, (list, tuple)) and found and all(isinstance(one, Image.Image) for one in found):
         if shape[0] not in (1, 3):
             raise ValueError(f"{name} must be a tensor or an array, as PIL has no images of {shape[0]} channels.")
-        found = VaeImageProcessor.pil_to_numpy([one.convert("L" if shape[0] == 1 else "RGB") for one in found])
+        if any(one.size != (shape[2], shape[1]) for one in found):
+            sizes = ", ".join("{} x {}".format(*one.size) for one in found[:4])
+            raise ValueError(f"{name} must be of {shape[2]} x {shape[1]} pixels, as the model's are, got {sizes}.")
+        pixels = [np.asarray(one.convert("L" if shape[0] == 1 else "RGB"), dtype=np.float32) for one in found]
+        found = np.stack(pixels).reshape(len(found), *shape[1:], shape[0]) / 255
     if isinstance(found, np.ndarray):
         found = found[None] if found.ndim == 3 else found
         found = torch.from_numpy(np.array(found)).movedim(-1, 1) if found.ndim == 4 else found

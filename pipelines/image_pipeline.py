@@ -380,8 +380,8 @@ class ImagePipeline(DiffusionPipeline):
             steps = self.default_steps[0]
         if noise_level is not None:
             read_count("num_inference_steps", steps)
-            assert steps is not None
-            steps, levels = None, self.levels_below(noise_level, steps)
+            count = steps or self.default_steps[0]
+            steps, levels = None, self.levels_below(noise_level, count)
         return steps, levels, times
 
     def encoded(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

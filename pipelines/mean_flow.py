@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 
 from ..core.guidance import call_guided
-from ..core.time_labels import flow_time_up_to_infinity, sigma_of_flow_time
+from ..core.time_labels import flow_time_up_to_infinity
 from .arguments import Entries, Generators, Images, Labels, Levels, Samples, read_count, read_numbers
 from .calls import one_call
 from .image_pipeline import ImagePipeline, StepCallback
@@ -79,7 +79,7 @@ class MeanFlowPipeline(ImagePipeline):
         """See `ImagePipeline`: steps of equal length in flow time."""
         first = flow_time_up_to_infinity(noise_level)
         times = [first * (1 - k / num_inference_steps) for k in range(num_inference_steps)]
-        return [noise_level, *map(sigma_of_flow_time, times[1:])]
+        return [noise_level, *(time / (1 - time) for time in times[1:])]
 
     def flow_times(self, num_inference_steps: int | None, sigmas: Levels, timesteps: Levels = None) -> list[float]:
         """Flow times from 1, evenly spaced, or those of `sigmas` or of `timesteps`; ValueError for bad ones."""
