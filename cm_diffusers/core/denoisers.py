@@ -15,7 +15,7 @@ from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.conditions import NOTHING, Condition, Rewired, call_network
 from cm_diffusers.core.guidance import guide
 from cm_diffusers.core.interpolants import Interpolant, LinearFlow, TrigFlow
-from cm_diffusers.core.parameterisation import edm_scalings, jump_scalings
+from cm_diffusers.core.parameterisation import edm_scalings, jump_scalings, read_out_on_process
 from cm_diffusers.core.time_labels import LABELS_OF_PREDICTION, TIME_LABELS
 
 
@@ -251,16 +251,10 @@ def to_denoised(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor, 
     Raises:
         ValueError: unknown prediction type.
     """
+    if prediction_type not in PROCESS_PREDICTIONS:
+        raise ValueError(f"prediction_type must be one of {', '.join(PROCESS_PREDICTIONS)}; got {prediction_type!r}.")
     alpha, std = append_dims(interpolant.alpha(sigma), x), append_dims(interpolant.std(sigma), x)
-    if prediction_type == "sample":
-        return output
-    if prediction_type == "epsilon":
-        return (x - std * output) / alpha
-    if prediction_type in ("v_prediction", "trigflow"):  # TrigFlow's std is sin(t) sigma_data
-        return alpha * x - std * output
-    if prediction_type == "flow":
-        return x - std * output
-    raise ValueError(f"prediction_type must be one of {', '.join(PROCESS_PREDICTIONS)}; got {prediction_type!r}.")
+    return read_out_on_process(prediction_type, output, x, alpha, std)
 
 
 def from_denoised(

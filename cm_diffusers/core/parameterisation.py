@@ -10,8 +10,8 @@
 
 The estimate D of x0 is a sum of x and the output with factors that only depend on sigma. Their roundings differ with
 the order of operations, and the numbers of saved models and of training are kept to the bit. So there is a form for
-training on a network's own process (`to_denoised` of `core.denoisers`), one for jumps from level to level
-(`jump_scalings`), one for slopes (`slope_scalings`) and two for samplers (`read_out`, `read_out_of_input`).
+a network's own process (`read_out_on_process`), one for jumps from level to level (`jump_scalings`), one for slopes
+(`slope_scalings`) and two for samplers (`read_out`, `read_out_of_input`).
 """
 
 import numpy as np
@@ -85,6 +85,25 @@ def read_out_of_input(prediction: str, output: Tensor, network_input: Tensor, si
     """
     norm = input_norm(prediction, sigma)
     return (network_input if prediction == "flow" else network_input / norm) - sigma / norm * output
+
+
+def read_out_on_process(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, std: Tensor) -> Tensor:
+    """The estimate of x0 that a network's output means, for x = alpha x0 + std noise in the scale of its own process.
+
+    It holds where x is pure noise, too (alpha = 0), but for "epsilon", which says nothing of x0 there.
+
+    Args:
+        prediction: "sample", "epsilon", "v_prediction", "flow", or "trigflow", whose std is sin(t) sigma_data.
+        output, x: (B, ...).
+        alpha, std: () or of a shape that broadcasts against `x`.
+    """
+    if prediction == "sample":
+        return output
+    if prediction == "epsilon":
+        return (x - std * output) / alpha
+    if prediction == "flow":
+        return x - std * output
+    return alpha * x - std * output
 
 
 def jump_scalings(prediction: str, sigma: Tensor, sigma_to: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
