@@ -35,6 +35,12 @@ class ConsistencyPipeline(ImagePipeline):
         if isinstance(scheduler, CMStochasticIterativeScheduler) and self._scheduler_class is not None:
             # settings given by position stand among `_use_default_values`, which from_config would leave out
             return self._scheduler_class.from_config({**scheduler.config, "_use_default_values": []})
+        if scheduler.config.get("in_place_of") is not None:
+            raise ValueError(
+                "This scheduler, made from_config of a stock one, steps in the scale of diffusers' pipelines. For a"
+                " ConsistencyPipeline give MultistepConsistencyScheduler its prediction, noise_schedule, sigma_min=0"
+                " and sigma_max instead."
+            )
         return scheduler
 
     @property

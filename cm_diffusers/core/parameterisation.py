@@ -62,12 +62,14 @@ def read_out(
     For "edm" in the order of diffusers' `CMStochasticIterativeScheduler`, to whose bits it agrees.
 
     Args:
-        prediction: one of `JUMP_PREDICTIONS`.
+        prediction: one of `JUMP_PREDICTIONS`, or "sample".
         output, x: (B, ...).
         sigma: () or of a shape that broadcasts against `x`.
         sigma_data: root mean square of the data, for "edm".
         sigma_min: the floor of "edm", where D(x, sigma_min) = x.
     """
+    if prediction == "sample":
+        return output
     if prediction == "epsilon":
         return x - sigma * output
     if prediction == "v_prediction":
@@ -180,7 +182,8 @@ class NetworkInput:
     def sigma(self, label: np.ndarray) -> np.ndarray:
         """The level whose time input `label` is, any shape."""
         if self.time_label == "flow_time":
-            return sigma_of_flow_time(label, self.time_scale)
+            with np.errstate(divide="ignore"):  # infinite where the process is pure noise
+                return sigma_of_flow_time(label, self.time_scale)
         if self.time_label == "timestep":
             return sigma_of_vp_time(label, self._table)
         return TIME_LABELS[self.time_label].to_sigma(label, self.sigma_data)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -16,6 +16,7 @@ from ..core.arrays import append_dims
 from ..core.parameterisation import slope_scalings
 from .levels import KarrasLevels, as_float64, is_real
 from .network_input import network_input
+from .stock import CheckedConfig
 
 
 @dataclass
@@ -30,7 +31,7 @@ class CTMSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
+class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
     """Gamma sampling: from sigma_i jump below sigma_{i+1}, then add noise up to sigma_{i+1}.
 
     The samples are x0 + sigma noise. The network F has two times, the level t of its input and the level s to jump to
@@ -67,6 +68,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
 
     order = 1
     _compatibles: list[str] = []
+    _samples = "networks with two times, that of their input and that to jump to"
 
     @register_to_config
     def __init__(

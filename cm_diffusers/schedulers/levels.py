@@ -61,9 +61,19 @@ class Levels:
         """The levels (n,), which must be some that can be sampled at; ValueError, which calls them `name`, if not."""
         raise NotImplementedError
 
-    def _check_settings(self) -> None:
-        """Raise ValueError for settings of which each by itself is no number, count or switch of its range."""
-        for name in (*POSITIVE, *NOT_NEGATIVE):
+    def _check_one(self, *ways: Any) -> None:
+        if sum(way is not None for way in ways) != 1:
+            raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
+
+    def _check_settings(self, unset: Sequence[str] = ()) -> None:
+        """Raise ValueError for settings of which each by itself is no number, count or switch of its range.
+
+        Those called `unset` must be None.
+        """
+        for name in unset:
+            if self.config[name] is not None:
+                raise ValueError(f"{name} must be None with in_place_of, got {self.config[name]!r}.")
+        for name in (name for name in (*POSITIVE, *NOT_NEGATIVE) if name not in unset):
             value, zero = self.config.get(name, 1.0), name in NOT_NEGATIVE
             if not is_real(value) or not (0 <= value < math.inf) or value == 0 and not zero:
                 raise ValueError(f"{name} must be {'0 or ' if zero else ''}positive and finite, got {value!r}.")
@@ -118,9 +128,7 @@ class KarrasLevels(Levels):
 
     def labels(self, sigmas: float | torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor:
         """The network's time input at `sigmas`, any shape, on `device`: float64 where the device knows it."""
-        labels = torch.as_tensor(self.sigma_to_timestep(as_float64(sigmas).numpy()))
-        lacks_float64 = device is not None and torch.device(device).type == "mps"
-        return labels.to(device, torch.float32 if lacks_float64 else torch.float64)
+        return as_labels(self.sigma_to_timestep(as_float64(sigmas).numpy()), device)
 
     def _karras(self, ramp: np.ndarray, sigma_max: float | None = None) -> np.ndarray:
         return karras_sigma(ramp, self.config.sigma_min, sigma_max or self.config.sigma_max, self.config.rho)
@@ -129,8 +137,7 @@ class KarrasLevels(Levels):
         self, num_inference_steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
     ) -> np.ndarray:
         """The levels (n,) that the arguments of `set_timesteps` name; ValueError unless they do."""
-        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
-            raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
+        self._check_one(num_inference_steps, timesteps, sigmas)
         if num_inference_steps is not None:
             return self._default_levels(num_inference_steps)
         if sigmas is not None:
@@ -148,20 +155,32 @@ class KarrasLevels(Levels):
             return np.array(self.config.default_sigmas[str(n)])
         return self._karras(np.arange(n) * (total // n) / (total - 1))
 
+    @property
+    def _range(self) -> tuple[float, float]:
+        """The level below all that are sampled at, and the highest one."""
+        return self.config.sigma_min, self.config.sigma_max
+
     def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
-        highest = math.inf if name == "timesteps" else np.finfo(float).max  # a finite label may mean an infinite level
+        floor, top = self._range
+        finite = name != "timesteps" and top < math.inf  # a finite label may mean an infinite level
+        highest = np.finfo(float).max if finite else math.inf
         if levels.ndim != 1 or len(levels) == 0 or not (np.abs(levels) <= highest).all():
             raise ValueError(f"`{name}` must be a non-empty list of finite numbers.")
         if (levels[1:] >= levels[:-1]).any():
             raise ValueError(f"`{name}` must fall strictly, got the levels {levels.tolist()}.")
-        if levels[0] > self.config.sigma_max * (1 + 1e-6):
-            raise ValueError(f"`{name}` must not exceed sigma_max={self.config.sigma_max}, got {levels[0]:g}.")
-        if levels[-1] <= self.config.sigma_min:
-            raise ValueError(f"`{name}` must stay above sigma_min={self.config.sigma_min}, got {levels[-1]:g}.")
+        if levels[0] > top * (1 + 1e-6):
+            raise ValueError(f"`{name}` must not exceed sigma_max={top}, got {levels[0]:g}.")
+        if levels[-1] <= floor:
+            raise ValueError(f"`{name}` must stay above sigma_min={floor}, got {levels[-1]:g}.")
         return levels
 
+    def _refuse_index(self, wanted: str, timesteps: Any) -> None:
+        """See `refuse_index`; a network with a table of times is told its indices."""
+        if self.input.time_label != "timestep":
+            refuse_index(wanted, timesteps)
+
     def _refuse_indices(self, values: list[float]) -> None:
-        if all(map(is_integer, values)):
+        if self.input.time_label != "timestep" and all(map(is_integer, values)):
             total = self.config.num_train_timesteps
             hint = ""
             if values and all(0 <= t < total for t in values):
@@ -177,7 +196,7 @@ class KarrasLevels(Levels):
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         if self.begin_index is not None:
             return self.begin_index
-        refuse_index("one of `scheduler.timesteps` (floats)", timestep)
+        self._refuse_index("one of `scheduler.timesteps` (floats)", timestep)
         gaps = (self.timesteps.double().cpu() - float(timestep)).abs()
         index = int(gaps.argmin())
         if gaps[index] > 1e-4 * max(1.0, abs(float(timestep))):
@@ -203,15 +222,17 @@ class KarrasLevels(Levels):
         Raises:
             ValueError: not exactly one was given, or integers as time labels.
         """
-        if timesteps is not None and sigmas is None:
-            refuse_index("time labels as in `scheduler.timesteps` (floats)", timesteps)
-            levels = as_float64(self.timestep_to_sigma(as_float64(timesteps).numpy()))
-        elif sigmas is not None and timesteps is None:
-            levels = as_float64(sigmas)
-        else:
-            raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
-        levels = append_dims(levels, original_samples)
+        levels = append_dims(self._noise_levels(timesteps, sigmas), original_samples)
         return original_samples + levels.to(original_samples.device, original_samples.dtype) * noise
+
+    def _noise_levels(self, timesteps: torch.Tensor | None, sigmas: torch.Tensor | None) -> torch.Tensor:
+        """The levels that arguments of `add_noise` name, in float64 on the CPU."""
+        if timesteps is not None and sigmas is None:
+            self._refuse_index("time labels as in `scheduler.timesteps` (floats)", timesteps)
+            return as_float64(self.timestep_to_sigma(as_float64(timesteps).numpy()))
+        if sigmas is not None and timesteps is None:
+            return as_float64(sigmas)
+        raise ValueError("Pass exactly one of `timesteps` and `sigmas`.")
 
 
 def is_real(value: Any) -> bool:
@@ -247,3 +268,11 @@ def refuse_index(wanted: str, timesteps: Any) -> None:
 def as_float64(values: float | np.ndarray | torch.Tensor) -> torch.Tensor:
     """`values` on the CPU; not through float32, torch's type for a number."""
     return values.cpu().double() if torch.is_tensor(values) else torch.as_tensor(values, dtype=torch.float64)
+
+
+def as_labels(values: np.ndarray, device: str | torch.device | None) -> torch.Tensor:
+    """Time labels on `device`: float64 where it knows it, and integers as they are."""
+    labels = torch.as_tensor(values)
+    lacks_float64 = device is not None and torch.device(device).type == "mps"
+    floats = torch.float32 if lacks_float64 else torch.float64
+    return labels.to(device, floats if labels.is_floating_point() else torch.int64)

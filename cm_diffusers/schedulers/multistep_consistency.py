@@ -1,19 +1,30 @@
 """Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1) at any noise levels."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..core.parameterisation import read_out
-from .levels import KarrasLevels
+from ..core.arrays import append_dims
+from ..core.parameterisation import JUMP_PREDICTIONS, read_out, read_out_on_process
+from .levels import KarrasLevels, as_labels
 from .network_input import network_input
+from .stock import (
+    FLOW_SCHEDULERS,
+    GRID_SCHEDULER,
+    TABLE_SCHEDULERS,
+    CheckedConfig,
+    StockLevels,
+    settings_in_place,
+    settings_of,
+)
 
 
 @dataclass
@@ -28,17 +39,25 @@ class MultistepConsistencySchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
+class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
     """Jump to the clean sample, add noise of the next level, repeat; the last step adds none.
 
     The unit of time is `sigma`, the standard deviation of the noise on data of scale `sigma_data`. The default
     configuration means what that of diffusers' `CMStochasticIterativeScheduler` means, and gives the same numbers;
     unlike it this scheduler takes any levels, not only those of a grid, and adds noise at any levels.
 
+    `from_config` of a scheduler with a table of betas, or of linear flow, makes one that takes its place in diffusers'
+    pipelines. With `in_place_of` all is as these have it: samples are in the network's scale, alpha x0 + std noise,
+    which is not scaled again and starts from unit noise; `num_inference_steps` picks the levels of diffusers'
+    `LCMScheduler` or `FlowMatchLCMScheduler`, and the samples are theirs but for rounding.
+
     Args:
-        num_train_timesteps: length of the Karras grid that `num_inference_steps` picks its levels from.
-        sigma_min: the floor, at which the model is the identity; 0 for models trained without one (ECT).
-        sigma_max: the level of pure noise, where sampling starts.
+        num_train_timesteps: length of the Karras grid that `num_inference_steps` picks its levels from; with
+            `in_place_of` the number of times of training.
+        sigma_min: the floor, at which the model is the identity; 0 for models trained without one (ECT). None with
+            `in_place_of`: 0.
+        sigma_max: the level of pure noise, where sampling starts. None with `in_place_of`: that of the table, or
+            infinite.
         sigma_data: root mean square of the training data.
         s_noise: factor of the noise that is added between steps.
         rho: exponent of the Karras grid.
@@ -62,14 +81,14 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
     """
 
     order = 1
-    _compatibles: list[str] = []
+    _compatibles = [*TABLE_SCHEDULERS, *FLOW_SCHEDULERS, GRID_SCHEDULER]
 
     @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 40,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
+        sigma_min: float | None = 0.002,
+        sigma_max: float | None = 80.0,
         sigma_data: float = 0.5,
         s_noise: float = 1.0,
         rho: float = 7.0,
@@ -80,23 +99,70 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         time_scale: float = 1.0,
         noise_schedule: dict[str, Any] | None = None,
         default_sigmas: dict[str, list[float]] | None = None,
+        in_place_of: dict[str, Any] | None = None,
     ) -> None:
-        self._check_settings()
+        self._check_settings(unset=() if in_place_of is None else ("sigma_min", "sigma_max", "default_sigmas"))
         self.input = network_input(
             prediction,
             time_label=time_label,
             sigma_data=sigma_data,
             time_scale=time_scale,
             noise_schedule=noise_schedule,
+            predictions=(*JUMP_PREDICTIONS, "sample"),
         )
         self.register_to_config(time_label=self.input.time_label)
         if renoise not in ("floor", "full"):
             raise ValueError(f"renoise must be 'floor' or 'full', got {renoise!r}.")
-        if not sigma_min < sigma_max:
+        self.num_inference_steps: int | None = None
+        self._stock: StockLevels | None = None
+        if in_place_of is not None:
+            self._take_place(in_place_of)
+            return
+        if not self.config.sigma_min < self.config.sigma_max:
             raise ValueError(f"sigma_min must lie in [0, sigma_max), got {sigma_min} and {sigma_max}.")
         self._check_default_sigmas()
-        self.num_inference_steps: int | None = None
         self._set_sigmas(self._karras(np.linspace(0, 1, num_train_timesteps)), None)
+
+    @classmethod
+    def _in_place(cls, stock: str | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        return None if stock == GRID_SCHEDULER else settings_in_place(stock, config)
+
+    def _take_place(self, settings: dict[str, Any]) -> None:
+        """Let the stock scheduler of `settings` choose levels, in the place of which this one steps."""
+        if self.config.prediction == "edm":
+            raise ValueError("in_place_of is for the predictions of flow or with a noise_schedule; got 'edm'.")
+        self._stock = StockLevels(self.input, settings)
+        levels, labels = self._stock.all()
+        self._top = float(levels[0])
+        if self.config.prediction == "epsilon" and self._top == math.inf:
+            raise ValueError(
+                "prediction must not be 'epsilon' on a table that ends with pure noise (rescale_betas_zero_snr), of"
+                " which the noise tells nothing."
+            )
+        self._set_sigmas(levels, None, labels)
+
+    @property
+    def compatibles(self) -> list[type]:
+        """The classes of diffusers that can take this one's place, by `from_config` of its config.
+
+        Those with a table of betas, or of flow, where `in_place_of` is set; the one of the same grid where nothing is
+        that it lacks.
+        """
+        names: Sequence[str] = ()
+        needed: set[str] = set()
+        if self._stock is not None:
+            names = FLOW_SCHEDULERS if self._stock.of_flow else TABLE_SCHEDULERS
+            needed = {"rescale_betas_zero_snr"} if self._top == math.inf and not self._stock.of_flow else set()
+        elif (self.config.time_label, self.config.renoise) == ("log_sigma", "floor"):
+            names = (GRID_SCHEDULER,)
+        return [
+            kind for kind in self._get_compatibles() if kind.__name__ in names and needed <= settings_of(kind).keys()
+        ]
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The factor of unit noise at the first step."""
+        return super().init_noise_sigma if self._stock is None else 1.0
 
     def set_timesteps(
         self,
@@ -104,36 +170,77 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        original_inference_steps: int | None = None,
+        strength: float = 1.0,
+        mu: float | None = None,
     ) -> None:
-        """Choose the noise levels, by exactly one of the three.
+        """Choose the noise levels, by exactly one of num_inference_steps, timesteps and sigmas.
 
         Args:
             num_inference_steps: 1 to `num_train_timesteps` levels: those of `default_sigmas`, else evenly spaced on
-                the Karras grid from sigma_max.
+                the Karras grid from sigma_max; with `in_place_of` those that the stock scheduler chooses.
             device: where `timesteps` go.
-            timesteps: time labels as in `.timesteps`, falling. Grid indices are refused.
-            sigmas: noise levels in (sigma_min, sigma_max], falling; sampling starts from noise of the first.
+            timesteps: time labels as in `.timesteps`, falling. Grid indices are refused; the times of a noise_schedule
+                may be integers.
+            sigmas: noise levels in (sigma_min, sigma_max], falling; sampling starts from noise of the first. In the
+                place of a flow scheduler they are flow times in (0, 1] before the shift, as its pipelines pass them.
+            original_inference_steps: in the place of a scheduler with a table of betas, the number of evenly spaced
+                times among which `num_inference_steps` are picked.
+            strength: there, the share of the levels that is left, as the pipelines of LCM pass it.
+            mu: in the place of a flow scheduler with use_dynamic_shifting, the shift.
 
         Raises:
             ValueError: not exactly one was given, or levels that do not fall, or lie at or below the floor or beyond
-                sigma_max.
+                sigma_max, or what has no meaning for this scheduler.
         """
-        levels = self._chosen_levels(num_inference_steps, timesteps, sigmas)
+        if self._stock is None:
+            if (original_inference_steps, strength, mu) != (None, 1.0, None):
+                raise ValueError(
+                    "original_inference_steps, strength and mu are for schedulers in the place of a stock one, whose"
+                    " in_place_of is set."
+                )
+            levels, labels = self._chosen_levels(num_inference_steps, timesteps, sigmas), None
+        else:
+            self._check_one(num_inference_steps, timesteps, sigmas)
+            levels, labels = self._stock.chosen(
+                num_inference_steps,
+                timesteps,
+                sigmas,
+                original_inference_steps=original_inference_steps,
+                strength=strength,
+                mu=mu,
+            )
+            self._check_levels("sigmas" if timesteps is None else "timesteps", levels)
         self.num_inference_steps = len(levels)
-        self._set_sigmas(levels, device)
+        self._set_sigmas(levels, device, labels)
 
-    def _set_sigmas(self, levels: np.ndarray, device: str | torch.device | None) -> None:
+    @property
+    def _range(self) -> tuple[float, float]:
+        return super()._range if self._stock is None else (0.0, self._top)
+
+    def _set_sigmas(
+        self, levels: np.ndarray, device: str | torch.device | None, labels: np.ndarray | None = None
+    ) -> None:
         """Keep the levels and the floor in float64 on the CPU; the labels go to `device`, where it knows float64."""
-        self.sigmas = torch.from_numpy(np.append(levels, self.config.sigma_min))
-        self.timesteps = self.labels(self.sigmas[:-1], device)
+        self.sigmas = torch.from_numpy(np.append(levels, self.config.sigma_min or 0.0))
+        self._labels = self.sigma_to_timestep(levels) if labels is None else labels  # as NumPy's: no wait for a device
+        self.timesteps = as_labels(self._labels, device)
         self._step_index = self._begin_index = None
 
     def _sigma(self, sample: torch.Tensor, index: int) -> torch.Tensor:
         return self.sigmas[index].to(torch.promote_types(sample.dtype, torch.float32))
 
+    def _shares(self, sample: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of data and noise in the network's scale at `sigma` (float64; infinite for pure noise)."""
+        alpha = 1 / self.input.norm(sigma)
+        std = torch.where(sigma.isinf(), 1.0, sigma * alpha)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        return alpha.to(sample.device, dtype), std.to(sample.device, dtype)
+
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """`sample` in the scale of the network's input at `timestep`: for "edm" / sqrt(sigma^2 + sigma_data^2)."""
-        return sample / self.input.norm(self._sigma(sample, self._index_now(timestep)))
+        index = self._index_now(timestep)
+        return sample / self.input.norm(self._sigma(sample, index)) if self._stock is None else sample
 
     def step(
         self,
@@ -153,30 +260,76 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, ConfigMixin):
             return_dict: give an output object rather than a tuple.
         """
         index = self._index_now(timestep)
-        sigma, sigma_next = self._sigma(sample, index), self._sigma(sample, index + 1)
-
         # float32 arithmetic for half-precision samples
-        denoised = read_out(
-            self.config.prediction,
-            model_output.to(sigma.dtype),
-            sample.to(sigma.dtype),
-            sigma,
-            sigma_data=self.config.sigma_data,
-            sigma_min=self.config.sigma_min,
-        )
-        if self.config.clip_denoised:
-            denoised = denoised.clamp(-1, 1)
-
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        denoised = self._denoised(model_output.to(dtype), sample.to(dtype), index)
         prev_sample = denoised
         if index + 1 < len(self.timesteps):
-            noise = randn_tensor(
-                model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
-            )
-            floor = self.config.sigma_min if self.config.renoise == "floor" else 0.0
-            prev_sample = denoised + noise * self.config.s_noise * (sigma_next**2 - floor**2) ** 0.5  # algorithm 1
+            prev_sample = self._renoised(denoised, model_output, index + 1, generator)
         self._step_index = index + 1
 
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
         if not return_dict:
             return prev_sample, denoised
         return MultistepConsistencySchedulerOutput(prev_sample, denoised)
+
+    def _denoised(self, output: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
+        """The estimate of the clean sample, clamped where that is set."""
+        prediction, clip = self.config.prediction, self.config.clip_denoised
+        if self._stock is None:
+            denoised = read_out(
+                prediction,
+                output,
+                sample,
+                self._sigma(sample, index),
+                sigma_data=self.config.sigma_data,
+                sigma_min=self.config.sigma_min,
+            )
+            return denoised.clamp(-1, 1) if clip else denoised
+        alpha, std = self._shares(sample, self.sigmas[index])
+        denoised = read_out_on_process(prediction, output, sample, alpha, std)
+        c_skip, c_out = self._stock.boundary(float(self._labels[index]))
+        return c_out * (denoised.clamp(-1, 1) if clip else denoised) + c_skip * sample
+
+    def _renoised(
+        self,
+        denoised: torch.Tensor,
+        model_output: torch.Tensor,
+        index: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """A sample at the level of `index` with the clean sample `denoised`."""
+        flow = self._stock is not None and self._stock.of_flow
+        noise = randn_tensor(
+            model_output.shape,
+            generator=generator,
+            device=model_output.device,
+            dtype=denoised.dtype if flow else model_output.dtype,  # as the stock schedulers draw it
+        )
+        if self._stock is None:
+            sigma, floor = (
+                self._sigma(denoised, index),
+                self.config.sigma_min if self.config.renoise == "floor" else 0.0,
+            )
+            return denoised + noise * self.config.s_noise * (sigma**2 - floor**2) ** 0.5  # algorithm 1
+        alpha, std = self._shares(denoised, self.sigmas[index])
+        return alpha * denoised + std * self.config.s_noise * noise
+
+    def add_noise(
+        self,
+        original_samples: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor | None = None,
+        *,
+        sigmas: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `KarrasLevels.add_noise`; with `in_place_of` alpha original_samples + std noise."""
+        if self._stock is None:
+            return super().add_noise(original_samples, noise, timesteps, sigmas=sigmas)
+        levels = append_dims(self._noise_levels(timesteps, sigmas), original_samples)
+        alpha, std = (factor.to(original_samples.dtype) for factor in self._shares(original_samples, levels))
+        return alpha * original_samples + std * noise
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`add_noise` under the name and with the order of arguments that flow schedulers have."""
+        return self.add_noise(sample, noise, timestep)

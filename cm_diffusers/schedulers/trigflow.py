@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -16,6 +16,7 @@ from ..core.arrays import append_dims
 from ..core.karras import karras_sigma
 from ..core.time_labels import TIME_LABELS
 from .levels import Levels, as_float64, is_integer, read_numbers, refuse_index
+from .stock import CheckedConfig
 
 
 TRIGFLOW_SOLVERS = ("consistency", "euler", "heun")
@@ -33,7 +34,7 @@ class TrigFlowSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
+class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
     """Samples x_t = cos(t) x0 + sin(t) sigma_data noise at the angle t = atan(sigma / sigma_data) in [0, pi/2].
 
     The network is called as F(x_t / sigma_data, t) and puts out the velocity over sigma_data, so that the estimate of
@@ -62,6 +63,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, ConfigMixin):
     """
 
     _compatibles: list[str] = []
+    _samples = "networks of TrigFlow's process, told its angles"
     _begun: tuple[float, torch.Tensor, torch.Tensor] | None  # t, x and velocity of a step of "heun" that is half made
 
     @register_to_config

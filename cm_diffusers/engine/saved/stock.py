@@ -26,6 +26,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "la
 FEW_STEPS = (
     "LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler",
     "ConsistencyDecoderScheduler", "FlowMapEulerDiscreteScheduler", "PiflowScheduler", "HeliosDMDScheduler",
+    "MultistepConsistencyScheduler",
 )  # fmt: skip
 # EDM's: data of scale 0.5 are 1 part in 160 there, and higher levels would only stretch the grids
 HIGHEST_SIGMA = 80.0
