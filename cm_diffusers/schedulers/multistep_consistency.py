@@ -75,6 +75,8 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
             of alpha^2, such as {"beta_schedule": "linear"}.
         default_sigmas: the levels of `num_inference_steps`, by that number as a string, where they are not to be those
             of the grid: {"2": [80.0, 0.8]}, as `training/evaluate.py --search_sigmas` finds them.
+        in_place_of: the settings by which the stock scheduler in whose place this one steps chooses its levels, as
+            `from_config` writes them: of `LCMScheduler` for a noise_schedule, of `FlowMatchLCMScheduler` for "flow".
 
     Raises:
         ValueError: a setting outside its range, or that does not go with another.
@@ -149,15 +151,14 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         that it lacks.
         """
         names: Sequence[str] = ()
-        needed: set[str] = set()
         if self._stock is not None:
             names = FLOW_SCHEDULERS if self._stock.of_flow else TABLE_SCHEDULERS
-            needed = {"rescale_betas_zero_snr"} if self._top == math.inf and not self._stock.of_flow else set()
         elif (self.config.time_label, self.config.renoise) == ("log_sigma", "floor"):
             names = (GRID_SCHEDULER,)
-        return [
-            kind for kind in self._get_compatibles() if kind.__name__ in names and needed <= settings_of(kind).keys()
-        ]
+        kinds = [kind for kind in self._get_compatibles() if kind.__name__ in names]
+        if (self.config.noise_schedule or {}).get("rescale_betas_zero_snr"):  # where others would have another table
+            kinds = [kind for kind in kinds if "rescale_betas_zero_snr" in settings_of(kind)]
+        return kinds
 
     @property
     def init_noise_sigma(self) -> float:
@@ -235,7 +236,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         alpha = 1 / self.input.norm(sigma)
         std = torch.where(sigma.isinf(), 1.0, sigma * alpha)
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        return alpha.to(sample.device, dtype), std.to(sample.device, dtype)
+        return alpha.to(dtype), std.to(dtype)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """`sample` in the scale of the network's input at `timestep`: for "edm" / sqrt(sigma^2 + sigma_data^2)."""
@@ -307,11 +308,9 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
             dtype=denoised.dtype if flow else model_output.dtype,  # as the stock schedulers draw it
         )
         if self._stock is None:
-            sigma, floor = (
-                self._sigma(denoised, index),
-                self.config.sigma_min if self.config.renoise == "floor" else 0.0,
-            )
-            return denoised + noise * self.config.s_noise * (sigma**2 - floor**2) ** 0.5  # algorithm 1
+            floor = self.config.sigma_min if self.config.renoise == "floor" else 0.0
+            std = (self._sigma(denoised, index) ** 2 - floor**2) ** 0.5
+            return denoised + noise * self.config.s_noise * std  # algorithm 1
         alpha, std = self._shares(denoised, self.sigmas[index])
         return alpha * denoised + std * self.config.s_noise * noise
 
@@ -327,7 +326,10 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         if self._stock is None:
             return super().add_noise(original_samples, noise, timesteps, sigmas=sigmas)
         levels = append_dims(self._noise_levels(timesteps, sigmas), original_samples)
-        alpha, std = (factor.to(original_samples.dtype) for factor in self._shares(original_samples, levels))
+        alpha, std = (
+            factor.to(original_samples.device, original_samples.dtype)
+            for factor in self._shares(original_samples, levels)
+        )
         return alpha * original_samples + std * noise
 
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -198,13 +198,9 @@ def test_what_can_not_be_measured_is_said_before_sampling(judged, monkeypatch, s
         judged(**settings)
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [({"search_sigmas": 2}, "no place for noise levels"), ({"sigmas": ["80,1"]}, "unexpected keyword .*sigmas")],
-)
-def test_levels_that_a_diffusion_model_does_not_take(judged, flow_model, settings, message):
-    with pytest.raises(ValueError, match=message):
-        judged(pretrained_model_name_or_path=flow_model, **settings)
+def test_the_search_needs_a_scheduler_that_keeps_levels(judged, flow_model):
+    with pytest.raises(ValueError, match="no place for noise levels"):
+        judged(pretrained_model_name_or_path=flow_model, search_sigmas=2)
 
 
 def test_the_search_does_not_replace_the_model(judged, model):

@@ -253,7 +253,7 @@ def test_the_code_stands_alone_and_says_what_it_is(kind):
         roots = {alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
         relative = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
         roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-        assert not relative and roots <= {"torch", "numpy", "diffusers"} | sys.stdlib_module_names
+        assert not relative and roots <= {"torch", "numpy", "PIL", "diffusers"} | sys.stdlib_module_names
         docstring = ast.get_docstring(tree)
         for words in (f"cm_diffusers {cm_diffusers.__version__}", "Apache-2.0", 'custom_pipeline="pipeline"'):
             assert words in docstring
@@ -269,7 +269,7 @@ def test_all_models_and_schedulers_fit_into_one_module():
 def test_formulas_of_core_travel_with_what_uses_them_and_no_more():
     texts = travelling_files(OURS["ctm"]())
     headings = {name: set(re.findall(r"^# --- cm_diffusers\.core\.(\w+)$", texts[name], re.M)) for name in texts}
-    assert headings["pipeline.py"] == {"arrays", "conditions", "guidance", "solvers"}
+    assert headings["pipeline.py"] == {"arrays", "conditions", "guidance", "karras", "solvers"}
     assert headings["scheduler/cm_diffusers.py"] == {"arrays", "karras", "parameterisation", "time_labels"}
     assert "def heun_end(" in texts["pipeline.py"] and "def slope_scalings(" in texts["scheduler/cm_diffusers.py"]
 

@@ -198,9 +198,11 @@ def test_sample_refuses_what_can_not_be_done(consistency_model, tmp_path, words,
         sample(consistency_model[0] / "pipeline", tmp_path, *words)
 
 
-def test_noise_levels_are_no_option_of_a_diffusion_model(diffusion_model, tmp_path):
-    with pytest.raises(ValueError, match="sigmas is not an option of a DenoisingPipeline"):
-        sample(diffusion_model / "pipeline", tmp_path, "--sigmas", 80, 1)
+def test_a_diffusion_model_takes_noise_levels_and_no_solver_of_jumps(diffusion_model, tmp_path):
+    words = ["--num_samples", 1, "--seed", 3]
+    chosen = sample(diffusion_model / "pipeline", tmp_path / "chosen", *words, "--sigmas", 80, 1)
+    by_number = sample(diffusion_model / "pipeline", tmp_path / "number", *words, "--num_inference_steps", 2)
+    assert len(chosen) == 1 and not np.array_equal(chosen.popitem()[1], by_number.popitem()[1])
     with pytest.raises(ValueError, match="solver must be one of heun, euler, .*; got 'gamma'"):
         sample(diffusion_model / "pipeline", tmp_path, "--solver", "gamma")
 
