@@ -84,10 +84,13 @@ def read_samples(name: str, value: Any, shape: Sequence[int | str]) -> torch.Ten
     return value
 
 
-def read_images(name: str, value: Images, shape: tuple[int, int, int]) -> torch.Tensor | None:
+def read_images(
+    name: str, value: Images, shape: tuple[int, int | str, int | str], bounded: bool = True
+) -> torch.Tensor | None:
     """Images (n, *shape), float32 in [-1, 1], from a tensor (n, C, H, W) or an array (n, H, W, C) in [0, 1], or PIL.
 
-    One alone may come without its first dimension. PIL images become grey or RGB as the shape's channels say.
+    One alone may come without its first dimension. PIL images become grey or RGB as the shape's channels say. A height
+    or width that is text may be any. Only what is `bounded` must lie in [0, 1].
     """
     if value is None:
         return None
@@ -95,11 +98,12 @@ def read_images(name: str, value: Images, shape: tuple[int, int, int]) -> torch.
     if isinstance(found, (list, tuple)) and found and all(isinstance(one, Image.Image) for one in found):
         if shape[0] not in (1, 3):
             raise ValueError(f"{name} must be a tensor or an array, as PIL has no images of {shape[0]} channels.")
-        if any(one.size != (shape[2], shape[1]) for one in found):
+        width, height = (ours if isinstance(ours, int) else n for ours, n in zip(shape[:0:-1], found[0].size))
+        if any(one.size != (width, height) for one in found):
             sizes = ", ".join("{} x {}".format(*one.size) for one in found[:4])
-            raise ValueError(f"{name} must be of {shape[2]} x {shape[1]} pixels, as the model's are, got {sizes}.")
+            raise ValueError(f"{name} must be of {width} x {height} pixels, as the model's are, got {sizes}.")
         pixels = [np.asarray(one.convert("L" if shape[0] == 1 else "RGB"), dtype=np.float32) for one in found]
-        found = np.stack(pixels).reshape(len(found), *shape[1:], shape[0]) / 255
+        found = np.stack(pixels).reshape(len(found), height, width, shape[0]) / 255
     if isinstance(found, np.ndarray):
         found = found[None] if found.ndim == 3 else found
         found = torch.from_numpy(np.array(found)).movedim(-1, 1) if found.ndim == 4 else found
@@ -110,8 +114,8 @@ def read_images(name: str, value: Images, shape: tuple[int, int, int]) -> torch.
     except ValueError as error:
         raise ValueError(f"{error} Images are those of the model's size, floats in [0, 1], or PIL images.") from None
     assert images is not None
-    if not len(images) or images.min() < 0 or images.max() > 1:
-        ends = f"[{images.min():g}, {images.max():g}]" if len(images) else "none"
+    if bounded and (not images.numel() or images.min() < 0 or images.max() > 1):
+        ends = f"[{images.min():g}, {images.max():g}]" if images.numel() else "none"
         raise ValueError(f"{name} must lie in [0, 1], got {ends}.")
     return 2 * images.float() - 1
 

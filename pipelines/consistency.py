@@ -6,10 +6,11 @@ from diffusers import CMStochasticIterativeScheduler, ImagePipelineOutput, Model
 from ..core.guidance import call_guided
 from .arguments import Entries, Generators, Images, Labels, Levels, Samples
 from .calls import one_call
-from .image_pipeline import ImagePipeline, StepCallback
+from .editing import EditingPipeline
+from .image_pipeline import StepCallback
 
 
-class ConsistencyPipeline(ImagePipeline):
+class ConsistencyPipeline(EditingPipeline):
     """Images from a consistency model, unconditional or class-conditional, in 1, 2, ... steps.
 
     Args:

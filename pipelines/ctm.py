@@ -1,9 +1,11 @@
 """Sampling of consistency trajectory models (Kim et al. 2023, arXiv:2310.02279), and jumps along trajectories."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
+from ..core.arrays import slerp
 from ..core.conditions import Condition
 from ..core.guidance import Guidance, call_guided
 from ..core.solvers import heun_end
@@ -20,7 +22,8 @@ from .arguments import (
     read_numbers,
 )
 from .calls import one_call
-from .image_pipeline import ImagePipeline, StepCallback
+from .editing import EditingPipeline
+from .image_pipeline import StepCallback
 from .settings import SAMPLED_BY, check_scheduler, is_a, takes_two_times
 
 
@@ -29,21 +32,7 @@ INVERSE_SOLVERS = ("jump", "heun")
 ONE_TIME = {name: found for name, found in SAMPLED_BY.items() if found[1] not in ("CTMPipeline", "MeanFlowPipeline")}
 
 
-def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """From `a` (...) to `b` (...) along the sphere, at each of `weights` (N,) in [0, 1]: (N, ...).
-
-    Raises:
-        ValueError: `b` points against `a`, so that no arc is the shortest.
-    """
-    cosine = F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0)
-    if cosine < -1 + 1e-6:
-        raise ValueError("The two noises point in opposite directions; no arc between them is the shortest.")
-    angle = cosine.clamp(max=1).arccos().clamp(min=1e-6)  # so small, it gives the straight line
-    weights = weights.to(angle).reshape(-1, *[1] * a.ndim)
-    return (((1 - weights) * angle).sin() / angle.sin() * a + (weights * angle).sin() / angle.sin() * b).to(a.dtype)
-
-
-class CTMPipeline(ImagePipeline):
+class CTMPipeline(EditingPipeline):
     """Images from a consistency trajectory model, unconditional or class-conditional, in 1, 2, ... steps.
 
     Args:
@@ -86,6 +75,10 @@ class CTMPipeline(ImagePipeline):
     @property
     def default_steps(self) -> tuple[int, ...]:
         return (1, 2)
+
+    def jumping(self) -> dict[str, Any]:
+        """See `EditingPipeline`."""
+        return {"gamma": 1.0}
 
     @torch.no_grad()
     @one_call

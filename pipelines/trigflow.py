@@ -1,6 +1,7 @@
 """Sampling of TrigFlow models: consistency models in one to a few steps, diffusion models by their ODE."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +10,11 @@ from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 from ..core.guidance import call_guided
 from .arguments import Entries, Generators, Images, Labels, Levels, Samples
 from .calls import one_call
-from .image_pipeline import ImagePipeline, StepCallback
+from .editing import EditingPipeline
+from .image_pipeline import StepCallback
 
 
-class TrigFlowPipeline(ImagePipeline):
+class TrigFlowPipeline(EditingPipeline):
     """Images from a TrigFlow model, unconditional or class-conditional (Lu & Song 2024, arXiv:2410.11081).
 
     Args:
@@ -44,6 +46,15 @@ class TrigFlowPipeline(ImagePipeline):
             )
             return [noise_level, *scheduler.timestep_to_sigma(angles)[1:].tolist()]
         return super().levels_below(noise_level, num_inference_steps)
+
+    def jumping(self) -> dict[str, Any]:
+        """See `EditingPipeline`: diffusion models don't jump."""
+        if self.scheduler.config.solver != "consistency":
+            raise ValueError(
+                "Editing jumps to clean images, and by its solver this is a diffusion model, which can't. To begin"
+                " with an image, call the pipeline with image and noise_level."
+            )
+        return {}
 
     @torch.no_grad()
     @one_call

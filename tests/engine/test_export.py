@@ -269,7 +269,7 @@ def test_all_models_and_schedulers_fit_into_one_module():
 def test_formulas_of_core_travel_with_what_uses_them_and_no_more():
     texts = travelling_files(OURS["ctm"]())
     headings = {name: set(re.findall(r"^# --- cm_diffusers\.core\.(\w+)$", texts[name], re.M)) for name in texts}
-    assert headings["pipeline.py"] == {"arrays", "conditions", "guidance", "karras", "solvers"}
+    assert headings["pipeline.py"] == {"arrays", "conditions", "guidance", "karras", "measurements", "solvers"}
     assert headings["scheduler/cm_diffusers.py"] == {"arrays", "karras", "parameterisation", "time_labels"}
     assert "def heun_end(" in texts["pipeline.py"] and "def slope_scalings(" in texts["scheduler/cm_diffusers.py"]
 

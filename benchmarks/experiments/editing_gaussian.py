@@ -1,0 +1,154 @@
+"""What zero-shot editing gives where the posterior is known: a Gaussian, with its exact consistency function.
+
+    python benchmarks/experiments/editing_gaussian.py
+
+Images of 1 x 8 x 8 with a mean and the covariance exp(-distance / 3) / 16. The network is the exact consistency
+function; `ConsistencyPipeline` samples it with inpaint and super_resolve. Each row is a choice of levels:
+
+- bias: the distance of the samples' mean from the posterior's, by that of the prior's mean from it;
+- variance: of the samples by the posterior's, in what the measurement leaves open (1 is right);
+- error of the closed form: the largest difference of the samples' mean and covariance from those by which algorithm 4
+  acts on a Gaussian, in standard errors of the mean and of an entry of the covariance.
+
+The closed form: with A = C^1/2 (C + s^2)^-1/2 a jump takes mean and covariance (u, V) of clean images with noise s to
+m + A (u - m) and A (V + s^2) A, of which the part I - P that is not known is kept.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
+from cm_diffusers.core.karras import karras_sigma
+from cm_diffusers.core.measurements import Projection, averages, inside
+
+
+SIZE, SIGMA_MAX, SIGMA_DATA = 8, 80.0, 0.5
+
+
+def gaussian(size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """The mean (n,) and the covariance (n, n) of images of n = size^2 pixels."""
+    places = np.stack(np.meshgrid(*[np.arange(size)] * 2, indexing="ij"), -1).reshape(-1, 2)
+    distances = np.linalg.norm(places[:, None] - places, axis=-1)
+    return 0.3 * np.sin(places.sum(1) / 2), np.exp(-distances / 3) / 16
+
+
+class GaussianModel(ModelMixin, ConfigMixin):
+    """F of EDM's scalings with which f(x, s) = m + C^1/2 (C + s^2)^-1/2 (x - m), exact for N(m, C)."""
+
+    @register_to_config
+    def __init__(self, sample_size: int = SIZE, in_channels: int = 1, num_class_embeds: int | None = None):
+        super().__init__()
+        mean, covariance = gaussian(sample_size)
+        variances, axes = np.linalg.eigh(covariance)
+        self.variances, self.axes, self.mean = (torch.from_numpy(array).float() for array in (variances, axes, mean))
+        self.factor = torch.nn.Parameter(torch.ones(()))  # ModelMixin finds dtype and device by a parameter
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
+        sigma = math.exp(float(timestep) / 250)
+        x = sample.flatten(1) * math.sqrt(sigma**2 + SIGMA_DATA**2)
+        shrunk = (x - self.mean) @ self.axes * (self.variances / (self.variances + sigma**2)).sqrt()
+        clean = self.mean + shrunk @ self.axes.T
+        skip, out = SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2), sigma * SIGMA_DATA / math.hypot(sigma, SIGMA_DATA)
+        return ((self.factor * (clean - skip * x) / out).reshape(sample.shape),)
+
+
+def pipeline(size: int = SIZE) -> ConsistencyPipeline:
+    scheduler = MultistepConsistencyScheduler(sigma_min=0.0, sigma_max=SIGMA_MAX, clip_denoised=False)
+    pipe = ConsistencyPipeline(GaussianModel(size), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def posterior(mean: np.ndarray, covariance: np.ndarray, known: np.ndarray, told: np.ndarray) -> tuple:
+    """Mean and covariance of x ~ N(mean, covariance) of which P x is `told`, for the matrix `known` of P."""
+    gain = covariance @ known @ np.linalg.pinv(known @ covariance @ known)
+    return mean + gain @ (told - known @ mean), covariance - gain @ known @ covariance
+
+
+def algorithm(mean: np.ndarray, covariance: np.ndarray, known: np.ndarray, start: np.ndarray, sigmas: list) -> tuple:
+    """Mean and covariance of what algorithm 4 gives, that begins with `start` (n,), of which P is known."""
+    variances, axes = np.linalg.eigh(covariance)
+    free = np.eye(len(mean)) - known
+    now, spread = start, np.zeros_like(covariance)
+    for sigma in sigmas:
+        jump = (axes * np.sqrt(variances / (variances + sigma**2))) @ axes.T
+        now = free @ (mean + jump @ (now - mean)) + known @ start
+        spread = free @ jump @ (spread + sigma**2 * np.eye(len(mean))) @ jump @ free
+    return now, spread
+
+
+def matrix(project: Projection, size: int = SIZE) -> np.ndarray:
+    """The matrix (n, n) of a projection of images."""
+    n = size**2
+    return project(torch.eye(n, dtype=torch.float64).reshape(n, 1, size, size)).reshape(n, n).numpy().T
+
+
+def karras(n: int) -> list[float]:
+    return karras_sigma(np.arange(n) / n, 0.0, SIGMA_MAX, 7.0).tolist()
+
+
+LEVELS = {
+    **{f"{n} steps, as by default": {"num_inference_steps": n} for n in (2, 5, 10, 20, 40, 100)},
+    **{f"{n} steps, Karras": {"sigmas": karras(n)} for n in (2, 5, 10, 20, 40, 100, 1000)},
+    "400 steps, 1 to 0.05": {"sigmas": np.geomspace(1.0, 0.05, 400).tolist()},
+}
+
+
+def edits(pipe: ConsistencyPipeline, truth: torch.Tensor) -> dict[str, tuple]:
+    """By name: the edit of `truth` (1, 1, H, W) in [-1, 1], its projection, and the image that it begins with."""
+    image, mask = truth / 2 + 0.5, torch.zeros(SIZE, SIZE)
+    mask[:, SIZE // 2 :] = 1
+    coarse = F.avg_pool2d(image, 2)
+    return {
+        "inpaint the right half": (partial(pipe.inpaint, image, mask), inside(1 - mask), truth),
+        "super_resolve 4 x 4": (
+            partial(pipe.super_resolve, coarse),
+            averages((SIZE // 2, SIZE // 2), (SIZE, SIZE)),
+            2 * F.interpolate(coarse, SIZE) - 1,
+        ),
+    }
+
+
+def show(name: str, edit: Callable, project: Projection, start: torch.Tensor, count: int, seed: int) -> None:
+    """Print a table of `edit`."""
+    (mean, covariance), known, begin = gaussian(), matrix(project), start.double().flatten().numpy()
+    wanted, spread = posterior(mean, covariance, known, known @ begin)
+    free = np.eye(len(mean)) - known
+    print(f"\n{name}\n\n| levels | bias | variance | error of the closed form |\n|---|---|---|---|")
+    for levels, arguments in LEVELS.items():
+        pipe, generator = edit.func.__self__, torch.Generator().manual_seed(seed)
+        made = edit(**arguments, batch_size=count, generator=generator, output_type="latent").images
+        x = made.flatten(1).double().numpy()
+        assert np.abs((x - begin) @ known).max() < 1e-5  # it agrees with what is known
+        found, found_spread = x.mean(0), np.cov(x.T)
+        bias = np.linalg.norm(found - wanted) / np.linalg.norm(free @ (mean - wanted))
+        foretold, around = algorithm(mean, covariance, known, begin, pipe.scheduler.sigmas[:-1].tolist())
+        variances = np.diag(around)
+        open_ = variances > 1e-9
+        of_mean = np.abs(found - foretold)[open_] / np.sqrt(variances[open_] / count)
+        of_entry = np.sqrt((np.outer(variances, variances) + around**2) / count)[np.ix_(open_, open_)]
+        of_spread = np.abs(found_spread - around)[np.ix_(open_, open_)] / of_entry
+        print(
+            f"| {levels} | {bias:.3f} | {np.trace(found_spread) / np.trace(spread):.3f} | {of_mean.max():.1f},"
+            f" {of_spread.max():.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=20000, help="samples of each row (20000)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    drawn = np.random.default_rng(args.seed).multivariate_normal(*gaussian()).clip(-1, 1)
+    truth = torch.from_numpy(drawn).float().reshape(1, 1, SIZE, SIZE)
+    for name, parts in edits(pipeline(), truth).items():
+        show(name, *parts, args.count, args.seed)
