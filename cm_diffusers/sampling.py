@@ -85,6 +85,11 @@ def labels_in_turn(pipeline: ImagePipeline, seeds: Sequence[int]) -> list[int] |
     return None if pipeline.num_classes is None else [pipeline.classes[s % len(pipeline.classes)] for s in seeds]
 
 
+def label_of(pipeline: ImagePipeline, word: str) -> int:
+    """The label that a word is, or the name of; a number is always a label."""
+    return int(word) if word.removeprefix("-").isdecimal() else pipeline.get_label_ids(word)[0]
+
+
 def captions_of(pipeline: ImagePipeline, labels: Sequence[int] | None) -> list[str] | None:
     """The names of these labels, for pictures of them; None where the model has none that say more than numbers."""
     names = pipeline.id2label

@@ -195,7 +195,10 @@ class CTMPipeline(EditingPipeline):
         Raises:
             ValueError: levels outside their range, a sample of another shape, labels missing or unknown.
         """
-        told = self._check_sample("sample", sample, class_labels, condition)
+        if not torch.is_tensor(sample) or tuple(sample.shape[1:]) != self.sample_shape or not len(sample):
+            got = tuple(sample.shape) if torch.is_tensor(sample) else type(sample).__name__
+            raise ValueError(f"sample must be a tensor (batch_size, {str(self.sample_shape)[1:]}, got {got}.")
+        told = self.told_of(len(sample), class_labels, condition)
         t, s = self._read_level("from", sigma_from, len(sample)), self._read_level("to", sigma_to, len(sample))
         if (s > t * (1 + 1e-6)).any() and not self.scheduler.config.upward:
             raise ValueError(
@@ -209,7 +212,7 @@ class CTMPipeline(EditingPipeline):
     @torch.no_grad()
     def invert(
         self,
-        images: torch.Tensor,
+        images: Images,
         class_labels: Labels = None,
         sigma_max: float | None = None,
         num_inference_steps: int | None = None,
@@ -222,7 +225,7 @@ class CTMPipeline(EditingPipeline):
         model is exact. With another `sigma_max`, pass `sigmas` that begin with it.
 
         Args:
-            images: (B, C, H, W) in [0, 1], as output_type "pt" gives them.
+            images: one or several, as `image` of a call.
             class_labels: one label for all or one per image, or names of classes, for a conditional model.
             sigma_max: the level to go up to; by default the scheduler's.
             num_inference_steps: number of steps, at Karras' levels; by default 1 jump, or 18 steps of Heun.
@@ -234,7 +237,7 @@ class CTMPipeline(EditingPipeline):
             Noise of the unit normal scale, float32 (B, C, H, W), for `latents` of a call.
 
         Raises:
-            ValueError: images outside [0, 1] or of another shape, labels missing or unknown, a solver that is unknown
+            ValueError: images that can't be read, labels missing or unknown, a solver that is unknown
                 or does not suit the model, a level or a number of steps outside its range.
         """
         config = self.scheduler.config
@@ -253,11 +256,7 @@ class CTMPipeline(EditingPipeline):
         if steps is None:
             steps = 1 if solver == "jump" else 18
         levels = self._karras(steps, sigma_max).flip(0)
-        told = self._check_sample("images", images, class_labels, condition)
-        if not (images.min() >= 0 and images.max() <= 1):
-            raise ValueError(f"images must lie in [0, 1], got [{images.min():g}, {images.max():g}].")
-
-        sample = 2 * images.to(self._execution_device, torch.float32) - 1
+        sample, told = self.read_sample(images, class_labels, condition)
         for sigma, sigma_next in zip(self.progress_bar(levels[:-1]), levels[1:]):
             if solver == "jump":
                 sample = self._jump(sample, sigma, sigma_next, told)
@@ -270,7 +269,7 @@ class CTMPipeline(EditingPipeline):
     @one_call
     def interpolate(
         self,
-        images: torch.Tensor,
+        images: Images,
         class_labels: Labels = None,
         num_images: int = 8,
         num_inference_steps: int | None = None,
@@ -285,7 +284,7 @@ class CTMPipeline(EditingPipeline):
         last image are the model's reconstructions of the two.
 
         Args:
-            images: the two (2, C, H, W) in [0, 1], as output_type "pt" gives them.
+            images: the two, as `image` of a call.
             class_labels: the label of both, for a conditional model: one, or two that are the same. There is no way
                 from class to class.
             num_images: how many to make, 2 or more, with both ends; they are one batch.
@@ -301,10 +300,10 @@ class CTMPipeline(EditingPipeline):
             ValueError: not two images, images that `invert` refuses, two classes, fewer than 2 images or 1 step asked
                 for, or two images whose noises are opposite, so that there is no one way between them.
         """
-        self._check_sample("images", images, class_labels, None)
-        labels = self.prepare_class_labels(len(images), class_labels, None, self._execution_device)
-        if len(images) != 2:
-            raise ValueError(f"images must be the two to interpolate between, (2, C, H, W), got {len(images)}.")
+        pair, told = self.read_sample(images, class_labels, None)
+        labels = told.entries.get("class_labels")
+        if len(pair) != 2:
+            raise ValueError(f"images must be the two to interpolate between, (2, C, H, W), got {len(pair)}.")
         count = read_count("num_images", num_images, None)
         if count is None or count < 2:
             raise ValueError(f"num_images must be at least 2, as both ends are made, got {count}.")
@@ -363,16 +362,6 @@ class CTMPipeline(EditingPipeline):
             floor = f" ({low} stands for 0)" if low else ""
             raise ValueError(f"sigma_{name} must lie in [{low}, {high}]{floor}, got {sigma}.")
         return level
-
-    def _check_sample(self, name: str, sample: torch.Tensor, class_labels: Labels, condition: Entries) -> Condition:
-        """What the network is told of `sample`; ValueError for a sample or a condition that it can't take."""
-        if not torch.is_tensor(sample) or tuple(sample.shape[1:]) != self.sample_shape or not len(sample):
-            got = tuple(sample.shape) if torch.is_tensor(sample) else type(sample).__name__
-            raise ValueError(f"{name} must be a tensor (batch_size, {str(self.sample_shape)[1:]}, got {got}.")
-        if self.num_classes is not None and class_labels is None:
-            raise ValueError("This model is conditional; pass the class_labels whose trajectories are meant.")
-        batch_size = self.resolve_batch_size(len(sample), class_labels, None, None)
-        return self.prepare_condition(batch_size, class_labels, condition, None, self._execution_device)
 
     def _network(
         self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, told: Condition | Guidance

@@ -393,6 +393,26 @@ class ImagePipeline(DiffusionPipeline):
             images = (latents - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
         return images.expand(noise.shape)
 
+    def read_sample(self, image: Images, class_labels: Labels, condition: Entries) -> tuple[torch.Tensor, Condition]:
+        """Images to begin with and no noise, as samples (n, *sample_shape) in float32, and what the network is told.
+
+        Raises:
+            ValueError: no images, or labels missing or unknown, as a trajectory belongs to a class.
+        """
+        images = read_images("images", image, self.image_shape)
+        if images is None:
+            raise ValueError("images must be given.")
+        told = self.told_of(len(images), class_labels, condition)
+        sample = torch.empty(len(images), *self.sample_shape, device=self._execution_device)
+        return self.encoded(images, sample), told
+
+    def told_of(self, batch_size: int, class_labels: Labels, condition: Entries) -> Condition:
+        """What the network is told of given samples; ValueError where labels are missing, as none are drawn."""
+        if self.num_classes is not None and class_labels is None:
+            raise ValueError("This model is conditional; pass the class_labels whose trajectories are meant.")
+        self.resolve_batch_size(batch_size, class_labels, None, None)
+        return self.prepare_condition(batch_size, class_labels, condition, None, self._execution_device)
+
     def steps(self, timesteps: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Number and time of each step under a progress bar, until the call is told to stop."""
         for i, timestep in enumerate(self.progress_bar(timesteps)):

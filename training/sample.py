@@ -13,14 +13,20 @@ from pathlib import Path
 
 import torch
 from diffusers.utils.logging import disable_progress_bar
-from PIL import Image
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.files import naming, written_aside
+from cm_diffusers.engine.files import save_image, written_aside
 from cm_diffusers.engine.places import check_place, earlier_files, find_device, make_folder
 from cm_diffusers.engine.processes import ends_with_a_line
-from cm_diffusers.pipelines.image_pipeline import ImagePipeline
-from cm_diffusers.sampling import captions_of, image_grid, labels_in_turn, load_pipeline, sample_images, to_pil
+from cm_diffusers.sampling import (
+    captions_of,
+    image_grid,
+    label_of,
+    labels_in_turn,
+    load_pipeline,
+    sample_images,
+    to_pil,
+)
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -74,21 +80,6 @@ def check_effects(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} has no effect without --s_churn.")
 
 
-def _label(pipeline: ImagePipeline, word: str) -> int:
-    """The label that a word is, or the name of; a number is always a label."""
-    return int(word) if word.removeprefix("-").isdecimal() else pipeline.get_label_ids(word)[0]
-
-
-def save_image(image: Image.Image, file: Path) -> None:
-    """Save an image, or nothing where the disk is full."""
-    try:
-        with naming(file):
-            image.save(file)
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
-
-
 def sample(args: argparse.Namespace) -> None:
     """Make the images that `args` ask for and write them. Raises ValueError for what can't be done."""
     if args.num_samples < 1 or args.batch_size < 1:
@@ -108,9 +99,9 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError(f"{wrong.pop()} is not an option of a {type(pipeline).__name__}.")
     if args.class_labels and pipeline.num_classes is None:
         raise ValueError("class_labels has no effect: the model is unconditional.")
-    chosen = [_label(pipeline, word) for word in args.class_labels or []]
+    chosen = [label_of(pipeline, word) for word in args.class_labels or []]
     if args.negative_class_label is not None:
-        steps["negative_class_labels"] = _label(pipeline, args.negative_class_label)
+        steps["negative_class_labels"] = label_of(pipeline, args.negative_class_label)
     pipeline.to(device).set_progress_bar_config(disable=True)
 
     make_folder(files)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 import cm_diffusers
 
 
@@ -61,6 +63,16 @@ class RunFiles:
     FOR_HUB = ".hub"  # copies that are being pushed
     LOCK = ".lock"  # held by the process that trains, while it lives
     OWNER = ".owner"  # whose it is
+
+
+def save_image(image: Image.Image, file: Path) -> None:
+    """Save an image, or nothing where the disk is full."""
+    try:
+        with naming(file):
+            image.save(file)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def digest(*parts: bytes) -> str:

@@ -15,6 +15,7 @@ from diffusers import (
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from PIL import Image
 
 from cm_diffusers import (
     ConsistencyPipeline,
@@ -352,6 +353,14 @@ def test_inversion_by_jumps_and_sampling_are_a_round_trip(steps, again):
     torch.testing.assert_close(back, images, rtol=0, atol=1e-5)
 
 
+def test_images_of_pillow_and_arrays_are_inverted_as_tensors_are():
+    pipe = ctm(GaussianTrajectory(), upward=True)
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4) * 10
+    expected = pipe.invert(torch.from_numpy(pixels / 255).float()[None, None])
+    for images in (Image.fromarray(pixels), (pixels / 255)[None, ..., None]):
+        assert torch.equal(pipe.invert(images), expected)
+
+
 def test_inversion_gives_noise_of_the_unit_normal_scale():
     pipe = ctm(GaussianTrajectory(sample_size=64), upward=True)
     noise = pipe.invert(images_of(pipe, n=1))
@@ -477,7 +486,8 @@ PAIR = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     [
         ({"images": PAIR[:1]}, r"the two to interpolate between, \(2, C, H, W\), got 1"),
         ({"images": torch.cat([PAIR, PAIR])}, "the two to interpolate between, .* got 4"),
-        ({"images": PAIR[0]}, r"images must be a tensor \(batch_size, 1, 16, 16\)"),
+        ({"images": PAIR[0]}, "the two to interpolate between, .* got 1"),
+        ({"images": PAIR[..., :4]}, r"images must have the shape \(n, 1, 16, 16\)"),
         ({"images": PAIR + 1}, r"images must lie in \[0, 1\]"),
         ({"num_images": 1}, "num_images must be at least 2, .* got 1"),
         ({"class_labels": [0, 1]}, r"of one class, .* got class_labels \[0, 1\]"),
@@ -600,9 +610,9 @@ def test_errors_of_a_jump(arguments, message):
     "arguments, message",
     [
         ({"images": SAMPLE - 1}, r"images must lie in \[0, 1\], got \[-1, -1\]"),
-        ({"images": SAMPLE * math.nan}, r"images must lie in \[0, 1\]"),
-        ({"images": SAMPLE[0]}, "images must be a tensor"),
-        ({"images": np.zeros((1, 4, 4, 1))}, "images must be a tensor .* got ndarray"),
+        ({"images": SAMPLE * math.nan}, "images must be finite"),
+        ({"images": SAMPLE[:, :, :2]}, r"images must have the shape \(n, 1, 4, 4\)"),
+        ({"images": None}, "images must be given"),
         ({"solver": "jump"}, "upward=True; use solver='heun'"),
         ({"solver": "euler"}, "'jump' or 'heun', got 'euler'"),
         ({"num_inference_steps": 0}, "at least 1, got 0"),

@@ -25,6 +25,10 @@ class GaussianMeanFlow(ModelMixin, ConfigMixin):
 
     def forward(self, sample, timestep, target_timestep, class_labels=None, return_dict=True):
         mean, t, r = self.mean(class_labels), timestep, target_timestep
+        if t == r:  # the limit, dx/dt of x = (1 - t) mean + std(t) noise
+            slope = (t - (1 - t) * self.config.data_std**2) / self.std(t) ** 2
+            output = slope * (sample - (1 - t) * mean) - mean + self.zero
+            return UNet2DOutput(output) if return_dict else (output,)
         target = (1 - r) * mean + (sample - (1 - t) * mean) * self.std(r) / self.std(t)
         output = (sample - target) / (t - r) + self.zero
         return UNet2DOutput(output) if return_dict else (output,)
@@ -107,3 +111,40 @@ def test_errors_come_before_any_work(arguments, message):
 def test_schedulers_that_move_the_times_or_add_noise_are_refused(config):
     with pytest.raises(ValueError, match=f"must leave {next(iter(config))} alone"):
         mean_flow(GaussianMeanFlow(), **config)
+
+
+@pytest.mark.parametrize("time_scale", [1.0, 1000.0])
+def test_inversion_follows_the_ode_up_and_sampling_leads_back(time_scale):
+    class Scaled(GaussianMeanFlow):
+        def forward(self, sample, timestep, target_timestep, class_labels=None, return_dict=True):
+            times = (time / time_scale for time in (timestep, target_timestep))
+            return super().forward(sample, *times, class_labels, return_dict)
+
+    network = Scaled(num_class_embeds=5)
+    pipe = MeanFlowPipeline(network, FlowMatchEulerDiscreteScheduler(), time_scale=time_scale)
+    pipe.set_progress_bar_config(disable=True)
+    labels, errors = torch.tensor([0, 2, 4]), []
+    images = 0.3 + 0.4 * torch.rand(3, 1, 4, 4)
+    exact = (2 * images - 1 - network.mean(labels)) / network.config.data_std
+    for steps in (18, 36):
+        noise = pipe.invert(images, labels, num_inference_steps=steps)
+        errors.append((noise - exact).abs().max().item())
+    assert errors[0] < 0.02 and 1.7 < math.log2(errors[0] / errors[1]) < 2.3  # of second order
+    assert torch.equal(pipe.invert(images, labels), pipe.invert(images, labels, num_inference_steps=18))
+    back = pipe(latents=noise, class_labels=labels, output_type="pt").images
+    torch.testing.assert_close(back, images, rtol=0, atol=0.003)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"images": None}, "images must be given"),
+        ({"images": torch.rand(1, 1, 4, 2)}, "images must have the shape"),
+        ({"class_labels": None}, "conditional; pass the class_labels"),
+        ({"num_inference_steps": 0}, "at least 1, got 0"),
+    ],
+)
+def test_errors_of_an_inversion(arguments, message):
+    pipe = mean_flow(GaussianMeanFlow(num_class_embeds=5))
+    with pytest.raises(ValueError, match=message):
+        pipe.invert(**{"images": torch.rand(1, 1, 4, 4), "class_labels": 1, **arguments})
