@@ -1,4 +1,4 @@
-"""A saved model in the browser: its steps, noise levels, seeds and classes; jumps and inversion of trajectory models.
+"""A saved model in the browser: its steps, noise levels, seeds and classes; edits of pictures; jumps and inversion.
 
     python -m cm_diffusers.demo runs/mine/pipeline
     python -m cm_diffusers.demo user/my-model
@@ -16,11 +16,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image, ImageOps
 
+from cm_diffusers.core.measurements import LUMA
 from cm_diffusers.pipelines import CTMPipeline
 from cm_diffusers.pipelines.class_names import null_class
+from cm_diffusers.pipelines.editing import EDITING_STEPS, EditingPipeline
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.pixels import to_uint8
 from cm_diffusers.sampling import (
@@ -39,6 +42,16 @@ except ModuleNotFoundError:
     print('error: the demo needs gradio: pip install "cm-diffusers[demo]"', file=sys.stderr)
     raise SystemExit(2) from None
 
+EDITS = {  # what a page calls the edits, and what it says of them
+    "Inpaint": ("inpaint", "What you paint over is made anew."),
+    "Outpaint": ("outpaint", "The picture at half its size, and what may lie around it."),
+    "Colorize": ("colorize", "The picture in grey, and colours for it."),
+    "Enlarge": ("super_resolve", "The picture at half its size, and what it may have been."),
+    "Denoise": ("denoise", "The picture with noise of the level, and the noise taken away by one jump."),
+    "Change": (None, "Begins with the picture, your strokes on it, and noise: the higher its level, the more is new."),
+    "Interpolate": ("interpolate", "From the image of one noise to that of another; no picture is needed."),
+}
+ODE = ("heun", "euler")
 SIDE = 480  # of the grid, in pixels, about; pictures in a row have half of it
 LAST_SEED = 2**31
 
@@ -110,9 +123,63 @@ class Demo:
         lost = (2 * (again - images)).square().mean().sqrt()
         return _shown(2 * images - 1), _shown(noise / 2), _shown(2 * again - 1), f"{lost:.3f}"
 
+    def edit(
+        self, kind: str, drawn: dict | None, label: int, seed: int, steps: int, noise_level: float | None, count: int
+    ) -> tuple:
+        """What is known of a picture (of no picture, interpolating), and a grid of `count` images made of it.
+
+        Args:
+            kind: one of `EDITS`.
+            drawn: the picture and what is painted on it, as an editor has them; without one the sample of `seed`.
+            label: of the class, from 0 on.
+            seed: of the first image.
+            steps: number of steps, of all but denoising.
+            noise_level: where a change begins, or of the noise that is taken away.
+            count: number of images.
+        """
+        _check_filled(seed=seed, noise_level=noise_level)
+        method, drawn = EDITS[kind][0], drawn or {}
+        images, labels = self._images(drawn.get("composite" if kind == "Change" else "background"), label, seed)
+        call = {"class_labels": labels and labels[0], "output_type": "np"}
+        if kind != "Denoise":
+            call["num_inference_steps"] = steps
+        if kind in ("Denoise", "Change"):
+            call["noise_level"] = noise_level
+        columns = math.ceil(math.sqrt(count))
+        if kind == "Interpolate":
+            made = self.pipeline.interpolate(count, generator=seed, **call).images
+            return None, image_grid(made, columns, SIDE // columns)
+        if kind == "Inpaint":
+            call["mask"] = _painted(drawn.get("layers") or [], images.shape[-2:])
+        elif kind in ("Outpaint", "Enlarge"):
+            images = F.interpolate(images, scale_factor=0.5, mode="area")
+        elif kind == "Colorize":
+            images = (images * torch.tensor(LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)
+        elif kind == "Denoise":
+            noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+            images = images + noise_level / 2 * noise  # whose level is that of images in [-1, 1]
+        known = torch.where(call["mask"] > 0, 0.5, images) if kind == "Inpaint" else images
+        begin = getattr(self.pipeline, method) if method else self.pipeline
+        seeds = list(range(seed, seed + count))
+        made = begin(image=images.expand(count, -1, -1, -1), generator=seeds, **call).images
+        return _shown(2 * known.clamp(0, 1) - 1), image_grid(made, columns, SIDE // columns)
+
+    def _edits(self) -> list[str]:
+        """The edits that the model can do."""
+        names = list(EDITS)
+        if not isinstance(self.pipeline, EditingPipeline) or self.pipeline.scheduler.config.get("solver") in ODE:
+            return ["Change"]  # of diffusion models and mean flows
+        if self.pipeline.image_shape[0] != 3:
+            names.remove("Colorize")
+        if self.pipeline.vae is not None:
+            names = [name for name in names if name not in ("Colorize", "Enlarge", "Denoise")]
+        if isinstance(self.pipeline, CTMPipeline):
+            names.remove("Interpolate")
+        return names
+
     def _images(self, picture: Image.Image | None, label: int, seed: int) -> tuple[torch.Tensor, list[int] | None]:
         """The picture, or else the sample of `seed`, as images (1, C, H, W) in [0, 1], and its class labels."""
-        channels, height, width = self.pipeline.sample_shape
+        channels, height, width = self.pipeline.image_shape
         labels = None if self.pipeline.num_classes is None else [self.pipeline.classes[label]]
         if picture is None:
             images = sample_images(self.pipeline, range(seed, seed + 1), labels, num_inference_steps=2)
@@ -130,15 +197,15 @@ class Demo:
         about = f"Images of {width} x {height} pixels, {'grey' if channels == 1 else 'RGB'}{classes}."
         with gr.Blocks(title=self.name, analytics_enabled=False) as page:
             gr.Markdown(f"# {self.name}\n{about}")
+            with gr.Tab("Sample"):
+                self._sample_tab()
+            with gr.Tab("Edit"):
+                self._edit_tab()
             if isinstance(self.pipeline, CTMPipeline) and self.pipeline.vae is None:
-                with gr.Tab("Sample"):
-                    self._sample_tab()
                 with gr.Tab("Jump"):
                     self._jump_tab()
                 with gr.Tab("Invert"):
                     self._invert_tab()
-            else:
-                self._sample_tab()
         return page
 
     def _sample_tab(self) -> None:
@@ -179,6 +246,30 @@ class Demo:
                 levels = gr.Textbox(label="Noise levels used (sigma)")
         inputs = [steps, sigmas, gamma, label, seed, count, guidance]
         _on([button.click, sigmas.submit], self.sample, inputs, [grid, levels])
+
+    def _edit_tab(self) -> None:
+        names = self._edits()
+        with gr.Row():
+            with gr.Column(scale=1):
+                kind = gr.Radio(names, value=names[0], label="What to do")
+                about = gr.Markdown(EDITS[names[0]][1])
+                drawn = gr.ImageEditor(
+                    label="Your picture (none: the sample of the seed)",
+                    type="pil",
+                    image_mode="RGBA",
+                    sources=["upload", "clipboard"],
+                    height=300,
+                )
+                label, seed = self._class_and_seed()
+                steps = gr.Slider(1, 40, EDITING_STEPS, step=1, label="Steps")
+                level = gr.Number(1.0, label="Noise level (sigma)", info="of Change and Denoise")
+                count = gr.Slider(2, 16, 4, step=1, label="Number of images")
+                button = gr.Button("Edit", variant="primary")
+            with gr.Column(scale=2):
+                known = _picture("What is known", buttons=[])
+                grid = _picture("Edited", buttons=["download", "fullscreen"])
+        kind.change(lambda name: EDITS[name][1], kind, about, api_name="about", api_visibility="private")
+        _on([button.click], self.edit, [kind, drawn, label, seed, steps, level, count], [known, grid])
 
     def _jump_tab(self) -> None:
         config = self.pipeline.scheduler.config
@@ -236,6 +327,14 @@ class Demo:
 def _picture(label: str, **settings) -> gr.Image:
     """A picture to look at; the label is not shown, as it would cover a corner of it."""
     return gr.Image(label=label, show_label=False, format="png", interactive=False, **settings)
+
+
+def _painted(layers: list[Image.Image], size: tuple[int, int]) -> torch.Tensor:
+    """What was painted on a picture, (H, W) of `size`, 1 there and 0 elsewhere, cut as the picture is."""
+    if not any(np.asarray(layer)[..., 3].any() for layer in layers):
+        raise ValueError("Nothing is painted; paint over what is to be made anew.")
+    masks = [ImageOps.fit(layer.getchannel("A"), size[::-1], Image.Resampling.BOX) for layer in layers]
+    return torch.from_numpy(np.max([np.asarray(mask) > 0 for mask in masks], 0)).float()
 
 
 def _row(*titles: str) -> list[gr.Image]:

@@ -241,6 +241,67 @@ def test_an_inversion_of_an_upload(trajectory, tmp_path):
     assert noise.std() > 10
 
 
+def drawn(folder, pixels, layer=None):
+    """What an editor holds: a picture, and strokes on it."""
+    Image.fromarray(pixels).save(folder / "picture.png")
+    value = {"background": handle_file(folder / "picture.png"), "layers": [], "composite": None}
+    if layer is not None:
+        Image.fromarray(layer).save(folder / "layer.png")
+        composite = Image.alpha_composite(Image.fromarray(pixels).convert("RGBA"), Image.fromarray(layer))
+        composite.save(folder / "composite.png")
+        value["layers"] = [handle_file(folder / "layer.png")]
+        value["composite"] = handle_file(folder / "composite.png")
+    return value
+
+
+def test_edits_of_a_picture_are_those_of_the_pipeline(trajectory, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    layer = np.zeros((8, 8, 4), np.uint8)
+    layer[2:5, 3:] = (255, 0, 0, 255)
+    mask = torch.from_numpy(layer[..., 3] > 0).float()
+    value, pipeline = drawn(tmp_path, pixels, layer), trajectory.demo.pipeline
+    image, strokes = pixels[None] / 255, np.where(layer[..., 3:] > 0, layer[..., :3], pixels)[None] / 255
+    half = torch.nn.functional.avg_pool2d(torch.from_numpy(image).movedim(-1, 1), 2)
+    call = {"class_labels": 1, "num_inference_steps": 3, "generator": [5, 6], "batch_size": 2, "output_type": "np"}
+    expected = {
+        "Inpaint": pipeline.inpaint(image, mask, **call),
+        "Outpaint": pipeline.outpaint(half, **call),
+        "Colorize": pipeline.colorize(image @ np.array([[0.299], [0.587], [0.114]]), **call),
+        "Enlarge": pipeline.super_resolve(half, **call),
+        "Change": pipeline(image=strokes, noise_level=2.0, **call),
+    }
+    for kind, made in expected.items():
+        known, grid = trajectory.ask(
+            "edit", kind=kind, drawn=value, label="1", seed=5, steps=3, noise_level=2.0, count=2
+        )
+        assert trajectory.calls == 3 and known.std() > 5
+        for i in range(2):
+            shown = grid[:240:30, 242 * i : 242 * i + 240 : 30].astype(int)
+            assert np.abs(shown - made.images[i] * 255).max() <= 2, kind
+    noisy, grid = trajectory.ask("edit", kind="Denoise", drawn=value, label="1", seed=5, noise_level=0.5, count=2)
+    assert trajectory.calls == 1 and np.array_equal(grid[:240, :240], grid[:240, 242:482])  # no noise is drawn anew
+
+
+def test_edits_are_those_that_the_model_can_do(consistency, trajectory):
+    assert trajectory.demo._edits() == ["Inpaint", "Outpaint", "Colorize", "Enlarge", "Denoise", "Change"]
+    assert consistency.demo._edits() == ["Inpaint", "Outpaint", "Enlarge", "Denoise", "Change", "Interpolate"]
+    for kind in ("diffusion", "heun", "mean flow"):
+        assert Demo(OTHERS[kind][0], "a/model")._edits() == ["Change"]
+    grid = consistency.demo.edit("Interpolate", None, 1, 3, 2, 1.0, 4)[1]
+    assert np.asarray(grid).std() > 5
+
+
+def test_without_a_picture_the_sample_of_the_seed_is_edited(consistency):
+    known = consistency.demo.edit("Enlarge", {"background": None, "layers": []}, 1, 3, 2, 1.0, 2)[0]
+    image = sample_images(consistency.demo.pipeline, range(3, 4), [1], num_inference_steps=2)[0, ..., 0]
+    halves = image.reshape(4, 2, 4, 2).mean((1, 3))
+    assert np.abs(np.asarray(known.convert("L"))[30:240:60, 30:240:60] - halves * 255).max() <= 1
+    with pytest.raises(ValueError, match="Nothing is painted"):
+        consistency.demo.edit("Inpaint", None, 1, 3, 2, 1.0, 2)
+    with pytest.raises(ValueError, match="Noise level is empty"):
+        consistency.demo.edit("Change", None, 1, 3, 2, None, 2)
+
+
 def test_a_file_that_is_no_picture_is_an_error_on_the_page(trajectory, tmp_path):
     (tmp_path / "words.png").write_text("words")
     with pytest.raises(Exception, match="cannot identify image file"):

@@ -165,7 +165,7 @@ def edit(args: argparse.Namespace) -> None:
             earlier.pop().unlink()
         for k, image in enumerate(images):
             save_image(to_pil(image), files / f"{i * len(images) + k:06d}.png")
-        shown += [as_shown(picture, images[0].shape)] * (picture is not None) + list(images)
+        shown += [as_shown(one, images[0].shape) for one in [picture] if one is not None] + list(images)
     with written_aside(args.output_dir / "grid.png") as aside:
         image_grid(shown, columns=len(shown) // len(rounds)).save(aside)
     print(f"Saved {args.output_dir / 'grid.png'} and the images in {files}.")

@@ -142,4 +142,4 @@ def test_the_app_makes_an_image_where_the_library_is_not(hub, api, tmp_path):
     command = [sys.executable, "-I", "-c", APP, str(folder)]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "Blocks ['invert', 'jump', 'sample'] 2 levels, a picture\n"
+    assert run.stdout == "Blocks ['about', 'edit', 'invert', 'jump', 'sample'] 2 levels, a picture\n"
