@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from cm_diffusers.engine.sharing import hub as engine_hub
-from tests.helpers.breadth import narrowed
 from tests.helpers.loopback import File, Repository
 from tests.helpers.scripts import load_script
 
@@ -73,7 +72,8 @@ def test_a_dataset_on_the_hub_is_read_by_its_id(hub, prepare, tmp_path, capsys):
     assert json.loads(run.stdout) == {split: [["a", "b"], [0, 0, 0, 1, 1, 1], 6] for split in ("train", "test")}
 
 
-@pytest.mark.parametrize("streaming", narrowed([False, True], True))
+@pytest.mark.wide
+@pytest.mark.parametrize("streaming", [False, True])
 def test_image_files_on_the_hub_are_opened_streamed_or_not(hub, tmp_path, streaming):
     tree = {}
     for i, name in enumerate(("10/a.png", "10/b.png", "9/c.png", "9/no image.png")):

@@ -44,7 +44,7 @@ def dit():
     return DiTModel.from_transformer(DiTTransformer2DModel(in_channels=1, num_embeds_ada_norm=10, **DIT))
 
 
-@pytest.mark.parametrize("name", narrowed(NETWORKS, "jvp", "ddpmpp, classes", "adm, two times", "dit", "raw sigma"))
+@pytest.mark.parametrize("name", narrowed(NETWORKS, "jvp", "adm, two times", "dit"))
 def test_an_export_takes_any_batch(name):
     network, more = NETWORKS[name]()
     shapes = {key: {0: torch.export.Dim.AUTO} for key in ("sample", "timestep", *more)}

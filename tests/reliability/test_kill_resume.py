@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.breadth import narrowed
 from tests.helpers.training_runs import differences, flags, read_log, tensors
 
 
@@ -99,7 +98,8 @@ def test_ten_kills_change_nothing(server, whole, tmp_path):
     assert not being_saved(tmp_path)
 
 
-@pytest.mark.parametrize("method", narrowed(AVERAGING, "cd"))
+@pytest.mark.wide
+@pytest.mark.parametrize("method", AVERAGING)
 def test_kills_leave_the_target_average_as_it_is(server, teacher, tmp_path, method):
     settings = {**SETTINGS, **AVERAGING[method]}
     if method == "cd":

@@ -267,7 +267,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
             {"max_train_steps": 3},
             marks=pytest.mark.wide,
         ),
-        ("cm_diffusers.engine.saved.export", "verify_export", "as the model was exported", {"max_train_steps": 3}),
+        pytest.param(
+            "cm_diffusers.engine.saved.export",
+            "verify_export",
+            "as the model was exported",
+            {"max_train_steps": 3},
+            marks=pytest.mark.wide,
+        ),
     ],
 )
 def test_where_nothing_is_to_be_saved_a_signal_ends_the_run_at_once(start, number, where, name, said, settings):
@@ -340,6 +346,7 @@ def test_a_request_raises_at_once_or_after_the_block(held):
     assert caught.value.code == 128 + signal.SIGUSR1 and caught.value.message == "Stopped by SIGUSR1 here."
 
 
+@pytest.mark.wide
 def test_a_closed_terminal_does_not_keep_the_run_from_saving(tmp_path):
     """The reader of its output is gone, as `tee` is after a connection was cut."""
     command = [*PYTHON, *flags(tmp_path / "run", **LONG)]
