@@ -1,20 +1,49 @@
-"""What sampling costs beyond the network: pipeline calls with output_type="pt" over bare forward passes.
+"""What sampling costs beyond the network.
 
-    python benchmarks/sampling_cost.py
+    python benchmarks/sampling_cost.py              # pipeline calls over bare forward passes
+    python benchmarks/sampling_cost.py --overhead   # pipeline calls around a network that computes nothing
 
-Batch 64, images of 28x28, the preset `small`, float32, 1 and 2 steps.
+The first: batch 64, images of 28x28, the preset `small`, float32, 1 and 2 steps. The second: one image of 8x8, the CPU
+time of one thread; beside this build an earlier one (--before) and diffusers' own `ConsistencyModelPipeline`, which
+take turns in one process, all with the progress bar off.
 """
 
 import argparse
+import importlib
+import io
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import torch
-from common import paired, show
+from common import paired, seconds, show
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+)
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 
+import cm_diffusers
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.models import build_unet
 
 
 BATCH = 64
+KINDS = {  # of a build
+    "ConsistencyPipeline": lambda build: (build.ConsistencyPipeline, build.MultistepConsistencyScheduler(), {}),
+    "CTMPipeline": lambda build: (build.CTMPipeline, build.CTMScheduler(), {}),
+    "TrigFlowPipeline": lambda build: (build.TrigFlowPipeline, build.TrigFlowScheduler(), {}),
+    "MeanFlowPipeline": lambda build: (build.MeanFlowPipeline, FlowMatchEulerDiscreteScheduler(), {}),
+    "DenoisingPipeline, Euler": lambda build: (build.DenoisingPipeline, EDMEulerScheduler(), {"solver": "euler"}),
+}
 
 
 @torch.no_grad()
@@ -36,8 +65,69 @@ def measure(steps: int, rounds: int) -> dict:
     return paired(whole, {"forwards": forwards}, rounds, repeats=3)
 
 
+class Nothing(ModelMixin, ConfigMixin):
+    """A network that gives back its input."""
+
+    @register_to_config
+    def __init__(self, sample_size: int = 8, in_channels: int = 1, num_class_embeds: int = 10):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True, target_timestep=None):
+        return (sample,)
+
+
+def earlier_build(commit: str) -> ModuleType:
+    """The library as it was at `commit`, beside the one that is imported."""
+    root = Path(cm_diffusers.__file__).parents[1]
+    archive = subprocess.run(
+        ["git", "-C", root, "archive", commit, "cm_diffusers", "pipelines"], check=True, capture_output=True
+    )
+    folder = tempfile.mkdtemp()
+    tarfile.open(fileobj=io.BytesIO(archive.stdout)).extractall(folder, filter="data")
+    for name in [name for name in sys.modules if name.split(".")[0] == "cm_diffusers"]:
+        del sys.modules[name]
+    sys.path.insert(0, folder)
+    return importlib.import_module("cm_diffusers")
+
+
+def overhead(commit: str, rounds: int) -> None:
+    """Print a table of microseconds for each kind of pipeline, by number of steps."""
+    torch.set_num_threads(1)
+    builds = {"now": cm_diffusers, "before": earlier_build(commit)}
+    stock = ConsistencyModelPipeline(Nothing(), CMStochasticIterativeScheduler())
+    print(f"| us | steps | now | {commit} | now / {commit} | diffusers | now / diffusers |")
+    print("|---|---|---|---|---|---|---|")
+    for kind, of_build in KINDS.items():
+        for steps in (2 if "Denoising" in kind else 1, 8):
+            calls = {"diffusers": call(stock, steps)}
+            for name, build in builds.items():
+                cls, scheduler, more = of_build(build)
+                calls[name] = call(cls(Nothing(), scheduler), steps, **more)
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for _ in range(rounds):
+                for name, function in calls.items():
+                    times[name].append(1e6 * seconds(function, 20))
+            now, before, theirs = (statistics.median(times[name][1:]) for name in ("now", "before", "diffusers"))
+            print(
+                f"| {kind} | {steps} | {now:.0f} | {before:.0f} | {now / before:.2f} | {theirs:.0f} |"
+                f" {now / theirs:.2f} |",
+                flush=True,
+            )
+
+
+def call(pipeline, steps: int, **more) -> Callable[[], object]:
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda: pipeline(class_labels=3, num_inference_steps=steps, output_type="pt", **more)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--overhead", action="store_true", help="around a network that computes nothing")
+    parser.add_argument("--before", default="2c827e7", help="commit of the earlier build (2c827e7)")
     args = parser.parse_args()
-    show({f"{n}_step{'s' if n > 1 else ''}": measure(n, args.rounds) for n in (1, 2)})
+    if args.overhead:
+        overhead(args.before, args.rounds)
+    else:
+        show({f"{n}_step{'s' if n > 1 else ''}": measure(n, args.rounds) for n in (1, 2)})

@@ -25,7 +25,8 @@ class Call:
 
     def __init__(self, pipeline: DiffusionPipeline, scheduler: SchedulerMixin, stops: int):
         self.pipeline, self.stops, self.stopped = pipeline, stops, False
-        self.device: torch.device | None = None  # where it runs, once that was asked for
+        self.device: torch.device | None = None  # where it runs and in what, once that was asked for
+        self.dtype: torch.dtype | None = None
         self.own_scheduler = scheduler
         self.scheduler = copy.copy(scheduler)  # whose `set_timesteps` makes all that steps change
 

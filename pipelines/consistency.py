@@ -107,6 +107,7 @@ class ConsistencyPipeline(EditingPipeline):
         images, level = self.read_start(image, noise_level, sigmas, timesteps)
         num_inference_steps, sigmas, timesteps = self.read_levels(num_inference_steps, sigmas, timesteps, level)
         scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas)
+        scheduler.set_begin_index(0)  # no search for the first time, for which a GPU would have to be waited for
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
@@ -122,9 +123,10 @@ class ConsistencyPipeline(EditingPipeline):
         sample = noise.float() * scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
         if images is not None:
             sample = self.encoded(images, noise) + sample
+        sigma = scheduler.sigmas.tolist()
         for i, t in self.steps(scheduler.timesteps):
             network_input = scheduler.scale_model_input(sample, t).to(noise.dtype)
-            output = call_guided(self.unet, network_input, t, told=told, sigma=scheduler.sigmas[i])
+            output = call_guided(self.unet, network_input, t, told=told, sigma=sigma[i])
             sample, denoised = scheduler.step(output.float(), t, sample, generator, return_dict=False)
             tensors = {"latents": sample, "pred_original_sample": denoised}
             sample = self.after_step(callback_on_step_end, i, t, tensors, names)

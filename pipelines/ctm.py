@@ -157,14 +157,18 @@ class CTMPipeline(EditingPipeline):
         )
         told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
         scheduler = self.scheduler
-        levels, targets = scheduler.sigmas, scheduler.target_sigmas
+        scheduler.set_begin_index(0)
+        levels, targets = scheduler.sigmas, scheduler.target_timesteps.unbind()
+        sigma = levels.tolist()
         sample = noise.float() * scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
         if images is not None:
             sample = self.encoded(images, noise) + sample
         for i, t in self.steps(scheduler.timesteps):
             if solver == "gamma":
-                output = self._network(sample, levels[i], targets[i], told)
-                sample, denoised = scheduler.step(output, t, sample, generator, return_dict=False)
+                network_input = scheduler.scale_model_input(sample, t).to(noise.dtype)
+                end = {"target_timestep": targets[i]}
+                output = call_guided(self.unet, network_input, t, told=told, sigma=sigma[i], **end)
+                sample, denoised = scheduler.step(output.float(), t, sample, generator, return_dict=False)
             else:
                 sample, denoised = self._ode_step(sample, levels[i], levels[i + 1], told, solver)
             tensors = {"latents": sample, "pred_original_sample": denoised}
@@ -367,7 +371,7 @@ class CTMPipeline(EditingPipeline):
         self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, told: Condition | Guidance
     ) -> torch.Tensor:
         """The network's output F for a jump of `sample` from `sigma` to `sigma_to`."""
-        network_input = self.scheduler.precondition_inputs(sample, sigma).to(self.unet.dtype)
+        network_input = self.scheduler.precondition_inputs(sample, sigma).to(self.network_dtype)
         timestep, target = (self.scheduler.labels(s, sample.device) for s in (sigma, sigma_to))
         output = call_guided(self.unet, network_input, timestep, told=told, sigma=sigma, target_timestep=target)
         return output.float()

@@ -29,7 +29,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..core.conditions import Condition, of_classes
 from ..core.guidance import Guidance, call_guided
 from ..core.karras import karras_sigma
-from ..core.parameterisation import NetworkInput, read_out, read_out_of_input
+from ..core.parameterisation import NetworkInput, read_out_of_input
 from ..core.solvers import heun_end
 from ..core.time_labels import checked_label, vp_angles
 from .arguments import Entries, Generators, Images, Labels, Levels, Samples, read_count, read_number
@@ -129,7 +129,7 @@ class DenoisingPipeline(ImagePipeline):
         given = self._network_input
         edm = prediction in ("edm", "trigflow")  # whose outputs differ in their sign alone
         network_input = self.scheduler.precondition_inputs(sample, sigma) if edm else sample / given.norm(sigma)
-        cast = network_input.to(self.unet.dtype)
+        cast = network_input.to(self.network_dtype)
         label = given.label(sigma).to(sample.device)
         told = condition if isinstance(condition, (Condition, Guidance)) else of_classes(condition)
         output = call_guided(self.unet, cast, label, told=told, sigma=sigma).float()
@@ -137,7 +137,7 @@ class DenoisingPipeline(ImagePipeline):
             output = -output if prediction == "trigflow" else output
             return self.scheduler.precondition_outputs(sample, output, sigma)
         if prediction == "epsilon":
-            return read_out(prediction, output, sample, sigma)
+            return sample - sigma * output
         return read_out_of_input(prediction, output, network_input, sigma)
 
     @property
@@ -304,6 +304,7 @@ class DenoisingPipeline(ImagePipeline):
         scheduler = self.scheduler
         images, level = self.read_start(image, noise_level, sigmas, timesteps)
         self._set_levels(*self.read_levels(num_inference_steps, sigmas, timesteps, level))
+        scheduler.set_begin_index(0)
         scheduler.is_scale_input_called = True  # `denoise` scales the network's input itself
         levels = scheduler.sigmas
         churn = min(s_churn / scheduler.num_inference_steps, math.sqrt(2) - 1)

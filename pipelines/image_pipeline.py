@@ -76,13 +76,25 @@ class ImagePipeline(DiffusionPipeline):
 
     @property
     def _execution_device(self) -> torch.device:
-        """As diffusers finds it, once in each call."""
+        """As diffusers finds it, once in each call: where the network is, unless hooks are to bring it somewhere."""
+        call = current_call(self)
+        if call is not None and call.device is not None:
+            return call.device
+        hooked = hasattr(self.unet, "_hf_hook") or any(hasattr(m, "_diffusers_hook") for m in self.unet.modules())
+        device = super()._execution_device if hooked else self.unet.device
+        if call is not None:
+            call.device = device
+        return device
+
+    @property
+    def network_dtype(self) -> torch.dtype:
+        """The network's dtype, found once in each call, as diffusers asks all modules for it."""
         call = current_call(self)
         if call is None:
-            return super()._execution_device
-        if call.device is None:
-            call.device = super()._execution_device
-        return call.device
+            return self.unet.dtype
+        if call.dtype is None:
+            call.dtype = self.unet.dtype
+        return call.dtype
 
     def register_modules(self, **modules: Any) -> None:
         """Take over components as diffusers does. Raises ValueError for a scheduler of a foreign class."""
@@ -244,8 +256,8 @@ class ImagePipeline(DiffusionPipeline):
         """Unit normal noise (batch_size, *sample_shape) in the network's dtype, or the given latents."""
         if latents is None:
             shape = (batch_size, *self.sample_shape)
-            return randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
-        return latents.to(device=device, dtype=self.unet.dtype)
+            return randn_tensor(shape, generator=generator, device=device, dtype=self.network_dtype)
+        return latents.to(device=device, dtype=self.network_dtype)
 
     def prepare_class_labels(
         self, batch_size: int, class_labels: Labels, generator: OneOrMore, device: torch.device
@@ -274,8 +286,8 @@ class ImagePipeline(DiffusionPipeline):
         device: torch.device,
     ) -> Condition:
         """What the network is told of each image: class labels, see `prepare_class_labels`, and other entries."""
-        labels = self.prepare_class_labels(batch_size, class_labels, generator, device)
-        return of_classes(labels).also(**read_entries(entries, batch_size)).to(device)
+        told = of_classes(self.prepare_class_labels(batch_size, class_labels, generator, device))
+        return told if entries is None else told.also(**read_entries(entries, batch_size)).to(device)
 
     def guided(
         self, told: Condition, scale: float, interval: Levels, negative_class_labels: Labels
@@ -415,7 +427,8 @@ class ImagePipeline(DiffusionPipeline):
 
     def steps(self, timesteps: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Number and time of each step under a progress bar, until the call is told to stop."""
-        for i, timestep in enumerate(self.progress_bar(timesteps)):
+        times, settings = timesteps.unbind(), getattr(self, "_progress_bar_config", {})
+        for i, timestep in enumerate(times if settings.get("disable") else self.progress_bar(times)):
             if self.interrupt:
                 return
             yield i, timestep

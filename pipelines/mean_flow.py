@@ -167,6 +167,7 @@ class MeanFlowPipeline(ImagePipeline):
         if images is not None and times[0] == 1:
             raise ValueError("An image with noise of an infinite level is no more than noise; leave the image out.")
         scheduler.set_timesteps(sigmas=times, device=self._execution_device)
+        scheduler.set_begin_index(0)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
@@ -224,7 +225,7 @@ class MeanFlowPipeline(ImagePipeline):
 
         def slope(x: torch.Tensor, time: float) -> torch.Tensor:
             label = torch.tensor(self.config.time_scale * time, device=x.device)
-            x, times = x.to(self.unet.dtype), {"target_timestep": label}
+            x, times = x.to(self.network_dtype), {"target_timestep": label}
             return call_network(self.unet, x, label, condition=told, return_dict=False, **times)[0].float()
 
         step = 1 / num_inference_steps

@@ -119,6 +119,7 @@ class TrigFlowPipeline(EditingPipeline):
         images, level = self.read_start(image, noise_level, sigmas, timesteps)
         num_inference_steps, sigmas, timesteps = self.read_levels(num_inference_steps, sigmas, timesteps, level)
         scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, solver)
+        scheduler.set_begin_index(0)
         if images is not None and scheduler.sigmas[0] == math.inf:
             raise ValueError("An image with noise of an infinite level is no more than noise; leave the image out.")
         names = callback_on_step_end_tensor_inputs
@@ -136,20 +137,12 @@ class TrigFlowPipeline(EditingPipeline):
         sample = noise.float() * scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
         if images is not None:
             sample = scheduler.add_noise(self.encoded(images, noise), noise.float(), sigmas=scheduler.sigmas[0])
-        step = 0
-        with self.progress_bar(total=scheduler.num_inference_steps) as bar:
-            for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
-                if scheduler.state_in_first_order:
-                    began = t
+        order, calls = scheduler.order, list(zip(scheduler.timesteps.unbind(), scheduler.sigmas.tolist()))
+        for i, began in self.steps(scheduler.timesteps[::order]):
+            for t, sigma in calls[order * i : order * (i + 1)]:  # two of Heun, but for the last step
                 network_input = scheduler.scale_model_input(sample, t).to(noise.dtype)
                 output = call_guided(self.unet, network_input, t, told=told, sigma=sigma)
                 sample, denoised = scheduler.step(output.float(), t, sample, generator, return_dict=False)
-                if not scheduler.state_in_first_order:
-                    continue  # in the middle of a step of Heun
-                tensors = {"latents": sample, "pred_original_sample": denoised}
-                sample = self.after_step(callback_on_step_end, step, began, tensors, names)
-                step += 1
-                bar.update()
-                if self.interrupt:
-                    break
+            tensors = {"latents": sample, "pred_original_sample": denoised}
+            sample = self.after_step(callback_on_step_end, i, began, tensors, names)
         return self.finish(sample, output_type, return_dict)

@@ -11,7 +11,7 @@
 The estimate D of x0 is a sum of x and the output with factors that only depend on sigma. Their roundings differ with
 the order of operations, and the numbers of saved models and of training are kept to the bit. So there is a form for
 a network's own process (`read_out_on_process`), one for jumps from level to level (`jump_scalings`), one for slopes
-(`slope_scalings`) and two for samplers (`read_out`, `read_out_of_input`).
+(`slope_scalings`) and two for samplers (`read_out_scalings`, `read_out_of_input`).
 """
 
 import numpy as np
@@ -54,42 +54,44 @@ def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float = 0.0) -> tu
     return c_skip, c_out, 1 / norm
 
 
-def read_out(
-    prediction: str, output: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 1.0, sigma_min: float = 0.0
-) -> Tensor:
-    """D(x, sigma) that a network's output means, for x = x0 + sigma noise.
+def read_out_scalings(
+    prediction: str, sigma: Tensor, sigma_data: float = 1.0, sigma_min: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The factors of x = x0 + sigma noise and of the network's output F in D(x, sigma).
 
-    For "edm" in the order of diffusers' `CMStochasticIterativeScheduler`, to whose bits it agrees.
+    For "edm" keep x + gain F agrees to the bits of diffusers' `CMStochasticIterativeScheduler`.
 
     Args:
         prediction: one of `JUMP_PREDICTIONS`, or "sample".
-        output, x: (B, ...).
-        sigma: () or of a shape that broadcasts against `x`.
+        sigma: any shape.
         sigma_data: root mean square of the data, for "edm".
         sigma_min: the floor of "edm", where D(x, sigma_min) = x.
     """
     if prediction == "sample":
-        return output
+        return torch.zeros_like(sigma), torch.ones_like(sigma)
     if prediction == "epsilon":
-        return x - sigma * output
+        return torch.ones_like(sigma), -sigma
     if prediction == "v_prediction":
-        return x / (sigma**2 + 1) - sigma / input_norm(prediction, sigma) * output
+        return 1 / (sigma**2 + 1), -sigma / input_norm(prediction, sigma)
     if prediction == "flow":
-        return (x - sigma * output) / input_norm(prediction, sigma)
+        norm = input_norm(prediction, sigma)
+        return 1 / norm, -sigma / norm
     c_skip, c_out, _ = edm_scalings(sigma, sigma_data, sigma_min)
-    return c_skip * x + c_out * output
+    return c_skip, c_out
 
 
 def read_out_of_input(prediction: str, output: Tensor, network_input: Tensor, sigma: Tensor) -> Tensor:
-    """`read_out` for "flow" and "v_prediction" from x / norm: the form of `DenoisingPipeline`.
+    """D for "flow" and "v_prediction" from x / norm: the form of `DenoisingPipeline`.
 
-    It differs in the last bit, which the images of saved diffusion models have.
+    It differs from that of `read_out_scalings` in the last bit, which the images of saved diffusion models have.
     """
     norm = input_norm(prediction, sigma)
     return (network_input if prediction == "flow" else network_input / norm) - sigma / norm * output
 
 
-def read_out_on_process(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, std: Tensor) -> Tensor:
+def read_out_on_process(
+    prediction: str, output: Tensor, x: Tensor, alpha: Tensor | float, std: Tensor | float
+) -> Tensor:
     """The estimate of x0 that a network's output means, for x = alpha x0 + std noise in the scale of its own process.
 
     It holds where x is pure noise, too (alpha = 0), but for "epsilon", which says nothing of x0 there.
@@ -97,7 +99,7 @@ def read_out_on_process(prediction: str, output: Tensor, x: Tensor, alpha: Tenso
     Args:
         prediction: "sample", "epsilon", "v_prediction", "flow", or "trigflow", whose std is sin(t) sigma_data.
         output, x: (B, ...).
-        alpha, std: () or of a shape that broadcasts against `x`.
+        alpha, std: numbers, or of a shape that broadcasts against `x`.
     """
     if prediction == "sample":
         return output

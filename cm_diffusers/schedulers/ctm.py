@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.arrays import append_dims
 from ..core.parameterisation import slope_scalings
-from .levels import KarrasLevels, as_float64, is_real
+from .levels import KarrasLevels, as_float64, as_labels, is_real
 from .network_input import network_input
 from .stock import CheckedConfig
 
@@ -154,13 +154,21 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
 
         The labels go to `device`, where it knows float64.
         """
-        self.gamma = gamma
+        self.gamma, self._step_index, self._begin_index = gamma, None, None
+        if self._are_set(levels, gamma, device):
+            return
         self.sigmas = torch.from_numpy(levels)
         self.target_sigmas = torch.from_numpy(self._targets(levels[1:-1], gamma))
         self._noise_stds = (self.sigmas[1:] ** 2 - self.target_sigmas**2).clamp(min=0).sqrt()
-        self.timesteps = self.labels(self.sigmas[:-1], device)
+        self._labels = self.sigma_to_timestep(levels[:-1])
+        self.timesteps = as_labels(self._labels, device)
         self.target_timesteps = self.labels(self.target_sigmas, device)
-        self._step_index = self._begin_index = None
+
+    def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """What the sample is divided by for the network, the factors of jumps to the floor and to the target."""
+        sigma, floor = self.sigmas[:-1], torch.as_tensor(self.config.sigma_min, dtype=torch.float64)
+        jumps = (self._jump_scalings(sigma, to) for to in (floor, self.target_sigmas))
+        return self.input.norm(sigma), *next(jumps), *next(jumps), self._noise_stds
 
     def _targets(self, following: np.ndarray, gamma: float) -> np.ndarray:
         """Where the calls jump to, for the levels `following` the first; the last one to the floor."""
@@ -201,10 +209,14 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
             sigma: t, () or (B,), 0 or above.
             sigma_to: s, () or (B,), 0 or above.
         """
-        t, s = as_float64(sigma), as_float64(sigma_to)
-        pull, gain = slope_scalings(self.config.prediction, t, self.config.sigma_data)
-        keep, change = self._factor(1 + (s - t) * pull, sample), self._factor((t - s) * gain, sample)
+        scalings = self._jump_scalings(as_float64(sigma), as_float64(sigma_to))
+        keep, change = (self._factor(factor, sample) for factor in scalings)
         return keep * sample.to(keep.dtype) + change * model_output.to(keep.dtype)  # eq. 9
+
+    def _jump_scalings(self, t: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of x and F in G(x, t, s), in float64."""
+        pull, gain = slope_scalings(self.config.prediction, t, self.config.sigma_data)
+        return 1 + (s - t) * pull, (t - s) * gain
 
     def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """dx / dsigma = (x - g(x, t, t)) / t of the probability-flow ODE, from F(c_in x, t, t).
@@ -217,7 +229,8 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """`sample` divided by sqrt(sigma^2 + sigma_data^2), the network's input at `timestep`."""
-        return self.precondition_inputs(sample, self.sigmas[self._index_now(timestep)])
+        index = self._index_now(timestep)
+        return sample / self._factors(index, torch.promote_types(sample.dtype, torch.float32))[0]
 
     def step(
         self,
@@ -237,18 +250,20 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
             generator: source of the noise; a list has one per sample. None is drawn for gamma = 0.
             return_dict: give an output object rather than a tuple.
         """
-        index, floor = self._index_now(timestep), self.config.sigma_min
-        sigma, target, noise_std = self.sigmas[index], self.target_sigmas[index], self._noise_stds[index]
-
-        denoised = self.jump(model_output, sample, sigma, floor)
+        index = self._index_now(timestep)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        _, keep, change, keep_more, change_less, noise_std = self._factors(index, dtype)
+        x, output = sample.to(dtype), model_output.to(dtype)
+        denoised = keep * x + change * output  # eq. 9, to the floor
         if self.config.clip_denoised:
             denoised = denoised.clamp(-1, 1)
-        prev_sample = denoised if target == floor else self.jump(model_output, sample, sigma, target)
+        to_floor = (keep_more, change_less) == (keep, change)
+        prev_sample = denoised if to_floor else keep_more * x + change_less * output
         if noise_std > 0:
             noise = randn_tensor(
                 model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
             )
-            prev_sample = prev_sample + self._factor(noise_std, sample) * noise
+            prev_sample = prev_sample + noise_std * noise
         self._step_index = index + 1
 
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)

@@ -22,7 +22,7 @@ SWITCHES = ("clip_denoised", "upward")
 class Levels:
     """A part of a scheduler with levels of its choice, whose `config` has default_sigmas.
 
-    It sets with each choice of levels `sigmas`, `timesteps` and `_step_index = _begin_index = None`.
+    It sets with each choice of levels `sigmas`, `timesteps`, `_labels` and `_step_index = _begin_index = None`.
     """
 
     config: Any  # of diffusers' ConfigMixin
@@ -30,6 +30,9 @@ class Levels:
     timesteps: torch.Tensor
     _step_index: int | None
     _begin_index: int | None
+    _labels: np.ndarray  # the timesteps, on the CPU
+    _choice: tuple[Any, Any] = (None, None)  # the config and what was chosen last
+    _tables: dict[torch.dtype, list[tuple[float, ...]]]  # what steps multiply by, by the type of their arithmetic
 
     @property
     def step_index(self) -> int | None:
@@ -49,9 +52,27 @@ class Levels:
         """Index of the current network call, which `timestep` tells at the first."""
         if self._step_index is None:
             self._step_index = self._index_of(timestep)
-        if self._step_index >= len(self.timesteps):
-            raise ValueError(f"All {len(self.timesteps)} steps were made; call `set_timesteps` to begin again.")
+        if self._step_index >= len(self._labels):
+            raise ValueError(f"All {len(self._labels)} steps were made; call `set_timesteps` to begin again.")
         return self._step_index
+
+    def _are_set(self, levels: np.ndarray, *more: Any) -> bool:
+        """Whether the last choice was this one, so that all that follows from it is there; else it is from now on."""
+        choice = (levels.tobytes(), *(one.tobytes() if isinstance(one, np.ndarray) else one for one in more))
+        if self._choice[0] is self.config and self._choice[1] == choice:
+            return True
+        self._choice, self._tables = (self.config, choice), {}
+        return False
+
+    def _factors(self, index: int, dtype: torch.dtype) -> tuple[float, ...]:
+        """What step `index` multiplies by in arithmetic of `dtype`, computed for all steps at the first one."""
+        if dtype not in self._tables:
+            self._tables[dtype] = list(zip(*(column.to(dtype).tolist() for column in self._columns(dtype))))
+        return self._tables[dtype][index]
+
+    def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Each factor by steps."""
+        raise NotImplementedError
 
     def _check_begin_index(self, begin_index: int) -> None:
         if not is_integer(begin_index) or not 0 <= begin_index < len(self.timesteps):
@@ -197,7 +218,7 @@ class KarrasLevels(Levels):
         if self.begin_index is not None:
             return self.begin_index
         self._refuse_index("one of `scheduler.timesteps` (floats)", timestep)
-        gaps = (self.timesteps.double().cpu() - float(timestep)).abs()
+        gaps = np.abs(self._labels - float(timestep))
         index = int(gaps.argmin())
         if gaps[index] > 1e-4 * max(1.0, abs(float(timestep))):
             raise ValueError(f"{float(timestep):g} is not one of `scheduler.timesteps`: {self.timesteps.tolist()}.")

@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.arrays import append_dims
-from ..core.parameterisation import JUMP_PREDICTIONS, read_out, read_out_on_process
+from ..core.parameterisation import JUMP_PREDICTIONS, read_out_on_process, read_out_scalings
 from .levels import KarrasLevels, as_labels
 from .network_input import network_input
 from .stock import (
@@ -223,25 +223,37 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         self, levels: np.ndarray, device: str | torch.device | None, labels: np.ndarray | None = None
     ) -> None:
         """Keep the levels and the floor in float64 on the CPU; the labels go to `device`, where it knows float64."""
+        self._step_index = self._begin_index = None
+        if self._are_set(levels, labels, device):
+            return
         self.sigmas = torch.from_numpy(np.append(levels, self.config.sigma_min or 0.0))
         self._labels = self.sigma_to_timestep(levels) if labels is None else labels  # as NumPy's: no wait for a device
         self.timesteps = as_labels(self._labels, device)
-        self._step_index = self._begin_index = None
 
-    def _sigma(self, sample: torch.Tensor, index: int) -> torch.Tensor:
-        return self.sigmas[index].to(torch.promote_types(sample.dtype, torch.float32))
+    def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """What the sample is divided by for the network, the factors of sample and output in D, and the noise's std.
 
-    def _shares(self, sample: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        With `in_place_of`: the factors of data and noise on the network's process, c_skip and c_out.
+        """
+        if self._stock is not None:
+            boundaries = [self._stock.boundary(float(label)) for label in self._labels]
+            return *self._shares(self.sigmas[:-1]), *torch.tensor(boundaries, dtype=torch.float64).unbind(1)
+        sigma, config = self.sigmas[:-1].to(dtype), self.config
+        scalings = read_out_scalings(config.prediction, sigma, config.sigma_data, config.sigma_min)
+        floor = config.sigma_min if config.renoise == "floor" else 0.0
+        return self.input.norm(sigma), *scalings, (sigma**2 - floor**2) ** 0.5
+
+    def _shares(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of data and noise in the network's scale at `sigma` (float64; infinite for pure noise)."""
         alpha = 1 / self.input.norm(sigma)
-        std = torch.where(sigma.isinf(), 1.0, sigma * alpha)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        return alpha.to(dtype), std.to(dtype)
+        return alpha, torch.where(sigma.isinf(), 1.0, sigma * alpha)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """`sample` in the scale of the network's input at `timestep`: for "edm" / sqrt(sigma^2 + sigma_data^2)."""
         index = self._index_now(timestep)
-        return sample / self.input.norm(self._sigma(sample, index)) if self._stock is None else sample
+        if self._stock is not None:
+            return sample
+        return sample / self._factors(index, torch.promote_types(sample.dtype, torch.float32))[0]
 
     def step(
         self,
@@ -265,7 +277,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         denoised = self._denoised(model_output.to(dtype), sample.to(dtype), index)
         prev_sample = denoised
-        if index + 1 < len(self.timesteps):
+        if index + 1 < len(self._labels):
             prev_sample = self._renoised(denoised, model_output, index + 1, generator)
         self._step_index = index + 1
 
@@ -276,20 +288,13 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
 
     def _denoised(self, output: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
         """The estimate of the clean sample, clamped where that is set."""
-        prediction, clip = self.config.prediction, self.config.clip_denoised
+        clip = self.config.clip_denoised
         if self._stock is None:
-            denoised = read_out(
-                prediction,
-                output,
-                sample,
-                self._sigma(sample, index),
-                sigma_data=self.config.sigma_data,
-                sigma_min=self.config.sigma_min,
-            )
+            _, keep, gain, _ = self._factors(index, sample.dtype)
+            denoised = keep * sample + gain * output
             return denoised.clamp(-1, 1) if clip else denoised
-        alpha, std = self._shares(sample, self.sigmas[index])
-        denoised = read_out_on_process(prediction, output, sample, alpha, std)
-        c_skip, c_out = self._stock.boundary(float(self._labels[index]))
+        alpha, std, c_skip, c_out = self._factors(index, sample.dtype)
+        denoised = read_out_on_process(self.config.prediction, output, sample, alpha, std)
         return c_out * (denoised.clamp(-1, 1) if clip else denoised) + c_skip * sample
 
     def _renoised(
@@ -308,10 +313,8 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
             dtype=denoised.dtype if flow else model_output.dtype,  # as the stock schedulers draw it
         )
         if self._stock is None:
-            floor = self.config.sigma_min if self.config.renoise == "floor" else 0.0
-            std = (self._sigma(denoised, index) ** 2 - floor**2) ** 0.5
-            return denoised + noise * self.config.s_noise * std  # algorithm 1
-        alpha, std = self._shares(denoised, self.sigmas[index])
+            return denoised + noise * self.config.s_noise * self._factors(index, denoised.dtype)[3]  # algorithm 1
+        alpha, std, _, _ = self._factors(index, denoised.dtype)
         return alpha * denoised + std * self.config.s_noise * noise
 
     def add_noise(
@@ -326,10 +329,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         if self._stock is None:
             return super().add_noise(original_samples, noise, timesteps, sigmas=sigmas)
         levels = append_dims(self._noise_levels(timesteps, sigmas), original_samples)
-        alpha, std = (
-            factor.to(original_samples.device, original_samples.dtype)
-            for factor in self._shares(original_samples, levels)
-        )
+        alpha, std = (factor.to(original_samples.device, original_samples.dtype) for factor in self._shares(levels))
         return alpha * original_samples + std * noise
 
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -205,18 +205,21 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
 
     def _set_levels(self, angles: np.ndarray, device: str | torch.device | None) -> None:
         """Keep angles and levels in float64 on the CPU; `timesteps` go to `device`, where it knows float64."""
+        self._step_index = self._begin_index = self._begun = None
+        if self._are_set(angles, self.order, device):
+            return
         calls = np.repeat(angles, self.order)[self.order - 1 :]
-        self._angles = np.append(calls, 0.0)  # of each network call, and 0
-        self.sigmas = torch.from_numpy(self.timestep_to_sigma(self._angles))
+        self._labels = calls
+        self._angles = np.append(calls, 0.0).tolist()  # of each network call, and 0
+        self.sigmas = torch.from_numpy(self.timestep_to_sigma(np.append(calls, 0.0)))
         lacks_float64 = device is not None and torch.device(device).type == "mps"
         self.timesteps = torch.from_numpy(calls).to(device, torch.float32 if lacks_float64 else torch.float64)
-        self._step_index = self._begin_index = self._begun = None
 
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         if self.begin_index is not None:
             return self.begin_index
         refuse_index("one of `scheduler.timesteps` (floats)", timestep)
-        gaps = np.abs(self._angles[: -1 : self.order] - float(timestep))
+        gaps = np.abs(self._labels[:: self.order] - float(timestep))
         index = int(gaps.argmin())
         if gaps[index] > 1e-4:
             raise ValueError(f"{float(timestep):g} is not one of `scheduler.timesteps`: {self.timesteps.tolist()}.")
@@ -245,20 +248,12 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
             return_dict: give an output object rather than a tuple.
         """
         index = self._index_now(timestep)
-        t, t_next = self._angles[index], self._angles[index + 1]
         dtype = torch.promote_types(sample.dtype, torch.float32)  # float32 arithmetic for half-precision samples
-        x, velocity = sample.to(dtype), self.config.sigma_data * model_output.to(dtype)
-        denoised = _turned(x, velocity, t)
+        x, output = sample.to(dtype), model_output.to(dtype)
         if self.solver == "consistency":
-            if self.config.clip_denoised:
-                denoised = denoised.clamp(-1, 1)
-            prev_sample = self._renoise(denoised, t_next, model_output, generator)
-        elif self._begun is not None:
-            prev_sample = self._correct(x, velocity, t)
+            prev_sample, denoised = self._consistency_step(x, output, index, model_output, generator)
         else:
-            prev_sample = _turned(x, velocity, t - t_next)
-            if self.solver == "heun" and t_next > 0:
-                self._begun = (t, x, velocity)
+            prev_sample, denoised = self._ode_step(x, self.config.sigma_data * output, index)
         self._step_index = index + 1
 
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
@@ -266,19 +261,38 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
             return prev_sample, denoised
         return TrigFlowSchedulerOutput(prev_sample, denoised)
 
-    def _renoise(
+    def _consistency_step(
         self,
-        denoised: torch.Tensor,
-        t: float,
-        model_output: torch.Tensor,
+        x: torch.Tensor,
+        output: torch.Tensor,
+        index: int,
+        like: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
-        if t == 0:
-            return denoised
-        noise = randn_tensor(
-            model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
-        )
-        return math.cos(t) * denoised + math.sin(t) * self.config.sigma_data * noise
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The jump to a clean sample, and noise of the next level, drawn as `like` is."""
+        cos, sin, cos_next, sin_next = self._factors(index, x.dtype)
+        denoised = cos * x - sin * output
+        if self.config.clip_denoised:
+            denoised = denoised.clamp(-1, 1)
+        if sin_next == 0:
+            return denoised, denoised
+        noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        return cos_next * denoised + sin_next * noise, denoised
+
+    def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """cos(t) and sigma_data sin(t), here and at the next level."""
+        angles = torch.tensor(self._angles, dtype=torch.float64)
+        cos, sin = angles.cos(), self.config.sigma_data * angles.sin()
+        return cos[:-1], sin[:-1], cos[1:], sin[1:]
+
+    def _ode_step(self, x: torch.Tensor, velocity: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        t, t_next = self._angles[index : index + 2]
+        denoised = _turned(x, velocity, t)
+        if self._begun is not None:
+            return self._correct(x, velocity, t), denoised
+        if self.solver == "heun" and t_next > 0:
+            self._begun = (t, x, velocity)
+        return _turned(x, velocity, t - t_next), denoised
 
     def _correct(self, x_next: torch.Tensor, velocity_next: torch.Tensor, t_next: float) -> torch.Tensor:
         """The second half of a step of "heun", from what the network says of the end that "euler" found.

@@ -16,8 +16,8 @@ from cm_diffusers.core.parameterisation import (
     edm_scalings,
     input_norm,
     jump_scalings,
-    read_out,
     read_out_of_input,
+    read_out_scalings,
     slope_scalings,
 )
 from cm_diffusers.core.time_labels import (
@@ -46,7 +46,8 @@ def samples(dtype=torch.float64):
 @every_jump
 def test_the_forms_of_a_read_out_agree(prediction):
     sigma, x, output = samples()
-    denoised = read_out(prediction, output, x, sigma, SIGMA_DATA)
+    kept, gained = read_out_scalings(prediction, sigma, SIGMA_DATA)
+    denoised = kept * x + gained * output
     keep, change = jump_scalings(prediction, sigma, torch.zeros_like(sigma), SIGMA_DATA)
     pull, gain = slope_scalings(prediction, sigma, SIGMA_DATA)
     forms = [keep * x + change * output, x - sigma * (pull * x - gain * output)]
@@ -74,7 +75,8 @@ def test_a_slope_is_the_derivative_of_jumps_and_known_at_0(prediction):
 def test_edm_s_read_out_is_that_of_the_stock_solvers_to_the_bit(dtype):
     stock = EDMEulerScheduler(sigma_data=SIGMA_DATA)
     for sigma, x, output in zip(*samples(dtype)):
-        assert read_out("edm", output, x, sigma, SIGMA_DATA).equal(stock.precondition_outputs(x, output, sigma))
+        keep, gain = read_out_scalings("edm", sigma, SIGMA_DATA)
+        assert (keep * x + gain * output).equal(stock.precondition_outputs(x, output, sigma))
     c_skip, c_out, _ = edm_scalings(LEVELS.to(dtype), 0.5, 0.002)
     theirs = CMStochasticIterativeScheduler().get_scalings_for_boundary_condition(LEVELS.to(dtype))
     assert c_skip.equal(theirs[0]) and c_out.equal(theirs[1])
