@@ -27,7 +27,7 @@ PARTS = {
     "parent": ((), set()),
     "sampling": (("lookup", "pipelines"), {"torch", "numpy", "diffusers", "PIL"}),
     "pixels": ((), {"numpy", "PIL"}),
-    "demo": (("pipelines", "sampling", "pixels"), {"torch", "numpy", "diffusers", "PIL", "gradio"}),
+    "demo": (("core", "pipelines", "sampling", "pixels"), {"torch", "numpy", "diffusers", "PIL", "gradio"}),
     "convert": (("models", "schedulers", "pipelines"), {"torch", "diffusers", "safetensors"}),
     "evaluation": (("core", "convert", "lookup"), {"torch", "safetensors", "transformers"}),
     "objectives": (("core", "models", "schedulers", "pipelines"), {"torch", "diffusers", "lpips"}),  # an extra
