@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ConsistencyModelPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import ConsistencyModelPipeline, DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from cm_diffusers.lookup import looked_up
@@ -126,10 +126,7 @@ def sample_images(
 
 def levels_used(pipeline: ImagePipeline) -> list[float]:
     """The noise levels from which the steps of the pipeline's last call started."""
-    levels = pipeline.scheduler.sigmas[:-1]
-    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):  # those are flow times
-        levels = levels / (1 - levels)
-    return list(dict.fromkeys(levels.tolist()))  # Heun's method has some twice
+    return list(dict.fromkeys(pipeline.noise_levels[:-1]))  # Heun's method has some twice
 
 
 def to_pil(image: np.ndarray) -> Image.Image:

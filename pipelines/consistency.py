@@ -3,7 +3,6 @@
 import torch
 from diffusers import CMStochasticIterativeScheduler, ImagePipelineOutput, ModelMixin, SchedulerMixin
 
-from ..core.guidance import call_guided
 from .arguments import Entries, Generators, Images, Labels, Levels, Samples
 from .calls import one_call
 from .editing import EditingPipeline
@@ -103,11 +102,8 @@ class ConsistencyPipeline(EditingPipeline):
         Raises:
             ValueError: an argument that can't be meant, before the network is called.
         """
-        scheduler = self.scheduler
         images, level = self.read_start(image, noise_level, sigmas, timesteps)
-        num_inference_steps, sigmas, timesteps = self.read_levels(num_inference_steps, sigmas, timesteps, level)
-        scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas)
-        scheduler.set_begin_index(0)  # no search for the first time, for which a GPU would have to be waited for
+        self.set_levels(*self.read_levels(num_inference_steps, sigmas, timesteps, level))
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
@@ -120,14 +116,12 @@ class ConsistencyPipeline(EditingPipeline):
             images=images,
         )
         told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
-        sample = noise.float() * scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
+        sample = self.begun(noise)
         if images is not None:
             sample = self.encoded(images, noise) + sample
-        sigma = scheduler.sigmas.tolist()
-        for i, t in self.steps(scheduler.timesteps):
-            network_input = scheduler.scale_model_input(sample, t).to(noise.dtype)
-            output = call_guided(self.unet, network_input, t, told=told, sigma=sigma[i])
-            sample, denoised = scheduler.step(output.float(), t, sample, generator, return_dict=False)
+        levels = self.noise_levels
+        for i, t in self.steps(self.scheduler.timesteps):
+            sample, denoised = self.advance(sample, i, t, levels[i], told, generator=generator)
             tensors = {"latents": sample, "pred_original_sample": denoised}
             sample = self.after_step(callback_on_step_end, i, t, tensors, names)
         return self.finish(sample, output_type, return_dict)

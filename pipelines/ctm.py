@@ -143,7 +143,7 @@ class CTMPipeline(EditingPipeline):
             ValueError: an argument that can't be meant, before the network is called.
         """
         images, level = self.read_start(image, noise_level, sigmas, timesteps)
-        self._set_levels(num_inference_steps, sigmas, gamma, solver, timesteps, level)
+        self._choose_levels(num_inference_steps, sigmas, gamma, solver, timesteps, level)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
@@ -156,19 +156,13 @@ class CTMPipeline(EditingPipeline):
             images=images,
         )
         told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
-        scheduler = self.scheduler
-        scheduler.set_begin_index(0)
-        levels, targets = scheduler.sigmas, scheduler.target_timesteps.unbind()
-        sigma = levels.tolist()
-        sample = noise.float() * scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
+        levels, sigmas_now = self.scheduler.sigmas, self.noise_levels
+        sample = self.begun(noise)
         if images is not None:
             sample = self.encoded(images, noise) + sample
-        for i, t in self.steps(scheduler.timesteps):
+        for i, t in self.steps(self.scheduler.timesteps):
             if solver == "gamma":
-                network_input = scheduler.scale_model_input(sample, t).to(noise.dtype)
-                end = {"target_timestep": targets[i]}
-                output = call_guided(self.unet, network_input, t, told=told, sigma=sigma[i], **end)
-                sample, denoised = scheduler.step(output.float(), t, sample, generator, return_dict=False)
+                sample, denoised = self.advance(sample, i, t, sigmas_now[i], told, generator=generator)
             else:
                 sample, denoised = self._ode_step(sample, levels[i], levels[i + 1], told, solver)
             tensors = {"latents": sample, "pred_original_sample": denoised}
@@ -317,7 +311,7 @@ class CTMPipeline(EditingPipeline):
             )
         self.check_output(output_type)
         read_count("num_inverse_steps", num_inverse_steps)
-        self._set_levels(num_inference_steps, None, 0.0, "gamma")  # which checks them, too
+        self._choose_levels(num_inference_steps, None, 0.0, "gamma")  # which checks them, too
         first, last = self.invert(images, labels, num_inference_steps=num_inverse_steps)
         return self(
             class_labels=None if labels is None else labels[:1].expand(count),
@@ -328,7 +322,11 @@ class CTMPipeline(EditingPipeline):
             return_dict=return_dict,
         )
 
-    def _set_levels(
+    def targets(self, index: int) -> dict[str, torch.Tensor]:
+        """See `ImagePipeline`: the label of the level that it jumps to."""
+        return {"target_timestep": self.scheduler.target_timesteps[index]}
+
+    def _choose_levels(
         self,
         num_inference_steps: int | None,
         sigmas: Levels,
@@ -348,7 +346,7 @@ class CTMPipeline(EditingPipeline):
             # the scheduler's own grid ends with a long jump to the floor
             sigmas = self._karras(num_inference_steps, self.scheduler.config.sigma_max)[:-1].tolist()
             num_inference_steps = None
-        self.scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, gamma)
+        self.set_levels(num_inference_steps, sigmas, timesteps, gamma=gamma)
 
     def _karras(self, steps: int, sigma_max: float) -> torch.Tensor:
         """The steps + 1 levels from `sigma_max` to the floor."""

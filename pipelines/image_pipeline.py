@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..core.conditions import Condition, of_classes
-from ..core.guidance import Guidance
+from ..core.guidance import Guidance, call_guided
 from ..core.karras import karras_sigma
 from .arguments import (
     Entries,
@@ -395,6 +395,51 @@ class ImagePipeline(DiffusionPipeline):
             count = steps or self.default_steps[0]
             steps, levels = None, self.levels_below(noise_level, count)
         return steps, levels, times
+
+    def set_levels(
+        self,
+        num_inference_steps: int | None,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
+        **how: Any,
+    ) -> None:
+        """Tell the scheduler of the call its levels, and how it steps; ValueError for what can't be meant."""
+        self.scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, **how)
+        self.scheduler.set_begin_index(0)  # no search for the first time, for which a GPU would have to be waited for
+
+    @property
+    def noise_levels(self) -> list[float]:
+        """sigma at each call of the network, of the call in progress or the last one, and where they end."""
+        return self.scheduler.sigmas.tolist()
+
+    def begun(self, noise: torch.Tensor) -> torch.Tensor:
+        """Pure noise of the first level from unit noise; float32, as samples are between the steps."""
+        return noise.float() * self.scheduler.init_noise_sigma
+
+    def advance(
+        self,
+        sample: torch.Tensor,
+        index: int,
+        timestep: torch.Tensor,
+        sigma: float,
+        told: Condition | Guidance,
+        **noise: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sample after a call of the network, and the estimate of the clean one.
+
+        Args:
+            sample: (B, ...), float32.
+            index, timestep, sigma: the call's place among `scheduler.timesteps`, its entry there, and its level.
+            told: what the network is told of the samples.
+            **noise: `generator`, or `variance_noise`, for the scheduler's step.
+        """
+        network_input = self.scheduler.scale_model_input(sample, timestep).to(self.network_dtype)
+        output = call_guided(self.unet, network_input, timestep, told=told, sigma=sigma, **self.targets(index))
+        return self.scheduler.step(output.float(), timestep, sample, return_dict=False, **noise)
+
+    def targets(self, index: int) -> dict[str, torch.Tensor]:
+        """What a network that jumps is told of where to, in its call `index`."""
+        return {}
 
     def encoded(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Images (1 or B, C, H, W) in [-1, 1] as samples like `noise` (B, c, h, w), float32: what `decode` undoes."""

@@ -1,12 +1,13 @@
 """Sampling of MeanFlow models in one to a few steps (Geng et al. 2025, arXiv:2505.13447, algorithm 2)."""
 
 import math
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 
-from ..core.conditions import call_network
-from ..core.guidance import call_guided
+from ..core.conditions import Condition, call_network
+from ..core.guidance import Guidance, call_guided
 from ..core.solvers import heun_end
 from ..core.time_labels import flow_time_up_to_infinity
 from .arguments import Entries, Generators, Images, Labels, Levels, Samples, read_count, read_numbers
@@ -161,13 +162,11 @@ class MeanFlowPipeline(ImagePipeline):
         Raises:
             ValueError: an argument that can't be meant, before the network is called.
         """
-        scheduler = self.scheduler
         images, level = self.read_start(image, noise_level, sigmas, timesteps)
-        times = self.flow_times(*self.read_levels(num_inference_steps, sigmas, timesteps, level))
-        if images is not None and times[0] == 1:
+        self.set_levels(*self.read_levels(num_inference_steps, sigmas, timesteps, level))
+        levels, first = self.noise_levels, self.scheduler.sigmas[0]
+        if images is not None and first == 1:
             raise ValueError("An image with noise of an infinite level is no more than noise; leave the image out.")
-        scheduler.set_timesteps(sigmas=times, device=self._execution_device)
-        scheduler.set_begin_index(0)
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
@@ -180,19 +179,52 @@ class MeanFlowPipeline(ImagePipeline):
             images=images,
         )
         told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
-        times = scheduler.sigmas  # and 0
-        sample = noise.float() * times[0]  # float32 between the steps, whatever the weights
+        sample = self.begun(noise)
         if images is not None:
-            sample = (1 - times[0]) * self.encoded(images, noise) + sample
-        labels = (self.config.time_scale * times).unbind()
-        for i, timestep in self.steps(scheduler.timesteps):
-            t, r = labels[i : i + 2]
-            network_input = sample.to(noise.dtype)
-            sigma = times[i] / (1 - times[i])
-            output = call_guided(self.unet, network_input, t, told=told, sigma=sigma, target_timestep=r)
-            sample = scheduler.step(output.float(), timestep, sample, return_dict=False)[0]
-            sample = self.after_step(callback_on_step_end, i, timestep, {"latents": sample}, names)
+            sample = (1 - first) * self.encoded(images, noise) + sample
+        for i, t in self.steps(self.scheduler.timesteps):
+            sample, _ = self.advance(sample, i, t, levels[i], told)
+            sample = self.after_step(callback_on_step_end, i, t, {"latents": sample}, names)
         return self.finish(sample, output_type, return_dict)
+
+    def set_levels(
+        self,
+        num_inference_steps: int | None,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
+        **how: Any,
+    ) -> None:
+        """See `ImagePipeline`: sigmas are noise levels t / (1 - t)."""
+        times = self.flow_times(num_inference_steps, sigmas, timesteps)
+        self.scheduler.set_timesteps(sigmas=times, device=self._execution_device)
+        self.scheduler.set_begin_index(0)
+
+    @property
+    def noise_levels(self) -> list[float]:
+        """See `ImagePipeline`; the scheduler's are flow times."""
+        times = self.scheduler.sigmas
+        return (times / (1 - times)).tolist()
+
+    def begun(self, noise: torch.Tensor) -> torch.Tensor:
+        """See `ImagePipeline`: the share of noise at the first flow time."""
+        return noise.float() * self.scheduler.sigmas[0]
+
+    def advance(
+        self,
+        sample: torch.Tensor,
+        index: int,
+        timestep: torch.Tensor,
+        sigma: float,
+        told: Condition | Guidance,
+        **noise: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `ImagePipeline`: the average velocity leads from one flow time to the next."""
+        scheduler = self.scheduler
+        t, r = (self.config.time_scale * time for time in scheduler.sigmas[index : index + 2])
+        x, target = sample.to(self.network_dtype), {"target_timestep": r}
+        output = call_guided(self.unet, x, t, told=told, sigma=sigma, **target)
+        sample = scheduler.step(output.float(), timestep, sample, return_dict=False)[0]
+        return sample, sample
 
     @torch.no_grad()
     def invert(

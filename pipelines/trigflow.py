@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 
-from ..core.guidance import call_guided
 from .arguments import Entries, Generators, Images, Labels, Levels, Samples
 from .calls import one_call
 from .editing import EditingPipeline
@@ -115,11 +114,9 @@ class TrigFlowPipeline(EditingPipeline):
         Raises:
             ValueError: an argument that can't be meant, before the network is called.
         """
-        scheduler = self.scheduler
         images, level = self.read_start(image, noise_level, sigmas, timesteps)
-        num_inference_steps, sigmas, timesteps = self.read_levels(num_inference_steps, sigmas, timesteps, level)
-        scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, solver)
-        scheduler.set_begin_index(0)
+        self.set_levels(*self.read_levels(num_inference_steps, sigmas, timesteps, level), solver=solver)
+        scheduler = self.scheduler
         if images is not None and scheduler.sigmas[0] == math.inf:
             raise ValueError("An image with noise of an infinite level is no more than noise; leave the image out.")
         names = callback_on_step_end_tensor_inputs
@@ -134,15 +131,13 @@ class TrigFlowPipeline(EditingPipeline):
             images=images,
         )
         told = self.guided(plain, guidance_scale, guidance_interval, negative_class_labels)
-        sample = noise.float() * scheduler.init_noise_sigma  # float32 between the steps, whatever the weights
+        sample = self.begun(noise)
         if images is not None:
             sample = scheduler.add_noise(self.encoded(images, noise), noise.float(), sigmas=scheduler.sigmas[0])
-        order, calls = scheduler.order, list(zip(scheduler.timesteps.unbind(), scheduler.sigmas.tolist()))
+        order, calls = scheduler.order, list(zip(scheduler.timesteps.unbind(), self.noise_levels))
         for i, began in self.steps(scheduler.timesteps[::order]):
             for t, sigma in calls[order * i : order * (i + 1)]:  # two of Heun, but for the last step
-                network_input = scheduler.scale_model_input(sample, t).to(noise.dtype)
-                output = call_guided(self.unet, network_input, t, told=told, sigma=sigma)
-                sample, denoised = scheduler.step(output.float(), t, sample, generator, return_dict=False)
+                sample, denoised = self.advance(sample, i, t, sigma, told, generator=generator)
             tensors = {"latents": sample, "pred_original_sample": denoised}
             sample = self.after_step(callback_on_step_end, i, began, tensors, names)
         return self.finish(sample, output_type, return_dict)

@@ -3,9 +3,9 @@
     make quickstart
     python benchmarks/experiments/editing_digits.py runs/quickstart/pipeline --picture hub_cards/images/editing.png
 
-Each row of the picture: what is known of a digit, six images made of it, and the digit itself. A support-vector machine,
-trained on the digits, reads the class of what is made of 500 of them, with the true class told to the model. The digits
-are among those that both were trained with.
+Each row of the picture: what is known of a digit, six images made of it, and the digit itself. A support-vector
+machine, trained on the digits, reads the class of what is made of 500 of them, with the true class told to the model.
+The digits are among those that both were trained with.
 """
 
 import argparse

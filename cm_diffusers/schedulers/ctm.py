@@ -239,6 +239,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        variance_noise: torch.Tensor | None = None,
     ) -> CTMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step: the sample at the next level, and the clean sample that the network's output means.
 
@@ -249,6 +250,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
             sample: the current sample (B, ...).
             generator: source of the noise; a list has one per sample. None is drawn for gamma = 0.
             return_dict: give an output object rather than a tuple.
+            variance_noise: the noise (B, ...) to add, unit normal, instead of what `generator` would give.
         """
         index = self._index_now(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -260,9 +262,11 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         to_floor = (keep_more, change_less) == (keep, change)
         prev_sample = denoised if to_floor else keep_more * x + change_less * output
         if noise_std > 0:
-            noise = randn_tensor(
-                model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
-            )
+            noise = variance_noise
+            if noise is None:
+                noise = randn_tensor(
+                    model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+                )
             prev_sample = prev_sample + noise_std * noise
         self._step_index = index + 1
 

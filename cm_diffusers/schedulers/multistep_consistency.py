@@ -262,6 +262,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        variance_noise: torch.Tensor | None = None,
     ) -> MultistepConsistencySchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step: the estimate of the clean sample, and the sample at the next level.
 
@@ -271,6 +272,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
             sample: the current sample (B, ...).
             generator: source of the noise; a list has one per sample.
             return_dict: give an output object rather than a tuple.
+            variance_noise: the noise (B, ...) to add, unit normal, instead of what `generator` would give.
         """
         index = self._index_now(timestep)
         # float32 arithmetic for half-precision samples
@@ -278,7 +280,10 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         denoised = self._denoised(model_output.to(dtype), sample.to(dtype), index)
         prev_sample = denoised
         if index + 1 < len(self._labels):
-            prev_sample = self._renoised(denoised, model_output, index + 1, generator)
+            noise = variance_noise
+            if noise is None:
+                noise = self._drawn(denoised, model_output, generator)
+            prev_sample = self._renoised(denoised, noise, index + 1)
         self._step_index = index + 1
 
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
@@ -297,21 +302,18 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         denoised = read_out_on_process(self.config.prediction, output, sample, alpha, std)
         return c_out * (denoised.clamp(-1, 1) if clip else denoised) + c_skip * sample
 
-    def _renoised(
+    def _drawn(
         self,
         denoised: torch.Tensor,
         model_output: torch.Tensor,
-        index: int,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
+        """Unit normal noise in the type in which the stock schedulers draw it."""
+        dtype = denoised.dtype if self._stock is not None and self._stock.of_flow else model_output.dtype
+        return randn_tensor(denoised.shape, generator=generator, device=denoised.device, dtype=dtype)
+
+    def _renoised(self, denoised: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
         """A sample at the level of `index` with the clean sample `denoised`."""
-        flow = self._stock is not None and self._stock.of_flow
-        noise = randn_tensor(
-            model_output.shape,
-            generator=generator,
-            device=model_output.device,
-            dtype=denoised.dtype if flow else model_output.dtype,  # as the stock schedulers draw it
-        )
         if self._stock is None:
             return denoised + noise * self.config.s_noise * self._factors(index, denoised.dtype)[3]  # algorithm 1
         alpha, std, _, _ = self._factors(index, denoised.dtype)

@@ -237,6 +237,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        variance_noise: torch.Tensor | None = None,
     ) -> TrigFlowSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """The estimate of the clean sample, and the sample that the next network call is given.
 
@@ -246,12 +247,22 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
             sample: the current sample (B, ...).
             generator: source of a consistency model's noise; a list has one per sample.
             return_dict: give an output object rather than a tuple.
+            variance_noise: the noise (B, ...) that a consistency model adds, unit normal, instead of what `generator`
+                would give.
         """
         index = self._index_now(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)  # float32 arithmetic for half-precision samples
         x, output = sample.to(dtype), model_output.to(dtype)
         if self.solver == "consistency":
-            prev_sample, denoised = self._consistency_step(x, output, index, model_output, generator)
+            prev_sample = denoised = self._jump(x, output, index)
+            if index + 1 < len(self._labels):
+                noise = variance_noise
+                if noise is None:
+                    noise = randn_tensor(
+                        model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
+                    )
+                _, _, cos, sin = self._factors(index, dtype)
+                prev_sample = cos * denoised + sin * noise
         else:
             prev_sample, denoised = self._ode_step(x, self.config.sigma_data * output, index)
         self._step_index = index + 1
@@ -261,23 +272,11 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
             return prev_sample, denoised
         return TrigFlowSchedulerOutput(prev_sample, denoised)
 
-    def _consistency_step(
-        self,
-        x: torch.Tensor,
-        output: torch.Tensor,
-        index: int,
-        like: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The jump to a clean sample, and noise of the next level, drawn as `like` is."""
-        cos, sin, cos_next, sin_next = self._factors(index, x.dtype)
+    def _jump(self, x: torch.Tensor, output: torch.Tensor, index: int) -> torch.Tensor:
+        """The clean sample that a consistency model jumps to."""
+        cos, sin, _, _ = self._factors(index, x.dtype)
         denoised = cos * x - sin * output
-        if self.config.clip_denoised:
-            denoised = denoised.clamp(-1, 1)
-        if sin_next == 0:
-            return denoised, denoised
-        noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-        return cos_next * denoised + sin_next * noise, denoised
+        return denoised.clamp(-1, 1) if self.config.clip_denoised else denoised
 
     def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """cos(t) and sigma_data sin(t), here and at the next level."""
