@@ -28,8 +28,8 @@ class Condition:
     nulls: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rows = {name: len(entry) for name, entry in self.entries.items()}
-        if len(set(rows.values())) > 1:
+        rows = {name: entry.shape[0] for name, entry in self.entries.items()}  # len() would fix it where one traces
+        if any(count != first for first in list(rows.values())[:1] for count in rows.values()):
             raise ValueError(f"the entries of a condition must have as many rows each, got {rows}.")
         for name, null in self.nulls.items():
             if name not in self.entries:

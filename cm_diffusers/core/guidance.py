@@ -24,7 +24,8 @@ def guide(call: Callable[[Condition], Tensor], condition: Condition, negative: C
         negative: as many, to be led away from, which for the null condition gives the paper's formula.
         scale: w; 1 is f itself.
     """
-    given, led_from = call(condition.joined(negative)).chunk(2)
+    both = call(condition.joined(negative))
+    given, led_from = both[: both.shape[0] // 2], both[both.shape[0] // 2 :]  # ONNX's optimizer fails at chunk(2)
     return led_from + scale * (given - led_from)
 
 
