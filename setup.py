@@ -28,6 +28,7 @@ TRAINING = [
 ]
 QUICKSTART = ["scikit-learn>=1.5"]
 DEMO = ["gradio>=6.0"]
+EXPORT = ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"]
 ORACLES = ["prdc>=0.2", "torchmetrics>=1.9"]
 TEST = ["pytest>=8.0", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15", *ORACLES]
 QUALITY = ["mypy==2.4.1", "ruff==0.17.5"]
@@ -50,15 +51,19 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["cm_diffusers*"]), "cm_diffusers.hub_cards", "cm_diffusers.pipelines"],
     package_dir={"cm_diffusers.pipelines": "pipelines", "cm_diffusers.hub_cards": "hub_cards"},
-    package_data={"cm_diffusers": ["py.typed"], "cm_diffusers.hub_cards": ["model_card.md", "report.html", "space/*"]},
+    package_data={
+        "cm_diffusers": ["py.typed"],
+        "cm_diffusers.hub_cards": ["model_card.md", "report.html", "page/*", "space/*"],
+    },
     install_requires=BASE,
     extras_require={
         "training": TRAINING,
         "quickstart": TRAINING + QUICKSTART,
         "demo": DEMO,
+        "export": EXPORT,
         "lpips": ["lpips>=0.1.4"],  # and by it torchvision
-        "test": TRAINING + QUICKSTART + DEMO + TEST,
-        "dev": TRAINING + QUICKSTART + DEMO + TEST + QUALITY,
+        "test": TRAINING + QUICKSTART + DEMO + EXPORT + TEST,
+        "dev": TRAINING + QUICKSTART + DEMO + EXPORT + TEST + QUALITY,
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

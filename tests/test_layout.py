@@ -39,6 +39,7 @@ ROOMS = {
     "pictures": (),
     "saved": ("data",),
     "sharing": ("data",),
+    "deploy": ("sharing",),
     "training": ("data", "pictures", "saved", "sharing"),
     "evaluation": ("data", "pictures", "saved", "sharing", "training"),
 }

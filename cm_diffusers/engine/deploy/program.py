@@ -20,7 +20,10 @@ from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
 DESCRIPTION = "sampler.json"
-TOLERANCE = {"float32": 1e-5, "float16": 0.02}  # of the difference from the pipeline in float32, images being in [0, 1]
+TOLERANCE = {
+    "float32": 1e-5,
+    "float16": 0.02,
+}  # of the difference from the pipeline in float32
 SCALE = 1.5  # of guidance, where it is checked
 MEANINGS = {
     "noise": "unit normal, from which the images come",

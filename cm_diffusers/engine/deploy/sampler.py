@@ -39,18 +39,18 @@ class Sampler(nn.Module):
         super().__init__()
         if not isinstance(pipeline, (ConsistencyPipeline, CTMPipeline, MeanFlowPipeline, TrigFlowPipeline)):
             raise ValueError(
-                f"A {type(pipeline).__name__} calls its network tens of times for an image; what is exported are models"
-                " that jump. Distil it first (--method ecd, scd, ctm)."
+                f"A {type(pipeline).__name__} calls its network tens of times for an image; what is exported are"
+                " models that jump. Distil it first (--method ecd, scd, ctm)."
             )
         if isinstance(pipeline, TrigFlowPipeline) and pipeline.scheduler.config.solver != "consistency":
             raise ValueError(
-                "By its solver this TrigFlowPipeline is a diffusion model, which calls its network tens of times for an"
-                " image; what is exported are models that jump. Distil it first (--method scd)."
+                "By its solver this TrigFlowPipeline is a diffusion model, which calls its network tens of times for"
+                " an image; what is exported are models that jump. Distil it first (--method scd)."
             )
         self.pipeline, self.unet, self.vae = copy.copy(pipeline), pipeline.unet, pipeline.vae
         self.null = null_class(pipeline.unet) if guidance else None
         if guidance and self.null is None:
-            raise ValueError("guidance needs a model with a class that stands for none: train with --label_dropout 0.1.")
+            raise ValueError("guidance needs a class that stands for none; train the model with --label_dropout 0.1.")
         if not levels.keys() & {"num_inference_steps", "sigmas"}:
             levels["num_inference_steps"] = pipeline.default_steps[0]
         self.pipeline.scheduler = copy.copy(pipeline.scheduler)
