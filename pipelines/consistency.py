@@ -19,6 +19,17 @@ class ConsistencyPipeline(EditingPipeline):
 
     Raises:
         ValueError: another scheduler, here or when one is assigned.
+
+    Example:
+        >>> from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
+        >>> from cm_diffusers.models import build_unet
+        >>> unet = build_unet("tiny", (8, 8), 1, num_classes=10)  # or from_pretrained("user/model")
+        >>> pipe = ConsistencyPipeline(unet, MultistepConsistencyScheduler())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> images = pipe(class_labels=[3, 7], sigmas=[80, 0.8], generator=0).images
+        >>> images[0].size
+        (8, 8)
+        >>> anew = pipe(image=images[0], noise_level=5.0, class_labels=3, generator=1).images[0]
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]

@@ -43,6 +43,17 @@ class CTMPipeline(EditingPipeline):
 
     Raises:
         ValueError: a network with one time only; another scheduler, here or when one is assigned.
+
+    Example:
+        >>> from cm_diffusers import CTMPipeline, CTMScheduler, TwoTimeModel
+        >>> from cm_diffusers.models import build_unet
+        >>> unet = TwoTimeModel.from_network(build_unet("tiny", (8, 8), 1))  # or from_pretrained("user/model")
+        >>> pipe = CTMPipeline(unet, CTMScheduler())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> images = pipe(batch_size=2, num_inference_steps=4, gamma=0, generator=0, output_type="pt").images
+        >>> noise = pipe.invert(images, num_inference_steps=2)
+        >>> pipe.jump(80 * noise, sigma_from=80, sigma_to=1.5).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]

@@ -79,6 +79,17 @@ class DenoisingPipeline(ImagePipeline):
     Raises:
         ValueError: unknown prediction, a time label that is not one of its own, no noise schedule where it has to be
             known; another scheduler, or one for a network of another prediction, here or when one is assigned.
+
+    Example:
+        >>> from diffusers import EDMEulerScheduler
+        >>> from cm_diffusers import DenoisingPipeline
+        >>> from cm_diffusers.models import build_unet
+        >>> unet = build_unet("tiny", (8, 8), 1)  # or from_pretrained("user/model")
+        >>> pipe = DenoisingPipeline(unet, EDMEulerScheduler())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> images = pipe(batch_size=2, num_inference_steps=4, solver="heun", generator=0, output_type="pt").images
+        >>> images.shape
+        torch.Size([2, 1, 8, 8])
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]

@@ -45,6 +45,16 @@ class MeanFlowPipeline(ImagePipeline):
     Raises:
         ValueError: a network with one time only; another scheduler, or one for a network of another time scale, here
             or when one is assigned.
+
+    Example:
+        >>> from diffusers import FlowMatchEulerDiscreteScheduler
+        >>> from cm_diffusers import MeanFlowPipeline, TwoTimeModel
+        >>> from cm_diffusers.models import build_unet
+        >>> unet = TwoTimeModel.from_network(build_unet("jvp_tiny", (8, 8), 1))  # or from_pretrained("user/model")
+        >>> pipe = MeanFlowPipeline(unet, FlowMatchEulerDiscreteScheduler())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe(batch_size=2, num_inference_steps=2, generator=0, output_type="np").images.shape
+        (2, 8, 8, 1)
     """
 
     _callback_tensor_inputs = ["latents"]

@@ -23,6 +23,15 @@ class TrigFlowPipeline(EditingPipeline):
 
     Raises:
         ValueError: another scheduler, here or when one is assigned.
+
+    Example:
+        >>> from cm_diffusers import TrigFlowPipeline, TrigFlowScheduler
+        >>> from cm_diffusers.models import build_unet
+        >>> unet = build_unet("jvp_tiny", (8, 8), 3)  # or from_pretrained("user/model")
+        >>> pipe = TrigFlowPipeline(unet, TrigFlowScheduler())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe(batch_size=2, num_inference_steps=2, generator=0, output_type="pt").images.shape
+        torch.Size([2, 3, 8, 8])
     """
 
     _callback_tensor_inputs = ["latents", "pred_original_sample"]

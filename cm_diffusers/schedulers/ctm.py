@@ -64,6 +64,20 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
 
     Raises:
         ValueError: an unknown label or rule, or numbers outside their range.
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers import CTMScheduler, TwoTimeModel
+        >>> from cm_diffusers.models import build_unet
+        >>> unet, scheduler = TwoTimeModel.from_network(build_unet("tiny", (8, 8), 1)), CTMScheduler()
+        >>> scheduler.set_timesteps(4, gamma=0.5)
+        >>> sample = scheduler.init_noise_sigma * torch.randn(2, 1, 8, 8)
+        >>> with torch.no_grad():
+        ...     for t, s in zip(scheduler.timesteps, scheduler.target_timesteps):
+        ...         output = unet(scheduler.scale_model_input(sample, t), t, target_timestep=s).sample
+        ...         sample = scheduler.step(output, t, sample).prev_sample
+        >>> sample.shape
+        torch.Size([2, 1, 8, 8])
     """
 
     order = 1

@@ -80,6 +80,24 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
 
     Raises:
         ValueError: a setting outside its range, or that does not go with another.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import LCMScheduler
+        >>> from cm_diffusers import MultistepConsistencyScheduler
+        >>> from cm_diffusers.models import build_unet
+        >>> unet, scheduler = build_unet("tiny", (8, 8), 1), MultistepConsistencyScheduler()
+        >>> scheduler.set_timesteps(sigmas=[80, 0.8])
+        >>> sample = scheduler.init_noise_sigma * torch.randn(4, 1, 8, 8)
+        >>> with torch.no_grad():
+        ...     for t in scheduler.timesteps:
+        ...         output = unet(scheduler.scale_model_input(sample, t), t).sample
+        ...         sample = scheduler.step(output, t, sample).prev_sample
+        >>> sample.shape
+        torch.Size([4, 1, 8, 8])
+        >>> in_place = MultistepConsistencyScheduler.from_config(LCMScheduler().config)  # for LCM's own pipelines
+        >>> in_place.config.prediction
+        'epsilon'
     """
 
     order = 1

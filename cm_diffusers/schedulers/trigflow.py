@@ -60,6 +60,20 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
     Raises:
         ValueError: unknown solver; levels not in the order 0 < sigma_min < sigma_max; a number that is none, not
             finite or not positive; `default_sigmas` that `set_timesteps` would refuse, or of another number.
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers import TrigFlowScheduler
+        >>> from cm_diffusers.models import build_unet
+        >>> unet, scheduler = build_unet("jvp_tiny", (8, 8), 1), TrigFlowScheduler()
+        >>> scheduler.set_timesteps(timesteps=[1.5645, 1.1])
+        >>> sample = scheduler.init_noise_sigma * torch.randn(2, 1, 8, 8)
+        >>> with torch.no_grad():
+        ...     for t in scheduler.timesteps:
+        ...         output = unet(scheduler.scale_model_input(sample, t), t).sample
+        ...         sample = scheduler.step(output, t, sample).prev_sample
+        >>> sample.shape
+        torch.Size([2, 1, 8, 8])
     """
 
     _compatibles: list[str] = []
