@@ -33,6 +33,8 @@ ORACLES = ["prdc>=0.2", "torchmetrics>=1.9"]
 TEST = ["pytest>=8.0", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15", *ORACLES]
 QUALITY = ["mypy==2.4.1", "ruff==0.17.5"]
 
+BESIDE = {"hub_cards": "hub_cards", "pipelines": "pipelines", "scripts": "training"}  # folders, by their names inside
+
 
 def read(path):
     with open(path, encoding="utf-8") as file:
@@ -49,12 +51,14 @@ setup(
     license_files=["LICENSE"],
     keywords="consistency models, diffusion, distillation, few-step generation, diffusers",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["cm_diffusers*"]), "cm_diffusers.hub_cards", "cm_diffusers.pipelines"],
-    package_dir={"cm_diffusers.pipelines": "pipelines", "cm_diffusers.hub_cards": "hub_cards"},
+    packages=[*find_packages(include=["cm_diffusers*"]), *(f"cm_diffusers.{name}" for name in BESIDE)],
+    package_dir={f"cm_diffusers.{name}": folder for name, folder in BESIDE.items()},
     package_data={
         "cm_diffusers": ["py.typed"],
         "cm_diffusers.hub_cards": ["model_card.md", "report.html", "page/*", "space/*"],
+        "cm_diffusers.scripts": ["configs/*.yaml", "accelerate/*.yaml"],
     },
+    entry_points={"console_scripts": ["cm-diffusers = cm_diffusers.cli:main"]},
     install_requires=BASE,
     extras_require={
         "training": TRAINING,

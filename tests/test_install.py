@@ -22,7 +22,7 @@ SHOW = (
 def wheel_folder(tmp_path_factory):
     """A folder into which a wheel was installed, built of a copy, since builds leave files and use them."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("cm_diffusers", "hub_cards", "pipelines"):
+    for name in ("cm_diffusers", "hub_cards", "pipelines", "training"):
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, folder / "tree")
@@ -46,9 +46,10 @@ def test_a_wheel_holds_every_module_and_what_they_read_and_nothing_else(wheel_fo
         return {path.relative_to(folder.parent).as_posix() for path in paths}
 
     modules = files(ROOT / "cm_diffusers", "*.py") | {f"cm_diffusers/{name}" for name in files(ROOT / "pipelines")}
-    space = {f"cm_diffusers/hub_cards/{name}" for name in files(ROOT / "hub_cards" / "space")}
-    templates = {f"cm_diffusers/hub_cards/{name}" for name in ("model_card.md", "report.html")}
-    assert files(wheel_folder / "cm_diffusers") == modules | space | templates | {"cm_diffusers/py.typed"}
+    modules |= {f"cm_diffusers/{name.replace('training/', 'scripts/')}" for name in files(ROOT / "training")}
+    folders = [files(ROOT / "hub_cards" / name) for name in ("space", "page")]
+    templates = {f"cm_diffusers/hub_cards/{name}" for name in ("model_card.md", "report.html", *set().union(*folders))}
+    assert files(wheel_folder / "cm_diffusers") == modules | templates | {"cm_diffusers/py.typed"}
     info = f"cm_diffusers-{cm_diffusers.__version__}.dist-info"
     assert {path.name for path in wheel_folder.iterdir()} == {"cm_diffusers", info}
 

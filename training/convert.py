@@ -16,13 +16,14 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
 from cm_diffusers.convert import FAMILIES, Options, convert_checkpoint
+from cm_diffusers.engine.commands import command, parser_of
 from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.engine.saved.export import save_pipeline
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("convert", __doc__)
     add = parser.add_argument
     add("source", type=Path, help="the file")
     add("output_dir", type=Path, help="folder to write; an old one is replaced")
@@ -57,8 +58,8 @@ def convert(args: argparse.Namespace) -> None:
     print(f"- {kind}: {facts}, classes: {result.unet.config.num_class_embeds or 'none'}")
     save_pipeline(result, args.output_dir, verify=True)
     print(f"Saved {args.output_dir}; a clean process loaded it and found the same model. Sample it:")
-    command = "python training/sample.py --pretrained_model_name_or_path"
-    print(f"    {command} {args.output_dir} {converted.sampling}")
+    sampling = f"{command('sample')} --pretrained_model_name_or_path"
+    print(f"    {sampling} {args.output_dir} {converted.sampling}")
 
 
 def main(argv: list[str] | None = None) -> None:

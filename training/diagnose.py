@@ -13,6 +13,7 @@ import torch
 
 from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.denoisers import Guided
+from cm_diffusers.engine.commands import parser_of
 from cm_diffusers.engine.config import DataArguments, ModelArguments
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.order import ProcessShare
@@ -67,7 +68,7 @@ def diagnose(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("diagnose", __doc__)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a model")
     add("--pretrained_teacher_model", help="a diffusion model, to compare with")

@@ -23,6 +23,7 @@ from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from tqdm.auto import tqdm
 
+from cm_diffusers.engine.commands import parser_of
 from cm_diffusers.engine.files import save_image, written_aside
 from cm_diffusers.engine.places import check_place, earlier_files, find_device, make_folder
 from cm_diffusers.engine.processes import ends_with_a_line
@@ -51,7 +52,7 @@ LEVELS = ("num_inference_steps", "sigmas", "noise_level")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("edit", __doc__)
     add = parser.add_argument
     add("task", choices=TASKS, help="what to do")
     add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a model")

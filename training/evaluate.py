@@ -19,6 +19,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from cm_diffusers.engine.commands import command, in_these_words
 from cm_diffusers.engine.config import DataArguments, parse_groups
 from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
 from cm_diffusers.engine.evaluation.evaluate import evaluate
@@ -94,9 +95,9 @@ def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str | Non
     model = run / RunFiles.MODEL
     best_model = args.folder / RunFiles.BEST / RunFiles.MODEL
     if args.keep_best and best_model.is_dir():
-        return f"python training/push.py --model_dir {quote(str(best_model))}"
+        return f"{command('push')} --model_dir {quote(str(best_model))}"
     if model.is_dir() and not report.keys() & {"search", "guidance_search"}:
-        return f"python training/push.py --model_dir {quote(str(model))}"
+        return f"{command('push')} --model_dir {quote(str(model))}"
     if "search" in report:
         how = f"--num_inference_steps {args.search_sigmas}"
         if args.guidance_scale and args.guidance_scale[0] != 1:
@@ -112,7 +113,7 @@ def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str | Non
         how += f" --revision {quote(args.revision)}" if args.revision else ""
     else:
         return None
-    return f"python training/sample.py --pretrained_model_name_or_path {quote(str(model))} {how}"
+    return f"{command('sample')} --pretrained_model_name_or_path {quote(str(model))} {how}"
 
 
 def best_result(report: dict[str, Any]) -> dict[str, Any]:
@@ -123,14 +124,14 @@ def best_result(report: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     with ends_with_a_line(then="give the same command again"):
         argv = sys.argv[1:] if argv is None else argv
-        args, data_args = parse_groups(argv, (EvaluationArguments, DataArguments), __doc__)
+        args, data_args = parse_groups(argv, (EvaluationArguments, DataArguments), in_these_words(__doc__))
         report = evaluate(args, data_args)
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n" + table(report))
         print(f"Saved {args.folder / RunFiles.METRICS} and {args.folder / RunFiles.QUALITY}.")
-        command = next_command(args, report)
-        if command is not None:
-            print(f"Try next:\n  {command}")
+        following = next_command(args, report)
+        if following is not None:
+            print(f"Try next:\n  {following}")
 
 
 if __name__ == "__main__":

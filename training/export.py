@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from diffusers.utils.logging import disable_progress_bar
 
+from cm_diffusers.engine.commands import parser_of
 from cm_diffusers.engine.places import check_place, make_folder
 from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.sampling import load_pipeline
@@ -31,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("export", __doc__)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a model")
     add("--revision", help="revision on the Hub")

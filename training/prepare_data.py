@@ -20,6 +20,7 @@ from shlex import quote
 import datasets
 from tqdm.auto import tqdm
 
+from cm_diffusers.engine.commands import command, parser_of
 from cm_diffusers.engine.data.prepare import FILES, TRANSFORMS, Plan, Request, prepare, write_card
 from cm_diffusers.engine.data.sources import open_source
 from cm_diffusers.engine.places import check_place
@@ -73,11 +74,11 @@ def say_what_is_there(plan: Plan, args: argparse.Namespace) -> None:
     split = "" if args.split == "train" else f" --split {args.split}"
     conditional = " --class_conditional" if plan.classes else ""
     folders = f"--dataset_name {quote(str(args.output))} --output_dir {quote(f'runs/{args.output.resolve().name}')}"
-    print(f"Train on it:  python training/train_consistency.py --method ect{split}{conditional} {folders}")
+    print(f"Train on it:  {command('train_consistency')} --method ect{split}{conditional} {folders}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("prepare_data", __doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="folder, zip, archive or file of images")
     add("output", metavar="OUTPUT", type=Path, help="folder of the dataset; each split gets a folder in it")

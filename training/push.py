@@ -12,6 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from cm_diffusers.engine.commands import parser_of
 from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.engine.sharing.card import renew_card
 from cm_diffusers.engine.sharing.hub import Publisher, Push
@@ -48,7 +49,7 @@ def push_space(args: argparse.Namespace, model: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("push", __doc__)
     add = parser.add_argument
     add("--model_dir", type=Path, required=True, help="folder with model_index.json")
     add("--hub_model_id", help="user/name, or name (the name of the run's folder)")

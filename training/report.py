@@ -6,16 +6,16 @@ The page is one file that needs nothing else. It shows what there is: a run that
 `training/evaluate.py --output_dir runs/mine` has measured it.
 """
 
-import argparse
 from pathlib import Path
 
+from cm_diffusers.engine.commands import parser_of
 from cm_diffusers.engine.pictures.report import write_report
 from cm_diffusers.engine.places import make_folder
 from cm_diffusers.engine.processes import ends_with_a_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("report", __doc__)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (report.html)")
     args = parser.parse_args(argv)

@@ -15,6 +15,7 @@ import torch
 from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
+from cm_diffusers.engine.commands import parser_of
 from cm_diffusers.engine.files import save_image, written_aside
 from cm_diffusers.engine.places import check_place, earlier_files, find_device, make_folder
 from cm_diffusers.engine.processes import ends_with_a_line
@@ -33,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("sample", __doc__)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a model")
     add("--revision", help="revision on the Hub")

@@ -8,10 +8,10 @@ exact one over the noise marginal) and, for ctm, `wasserstein` by sampler (see c
 a minute or two on one core.
 """
 
-import argparse
 import json
 from pathlib import Path
 
+from cm_diffusers.engine.commands import parser_of
 from cm_diffusers.engine.places import make_folder
 from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.toys import TASKS
@@ -19,7 +19,7 @@ from cm_diffusers.toys.runs import OPTIONS, PICTURE, REPORT, ToyRun
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("train_toy", __doc__)
     add = parser.add_argument
     add("--task", choices=list(TASKS), default="bimodal", help="the data")
     add("--method", choices=list(OPTIONS), default="scd", help="what is trained")

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from cm_diffusers.engine.commands import recipe_file
 from cm_diffusers.engine.effects import replaced, say_replaced, without_effect
 from cm_diffusers.engine.settings_files import read_yaml
 from cm_diffusers.models import EDM_PRESETS, UNET_PRESETS
@@ -401,9 +402,9 @@ def _own_option(name: str, methods: Sequence[str], method: str) -> str:
     )
 
 
-def _read_settings(path: str) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        values = read_yaml(Path(path), named=True)
+        values = read_yaml(path, named=True)
     except OSError as error:
         raise ValueError(f"config {path}: can't be read ({error.strerror}).") from None
     except ValueError as error:
@@ -487,7 +488,7 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
     first.add_argument("--config")
     first.add_argument("--method")
     chosen, rest = first.parse_known_args(list(argv))
-    from_file = _read_settings(chosen.config) if chosen.config else {}
+    from_file = _read_settings(recipe_file(chosen.config)) if chosen.config else {}
     named = from_file.pop("method", None)
     method = chosen.method or named or methods[0]
     if method not in methods:
@@ -497,7 +498,7 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
     groups = (OBJECTIVES[method].Options, DataArguments, ModelArguments, RunArguments)
     parser = _Parser(groups, description=description, allow_abbrev=False)
     parser.formatter_class = _HelpFormatter
-    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
+    parser.add_argument("--config", help="YAML file with the same keys as the flags, or a recipe's name; flags win.")
     parser.add_argument("--method", choices=methods, default=method, help="Training method.")
     for key, value in from_file.items():
         try:

@@ -29,7 +29,7 @@ def start_accelerator(**settings: Any) -> Accelerator:
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched, and Accelerate knows of {accelerator.num_processes}. Start them by"
-            f" torchrun --nproc_per_node {launched} training/..."
+            f" torchrun --nproc_per_node {launched}, or by cm-diffusers with --num_processes {launched}."
         )
     return accelerator
 

@@ -169,7 +169,8 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         The labels go to `device`, where it knows float64.
         """
         self.gamma, self._step_index, self._begin_index = gamma, None, None
-        if self._are_set(levels, gamma, device):
+        choice = (levels.tobytes(), gamma, device)
+        if self._is_chosen(*choice):
             return
         self.sigmas = torch.from_numpy(levels)
         self.target_sigmas = torch.from_numpy(self._targets(levels[1:-1], gamma))
@@ -177,6 +178,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         self._labels = self.sigma_to_timestep(levels[:-1])
         self.timesteps = as_labels(self._labels, device)
         self.target_timesteps = self.labels(self.target_sigmas, device)
+        self._keep(*choice)
 
     def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """What the sample is divided by for the network, the factors of jumps to the floor and to the target."""

@@ -31,7 +31,7 @@ class Levels:
     _step_index: int | None
     _begin_index: int | None
     _labels: np.ndarray  # the timesteps, on the CPU
-    _choice: tuple[Any, Any] = (None, None)  # the config and what was chosen last
+    _choice: tuple[Any, ...] = (None,)  # the config and what was chosen last
     _tables: dict[torch.dtype, list[tuple[float, ...]]]  # what steps multiply by, by the type of their arithmetic
 
     @property
@@ -56,13 +56,13 @@ class Levels:
             raise ValueError(f"All {len(self._labels)} steps were made; call `set_timesteps` to begin again.")
         return self._step_index
 
-    def _are_set(self, levels: np.ndarray, *more: Any) -> bool:
-        """Whether the last choice was this one, so that all that follows from it is there; else it is from now on."""
-        choice = (levels.tobytes(), *(one.tobytes() if isinstance(one, np.ndarray) else one for one in more))
-        if self._choice[0] is self.config and self._choice[1] == choice:
-            return True
-        self._choice, self._tables = (self.config, choice), {}
-        return False
+    def _is_chosen(self, *choice: Any) -> bool:
+        """Whether the last choice of levels was this one, so that all that follows from it is there."""
+        return self._choice[0] is self.config and self._choice[1:] == choice
+
+    def _keep(self, *choice: Any) -> None:
+        """Remember a choice, once all that follows from it is there but the tables, which wait for a first step."""
+        self._choice, self._tables = (self.config, *choice), {}
 
     def _factors(self, index: int, dtype: torch.dtype) -> tuple[float, ...]:
         """What step `index` multiplies by in arithmetic of `dtype`, computed for all steps at the first one."""

@@ -242,11 +242,13 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
     ) -> None:
         """Keep the levels and the floor in float64 on the CPU; the labels go to `device`, where it knows float64."""
         self._step_index = self._begin_index = None
-        if self._are_set(levels, labels, device):
+        choice = (levels.tobytes(), None if labels is None else labels.tobytes(), device)
+        if self._is_chosen(*choice):
             return
         self.sigmas = torch.from_numpy(np.append(levels, self.config.sigma_min or 0.0))
         self._labels = self.sigma_to_timestep(levels) if labels is None else labels  # as NumPy's: no wait for a device
         self.timesteps = as_labels(self._labels, device)
+        self._keep(*choice)
 
     def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """What the sample is divided by for the network, the factors of sample and output in D, and the noise's std.

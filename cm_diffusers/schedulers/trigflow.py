@@ -220,7 +220,8 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
     def _set_levels(self, angles: np.ndarray, device: str | torch.device | None) -> None:
         """Keep angles and levels in float64 on the CPU; `timesteps` go to `device`, where it knows float64."""
         self._step_index = self._begin_index = self._begun = None
-        if self._are_set(angles, self.order, device):
+        choice = (angles.tobytes(), self.order, device)
+        if self._is_chosen(*choice):
             return
         calls = np.repeat(angles, self.order)[self.order - 1 :]
         self._labels = calls
@@ -228,6 +229,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         self.sigmas = torch.from_numpy(self.timestep_to_sigma(np.append(calls, 0.0)))
         lacks_float64 = device is not None and torch.device(device).type == "mps"
         self.timesteps = torch.from_numpy(calls).to(device, torch.float32 if lacks_float64 else torch.float64)
+        self._keep(*choice)
 
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         if self.begin_index is not None:

@@ -12,6 +12,7 @@ from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.checkpoint import copy_checkpoint
+from cm_diffusers.engine.commands import command, in_these_words
 from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.files import RunFiles, holds, remove, replace_file
 from cm_diffusers.engine.lock import lock_folder
@@ -32,7 +33,7 @@ from cm_diffusers.objectives import OBJECTIVES
 def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
     """Parse the command line, train, export; errors of the user end the program with a message and code 2."""
     with ends_with_a_line():
-        config = parse_config(sys.argv[1:] if argv is None else argv, methods, description)
+        config = parse_config(sys.argv[1:] if argv is None else argv, methods, in_these_words(description))
         if config.run.dry_run:
             print("".join(f"# {note}\n" for note in config.notes) + config.resolved().to_yaml(), end="")
         else:
@@ -197,7 +198,7 @@ def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
 def _how_to_push(publisher: Publisher, folder: Path) -> str:
     return (
         f"The model is complete in {folder / RunFiles.MODEL}, but not all of it is on the Hub. Finish the push with:"
-        f"\n  python training/push.py --model_dir {folder / RunFiles.MODEL} --hub_model_id {publisher.repo_id}"
+        f"\n  {command('push')} --model_dir {folder / RunFiles.MODEL} --hub_model_id {publisher.repo_id}"
     )
 
 
@@ -212,6 +213,6 @@ def _say_what_next(folder: Path) -> None:
     print(
         f"\nSaved {folder / RunFiles.MODEL}; pictures in {folder / RunFiles.PICTURES},"
         f" curves in {folder / RunFiles.CURVES}."
-        f"\nSample it:  python training/sample.py --pretrained_model_name_or_path {folder / RunFiles.MODEL}"
+        f"\nSample it:  {command('sample')} --pretrained_model_name_or_path {folder / RunFiles.MODEL}"
         f" --num_samples 64 --output_dir {folder / 'images'}"
     )

@@ -1,0 +1,146 @@
+"""The command `cm-diffusers`: everything that can be done with the library, by words.
+
+    cm-diffusers train --config digits_ect --max_train_steps 60 --output_dir runs/mine
+    cm-diffusers sample --pretrained_model_name_or_path runs/mine/pipeline --num_samples 16
+    cm-diffusers train --num_processes 2 --method ect ...
+
+`cm-diffusers WORD --help` explains each. The scripts in the folder `training/` of the source tree are the same.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+
+CONSOLE = "cm-diffusers"
+CALLED_BY = "CM_DIFFUSERS_CALLED_BY"
+COMMANDS = {  # and the modules that do it, of which `train` has one for each kind of method
+    "train": ("train a model that jumps: ect, ct, ict, cd, ecd, sct, scd, mean_flow, ctm", None),
+    "diffuse": ("train a diffusion model, the start or the teacher of others", "train_diffusion"),
+    "recipes": ("list the recipes that --config knows by name", None),
+    "sample": ("make images with a saved model", "sample"),
+    "edit": ("inpaint, outpaint, colorize, enlarge, denoise, change pictures", "edit"),
+    "evaluate": ("measure a model, or the checkpoints of a run", "evaluate"),
+    "diagnose": ("draw what a model makes of noise at each level", "diagnose"),
+    "report": ("make a page of runs", "report"),
+    "prepare": ("bring images into the form that trains fastest", "prepare_data"),
+    "convert": ("read checkpoints of other projects", "convert"),
+    "export": ("write samplers for ONNX and torch.export, and a page that samples in the browser", "export"),
+    "push": ("publish a model, and its demo, on the Hub", "push"),
+    "demo": ("open a saved model in the browser", None),
+    "toy": ("train on a problem of one or two dimensions whose answer is known", "train_toy"),
+}
+TRAINING = ("train_consistency", "train_continuous", "train_trajectory")
+BY_SEVERAL = ("train", "diffuse", "evaluate")  # processes
+
+
+def usage() -> str:
+    lines = [f"  {word:10s} {text}" for word, (text, _) in COMMANDS.items()]
+    return f"usage: {CONSOLE} WORD ...\n\n" + "\n".join(lines) + f"\n\n`{CONSOLE} WORD --help` explains each.\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a word of the command line; an unknown one ends the program with code 2."""
+    word, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if word in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return
+    if word == "--version":
+        print(importlib.import_module("cm_diffusers").__version__)
+        return
+    if word not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(word, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"error: {word!r} is no word of {CONSOLE}{hint}\n\n{usage()}", file=sys.stderr, end="")
+        raise SystemExit(2)
+    os.environ[CALLED_BY] = CONSOLE
+    if word in BY_SEVERAL:
+        rest = launched(word, rest)
+    run(word, rest)
+
+
+def run(word: str, argv: list[str]) -> None:
+    """What a word does, in this process."""
+    if word == "train":
+        methods = [method for name in TRAINING for method in script(name).METHODS]
+        importlib.import_module("cm_diffusers.engine.training.run").main(argv, methods, TRAIN)
+    elif word == "diffuse":
+        module = script("train_diffusion")
+        importlib.import_module("cm_diffusers.engine.training.run").main(argv, module.METHODS, module.__doc__)
+    elif word == "recipes":
+        importlib.import_module("cm_diffusers.engine.recipes").main(argv)
+    elif word == "demo":
+        importlib.import_module("cm_diffusers.demo").main(argv)
+    else:
+        script(COMMANDS[word][1] or word).main(argv)
+
+
+TRAIN = """Train a model that makes images in one to four steps.
+
+    cm-diffusers train --config digits_ect
+    cm-diffusers train --method ect --train_data_dir my_images --resolution 32 \\
+        --model_preset base --max_train_steps 100000 --output_dir runs/mine
+
+`cm-diffusers recipes` lists what --config knows by name. --num_processes N trains on N GPUs of this machine (or by N
+processes on its CPU); --accelerate_config NAME or FILE launches by Accelerate. The same command resumes a run that was
+stopped.
+"""
+
+
+def script(name: str):
+    return importlib.import_module(f"cm_diffusers.scripts.{name}")
+
+
+def launched(word: str, argv: list[str]) -> list[str]:
+    """The command line without what says how to launch; where something does, a launcher takes this process' place."""
+    rest, launch = [], {}
+    words = iter(argv)
+    for text in words:
+        name, has_value, value = text.partition("=")
+        if name in ("--num_processes", "--accelerate_config"):
+            launch[name] = value if has_value else next(words, "")
+        else:
+            rest.append(text)
+    if not launch:
+        return argv
+    if len(launch) > 1:
+        end("num_processes stands in the file of --accelerate_config; give one of the two.")
+    count, file = launch.get("--num_processes"), launch.get("--accelerate_config")
+    if count is not None:
+        if not count.isdecimal() or int(count) < 1:
+            end(f"num_processes must be an integer of at least 1, got {count!r}.")
+        if int(count) == 1:
+            return rest
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
+    else:
+        launcher = ["accelerate.commands.launch", "--config_file", accelerate_file(file or "")]
+    command = [sys.executable, "-m", *launcher, "-m", "cm_diffusers.cli", word, *rest]
+    if os.name == "posix":
+        os.execv(sys.executable, command)  # signals reach the launcher as they would reach this process
+    raise SystemExit(subprocess.run(command).returncode)
+
+
+def accelerate_file(name: str) -> str:
+    """A file of Accelerate's settings, or one of the library's by its name; else the program ends."""
+    from pathlib import Path
+
+    folder = Path(importlib.import_module("cm_diffusers.scripts").__path__[0]) / "accelerate"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if Path(name).is_file():
+        return name
+    if name in known:
+        return str(folder / f"{name}.yaml")
+    end(f"accelerate_config {name!r} is no file, and none of {', '.join(known)}.")
+
+
+def end(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

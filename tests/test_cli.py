@@ -1,0 +1,157 @@
+"""The command `cm-diffusers`: its words are the scripts, and what it says next it can do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cm_diffusers import cli
+from cm_diffusers.engine import commands, recipes
+from cm_diffusers.engine.commands import CONSOLE, WORDS, command, in_these_words, recipe_file
+from tests.helpers.training_runs import flags
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {path.stem for path in (ROOT / "training").glob("*.py")}
+
+
+@pytest.fixture
+def console(monkeypatch):
+    monkeypatch.setenv(commands.CALLED_BY, CONSOLE)
+
+
+def test_every_script_has_a_word_and_every_word_a_script():
+    assert WORDS.keys() == SCRIPTS - {"quickstart"}
+    assert set(WORDS.values()) | {"recipes", "demo"} == cli.COMMANDS.keys()
+    assert (cli.CONSOLE, cli.CALLED_BY) == (commands.CONSOLE, commands.CALLED_BY)  # cli imports nothing that is slow
+    assert all(word in (ROOT / "README.md").read_text() for word in ("cm-diffusers train", "cm-diffusers recipes"))
+
+
+@pytest.mark.parametrize("word", cli.COMMANDS)
+def test_every_word_explains_itself_as_it_is_called(word, capsys, console):
+    with pytest.raises(SystemExit) as end:
+        cli.main([word, "--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and len(said) > 200
+    assert "python training/" not in said
+    if word != "demo":
+        assert f"cm-diffusers {word}" in said
+
+
+def test_the_words_are_listed_and_a_wrong_one_is_told_the_right_one(capsys):
+    cli.main([])
+    listed = capsys.readouterr().out
+    assert all(f"  {word} " in listed for word in cli.COMMANDS)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["sampel"])
+    assert "'sampel' is no word of cm-diffusers; did you mean sample?" in capsys.readouterr().err
+    cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == __import__("cm_diffusers").__version__
+
+
+def test_a_script_is_called_as_its_user_calls_it(monkeypatch):
+    monkeypatch.delenv(commands.CALLED_BY, raising=False)
+    text = "Do this: python training/train_consistency.py --x 1, as training/push.py does."
+    assert command("sample") == "python training/sample.py"
+    assert in_these_words(text) == text.replace("as training", "as python training")
+    monkeypatch.setenv(commands.CALLED_BY, CONSOLE)
+    assert command("prepare_data") == "cm-diffusers prepare"
+    assert in_these_words(text) == "Do this: cm-diffusers train --x 1, as cm-diffusers push does."
+    monkeypatch.delenv(commands.CALLED_BY)
+    monkeypatch.setattr(commands, "SCRIPTS", Path("site-packages/cm_diffusers/scripts"))  # there are no files to start
+    assert command("sample") == "cm-diffusers sample"
+
+
+def test_recipes_are_found_by_name_and_paths_by_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_file("digits_ect").read_text() == (ROOT / "training/configs/digits_ect.yaml").read_text()
+    (tmp_path / "digits_ect").write_text("method: ect\n")
+    assert recipe_file("digits_ect") == Path("digits_ect")  # a file of that name goes before
+    assert recipe_file("nowhere/mine.yaml") == Path("nowhere/mine.yaml")
+    with pytest.raises(ValueError, match="'mnist_etc' is no file and no recipe of the library. Near it are mnist_ect"):
+        recipe_file("mnist_etc")
+
+
+def test_recipes_are_listed_with_what_they_come_to(capsys):
+    recipes.main([])
+    listed = capsys.readouterr().out
+    for path in (ROOT / "training" / "configs").glob("*.yaml"):
+        settings = yaml.safe_load(path.read_text())
+        assert f"\n{path.stem}: {settings['method']} on {settings['dataset_name']}, " in "\n" + listed
+    assert "digits_ect: ect on digits, 5,000 steps of 64, network tiny, 0.191 M at 8 x 8" in listed
+    recipes.main(["digits_ect"])
+    assert capsys.readouterr().out == (ROOT / "training/configs/digits_ect.yaml").read_text()
+    with pytest.raises(SystemExit, match="2"):
+        recipes.main(["digits"])
+    assert "'digits' is none of afhqv2_cdm" in capsys.readouterr().err
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The command line of a launcher that would take this process' place."""
+    found = []
+
+    def execv(program, words):
+        found.extend(words)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", execv)
+    return found
+
+
+def test_several_processes_are_launched_by_their_number_or_by_a_file(started):
+    with pytest.raises(SystemExit):
+        cli.launched("train", ["--method", "ect", "--num_processes", "4", "--seed=1"])
+    python, m, module, *rest = started
+    assert (python, m, module) == (sys.executable, "-m", "torch.distributed.run")
+    assert rest[:5] == ["--standalone", "--nproc_per_node", "4", "-m", "cm_diffusers.cli"]
+    assert rest[5:] == ["train", "--method", "ect", "--seed=1"]
+    started.clear()
+    with pytest.raises(SystemExit):
+        cli.launched("diffuse", ["--accelerate_config=several_gpus", "--method", "cdm"])
+    assert started[2:4] == ["accelerate.commands.launch", "--config_file"]
+    assert started[4] == str(ROOT / "training" / "accelerate" / "several_gpus.yaml")
+    assert started[5:] == ["-m", "cm_diffusers.cli", "diffuse", "--method", "cdm"]
+
+
+def test_one_process_is_not_launched(started):
+    assert cli.launched("train", ["--num_processes", "1", "--method", "ect"]) == ["--method", "ect"]
+    assert cli.launched("train", ["--method", "ect"]) == ["--method", "ect"] and not started
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--num_processes", "0"], "num_processes must be an integer of at least 1, got '0'"),
+        (["--num_processes"], "num_processes must be an integer of at least 1, got ''"),
+        (["--accelerate_config", "four"], "accelerate_config 'four' is no file, and none of cpu, one_gpu"),
+        (["--num_processes", "2", "--accelerate_config", "cpu"], "give one of the two"),
+    ],
+)
+def test_launches_that_can_not_be_are_said(words, message, capsys, started):
+    with pytest.raises(SystemExit, match="2"):
+        cli.launched("train", words)
+    assert message in capsys.readouterr().err and not started
+
+
+@pytest.mark.wide
+def test_two_processes_train_by_the_command(tmp_path):
+    words = flags(tmp_path / "run", max_train_steps=2)
+    command = [sys.executable, "-m", "cm_diffusers.cli", "train", "--num_processes", "2", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "on 2 process(es)" in result.stdout and "Sample it:  cm-diffusers sample --pretrained" in result.stdout
+
+
+@pytest.mark.wide
+def test_launchers_start_the_module_of_training(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "cm_diffusers.train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = map(str, flags(tmp_path / "run", max_train_steps=1))
+    result = subprocess.run([*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
