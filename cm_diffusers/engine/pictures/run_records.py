@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cm_diffusers.engine.commands import command
 from cm_diffusers.engine.files import RunFiles, headline, read_json, read_plain, why
 from cm_diffusers.engine.log import Log, read_log
 from cm_diffusers.engine.settings_files import read_yaml
@@ -85,7 +86,7 @@ def read_run(folder: Path, name: str) -> Run:
     run = Run(name)
     run.settings = _read(run, folder / RunFiles.SETTINGS, read_yaml, "settings")
     run.facts = _read(run, folder / RunFiles.FACTS, read_json, None)
-    run.metrics = _read(run, folder / RunFiles.METRICS, read_json, "metrics (training/evaluate.py writes them)")
+    run.metrics = _read(run, folder / RunFiles.METRICS, read_json, f"metrics ({command('evaluate')} writes them)")
     results = run.metrics.get("results")
     run.metrics["results"] = [row for row in results if _is_result(row)] if isinstance(results, list) else []
     _read_log(run, folder / RunFiles.LOG)

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 import cm_diffusers
+from cm_diffusers.engine.commands import command
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.description import DataDescription
 from cm_diffusers.engine.files import HUB_CARDS, LIBRARY, RunFiles, read_json, replace_file, why
@@ -279,7 +280,7 @@ def model_card(facts: Mapping[str, Any], repo: str, metrics: Path) -> ModelCard:
     try:
         numbers, notes = read_metrics(metrics)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{metrics} {why(error)}. Move it away, or measure again by training/evaluate.py.") from None
+        raise ValueError(f"{metrics} {why(error)}. Move it away, or measure again by {command('evaluate')}.") from None
     results = [
         EvalResult(
             task_type="unconditional-image-generation",
