@@ -51,7 +51,8 @@ def test_a_wheel_holds_every_module_and_what_they_read_and_nothing_else(wheel_fo
     templates = {f"cm_diffusers/hub_cards/{name}" for name in ("model_card.md", "report.html", *set().union(*folders))}
     assert files(wheel_folder / "cm_diffusers") == modules | templates | {"cm_diffusers/py.typed"}
     info = f"cm_diffusers-{cm_diffusers.__version__}.dist-info"
-    assert {path.name for path in wheel_folder.iterdir()} == {"cm_diffusers", info}
+    assert {path.name for path in wheel_folder.iterdir()} == {"cm_diffusers", info, "bin"}
+    assert [path.name for path in (wheel_folder / "bin").iterdir()] == ["cm-diffusers"]
 
 
 def test_a_wheel_holds_the_package_and_its_pipelines(wheel_folder, tmp_path):
