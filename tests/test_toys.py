@@ -201,7 +201,8 @@ def train(folder, **settings):
     return json.loads((folder / "report.json").read_text())
 
 
-@pytest.mark.parametrize("method", narrowed(["diffusion", "scd", "sct"], "sct"))
+@pytest.mark.wide
+@pytest.mark.parametrize("method", ["diffusion", "scd", "sct"])
 def test_training_finds_the_exact_answer(method, tmp_path):
     taught = {"teacher": "exact"} if method in ("scd", "ctm") else {}
     report = train(tmp_path, method=method, max_train_steps=1000, batch_size=256, **taught)

@@ -192,6 +192,7 @@ def test_the_page_holds_its_runtime_or_names_where_it_is(exported, tmp_path):
         write_page(tmp_path, "user/model", str(tmp_path), tmp_path)
 
 
+@pytest.mark.wide
 def test_a_graph_that_differs_is_not_left(model, tmp_path, monkeypatch):
     monkeypatch.setitem(program.TOLERANCE, "float32", -1.0)
     with pytest.raises(ValueError, match="1_step.onnx differs from the pipeline by"):

@@ -48,7 +48,7 @@ def start(kind, method, folder, **settings):
     return run(folder / "run", method, **{**defaults, **settings})
 
 
-@pytest.mark.parametrize("kind, method", TRAINED_FROM)
+@pytest.mark.parametrize("kind, method", narrowed(TRAINED_FROM, *TRAINED_FROM[::2]))
 def test_a_student_keeps_its_teacher_s_process_and_samples_after_reloading(kind, method, tmp_path):
     folder = start(kind, method, tmp_path) / "pipeline"
     teacher, student = load_teacher(str(tmp_path / "teacher"), ModelArguments()), load_pipeline(str(folder))

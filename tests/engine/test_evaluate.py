@@ -450,7 +450,9 @@ def test_a_model_without_classes_or_with_others_has_no_agreement(judged, unlabel
     assert "Label agreement is not measured" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("metric, steps", [("recall", [1, 2]), ("frechet_distance", [2])])
+@pytest.mark.parametrize(
+    "metric, steps", [("recall", [1, 2]), pytest.param("frechet_distance", [2], marks=pytest.mark.wide)]
+)
 def test_the_best_checkpoint_of_a_run_is_kept(judged, model, tmp_path, metric, steps):
     report = judged(watch=model.parent, num_inference_steps=steps, keep_best=metric)
     best = tmp_path / "out" / "best"

@@ -386,6 +386,7 @@ def killed_at(monkeypatch, step, save):
     return True
 
 
+@pytest.mark.wide
 def test_a_kill_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     folder, pipelines = tmp_path / "pipeline", [OURS["denoising"](), OURS["trigflow"]()]
     whole = []

@@ -294,6 +294,7 @@ def assert_close(a, b, loss_tolerance, weight_tolerance):
             assert (value - other_weights[key]).abs().max() <= weight_tolerance, key
 
 
+@pytest.mark.wide
 def test_four_passes_of_eight_are_one_of_thirty_two(tmp_path):
     run(tmp_path / "a", max_train_steps=10, train_batch_size=32)
     run(tmp_path / "b", max_train_steps=10, train_batch_size=8, gradient_accumulation_steps=4)

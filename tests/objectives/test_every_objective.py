@@ -56,6 +56,10 @@ CASES += [
     for name, kind in STUDENTS.items()
 ]
 every_objective = pytest.mark.parametrize("name, options", CASES)
+# for slow tests: `make test` has the first options of each method, and the others are wide
+FIRST = [case for case in CASES if case.id.endswith("-0")]
+OTHERS = [pytest.param(*case.values, id=case.id, marks=pytest.mark.wide) for case in CASES if case not in FIRST]
+every_method = pytest.mark.parametrize("name, options", FIRST + OTHERS)
 STEP = 3
 
 
@@ -108,7 +112,7 @@ def test_gradient_reaches_every_parameter_and_is_finite(make, name, options):
         assert parameter.endswith("to_k.bias") or value.abs().max() > 0, parameter  # softmax ignores a bias of keys
 
 
-@every_objective
+@every_method
 def test_loss_is_repeatable_and_does_not_depend_on_the_global_generator(make, name, options):
     objective = make(name, options, dropout=0.3)
     torch.manual_seed(0)
@@ -122,7 +126,7 @@ def test_loss_is_repeatable_and_does_not_depend_on_the_global_generator(make, na
     assert not torch.equal(objective.loss(batch_of(), Draws(0, STEP + 1, range(8))).sigma, first.sigma)
 
 
-@every_objective
+@every_method
 def test_total_is_the_mean_over_the_samples(make, name, options):
     loss = make(name, options).loss(batch_of(), Draws(0, STEP, range(8)))
     assert loss.per_sample.shape == loss.sigma.shape == (8,)
@@ -135,7 +139,7 @@ def test_total_is_the_mean_over_the_samples(make, name, options):
     assert set(loss.terms) <= set(METHODS[name].terms)
 
 
-@every_objective
+@every_method
 def test_gradient_of_half_batches_averages_to_that_of_the_whole(make, name, options):
     objective = make(name, options, dtype=torch.float64)
     batch = batch_of(dtype=torch.float64)
@@ -151,7 +155,7 @@ def test_gradient_of_half_batches_averages_to_that_of_the_whole(make, name, opti
     assert error.sqrt() < 1e-6 * sum(value.square().sum() for value in whole.values()).sqrt()
 
 
-@every_objective
+@every_method
 def test_bfloat16_autocast_is_finite_and_close(make, name, options):
     objective = make(name, options)
     exact, _ = gradient(objective, batch_of(), range(8))
@@ -203,7 +207,7 @@ def test_state_is_what_the_method_says(make, name, options):
         assert weights.isdisjoint(p.data_ptr() for p in network.parameters())
 
 
-@every_objective
+@every_method
 def test_loss_uses_the_wrapped_network(make, name, options):
     objective = make(name, options)
     calls = []
@@ -212,7 +216,7 @@ def test_loss_uses_the_wrapped_network(make, name, options):
     assert calls
 
 
-@every_objective
+@every_method
 @pytest.mark.parametrize(
     "channels, size, classes",
     narrowed([(1, (8, 16), 10), (4, (12, 4), None), (3, (8, 8), None)], (1, (8, 16), 10)),

@@ -130,7 +130,8 @@ def test_under_nohup_a_closed_terminal_stops_nothing(start):
     assert one.launcher.wait(20) == 128 + signal.SIGTERM and "Stopped by SIGTERM" in one.text()
 
 
-@pytest.mark.parametrize("number", narrowed([signal.SIGTERM, signal.SIGKILL], signal.SIGKILL), ids=name_of)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=name_of)
+@pytest.mark.wide
 def test_a_run_whose_launcher_is_gone_saves_and_stops(start, capsys, number):
     """accelerate launch of one process hands no signal on."""
     one = start(ACCELERATE).until_it_trains()
@@ -162,6 +163,7 @@ def test_a_shell_may_end_before_the_run_that_it_started(start, tmp_path):
 @pytest.mark.parametrize(
     "number", [ALL[0], *(pytest.param(number, marks=pytest.mark.slow) for number in ALL[1:])], ids=name_of
 )
+@pytest.mark.wide
 def test_a_signal_to_every_process_of_two_saves(start, number):
     """As SLURM sends it: the launcher has it, too, and hands it on, so that it comes twice."""
     one = start(TORCHRUN, train_batch_size=4).until_it_trains()
