@@ -13,8 +13,9 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from cm_diffusers.engine.commands import recipe_file
+from cm_diffusers.engine.commands import in_these_words, recipe_file
 from cm_diffusers.engine.effects import replaced, say_replaced, without_effect
+from cm_diffusers.engine.foreign_flags import INSTEAD
 from cm_diffusers.engine.settings_files import read_yaml
 from cm_diffusers.models import EDM_PRESETS, UNET_PRESETS
 from cm_diffusers.objectives import OBJECTIVES
@@ -36,12 +37,6 @@ LR_SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
 OPTIMIZERS = ["adam", "adamw", "radam"]
 TIME_LABELS = ["log_sigma", "angle"]
 BESIDE_TRAINING: dict[str, Any] = {"may_change": True, "in_recipe": False}  # what a setting with this says of itself
-# flags of diffusers' own scripts that have no like here
-ELSEWHERE = {
-    "resume_from_checkpoint": "the same command resumes the run in --output_dir by itself",
-    "num_train_epochs": "the length of a run is --max_train_steps",
-    "use_ema": "averages of the weights are always kept; see --ema_half_life and --export_weights",
-}
 
 
 @dataclass(frozen=True)
@@ -391,8 +386,8 @@ def _own_option(name: str, methods: Sequence[str], method: str) -> str:
     """Why the flag `name` is unknown, and what was perhaps meant."""
     others = [m for m in OBJECTIVES if m != method and name in {f.name for f in fields(OBJECTIVES[m].Options)}]
     own = [f.name for f in fields(OBJECTIVES[method].Options)]
-    if name in ELSEWHERE:
-        return f"Unknown option {name!r}: {ELSEWHERE[name]}."
+    if name in INSTEAD:
+        return f"Unknown option {name!r}: {in_these_words(INSTEAD[name])}."
     if others:
         return f"{name!r} is an option of {', '.join(others)}; {method} ignores it. Its own are: {', '.join(own)}."
     known = own + [f.name for cls in (ModelArguments, DataArguments, RunArguments) for f in fields(cls)]
