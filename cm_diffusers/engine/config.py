@@ -172,6 +172,13 @@ class RunArguments(Options):
     )
     seed: int = option(0, "Every random number of the run follows from it.", STEPS)
     max_train_steps: int = option(10_000, "Number of optimiser steps.", SOME_STEPS, may_change=True)
+    minutes: float | None = option(
+        None,
+        "Train for so many minutes, all included: the first steps are measured, and set --max_train_steps.",
+        "(0, 1e6]",
+        may_change=True,
+        in_recipe=False,
+    )
     train_batch_size: int = option(64, "Images per process and forward pass.", SOME_STEPS, may_change=True)
     gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.", SOME_STEPS, may_change=True)
     learning_rate: float = option(1e-4, "Peak learning rate.", "[1e-12, 1e3]")

@@ -26,6 +26,8 @@ REPLACES = {
     "pretrained_teacher_model": ("teacher_revision", "trajectory", "sigma_data"),
     "trajectory": TEACHER,
     "vae_name_or_path": ("sigma_data",),
+    "minutes": ("max_train_steps",),
+    "max_train_steps": ("minutes",),
 }
 
 
@@ -84,6 +86,12 @@ HUB = ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_timeout")
 GAN = tuple(f"discriminator_{name}" for name in ("start_step", "period", "learning_rate", "backbone"))
 
 RULES = (
+    Rule(
+        ("max_train_steps",),
+        ("minutes",),
+        lambda values: values["minutes"] is not None,
+        "--minutes {minutes} sets the length of the run. Leave one of them out",
+    ),
     Rule(
         ("pretrain_steps",),
         (),

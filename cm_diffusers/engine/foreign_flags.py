@@ -39,7 +39,7 @@ INSTEAD = {
     "hf_token": _TOKEN,
     "use_auth_token": _TOKEN,
     "pretrained_vae_model_name_or_path": _VAE,
-    "vae_encode_batch_size": "images are encoded 64 at a time, once before training; --cache_latents keeps the latents",
+    "vae_encode_batch_size": "images are encoded 64 at a time, once; --cache_latents keeps the latents",
     "pretrained_teacher": "a teacher is --pretrained_teacher_model",
     "teacher_model": "a teacher is --pretrained_teacher_model",
     "variant": "weights are read as the model's folder names them",

@@ -141,7 +141,9 @@ def test_one_step_of_the_student_s_pipeline_is_its_denoiser(kind, tmp_path):
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind, method", [("epsilon", "cd"), ("flow", "scd"), ("dit", "ect")])
+@pytest.mark.parametrize(
+    "kind, method", narrowed([("epsilon", "cd"), ("flow", "scd"), ("dit", "ect")], ("flow", "scd"))
+)
 def test_a_stopped_run_is_resumed_bit_for_bit(kind, method, tmp_path, monkeypatch):
     whole = start(kind, method, tmp_path / "whole")
     loss = OBJECTIVES[method].loss

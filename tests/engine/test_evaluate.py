@@ -398,6 +398,7 @@ def test_a_distance_that_falls_with_the_precision_is_warned_of():
     assert warning.startswith("WARNING: 2 steps, guidance 2: the Fréchet distance falls (3 to 2)")
 
 
+@pytest.mark.wide
 def test_the_guidance_that_is_best_is_found_and_measured_beside_none(judged, labelled):
     model = {"pretrained_model_name_or_path": labelled, "solver": "euler", "num_inference_steps": [4]}
     report = judged(**model, search_guidance=3, search_samples=60)

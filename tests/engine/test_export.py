@@ -421,6 +421,7 @@ def test_a_run_verifies_what_it_exports(tmp_path, monkeypatch, capfd):
     assert calls == [tmp_path / ".tmp-pipeline"] and (tmp_path / "pipeline" / "pipeline.py").exists()
 
 
+@pytest.mark.wide
 def test_a_model_that_does_not_load_is_refused(saved, tmp_path):
     folder = tmp_path / "a"
     shutil.copytree(saved[0] / "trigflow", folder)

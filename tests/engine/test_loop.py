@@ -114,6 +114,7 @@ def test_an_interrupt_stops_as_a_termination_does(tmp_path, monkeypatch):
     assert newest_checkpoint(tmp_path)[0].step == 2
 
 
+@pytest.mark.wide
 def test_a_terminated_process_saves_ends_with_143_and_resumes_exactly(tmp_path):
     settings = {"max_train_steps": 60, "checkpointing_steps": 1000}
     script = [sys.executable, str(REPOSITORY / "training" / "train_consistency.py")]

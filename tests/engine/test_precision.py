@@ -205,7 +205,9 @@ def cosine(name, step, dtype, **options):
 ECT = {"pretrain_steps": 0, "stage_steps": 100}
 
 
-@pytest.mark.parametrize("name, early, late, options", [("ect", 0, 900, ECT), ("ict", 0, 7000, {})])
+@pytest.mark.parametrize(
+    "name, early, late, options", [("ect", 0, 900, ECT), pytest.param("ict", 0, 7000, {}, marks=pytest.mark.wide)]
+)
 def test_late_comparisons_of_neighbours_need_the_bits_of_fp16(name, early, late, options):
     bf16 = [cosine(name, step, torch.bfloat16, **options) for step in (early, late)]
     fp16 = cosine(name, late, torch.float16, **options)

@@ -27,7 +27,7 @@ ECT = {"pretrain_steps": 2, "stage_steps": 2}  # so that they don't move with ma
 def flags(folder, method="ect", **settings):
     """The command line of a short run; None takes a default away. Defaults that would have no effect are left out."""
     values = {**DEFAULTS, **(ECT if method == "ect" else {}), **settings, "output_dir": folder}
-    if values["max_train_steps"] <= 2 and "pretrain_steps" not in settings:
+    if (values["max_train_steps"] or 3) <= 2 and "pretrain_steps" not in settings:
         values.pop("pretrain_steps", None)
     taught = values.get("pretrained_teacher_model") and not values.get("from_scratch")
     named = values.get("pretrained_model_name_or_path") or values.get("model_config_name_or_path")

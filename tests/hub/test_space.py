@@ -128,6 +128,7 @@ print(kind, events, levels.count(",") + 1, "levels,", "a picture" if high - low 
 """
 
 
+@pytest.mark.wide
 def test_the_app_makes_an_image_where_the_library_is_not(hub, api, tmp_path):
     network = TwoTimeModel.from_network(build_unet("jvp_tiny", (8, 8), 1, 3))
     for parameter in network.parameters():

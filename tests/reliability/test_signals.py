@@ -190,6 +190,7 @@ def test_two_processes_whose_launcher_is_killed_save(start):
     assert read_log(one.folder)[-1]["step"] == newest_checkpoint(one.folder)[0].step
 
 
+@pytest.mark.wide
 def test_a_second_interrupt_leaves_at_once_by_one_line(start):
     """The step after the first one never ends, as where another process is gone."""
     program = """

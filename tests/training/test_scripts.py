@@ -207,6 +207,7 @@ def test_a_diffusion_model_takes_noise_levels_and_no_solver_of_jumps(diffusion_m
         sample(diffusion_model / "pipeline", tmp_path, "--solver", "gamma")
 
 
+@pytest.mark.wide
 def test_a_missing_model_ends_the_script_with_code_2_and_a_message(tmp_path):
     words = ["--pretrained_model_name_or_path", str(tmp_path / "missing"), "--output_dir", str(tmp_path / "images")]
     command = [sys.executable, str(TRAINING / "sample.py"), *words]
@@ -217,6 +218,7 @@ def test_a_missing_model_ends_the_script_with_code_2_and_a_message(tmp_path):
     assert not (tmp_path / "images").exists()
 
 
+@pytest.mark.wide
 def test_diagnose_leaves_a_picture_and_numbers(tmp_path, capsys):
     model = run(tmp_path / "ect", max_train_steps=2) / "pipeline"
     teacher = run(tmp_path / "diffusion", "diffusion", max_train_steps=2) / "pipeline"

@@ -21,6 +21,7 @@ from cm_diffusers.engine.saved.export import save_pipeline
 from cm_diffusers.engine.sharing.card import card_facts, draw_grids, model_card, portable_settings
 from cm_diffusers.engine.sharing.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
 from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
+from cm_diffusers.engine.training.budget import within_budget
 from cm_diffusers.engine.training.build import build_trainer
 from cm_diffusers.engine.training.precision import choose_precision
 from cm_diffusers.engine.training.run_folder import check_ours, look_over
@@ -91,6 +92,8 @@ def _train(config: Config, stopping: Stopping) -> Path:
                     step = fetch_checkpoint(run.resume_from_hub, folder)
                     tqdm.write(f"Fetched the checkpoint of step {step} from {run.resume_from_hub}.")
                 check_before_data(config, folder, accelerator.num_processes)
+        config = within_budget(config, accelerator, stopping)
+        run = config.run
         trainer = build_trainer(config, accelerator)
         if warning is not None:
             trainer.say(f"WARNING: {warning}")

@@ -1,0 +1,106 @@
+"""A run of so many minutes: its first steps are measured, and the length that fits is kept for all resumes."""
+
+import json
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from cm_diffusers.engine.config import Config
+from cm_diffusers.engine.files import RunFiles, read_json, replace_file
+from cm_diffusers.engine.processes import together
+from cm_diffusers.engine.stopping import Stopping
+from cm_diffusers.engine.training.build import build_trainer
+from cm_diffusers.engine.training.trainer import Trainer
+
+
+PLACES = 6  # of a run, in the middles of its sixths: stages differ in what a step costs
+SHARE = 0.05  # of the time, that measuring may take
+LEAST = 2  # steps at each place, beside a first one that is not counted
+SLACK = 0.97  # of what is left, for what nobody foresees
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that the parts of a run take: a step, pictures, a checkpoint, and its end."""
+
+    step: float
+    pictures: float
+    checkpoint: float
+    end: float
+
+    def steps_in(self, seconds: float, validation_steps: int, checkpointing_steps: int) -> int:
+        """How many steps fit, at least 1, with pictures and checkpoints as often as the run makes them."""
+        each = self.step + self.checkpoint / checkpointing_steps
+        each += self.pictures / validation_steps if validation_steps else 0
+        left = seconds - self.end - self.checkpoint - (self.pictures if validation_steps else 0)
+        return max(1, int(SLACK * left / each))
+
+
+def within_budget(config: Config, accelerator: Accelerator, stopping: Stopping) -> Config:
+    """`config` with the length that `minutes` allow, which the run's folder keeps; as it is without `minutes`.
+
+    Raises:
+        ValueError: the run was begun with other minutes.
+    """
+    minutes, folder = config.run.minutes, Path(config.run.output_dir)
+    if minutes is None:
+        return config
+    kept, steps = folder / RunFiles.BUDGET, None
+    with together(accelerator):
+        if accelerator.is_main_process and kept.is_file():
+            found = read_json(kept)
+            if found["minutes"] != minutes:
+                raise ValueError(
+                    f"{folder} holds a run of {found['minutes']:g} minutes, whose length was set to"
+                    f" {found['max_train_steps']} steps by it. Give --minutes {found['minutes']:g} to go on,"
+                    " --max_train_steps instead for another length, or another --output_dir."
+                )
+            steps = found["max_train_steps"]
+    [steps] = broadcast_object_list([steps])
+    if steps is None:
+        costs = _measured(config, accelerator, stopping, SHARE * 60 * minutes)
+        left = 60 * minutes - (time.time() - psutil.Process().create_time())
+        steps = costs.steps_in(left, config.run.validation_steps, config.run.checkpointing_steps)
+        [steps] = broadcast_object_list([steps])
+        with together(accelerator):
+            if accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                replace_file(kept, json.dumps({"minutes": minutes, "max_train_steps": steps}))
+                print(f"{minutes:g} minutes: {steps} steps of {1000 * costs.step:.0f} ms, kept in {kept}.", flush=True)
+    return config.with_settings({"max_train_steps": steps})
+
+
+def _measured(config: Config, accelerator: Accelerator, stopping: Stopping, seconds: float) -> Costs:
+    """What the parts of the run cost, by a trainer that is thrown away."""
+    started = time.time() - psutil.Process().create_time()  # so long does a process take to begin, and to verify
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"output_dir": folder, "push_to_hub": False, "report_to": None}
+        trainer = build_trainer(config.with_settings(settings), accelerator)
+        with closing(trainer.data.batches(trainer.share, trainer.run.seed, 0)) as batches:
+            times = [_step_at(trainer, batches, stopping, (i + 0.5) / PLACES, seconds / PLACES) for i in range(PLACES)]
+        begin = time.perf_counter()
+        trainer.save()
+        saved = time.perf_counter()
+        with together(accelerator):
+            if accelerator.is_main_process and trainer.run.validation_steps:
+                trainer._draw()
+        drawn = time.perf_counter()
+        accelerator.free_memory()
+    return Costs(sum(times) / PLACES, drawn - saved, saved - begin, 2 * started)
+
+
+def _step_at(trainer: Trainer, batches, stopping: Stopping, place: float, seconds: float) -> float:
+    """Seconds of a step at a place in [0, 1] of the run."""
+    trainer.state.step = int(place * trainer.run.max_train_steps)
+    trainer.take_step(batches, stopping)
+    begin, count = time.perf_counter(), 0
+    while count < LEAST or time.perf_counter() - begin < seconds:
+        trainer.take_step(batches, stopping)
+        count += 1
+    return (time.perf_counter() - begin) / count

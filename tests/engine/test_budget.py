@@ -1,0 +1,81 @@
+"""Runs of so many minutes: what fits into them, and that a resumed run keeps its length."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from cm_diffusers.engine.training import budget
+from cm_diffusers.engine.training.budget import Costs
+from cm_diffusers.engine.training.trainer import Trainer
+from tests.helpers.training_runs import differences, read_log, run
+
+
+@pytest.mark.parametrize(
+    "costs, seconds, every, steps",
+    [
+        ((0.1, 0, 0, 0), 100, (0, 1000), int(0.97 * 100 / 0.1)),
+        ((0.1, 5.0, 2.0, 20.0), 127, (100, 100), int(0.97 * (127 - 27) / (0.1 + 0.05 + 0.02))),
+        ((0.1, 5.0, 2.0, 20.0), 127, (0, 100), int(0.97 * (127 - 22) / (0.1 + 0.02))),
+        ((0.1, 5.0, 2.0, 20.0), 10, (100, 100), 1),
+    ],
+)
+def test_steps_pictures_checkpoints_and_the_end_fit(costs, seconds, every, steps):
+    assert Costs(*costs).steps_in(seconds, *every) == int(steps)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Costs by which 0.1 minutes come to 8 steps, in place of a measurement; and how often one was made."""
+    calls = []
+
+    def measure(*_):
+        calls.append(1)
+        return Costs(0.7, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(budget, "_measured", measure)
+    now = SimpleNamespace(create_time=time.time)
+    monkeypatch.setattr(budget, "psutil", SimpleNamespace(Process=lambda: now))
+    return calls
+
+
+def test_the_length_is_kept_and_a_stopped_run_ends_with_the_same_bits(measured, tmp_path, monkeypatch, capsys):
+    settings = {"max_train_steps": None, "minutes": 0.1, "checkpointing_steps": 3}
+    run(tmp_path / "whole", "ect", **settings)
+    kept = json.loads((tmp_path / "whole" / "budget.json").read_text())
+    assert kept == {"minutes": 0.1, "max_train_steps": 8} and len(read_log(tmp_path / "whole")) == 8
+    assert "0.1 minutes: 8 steps of 700 ms, kept in" in capsys.readouterr().out
+
+    take = Trainer._take_step
+
+    def broken(trainer, *args):
+        if trainer.step == 5:
+            raise KeyboardInterrupt
+        return take(trainer, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_take_step", broken)
+        run(tmp_path / "stopped", "ect", **settings)
+    run(tmp_path / "stopped", "ect", **settings)
+    assert len(measured) == 2  # once for each folder
+    assert differences(tmp_path / "whole", tmp_path / "stopped") == []
+    assert read_log(tmp_path / "whole") == read_log(tmp_path / "stopped")
+
+
+def test_other_minutes_are_another_run(measured, tmp_path):
+    run(tmp_path, "ect", max_train_steps=None, minutes=0.1)
+    with pytest.raises(ValueError, match="a run of 0.1 minutes, whose length was set to 8 steps"):
+        run(tmp_path, "ect", max_train_steps=None, minutes=0.2)
+
+
+def test_a_length_and_minutes_are_not_given_together(tmp_path):
+    with pytest.raises(ValueError, match="max_train_steps 8 has no effect: --minutes 2.0 sets the length"):
+        run(tmp_path, "ect", max_train_steps=8, minutes=2.0)
+
+
+def test_a_measurement_leaves_nothing_in_the_folder_of_the_run(tmp_path):
+    run(tmp_path / "run", "ect", max_train_steps=None, minutes=0.001, pretrain_steps=0.3, stage_steps=0.2)
+    assert json.loads((tmp_path / "run" / "budget.json").read_text())["max_train_steps"] == 1
+    assert len(read_log(tmp_path / "run")) == 1
+    assert not list(tmp_path.glob("run/samples/step-000[1-9]*"))
