@@ -21,8 +21,9 @@ from cm_diffusers.engine.training.trainer import Trainer
 
 PLACES = 6  # of a run, in the middles of its sixths: stages differ in what a step costs
 SHARE = 0.05  # of the time, that measuring may take
-LEAST = 2  # steps at each place, beside a first one that is not counted
+END = 1.2  # times what a process takes to begin: that one which verifies the model begins as this one did
 SLACK = 0.97  # of what is left, for what nobody foresees
+LEAST = 2  # steps at each place, beside a first one that is not counted
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def within_budget(config: Config, accelerator: Accelerator, stopping: Stopping) 
 
 def _measured(config: Config, accelerator: Accelerator, stopping: Stopping, seconds: float) -> Costs:
     """What the parts of the run cost, by a trainer that is thrown away."""
-    started = time.time() - psutil.Process().create_time()  # so long does a process take to begin, and to verify
+    started = time.time() - psutil.Process().create_time()
     with tempfile.TemporaryDirectory() as folder:
         settings = {"output_dir": folder, "push_to_hub": False, "report_to": None}
         trainer = build_trainer(config.with_settings(settings), accelerator)
@@ -92,7 +93,7 @@ def _measured(config: Config, accelerator: Accelerator, stopping: Stopping, seco
                 trainer._draw()
         drawn = time.perf_counter()
         accelerator.free_memory()
-    return Costs(sum(times) / PLACES, drawn - saved, saved - begin, 2 * started)
+    return Costs(sum(times) / PLACES, drawn - saved, saved - begin, END * started)
 
 
 def _step_at(trainer: Trainer, batches, stopping: Stopping, place: float, seconds: float) -> float:
