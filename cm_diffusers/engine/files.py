@@ -52,7 +52,6 @@ class RunFiles:
     DATA = "data.json"  # what the images are; in the model's folder as well
     SETTINGS = "config.yaml"
     LOG = "log.jsonl"
-    BUDGET = "budget.json"  # the length that --minutes came to
     CURVES = "losses.png"
     PICTURES = "samples"
     TRACKERS = "tracker"

@@ -1,9 +1,9 @@
-"""A run of so many minutes: its first steps are measured, and the length that fits is kept for all resumes."""
+"""A run of so many minutes: steps are measured before it, and the length that fits is kept for all resumes."""
 
-import json
+import io
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,8 @@ import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from cm_diffusers.engine.checkpoint import newest_state
 from cm_diffusers.engine.config import Config
-from cm_diffusers.engine.files import RunFiles, read_json, replace_file
 from cm_diffusers.engine.processes import together
 from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.training.build import build_trainer
@@ -44,36 +44,31 @@ class Costs:
 
 
 def within_budget(config: Config, accelerator: Accelerator, stopping: Stopping) -> Config:
-    """`config` with the length that `minutes` allow, which the run's folder keeps; as it is without `minutes`.
+    """`config` with the length that `minutes` allow, as it is without `minutes`. Checkpoints keep it for resumes.
 
     Raises:
-        ValueError: the run was begun with other minutes.
+        ValueError: the run was begun with other minutes, or with a length.
     """
-    minutes, folder = config.run.minutes, Path(config.run.output_dir)
+    minutes, folder, steps = config.run.minutes, Path(config.run.output_dir), None
     if minutes is None:
         return config
-    kept, steps = folder / RunFiles.BUDGET, None
     with together(accelerator):
-        if accelerator.is_main_process and kept.is_file():
-            found = read_json(kept)
-            if found["minutes"] != minutes:
+        if accelerator.is_main_process and (state := newest_state(folder)) is not None:
+            then, steps = state["config"].get("minutes"), state["config"]["max_train_steps"]
+            if then != minutes:
+                begun = "a length" if then is None else f"{then:g} minutes"
                 raise ValueError(
-                    f"{folder} holds a run of {found['minutes']:g} minutes, whose length was set to"
-                    f" {found['max_train_steps']} steps by it. Give --minutes {found['minutes']:g} to go on,"
-                    " --max_train_steps instead for another length, or another --output_dir."
+                    f"{folder} holds a run that was begun with {begun}, and has {steps} steps. Give"
+                    f" --max_train_steps {steps} or more to go on, or another --output_dir."
                 )
-            steps = found["max_train_steps"]
     [steps] = broadcast_object_list([steps])
     if steps is None:
         costs = _measured(config, accelerator, stopping, SHARE * 60 * minutes)
         left = 60 * minutes - (time.time() - psutil.Process().create_time())
         steps = costs.steps_in(left, config.run.validation_steps, config.run.checkpointing_steps)
         [steps] = broadcast_object_list([steps])
-        with together(accelerator):
-            if accelerator.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
-                replace_file(kept, json.dumps({"minutes": minutes, "max_train_steps": steps}))
-                print(f"{minutes:g} minutes: {steps} steps of {1000 * costs.step:.0f} ms, kept in {kept}.", flush=True)
+        if accelerator.is_main_process:
+            print(f"For {minutes:g} minutes: {steps} steps, of {1000 * costs.step:.0f} ms each.", flush=True)
     return config.with_settings({"max_train_steps": steps})
 
 
@@ -82,7 +77,8 @@ def _measured(config: Config, accelerator: Accelerator, stopping: Stopping, seco
     started = time.time() - psutil.Process().create_time()
     with tempfile.TemporaryDirectory() as folder:
         settings = {"output_dir": folder, "push_to_hub": False, "report_to": None}
-        trainer = build_trainer(config.with_settings(settings), accelerator)
+        with redirect_stdout(io.StringIO()):  # what the data and the model are is said of the run itself
+            trainer = build_trainer(config.with_settings(settings), accelerator)
         with closing(trainer.data.batches(trainer.share, trainer.run.seed, 0)) as batches:
             times = [_step_at(trainer, batches, stopping, (i + 0.5) / PLACES, seconds / PLACES) for i in range(PLACES)]
         begin = time.perf_counter()

@@ -30,7 +30,6 @@ FILES: dict[str, Callable[[Path], Any] | None] = {
     RunFiles.EXPORTED: _of(list, read_json),
     RunFiles.DIVERGED: check_note,
     RunFiles.TRACKER: read_tracker,
-    RunFiles.BUDGET: _of(dict, read_json),
     RunFiles.LOG: None,
     RunFiles.CURVES: None,
     RunFiles.QUALITY: None,
