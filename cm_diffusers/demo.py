@@ -249,12 +249,13 @@ class Demo:
 
     def _edit_tab(self) -> None:
         names = self._edits()
+        gr.Markdown("Pictures are cut to the model's size. Without one, the sample of the seed is edited.")
         with gr.Row():
             with gr.Column(scale=1):
                 kind = gr.Radio(names, value=names[0], label="What to do")
                 about = gr.Markdown(EDITS[names[0]][1])
                 drawn = gr.ImageEditor(
-                    label="Your picture (none: the sample of the seed)",
+                    label="Your picture",
                     type="pil",
                     image_mode="RGBA",
                     sources=["upload", "clipboard"],
