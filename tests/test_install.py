@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,26 @@ def test_a_wheel_holds_the_package_and_its_pipelines(wheel_folder, tmp_path):
     package, pipeline = imported_from(wheel_folder, tmp_path)
     assert package == wheel_folder / "cm_diffusers" / "__init__.py"
     assert pipeline == wheel_folder / "cm_diffusers" / "pipelines" / "consistency.py"
+
+
+@pytest.mark.wide
+def test_a_source_distribution_holds_what_git_holds(tmp_path):
+    """But for what only this repository needs."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no checkout of git")
+    tree = tmp_path / "tree"
+    for name in listed.stdout.split("\n"):
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    missing = {name for name in listed.stdout.split("\n") if (ROOT / name).is_file()} - held
+    assert all(name.startswith(".") for name in missing)
+    assert "tests/test_install.py" in held and "training/configs/digits_ect.yaml" in held
 
 
 def test_a_wheel_trains(wheel_folder, tmp_path):
