@@ -199,6 +199,9 @@ class RunArguments(Options):
         " noise levels are compared and bf16 elsewhere; without one no, float32.",
         choices=["no", "fp16", "bf16"],
     )
+    allow_tf32: bool = option(
+        False, "Multiply float32 matrices in TF32 on a GPU: faster, with the mantissa of fp16.", may_change=True
+    )
     compile: bool = option(False, "Compile the network with torch.compile.", may_change=True)
     ema_half_life: list[float] | None = option(
         None,
@@ -259,6 +262,7 @@ class RunArguments(Options):
     report_to: str | None = option(
         None, "A tracker that Accelerate knows: tensorboard, wandb, trackio, ...", **BESIDE_TRAINING
     )
+    tracker_project_name: str = option("cm_diffusers", "Project of the run in the tracker.", **BESIDE_TRAINING)
     dry_run: bool = option(False, "Print the resolved settings and stop.", **BESIDE_TRAINING)
 
     _argument_group_name = "run"

@@ -185,6 +185,7 @@ RULES = (
         "a constant --ema_decay has no ramp. Give --ema_half_life instead",
     ),
     Rule(HUB, ("push_to_hub",), _is("push_to_hub", False), "nothing is published without --push_to_hub"),
+    Rule(("tracker_project_name",), ("report_to",), _is("report_to", None), "nothing is tracked without --report_to"),
     Rule(
         ("hub_strategy",),
         (),

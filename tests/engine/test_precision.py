@@ -340,3 +340,20 @@ def test_a_norm_that_overflows_moves_no_weight_though_each_gradient_is_finite(fp
     weights, _ = states(tmp_path)
     assert torch.equal(weights[1], weights[0]) and not torch.equal(weights[2], weights[1])
     assert [row["skipped"] for row in read_log(tmp_path)] == [0, 1, 1]
+
+
+@pytest.fixture
+def matmul():
+    """The setting, which pytest's patches can't take back."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_matrices_are_multiplied_in_tf32_where_that_is_asked_for(asked, matmul, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_module, "_export", lambda *args, **kwargs: seen.append(matmul.allow_tf32))
+    run(tmp_path, "ect", max_train_steps=1, allow_tf32=asked, pretrain_steps=0, stage_steps=1)
+    assert seen == [asked]

@@ -49,11 +49,11 @@ def install(monkeypatch):
     return make
 
 
-def start(folder, name, step=0):
+def start(folder, name, step=0, **settings):
     """Start a tracker as a run in `folder` does after `step`."""
     folder.mkdir(parents=True, exist_ok=True)
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tracker"))
-    config = parse_config(flags(folder, report_to=name), ["ect"], "")
+    config = parse_config(flags(folder, report_to=name, **settings), ["ect"], "")
     start_trackers(Accelerator(log_with=name, project_config=project), config, step)
 
 
@@ -117,6 +117,15 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker(tmp_path, install,
         tracked = begin.return_value
         named = {**first, "set later": tracked.name, "by a call": str(tracked.set_name.call_args)}
         assert any("faces-ect-" in str(value) for value in named.values())
+
+
+def test_the_project_is_that_of_the_command(tmp_path, install):
+    _, begin = install("wandb")
+    start(tmp_path / "a", "wandb")
+    start(tmp_path / "b", "wandb", tracker_project_name="faces")
+    assert [call.kwargs["project"] for call in begin.call_args_list] == ["cm_diffusers", "faces"]
+    with pytest.raises(ValueError, match="tracker_project_name faces has no effect: nothing is tracked without"):
+        parse_config(flags(tmp_path, tracker_project_name="faces"), ["ect"], "")
 
 
 def test_runs_of_folders_of_one_name_are_not_one_run_of_the_tracker(tmp_path, install):

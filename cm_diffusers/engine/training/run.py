@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate.utils import ProjectConfiguration
 from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
@@ -65,6 +66,8 @@ def _train(config: Config, stopping: Stopping) -> Path:
     run = config.run
     folder = Path(run.output_dir)
     disable_progress_bar()
+    if run.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     check_tracker(run.report_to)
     precision, warning = choose_precision(OBJECTIVES[config.method], run.mixed_precision)
     accelerator = start_accelerator(

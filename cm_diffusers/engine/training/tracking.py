@@ -14,7 +14,6 @@ from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.files import RunFiles, headline, read_json, replace_file, why
 
 
-PROJECT = "cm_diffusers"
 VERSIONS = {"aim": "aim<4"}  # what Accelerate can drive, where it can't drive every version
 SETTINGS_ONCE = ("mlflow", "tensorboard")  # mlflow refuses changed settings, tensorboard shows them as one more run
 
@@ -65,7 +64,8 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
         note = read_note(file) if file.exists() else _new_note(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} {why(error)}. Delete it, and a new run of the tracker is begun.") from None
-    project = note["name"] if config.run.report_to == "tensorboard" else PROJECT  # of tensorboard it names the run
+    # of tensorboard it names the run
+    project = note["name"] if config.run.report_to == "tensorboard" else config.run.tracker_project_name
     values = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.to_dict().items()}
     try:
         accelerator.init_trackers(project, init_kwargs=_init_kwargs(note, file.parent, step))
