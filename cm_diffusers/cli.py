@@ -7,37 +7,38 @@
 `cm-diffusers WORD --help` explains each. The scripts in the folder `training/` of the source tree are the same.
 """
 
+import difflib
 import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from cm_diffusers.engine.commands import CALLED_BY, CONSOLE, SCRIPTS, WORDS, settings_files
 
 
-CONSOLE = "cm-diffusers"
-CALLED_BY = "CM_DIFFUSERS_CALLED_BY"
-COMMANDS = {  # and the modules that do it, of which `train` has one for each kind of method
-    "train": ("train a model that jumps: ect, ct, ict, cd, ecd, sct, scd, mean_flow, ctm", None),
-    "diffuse": ("train a diffusion model, the start or the teacher of others", "train_diffusion"),
-    "recipes": ("list the recipes that --config knows by name", None),
-    "sample": ("make images with a saved model", "sample"),
-    "edit": ("inpaint, outpaint, colorize, enlarge, denoise, change pictures", "edit"),
-    "evaluate": ("measure a model, or the checkpoints of a run", "evaluate"),
-    "diagnose": ("draw what a model makes of noise at each level", "diagnose"),
-    "report": ("make a page of runs", "report"),
-    "prepare": ("bring images into the form that trains fastest", "prepare_data"),
-    "convert": ("read checkpoints of other projects", "convert"),
-    "export": ("write samplers for ONNX and torch.export, and a page that samples in the browser", "export"),
-    "push": ("publish a model, and its demo, on the Hub", "push"),
-    "demo": ("open a saved model in the browser", None),
-    "toy": ("train on a problem of one or two dimensions whose answer is known", "train_toy"),
+COMMANDS = {
+    "train": "train a model that jumps: ect, ct, ict, cd, ecd, sct, scd, mean_flow, ctm",
+    "diffuse": "train a diffusion model, the start or the teacher of others",
+    "recipes": "list the recipes that --config knows by name",
+    "sample": "make images with a saved model",
+    "edit": "inpaint, outpaint, colorize, enlarge, denoise, change pictures",
+    "evaluate": "measure a model, or the checkpoints of a run",
+    "diagnose": "draw what a model makes of noise at each level",
+    "report": "make a page of runs",
+    "prepare": "bring images into the form that trains fastest",
+    "convert": "read checkpoints of other projects",
+    "export": "write samplers for ONNX and torch.export, and a page that samples in the browser",
+    "push": "publish a model, and its demo, on the Hub",
+    "demo": "open a saved model in the browser",
+    "toy": "train on a problem of one or two dimensions whose answer is known",
 }
-TRAINING = ("train_consistency", "train_continuous", "train_trajectory")
 BY_SEVERAL = ("train", "diffuse", "evaluate")  # processes
 
 
 def usage() -> str:
-    lines = [f"  {word:10s} {text}" for word, (text, _) in COMMANDS.items()]
+    lines = [f"  {word:10s} {text}" for word, text in COMMANDS.items()]
     return f"usage: {CONSOLE} WORD ...\n\n" + "\n".join(lines) + f"\n\n`{CONSOLE} WORD --help` explains each.\n"
 
 
@@ -51,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(importlib.import_module("cm_diffusers").__version__)
         return
     if word not in COMMANDS:
-        import difflib
-
         near = difflib.get_close_matches(word, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"error: {word!r} is no word of {CONSOLE}{hint}\n\n{usage()}", file=sys.stderr, end="")
@@ -66,17 +65,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(word: str, argv: list[str]) -> None:
     """What a word does, in this process."""
     if word == "train":
-        methods = [method for name in TRAINING for method in script(name).METHODS]
+        methods = [method for name in scripts_of(word) for method in script(name).METHODS]
         importlib.import_module("cm_diffusers.engine.training.run").main(argv, methods, TRAIN)
     elif word == "diffuse":
-        module = script("train_diffusion")
+        module = script(*scripts_of(word))
         importlib.import_module("cm_diffusers.engine.training.run").main(argv, module.METHODS, module.__doc__)
     elif word == "recipes":
         importlib.import_module("cm_diffusers.engine.recipes").main(argv)
     elif word == "demo":
         importlib.import_module("cm_diffusers.demo").main(argv)
     else:
-        script(COMMANDS[word][1] or word).main(argv)
+        script(*scripts_of(word)).main(argv)
 
 
 TRAIN = """Train a model that makes images in one to four steps.
@@ -89,6 +88,11 @@ TRAIN = """Train a model that makes images in one to four steps.
 processes on its CPU); --accelerate_config NAME or FILE launches by Accelerate. The same command resumes a run that was
 stopped.
 """
+
+
+def scripts_of(word: str) -> list[str]:
+    """The scripts that a word stands for; `train` has one for each kind of method."""
+    return [name for name, its_word in WORDS.items() if its_word == word]
 
 
 def script(name: str):
@@ -126,14 +130,11 @@ def launched(word: str, argv: list[str]) -> list[str]:
 
 def accelerate_file(name: str) -> str:
     """A file of Accelerate's settings, or one of the library's by its name; else the program ends."""
-    from pathlib import Path
-
-    folder = Path(importlib.import_module("cm_diffusers.scripts").__path__[0]) / "accelerate"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    known = settings_files(SCRIPTS / "accelerate")
     if Path(name).is_file():
         return name
     if name in known:
-        return str(folder / f"{name}.yaml")
+        return str(known[name])
     end(f"accelerate_config {name!r} is no file, and none of {', '.join(known)}.")
 
 

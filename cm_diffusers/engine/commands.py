@@ -45,6 +45,11 @@ def parser_of(script: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def settings_files(folder: Path) -> dict[str, Path]:
+    """The YAML files of a folder by their names."""
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def recipe_file(name: str) -> Path:
     """The settings file that `--config` means: a path, or a recipe of the library by its name.
 
@@ -53,9 +58,9 @@ def recipe_file(name: str) -> Path:
     """
     if Path(name).is_file() or Path(name).name != name or Path(name).suffix:
         return Path(name)
-    recipes = sorted(path.stem for path in (SCRIPTS / "configs").glob("*.yaml"))
+    recipes = settings_files(SCRIPTS / "configs")
     if name in recipes:
-        return SCRIPTS / "configs" / f"{name}.yaml"
+        return recipes[name]
     near = difflib.get_close_matches(name, recipes, n=3)
     hint = f" Near it are {', '.join(near)}." if near else ""
     raise ValueError(

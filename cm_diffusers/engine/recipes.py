@@ -8,17 +8,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from cm_diffusers.engine.commands import SCRIPTS
+from cm_diffusers.engine.commands import SCRIPTS, settings_files
 from cm_diffusers.models import build_unet
 
 
 # height, width and channels of the datasets that recipes name, unless they say a resolution
 SHAPES = {"digits": (8, 1), "ylecun/mnist": (28, 1), "uoft-cs/cifar10": (32, 3)}
-
-
-def recipes() -> dict[str, Path]:
-    """The files by their names."""
-    return {path.stem: path for path in sorted((SCRIPTS / "configs").glob("*.yaml"))}
 
 
 def about(path: Path) -> dict[str, str]:
@@ -54,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="cm-diffusers recipes", description="List the recipes that --config knows by name, or print one."
     )
     parser.add_argument("name", nargs="?", help="the recipe to print")
-    name, known = parser.parse_args(argv).name, recipes()
+    name, known = parser.parse_args(argv).name, settings_files(SCRIPTS / "configs")
     if name is not None:
         if name not in known:
             parser.error(f"{name!r} is none of {', '.join(known)}.")
