@@ -1,7 +1,6 @@
 """The demo, by gradio's own client and in a browser."""
 
 import importlib
-import shutil
 import socket
 import sys
 
@@ -30,6 +29,7 @@ from cm_diffusers import (
 from cm_diffusers.demo import Demo, main
 from cm_diffusers.models import EDMUNet2DModel, build_unet
 from cm_diffusers.sampling import load_pipeline, sample_images
+from tests.helpers.browser import chromium
 
 
 def random_weights(network):
@@ -346,19 +346,11 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_in_a_browser_a_picture_appears_and_the_slider_changes_it(consistency, tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
+    with chromium() as browser:
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.common.keys import Keys
+        from selenium.webdriver.support.ui import WebDriverWait
 
-    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
-    if not (chromium and driver):
-        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1000"):
-        options.add_argument(flag)
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as browser:
         wait = WebDriverWait(browser, 60)
         browser.get(consistency.page.local_url)
 

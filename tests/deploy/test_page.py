@@ -6,7 +6,6 @@ ONNXRUNTIME_WEB=<folder dist of the npm package> python -m pytest -m slow tests/
 import functools
 import http.server
 import os
-import shutil
 import threading
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.models import EDMUNet2DModel
 from tests.deploy.test_export import export
+from tests.helpers.browser import chromium
 from tests.helpers.stock_pipelines import randomised
 
 
@@ -34,15 +34,7 @@ return Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canva
 
 @pytest.fixture
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
-    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
-    if not (chromium and driver):
-        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"):
-        options.add_argument(flag)
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as browser:
+    with chromium() as browser:
         yield browser
 
 
