@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cm_diffusers.engine.commands import CALLED_BY, CONSOLE, SCRIPTS, WORDS, settings_files
+from cm_diffusers.scripts import CALLED_BY, CONSOLE, SCRIPTS, WORDS, settings_files
 
 
 COMMANDS = {

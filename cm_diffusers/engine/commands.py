@@ -6,21 +6,7 @@ import os
 import re
 from pathlib import Path
 
-import cm_diffusers.scripts
-
-
-CONSOLE = "cm-diffusers"
-WORDS = {  # of the scripts; training has one for all methods
-    "train_consistency": "train",
-    "train_continuous": "train",
-    "train_trajectory": "train",
-    "train_diffusion": "diffuse",
-    "train_toy": "toy",
-    "prepare_data": "prepare",
-    **{name: name for name in ("convert", "diagnose", "edit", "evaluate", "export", "push", "report", "sample")},
-}
-CALLED_BY = "CM_DIFFUSERS_CALLED_BY"  # of the environment: set by the command for itself and what it starts
-SCRIPTS = Path(cm_diffusers.scripts.__path__[0])
+from cm_diffusers.scripts import CALLED_BY, CONSOLE, SCRIPTS, WORDS, settings_files
 
 
 def command(script: str) -> str:
@@ -43,11 +29,6 @@ def parser_of(script: str, description: str) -> argparse.ArgumentParser:
         description=in_these_words(description),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def settings_files(folder: Path) -> dict[str, Path]:
-    """The YAML files of a folder by their names."""
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def recipe_file(name: str) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from cm_diffusers.engine.commands import SCRIPTS, settings_files
 from cm_diffusers.models import build_unet
+from cm_diffusers.scripts import SCRIPTS, settings_files
 
 
 # height, width and channels of the datasets that recipes name, unless they say a resolution
