@@ -245,6 +245,24 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
+def go_back_to(root: Path, name: str) -> str:
+    """Set aside what is newer than the checkpoint called `name`; gives a line that says so.
+
+    Raises:
+        ValueError: there is none of the name, or it is damaged.
+    """
+    known = {path.name: step for step, path in list_checkpoints(root)}
+    if name not in known:
+        found = ", ".join(sorted(known, key=known.get)) or "none"
+        raise ValueError(f"resume_from_checkpoint {name!r} is no checkpoint of {root}, which has {found}.")
+    try:
+        load_checkpoint(root / name)
+    except DamagedCheckpoint as error:
+        raise ValueError(f"resume_from_checkpoint {name!r} can't be read: {error}") from None
+    set_aside_newer(root, known[name], "left")
+    return f"The run goes back to {name}; newer checkpoints are kept as left-checkpoint-STEP."
+
+
 def set_aside_newer(root: Path, step: int, why: str = "damaged") -> None:
     """Rename the checkpoints after `step` to `<why>-checkpoint-<step>`, so that they never count as ones to keep."""
     for number, path in list_checkpoints(root):

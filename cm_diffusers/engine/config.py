@@ -33,8 +33,12 @@ from cm_diffusers.objectives.options import (
 
 
 DEFAULT_HALF_LIFE = 500.0
-LR_SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
+LR_SCHEDULES = [
+    "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "piecewise_constant", "polynomial"
+]  # fmt: skip
 OPTIMIZERS = ["adam", "adamw", "radam"]
+EIGHT_BIT_ADAM = "bitsandbytes.optim:AdamW8bit"
+STEP_RULES = r"({number}:\d+,)+{number}".format(number=r"\d+(?:\.\d+)?(?:[eE]-?\d+)?")
 TIME_LABELS = ["log_sigma", "angle"]
 BESIDE_TRAINING: dict[str, Any] = {"may_change": True, "in_recipe": False}  # what a setting with this says of itself
 
@@ -47,6 +51,9 @@ class ModelArguments(Options):
         place="path or Hub id",
     )
     revision: str | None = option(None, "Revision of the pretrained model on the Hub.")
+    variant: str | None = option(
+        None, "Which weights of the pretrained model: fp16 for files like diffusion_pytorch_model.fp16.safetensors."
+    )
     model_preset: str = option("small", "Size of the U-Net.", choices=[*UNET_PRESETS, *EDM_PRESETS])
     model_config_name_or_path: str | None = option(
         None, "Config of a UNet2DModel to use instead of a preset.", place="path or Hub id"
@@ -57,6 +64,9 @@ class ModelArguments(Options):
         " the teacher, or of the pretrained model, if it has one.",
         place="path or Hub id",
     )
+    vae_encode_batch_size: int = option(
+        64, "Images that the autoencoder encodes at once.", SOME_STEPS, may_change=True
+    )
     dropout: float = option(0.0, "Dropout probability of the U-Net.", "[0, 0.99]")
     class_conditional: bool = option(False, "Condition the model on the labels of the dataset.")
     label_dropout: float = option(
@@ -65,6 +75,7 @@ class ModelArguments(Options):
         "[0, 0.99]",
     )
     teacher_revision: str | None = option(None, "Revision of the teacher on the Hub.")
+    teacher_variant: str | None = option(None, "Which weights of the teacher, as --variant.")
     time_label: str | None = option(
         None,
         "The network's time input: log_sigma (250 ln sigma; loads with stock diffusers; the default) or angle"
@@ -93,8 +104,9 @@ class ModelArguments(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.revision is not None and self.pretrained_model_name_or_path is None:
-            raise ValueError("revision is that of --pretrained_model_name_or_path, which is not given.")
+        for name in ("revision", "variant"):
+            if getattr(self, name) is not None and self.pretrained_model_name_or_path is None:
+                raise ValueError(f"{name} is that of --pretrained_model_name_or_path, which is not given.")
 
 
 @dataclass(frozen=True)
@@ -127,6 +139,12 @@ class DataArguments(Options):
         for_training=True,
         images_only="mirrored latents are not those of the mirrored image",
     )
+    random_crop: bool = option(
+        False,
+        "Crop resized images at a place drawn anew each time, not in the middle.",
+        for_training=True,
+        images_only="images are encoded once, before training",
+    )
     augment: float = option(
         0.0,
         "Probability of each augmentation that the network is told of (EDM's: mirrored, scaled, turned, stretched,"
@@ -136,6 +154,21 @@ class DataArguments(Options):
         images_only="turned latents are not those of the turned image",
     )
     max_train_samples: int | None = option(None, "Use only the first samples.", SOME_STEPS)
+    extra_datasets: list[str] | None = option(
+        None, "More datasets to train on: each what dataset_name may be.", place="path or Hub id", words=("digits",)
+    )
+    dataset_weights: list[float] | None = option(
+        None,
+        "How often images are drawn from the dataset and from each of --extra_datasets. Default: by their sizes.",
+        "(0, 1e6]",
+        for_training=True,
+    )
+    max_image_pixels: int | None = option(
+        None,
+        "Refuse images of more pixels; a great number lets large ones be read. Default: Pillow's, 178956970.",
+        SOME_STEPS,
+        may_change=True,
+    )
     streaming: bool = option(
         False,
         "Read the dataset row by row in training, not as a whole before it.",
@@ -160,6 +193,14 @@ class DataArguments(Options):
             raise ValueError("dataset_revision is for a dataset_name on the Hub.")
         if self.resolution is not None and len(self.resolution) > 2:
             raise ValueError(f"resolution takes one or two numbers, got {self.resolution}.")
+        extra, weights = len(self.extra_datasets or []), self.dataset_weights
+        if extra and self.streaming:
+            raise ValueError("extra_datasets are read as a whole; leave out --streaming.")
+        if weights is not None and (not extra or len(weights) != 1 + extra):
+            raise ValueError(
+                f"dataset_weights has {len(weights)} numbers; give one for the dataset and one for each of"
+                f" --extra_datasets, of which there are {extra}."
+            )
 
 
 @dataclass(frozen=True)
@@ -172,6 +213,13 @@ class RunArguments(Options):
     )
     seed: int = option(0, "Every random number of the run follows from it.", STEPS)
     max_train_steps: int = option(10_000, "Number of optimiser steps.", SOME_STEPS, may_change=True)
+    num_train_epochs: int | None = option(
+        None,
+        "Train for so many passes over the images, instead of --max_train_steps.",
+        SOME_STEPS,
+        may_change=True,
+        in_recipe=False,
+    )
     minutes: float | None = option(
         None,
         "Train for so many minutes, all included: the first steps are measured, and set --max_train_steps.",
@@ -184,7 +232,18 @@ class RunArguments(Options):
     learning_rate: float = option(1e-4, "Peak learning rate.", "[1e-12, 1e3]")
     lr_scheduler: str = option("constant_with_warmup", "Course of the learning rate.", choices=LR_SCHEDULES)
     lr_warmup_steps: Length = option(0, "Steps of linear warm-up, or below 1 their share of the run.", STEPS)
-    optimizer: str = option("radam", "Optimiser.", choices=OPTIMIZERS)
+    lr_num_cycles: int = option(1, "Restarts of --lr_scheduler cosine_with_restarts.", "[1, 1e6]")
+    lr_power: float = option(1.0, "Power of --lr_scheduler polynomial.", "[1e-3, 1e3]")
+    lr_step_rules: str | None = option(
+        None,
+        "Of --lr_scheduler piecewise_constant: factors and the steps that they end at, as 1:1000,0.1:2000,0.01.",
+    )
+    optimizer: str = option(
+        "radam",
+        f"Optimiser: {', '.join(OPTIMIZERS)}, or a class of an installed package as module:Class, for example"
+        " torch.optim:NAdam.",
+    )
+    use_8bit_adam: bool = option(False, f"The same as --optimizer {EIGHT_BIT_ADAM}.")
     adam_beta1: float = option(0.9, "First beta of the optimiser.", "[0, 1)")
     adam_beta2: float = option(0.999, "Second beta of the optimiser.", "[0, 1)")
     adam_epsilon: float = option(1e-8, "Epsilon of the optimiser.", "[0, 1]")
@@ -247,6 +306,13 @@ class RunArguments(Options):
     hub_timeout: float = option(
         120.0, "Seconds to keep trying after training while the Hub is out of reach.", "[0, 1e9]", **BESIDE_TRAINING
     )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Go back to a checkpoint of output_dir, as checkpoint-1000: newer ones are set aside. latest is the default:"
+        " the same command resumes by itself.",
+        words=("latest",),
+        **BESIDE_TRAINING,
+    )
     resume_from_hub: str | None = option(
         None,
         "Where output_dir holds no checkpoint, resume from the newest that a run with --hub_strategy every_save left"
@@ -259,8 +325,13 @@ class RunArguments(Options):
         "Resume although the images, their order or their classes are not those that the run was trained on.",
         **BESIDE_TRAINING,
     )
-    report_to: str | None = option(
-        None, "A tracker that Accelerate knows: tensorboard, wandb, trackio, ...", **BESIDE_TRAINING
+    report_to: list[str] | None = option(
+        None,
+        "Trackers that Accelerate knows: one or several of tensorboard, wandb, trackio, ...; or all, or none.",
+        **BESIDE_TRAINING,
+    )
+    logging_dir: str = option(
+        "tracker", "Folder below output_dir, or another, for the files of trackers.", place="path", **BESIDE_TRAINING
     )
     tracker_project_name: str = option("cm_diffusers", "Project of the run in the tracker.", **BESIDE_TRAINING)
     dry_run: bool = option(False, "Print the resolved settings and stop.", **BESIDE_TRAINING)
@@ -272,9 +343,37 @@ class RunArguments(Options):
         for name, values in (("ema_decay", self.ema_decay or []), ("ema_half_life", self.ema_half_life or [])):
             if len({f"{value:g}" for value in values}) < len(values):
                 raise ValueError(f"{name} must be different values, which six digits tell apart; got {values}.")
+        if self.optimizer not in OPTIMIZERS and not re.fullmatch(r"[\w.]+:\w+", self.optimizer):
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, or module:Class, as torch.optim:NAdam; got"
+                f" {self.optimizer!r}."
+            )
+        if (self.lr_scheduler == "piecewise_constant") != (self.lr_step_rules is not None):
+            raise ValueError("lr_scheduler piecewise_constant and lr_step_rules go together; give both or none.")
+        if self.lr_step_rules is not None and not re.fullmatch(STEP_RULES, self.lr_step_rules):
+            raise ValueError(
+                "lr_step_rules must be factors, each but the last with the step that it ends at, as 1:1000,0.1:2000,"
+                f"0.01; got {self.lr_step_rules!r}."
+            )
+        if self.resume_from_checkpoint not in (None, "latest") and not re.fullmatch(
+            r"checkpoint-\d+", Path(self.resume_from_checkpoint).name
+        ):
+            raise ValueError(
+                "resume_from_checkpoint must be latest or the name of a checkpoint, as checkpoint-1000; got"
+                f" {self.resume_from_checkpoint!r}."
+            )
+        if self.report_to and "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(f"report_to none stands alone, got {' '.join(self.report_to)}.")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers of `report_to`; those of "all" are not named yet."""
+        return [] if self.report_to in (None, ["none"]) else list(self.report_to)
 
     def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "RunArguments":
         run = super().resolved(total_steps, pretrained, dimensions)
+        if self.use_8bit_adam:
+            run = replace(run, optimizer=EIGHT_BIT_ADAM)
         if self.ema_half_life is None and not self.ema_decay:
             run = replace(run, ema_half_life=[DEFAULT_HALF_LIFE])
         if self.push_to_hub and self.hub_model_id is None:
@@ -533,7 +632,7 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
         options, data, model, run = (cls(**{f.name: values[f.name] for f in fields(cls)}) for cls in groups)
         if faults:
             raise ValueError("\n  ".join(faults))
-        _check_together(method, options, data, model)
+        _check_together(method, options, data, model, run)
         config = Config(method, options, model, data, run)
         config.resolved()  # which finds what can't be
     except ValueError as error:
@@ -542,7 +641,7 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
     return replace(config, notes=tuple(say_replaced(found, in_file, values)))
 
 
-def _check_together(method: str, options: Any, data: DataArguments, model: ModelArguments) -> None:
+def _check_together(method: str, options: Any, data: DataArguments, model: ModelArguments, run: RunArguments) -> None:
     """Raise ValueError for settings that are not those of the method, or of a teacher that is missing."""
     cls, without_teacher = OBJECTIVES[method], options.teacher is None
     if cls.needs_teacher and without_teacher:
@@ -557,5 +656,8 @@ def _check_together(method: str, options: Any, data: DataArguments, model: Model
         raise ValueError("teacher_guidance_scale is for methods with a teacher (--pretrained_teacher_model).")
     if model.vae_name_or_path is not None:
         check_for_latents(data, options)
-    if model.teacher_revision is not None and without_teacher:
-        raise ValueError("teacher_revision is that of --pretrained_teacher_model, which is not given.")
+    for name in ("teacher_revision", "teacher_variant"):
+        if getattr(model, name) is not None and without_teacher:
+            raise ValueError(f"{name} is that of --pretrained_teacher_model, which is not given.")
+    if run.num_train_epochs is not None and data.streaming:
+        raise ValueError("num_train_epochs: a stream does not tell how many images it has. Give --max_train_steps.")

@@ -13,21 +13,26 @@ Values = Mapping[str, Any]  # all settings of a run by their flag names; a metho
 SOURCES = ("dataset_name", "train_data_dir")
 OF_A_SOURCE = ("dataset_config_name", "dataset_revision", "split", "image_column", "label_column", "channels")
 NEW_NETWORK = ("model_preset", "model_config_name_or_path")
-START = ("pretrained_model_name_or_path", "revision")
-TEACHER = ("pretrained_teacher_model", "teacher_revision", "from_scratch", "teacher_guidance_scale")
+START = ("pretrained_model_name_or_path", "revision", "variant")
+TEACHER = (
+    "pretrained_teacher_model", "teacher_revision", "teacher_variant", "from_scratch", "teacher_guidance_scale"
+)  # fmt: skip
+LENGTHS = ("max_train_steps", "num_train_epochs", "minutes")
 
 # what a flag takes the place of in a config file: the other settings that answer the same question, and theirs
 REPLACES = {
     **dict.fromkeys(SOURCES, SOURCES + OF_A_SOURCE),
-    "pretrained_model_name_or_path": ("revision", "from_scratch", *NEW_NETWORK, "time_label", "sigma_data"),
+    "pretrained_model_name_or_path": ("revision", "variant", "from_scratch", *NEW_NETWORK, "time_label", "sigma_data"),
     "model_preset": ("model_config_name_or_path", *START),
     "model_config_name_or_path": ("model_preset", *START),
     "from_scratch": START,
-    "pretrained_teacher_model": ("teacher_revision", "trajectory", "sigma_data"),
+    "pretrained_teacher_model": ("teacher_revision", "teacher_variant", "trajectory", "sigma_data"),
     "trajectory": TEACHER,
     "vae_name_or_path": ("sigma_data",),
-    "minutes": ("max_train_steps",),
-    "max_train_steps": ("minutes",),
+    **{name: tuple(other for other in LENGTHS if other != name) for name in LENGTHS},
+    "use_8bit_adam": ("optimizer",),
+    "optimizer": ("use_8bit_adam",),
+    "lr_scheduler": ("lr_num_cycles", "lr_power", "lr_step_rules"),
 }
 
 
@@ -88,6 +93,12 @@ GAN = tuple(f"discriminator_{name}" for name in ("start_step", "period", "learni
 RULES = (
     Rule(
         ("max_train_steps",),
+        ("num_train_epochs",),
+        lambda values: values["num_train_epochs"] is not None,
+        "--num_train_epochs {num_train_epochs} sets the length of the run. Leave one of them out",
+    ),
+    Rule(
+        ("max_train_steps", "num_train_epochs"),
         ("minutes",),
         lambda values: values["minutes"] is not None,
         "--minutes {minutes} sets the length of the run. Leave one of them out",
@@ -101,8 +112,26 @@ RULES = (
     Rule(
         ("lr_warmup_steps",),
         ("lr_scheduler",),
-        _is("lr_scheduler", "constant"),
-        "lr_scheduler constant has no warm-up. Use --lr_scheduler constant_with_warmup",
+        _is("lr_scheduler", "constant", "piecewise_constant"),
+        "lr_scheduler {lr_scheduler} has no warm-up. Use --lr_scheduler constant_with_warmup",
+    ),
+    Rule(
+        ("lr_num_cycles",),
+        ("lr_scheduler",),
+        lambda values: values["lr_num_cycles"] != 1 and values["lr_scheduler"] != "cosine_with_restarts",
+        "it is of --lr_scheduler cosine_with_restarts, and lr_scheduler is {lr_scheduler}",
+    ),
+    Rule(
+        ("lr_power",),
+        ("lr_scheduler",),
+        lambda values: values["lr_power"] != 1 and values["lr_scheduler"] != "polynomial",
+        "it is of --lr_scheduler polynomial, and lr_scheduler is {lr_scheduler}",
+    ),
+    Rule(
+        ("optimizer",),
+        ("use_8bit_adam",),
+        _is("use_8bit_adam", True),
+        "--use_8bit_adam names another optimizer. Leave one of them out",
     ),
     Rule(
         ("lr_warmup_steps",),
@@ -185,7 +214,12 @@ RULES = (
         "a constant --ema_decay has no ramp. Give --ema_half_life instead",
     ),
     Rule(HUB, ("push_to_hub",), _is("push_to_hub", False), "nothing is published without --push_to_hub"),
-    Rule(("tracker_project_name",), ("report_to",), _is("report_to", None), "nothing is tracked without --report_to"),
+    Rule(
+        ("tracker_project_name", "logging_dir"),
+        ("report_to",),
+        _is("report_to", None, ["none"]),
+        "nothing is tracked without --report_to",
+    ),
     Rule(
         ("hub_strategy",),
         (),

@@ -5,27 +5,27 @@ A guess by spelling would lead astray: the nearest option to `hub_token` is `hub
 """
 
 _RESUME = "the same command resumes the run in --output_dir by itself"
-_STEPS = "the length of a run is --max_train_steps"
+_STEPS = "the length of a run is --max_train_steps, --num_train_epochs or --minutes"
 _TEXT = "models here are conditioned on classes, and not on text"
 _PICTURES = "pictures of samples are made every --validation_steps"
 _AVERAGES = "averages of the weights are always kept; see --ema_half_life, --ema_decay and --export_weights"
 _TOKEN = "the token comes from `hf auth login`, or from HF_TOKEN of the environment"
-_CROP = "images are resized and cropped in the middle to --resolution; prepare_data.py does it otherwise, and once"
+_CROP = "images are resized to cover --resolution and cropped in the middle, or elsewhere by --random_crop"
 _VAE = "an autoencoder is named by --vae_name_or_path"
 _ATTENTION = "PyTorch's own fast attention is used where there is one"
-_LR = "there are --learning_rate, --lr_scheduler and --lr_warmup_steps, and no more"
+_LR = "write the scaled --learning_rate itself"
 _NOISE = "the noise levels that are trained are the method's own options, such as --p_mean and --p_std"
 _PROCESS = "a model's process and what it predicts are read from the model"
 _EVALUATE = "evaluate.py measures a model, or with --watch a run while it trains"
 _SAVE = "a run is saved every --checkpointing_steps, and its model at the end"
 _LAUNCH = "processes are the launcher's: cm-diffusers train --num_processes N, torchrun or accelerate launch"
+_LORA = "all weights are trained"
+_CLASSES = "classes are those of the dataset; --class_conditional trains on them"
 _LOSS = "the distance is --distance, with --huber_c, and the weight --weighting, of the methods that have them"
 
 INSTEAD = {
-    "resume_from_checkpoint": _RESUME,
     "resume": _RESUME,
-    "num_train_epochs": _STEPS,
-    "num_epochs": _STEPS,
+    "num_epochs": "it is --num_train_epochs",
     "max_steps": _STEPS,
     "max_iter": _STEPS,
     "use_ema": _AVERAGES,
@@ -39,11 +39,8 @@ INSTEAD = {
     "hf_token": _TOKEN,
     "use_auth_token": _TOKEN,
     "pretrained_vae_model_name_or_path": _VAE,
-    "vae_encode_batch_size": "images are encoded 64 at a time, once; --cache_latents keeps the latents",
     "pretrained_teacher": "a teacher is --pretrained_teacher_model",
     "teacher_model": "a teacher is --pretrained_teacher_model",
-    "variant": "weights are read as the model's folder names them",
-    "teacher_variant": "weights are read as the model's folder names them",
     "non_ema": _AVERAGES,
     "batch_size": "images per step and process are --train_batch_size",
     "per_device_train_batch_size": "images per step and process are --train_batch_size",
@@ -51,16 +48,45 @@ INSTEAD = {
     "per_device_eval_batch_size": _EVALUATE,
     "lr": "the learning rate is --learning_rate",
     "scale_lr": _LR,
-    "lr_num_cycles": _LR,
-    "lr_power": _LR,
     "lr_scheduler_type": "it is --lr_scheduler",
     "warmup_steps": "it is --lr_warmup_steps",
     "warmup_ratio": "it is --lr_warmup_steps, where a number below 1 is a share of the run",
     "weight_decay": "it is --adam_weight_decay",
-    "use_8bit_adam": "optimizers are those that --optimizer names",
     "optim": "it is --optimizer",
+    "optimizer_type": "it is --optimizer",
+    "cache_dir": "downloads are kept where HF_HOME of the environment says",
+    "overwrite_output_dir": "a run never writes over another: give another --output_dir, or delete the folder",
+    "train_shards_path_or_url": "shards of webdataset are a --dataset_name",
+    "encode_batch_size": "it is --vae_encode_batch_size",
+    "dataset_image_column_name": "it is --image_column",
+    "dataset_class_label_column_name": "it is --label_column",
+    "num_classes": _CLASSES,
+    "class_embed_type": _CLASSES,
+    "sigma_min": _NOISE,
+    "sigma_max": _NOISE,
+    "rho": _NOISE,
+    "noise_precond_type": "a network's time input is --time_label",
+    "input_precond_type": "a network's input is scaled as EDM does, by sigma_data",
+    "discretization_s_0": "the course of the discretization is --s0 and --s1 of ict",
+    "discretization_s_1": "the course of the discretization is --s0 and --s1 of ict",
+    "constant_discretization_steps": "a constant discretization is --s0 equal to --s1 of ict",
+    "skip_steps": "the solver's grid is --num_scales of cd, and --solver_steps of ctm",
+    "cast_teacher": "the teacher computes as --mixed_precision says",
+    "ema_min_decay": _AVERAGES,
+    "use_ema_warmup": "averages warm up by --ema_rampup",
+    "train_text_encoder": _TEXT,
+    "dream_training": _TEXT,
+    "dream_detail_preservation": _TEXT,
+    "debug_loss": "log.jsonl and losses.png in --output_dir have the loss by noise level",
+    "timestep_bias_strategy": _NOISE,
+    "timestep_bias_multiplier": _NOISE,
+    "timestep_bias_begin": _NOISE,
+    "timestep_bias_end": _NOISE,
+    "timestep_bias_portion": _NOISE,
+    "lora_alpha": _LORA,
+    "lora_dropout": _LORA,
+    "lora_target_modules": _LORA,
     "center_crop": _CROP,
-    "random_crop": _CROP,
     "image_interpolation_mode": _CROP,
     "interpolation_type": _CROP,
     "use_fix_crop_and_size": _CROP,
@@ -89,7 +115,6 @@ INSTEAD = {
     "enable_xformers_memory_efficient_attention": _ATTENTION,
     "enable_npu_flash_attention": _ATTENTION,
     "set_grads_to_none": "gradients are always set to None",
-    "logging_dir": "trackers write below --output_dir",
     "logger": "it is --report_to",
     "tracker_run_name": "trackers name runs after --output_dir",
     "wandb_project": "it is --tracker_project_name",
@@ -113,6 +138,6 @@ INSTEAD = {
     "guidance_scale": "a teacher is guided by --teacher_guidance_scale",
     "unet_time_cond_proj_dim": "a teacher is guided by one --teacher_guidance_scale",
     "cast_teacher_unet": "the teacher computes as --mixed_precision says",
-    "lora_rank": "all weights are trained",
-    "rank": "all weights are trained",
+    "lora_rank": _LORA,
+    "rank": _LORA,
 }

@@ -1,6 +1,7 @@
 """Options of other programs, and what is written here instead."""
 
 import re
+from collections import Counter
 from dataclasses import fields
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from cm_diffusers.engine.config import DataArguments, ModelArguments, RunArguments, parse_config
 from cm_diffusers.engine.foreign_flags import INSTEAD
 from cm_diffusers.objectives import OBJECTIVES
+from tests.helpers.diffusers_flags import FLAGS_OF_DIFFUSERS
 
 
 OURS = {f.name for cls in (DataArguments, ModelArguments, RunArguments) for f in fields(cls)}
@@ -24,12 +26,26 @@ def test_every_option_that_is_named_instead_is_there():
     assert named <= OURS | OF_METHODS | OF_SCRIPTS and len(named) > 20
 
 
+@pytest.mark.parametrize("script, names", FLAGS_OF_DIFFUSERS.items())
+def test_every_flag_of_diffusers_scripts_is_known_or_explained(script, names):
+    assert not [name for name in names if name not in OURS | OF_METHODS | INSTEAD.keys()]
+
+
+def test_flags_that_nearly_all_of_diffusers_scripts_have_are_taken_where_they_mean_something():
+    common = Counter(name for names in FLAGS_OF_DIFFUSERS.values() for name in names)
+    common = {name for name, count in common.items() if count >= 9}
+    assert len(common) >= 35
+    assert common - OURS == {
+        "cache_dir", "center_crop", "scale_lr", "enable_xformers_memory_efficient_attention", "local_rank", "hub_token"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name, advice",
     [
         ("hub_token", "`hf auth login`"),
         ("pretrained_vae_model_name_or_path", "--vae_name_or_path"),
-        ("num_train_epochs", "--max_train_steps"),
+        ("num_epochs", "--num_train_epochs"),
         ("warmup_ratio", "--lr_warmup_steps"),
         ("caption_column", "classes, and not on text"),
     ],

@@ -9,10 +9,11 @@ import accelerate.tracking
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import LoggerType, ProjectConfiguration
+from PIL import Image
 
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.files import RunFiles
-from cm_diffusers.engine.training.tracking import check_tracker, start_trackers
+from cm_diffusers.engine.training.tracking import check_trackers, log_pictures, start_trackers
 from tests.helpers.training_runs import flags, run
 
 
@@ -70,13 +71,13 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_data_are_read(tmp_pa
 
 def test_a_tracker_that_accelerate_does_not_know_is_refused_with_those_that_it_knows():
     with pytest.raises(ValueError, match="'wandbb' is not a tracker.* tensorboard, .*wandb"):
-        check_tracker("wandbb")
+        check_trackers(["wandbb"])
 
 
 def test_all_trackers_are_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
     with pytest.raises(ValueError, match="'all' finds no tracker installed"):
-        check_tracker("all")
+        check_trackers(["all"])
 
 
 def test_an_installed_tracker_that_can_not_be_imported_is_refused_with_the_reason(tmp_path, monkeypatch):
@@ -84,13 +85,13 @@ def test_an_installed_tracker_that_can_not_be_imported_is_refused_with_the_reaso
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.WANDB])
     with pytest.raises(ValueError, match="importing it fails: protobuf is too old"):
-        check_tracker("wandb")
+        check_trackers(["wandb"])
 
 
 def test_a_tracker_that_does_not_start_ends_the_run_before_training(tmp_path, install):
     _, begin = install("wandb")
     begin.side_effect = RuntimeError("api_key not configured")
-    with pytest.raises(ValueError, match="report_to 'wandb': the tracker does not start: api_key not configured"):
+    with pytest.raises(ValueError, match="report_to wandb: the tracker does not start: api_key not configured"):
         run(tmp_path, report_to="wandb")
     assert not (tmp_path / "log.jsonl").exists() and not (tmp_path / RunFiles.TRACKER).exists()
 
@@ -173,3 +174,50 @@ def test_tensorboard_shows_one_run_without_the_steps_that_a_resumed_run_trains_a
     assert len([path for path in curves.iterdir() if path.is_dir()]) <= 2  # the settings, twice as accelerate has them
     steps = [event.step for event in EventAccumulator(str(curves)).Reload().Scalars("loss")]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+# --- several trackers, and pictures --------------------------------------------------------------------------------
+
+
+def test_two_trackers_get_one_run_each_and_tensorboard_s_is_named_after_ours(tmp_path, install, monkeypatch):
+    module, begin = install("wandb")
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.WANDB, LoggerType.TENSORBOARD])
+    where = run(tmp_path / "faces", report_to=["tensorboard", "wandb"], logging_dir="logs", max_train_steps=2)
+    (folder,) = (path.parent for path in (where / "logs").glob("*/events*"))
+    assert folder.name.startswith("faces-ect-") and begin.call_args.kwargs["project"] == "cm_diffusers"
+    assert begin.call_count == 1 and module.init.return_value.log.called
+
+
+def test_pictures_and_scalars_and_settings_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    where = run(tmp_path, report_to="tensorboard", validation_steps=3, max_train_steps=3)
+    (folder,) = (path.parent for path in (where / "tracker").glob("*/events*"))
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"samples", "diagnostics"} <= set(events.Tags()["images"]) and "loss" in events.Tags()["scalars"]
+    (picture,) = events.Images("samples")
+    assert picture.step == 3 and picture.width > 100
+    assert list(folder.glob("*/hparams.yml"))
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab", "trackio", "comet_ml", "mlflow", "aim", "clearml", "dvclive"])
+def test_each_tracker_gets_pictures_by_its_own_call(tmp_path, install, name):
+    module, begin = install(name)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    project = ProjectConfiguration(project_dir=str(tmp_path), logging_dir=str(tmp_path / "tracker"))
+    config = parse_config(flags(tmp_path, report_to=name), ["ect"], "")
+    accelerator = Accelerator(log_with=name, project_config=project)
+    start_trackers(accelerator, config, 0)
+    began = begin.return_value
+    calls = {
+        "wandb": module.Image,
+        "swanlab": module.Image,
+        "trackio": module.Image,
+        "comet_ml": began.log_image,
+        "mlflow": module.log_artifact,
+        "aim": module.Image,
+        "clearml": began.get_logger.return_value.report_image,
+        "dvclive": began.log_image,
+    }
+    log_pictures(accelerator, {"samples": tmp_path / "a.png"}, 3)
+    assert calls[name].call_count == 1

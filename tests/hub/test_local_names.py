@@ -54,10 +54,17 @@ def images(folder):
     return {"dataset_name": None, "max_train_samples": None}
 
 
+def more_images(folder):
+    images(folder)
+    return {}
+
+
 # what trains with the flag: what is to lie in its folder (and the other settings that this takes), by which methods
 CASES = {
     "dataset_name": (images, ["ect"]),
     "train_data_dir": (images, ["ect"]),
+    "extra_datasets": (more_images, ["ect"]),
+    "logging_dir": (lambda folder: {"report_to": "tensorboard"}, ["ect"]),
     "output_dir": (lambda folder: {}, ["ect"]),
     "pretrained_model_name_or_path": (model, ["ect", "ctm"]),
     "model_config_name_or_path": (config, ["ect"]),

@@ -3,6 +3,7 @@
 import gzip
 import os
 import tarfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,13 @@ def check_size(size: int) -> None:
     """Raise ValueError for a file of more bytes than an image needs."""
     if size > LARGEST_FILE:
         raise ValueError(f"it has {size >> 20} MiB, more than an image needs")
+
+
+def is_cifar10(path: Path) -> bool:
+    """Whether an archive is CIFAR-10's by the names of what it begins with."""
+    with tarfile.open(path) as archive:
+        names = [os.path.basename(member.name) for member in islice(archive, 20)]
+    return any(name.startswith(("data_batch_", "test_batch", "batches.meta")) for name in names)
 
 
 def read_cifar10(path: Path, split: str) -> Arrays:

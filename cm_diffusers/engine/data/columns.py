@@ -14,6 +14,7 @@ Rows = datasets.Dataset | datasets.IterableDataset
 BYTES = ("binary", "large_binary")
 TEXT = ("string", "large_string")
 ARRAYS = (datasets.Array2D, datasets.Array3D)
+LABELS = ("label", "labels", "cls")  # cls is webdataset's
 NUMBERS = ("int", "uint", "float")
 
 
@@ -74,7 +75,7 @@ def find_label_column(features: datasets.Features, asked: str | None, missing_ok
             raise ValueError(f"label_column {asked!r} is not a column of the dataset; it has: {described(features)}.")
         return asked
     columns = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    columns = columns if len(columns) == 1 else [name for name in ("label", "labels") if name in features]
+    columns = columns if len(columns) == 1 else [name for name in LABELS if name in features]
     if len(columns) == 1:
         return columns[0]
     if missing_ok:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,21 @@ from cm_diffusers.engine.data.columns import (
 )
 from cm_diffusers.engine.data.description import DataDescription
 from cm_diffusers.engine.data.labels import read_labels
-from cm_diffusers.engine.data.order import KeyedOrder, ProcessShare
+from cm_diffusers.engine.data.mixture import Source, mixed
+from cm_diffusers.engine.data.order import KeyedOrder, Mixture, ProcessShare
 from cm_diffusers.engine.data.records import name_in_messages, open_image, why
 from cm_diffusers.engine.data.scan import (
     CACHE_BYTES,
     VERSION,
     DecodedImages,
     ScanFindings,
+    crops,
     load_scan,
     loaded,
     save_scan,
     scan,
 )
+from cm_diffusers.engine.data.shards import load_shards, names_shards
 from cm_diffusers.engine.data.sources import declares_parts, is_table, load_local
 from cm_diffusers.engine.data.streams import StreamedRows, StreamOrder, numbered, stream_batches
 from cm_diffusers.engine.files import digest
@@ -84,6 +88,8 @@ def load_source(
 
 def _load(args: DataArguments, path: Path, labelled: bool, say: Callable[[str], None]) -> Rows:
     tables = args.train_data_dir is None
+    if tables and names_shards(args.dataset_name):
+        return load_shards(args.dataset_name, args.split, args.streaming, say)
     if path.exists() and args.dataset_config_name is None and not (tables and declares_parts(path)):
         columns = {"labelled": labelled, "label_column": args.label_column, "image_column": args.image_column}
         source = load_local(path, args.split, args.streaming, **columns, tables=tables, say=say)
@@ -135,7 +141,10 @@ def _digits() -> datasets.Dataset:
 
 
 class _Rows(Dataset):
-    """Batches by lists of indices: {"images": uint8 (B, C, H, W), "condition": tensors (B, ...) by their names}."""
+    """Batches by lists of indices: {"images": uint8 (B, C, H, W), "condition": tensors (B, ...) by their names}.
+
+    Images that are still to be cropped are a list.
+    """
 
     def __init__(self, images: Tensor | DecodedImages, condition: dict[str, Tensor]):
         self.images, self.condition = images, condition
@@ -144,7 +153,8 @@ class _Rows(Dataset):
         if torch.is_tensor(self.images):
             images = self.images[indices]
         else:
-            images = torch.stack([self.images.take(i) for i in indices])
+            images = [self.images.take(i) for i in indices]
+            images = images if self.images.whole else torch.stack(images)
         return {"images": images, "condition": {name: entry[indices] for name, entry in self.condition.items()}}
 
 
@@ -176,6 +186,10 @@ class ImageData:
         features = source.features or source._resolve_features().features
         self.column = find_image_column(features, args.image_column)
         self.label_column = find_label_column(features, args.label_column) if class_conditional else None
+        self._mixture = None
+        if args.extra_datasets:
+            source = self._mixed(source)
+            features = source.features
         self.source = undecoded(source, self.column, features)
         self.resolution = self._find_size()
         self.num_classes = self.labels = self._classes = self._fingerprint = None
@@ -188,6 +202,22 @@ class ImageData:
                 self._read_labels(features)
             self._look_at_all(scanned)
 
+    def _mixed(self, first: datasets.Dataset) -> datasets.Dataset:
+        """The dataset and the others behind it, in columns "image" and "label"."""
+        args = self.args
+        sources = [Source(args.train_data_dir or args.dataset_name, first, self.column, self.label_column)]
+        for name in args.extra_datasets:
+            own = replace(args, dataset_name=name, train_data_dir=None, extra_datasets=None, dataset_weights=None)
+            own = replace(own, dataset_config_name=None, dataset_revision=None)
+            rows, labelled = load_source(own, self.label_column is not None, self._say), self.label_column is not None
+            label_column = find_label_column(rows.features, args.label_column) if labelled else None
+            sources.append(Source(name, rows, find_image_column(rows.features, args.image_column), label_column))
+        if args.dataset_weights:
+            sizes = tuple(len(source.rows) for source in sources)
+            self._mixture = Mixture(sizes, tuple(args.dataset_weights))
+        self.column, self.label_column = "image", self.label_column and "label"
+        return mixed(sources)
+
     def _say(self, line: str) -> None:
         if self.show_progress:
             tqdm.write(line)
@@ -197,7 +227,7 @@ class ImageData:
         asked, faults = self.args.resolution, []
         for i, row in numbered(self.source, FIRST):
             try:
-                image = open_image(row[self.column])
+                image = open_image(row[self.column], self.args.max_image_pixels)
             except Exception as error:  # whatever is wrong with it, the scan names it
                 faults.append(f"{name_in_messages(i, row[self.column])}: {why(error)}")
                 continue
@@ -231,10 +261,14 @@ class ImageData:
             number, self.channels, self.resolution, self.num_classes, self._classes, self._fingerprint
         )
 
+    def _decoder(self, rows: Any) -> DecodedImages:
+        return DecodedImages(rows, self.column, self.args.channels, self.resolution, self.args.max_image_pixels)
+
     def _look_at_all(self, scanned: Path | None) -> None:
         """Decode every image once, or remember what that found; keep them if there is room."""
-        decoder = DecodedImages(self.source, self.column, self.args.channels, self.resolution)
-        keep = len(decoder) * (self.args.channels or 3) * self.resolution[0] * self.resolution[1] <= CACHE_BYTES
+        decoder = self._decoder(self.source)
+        size = len(decoder) * (self.args.channels or 3) * self.resolution[0] * self.resolution[1]
+        keep = size <= CACHE_BYTES and not self.args.random_crop
         key = self._key(keep)
         found = None if scanned is None else load_scan(scanned, key)
         if found is None:
@@ -252,7 +286,7 @@ class ImageData:
         """Decode the first rows of a stream for what has to be known of all; the others are checked as they come."""
         count = min(FIRST_ROWS, self.args.max_train_samples or FIRST_ROWS)
         first = [row for _, row in numbered(self.source, count)]
-        decoder = DecodedImages(first, self.column, self.args.channels, self.resolution)
+        decoder = self._decoder(first)
         facts, images = scan(decoder, True, self.args.dataloader_num_workers, self.show_progress)
         self._use(facts, decoder)
         grey = self.args.channels is None and self.channels == 1
@@ -264,7 +298,7 @@ class ImageData:
     def _use(self, facts: ScanFindings, decoder: DecodedImages) -> None:
         """Decode all images by what was found, and say so."""
         self.channels = decoder.channels = self.args.channels or facts.channels
-        decoder.scales = facts.scales
+        decoder.scales, decoder.whole = facts.scales, self.args.random_crop
         for line in facts.ranges:
             self._say(line)
         if self.args.resolution is None and len(facts.sizes) > 1:
@@ -299,14 +333,15 @@ class ImageData:
 
     def rows(self, indices: list[int]) -> Tensor:
         """The images (B, C, H, W) at these places of the dataset."""
-        return _Rows(self.images, self.condition).__getitems__(indices)["images"]
+        images = _Rows(self.images, self.condition).__getitems__(indices)["images"]
+        return images if torch.is_tensor(images) else crops(images, self.resolution)
 
     def batches(self, share: ProcessShare, seed: int, step: int = 0) -> Iterator[dict[str, Any]]:
         """Batches for the forward passes of this process from training step `step` on, without end."""
         if self.args.streaming:
             order = StreamOrder(self.source, share, seed, step, self.args.max_train_samples)
             return stream_batches(order, self._streamed, self.args.dataloader_num_workers)
-        order = KeyedOrder(len(self.images), share, seed, step)
+        order = KeyedOrder(len(self.images), share, seed, step, self._mixture)
         workers = 0 if torch.is_tensor(self.images) else self.args.dataloader_num_workers
         rows = _Rows(self.images, self.condition)
         return loaded(rows, workers, batch_sampler=order)

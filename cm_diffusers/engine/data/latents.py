@@ -17,9 +17,6 @@ from cm_diffusers.engine.files import replace_file
 from cm_diffusers.objectives.options import check_for_latents
 
 
-ENCODED_AT_ONCE = 64
-
-
 @torch.no_grad()
 def encode(vae: nn.Module, images: Tensor) -> Tensor:
     """Latents (B, c, h, w) of images (B, C, H, W) in [-1, 1], shifted and scaled as the autoencoder's config says.
@@ -43,6 +40,7 @@ class LatentData(ImageData):
             autoencoder and these settings.
         device: where they are encoded.
         say: prints a line.
+        batch_size: how many images are encoded at once.
 
     Raises:
         ValueError: a stream, mirrored or augmented images, or images that are not what the autoencoder takes.
@@ -55,6 +53,7 @@ class LatentData(ImageData):
         cache: Path | None = None,
         device: torch.device | str = "cpu",
         say: Callable[[str], None] = print,
+        batch_size: int = 64,
     ):
         check_for_latents(data.args)
         if data.channels != vae.config.in_channels:
@@ -63,23 +62,23 @@ class LatentData(ImageData):
                 f" the dataset gives {data.channels}: set --channels."
             )
         self.args, self.labels, self.num_classes = data.args, data.labels, data.num_classes
-        self._classes = data._classes
+        self._classes, self._mixture = data._classes, data._mixture
         self.vae = vae.float().eval().requires_grad_(False).to(device)
         self.show_progress = data.show_progress
         self._fingerprint = key = _key(data, vae)
         latents = None if cache is None else _read(cache, key, say)
         if latents is None:
-            latents = self._encode(data, device)
+            latents = self._encode(data, device, batch_size)
             if cache is not None:
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(cache, save({"latents": latents}, {"key": key, "sha256": _digest(latents)}))
         self.images, self.channels, self.resolution = latents, latents.shape[1], tuple(latents.shape[2:])
 
-    def _encode(self, data: ImageData, device: torch.device | str) -> Tensor:
+    def _encode(self, data: ImageData, device: torch.device | str, batch_size: int) -> Tensor:
         parts = []
-        bar = range(0, len(data.images), ENCODED_AT_ONCE)
+        bar = range(0, len(data.images), batch_size)
         for start in tqdm(bar, desc="Encoding images", disable=not self.show_progress, leave=False):
-            images = data.rows(list(range(start, min(start + ENCODED_AT_ONCE, len(data.images)))))
+            images = data.rows(list(range(start, min(start + batch_size, len(data.images)))))
             parts.append(encode(self.vae, images.to(device).float() / 127.5 - 1).cpu())
         return torch.cat(parts).contiguous()  # they may be channels-last
 

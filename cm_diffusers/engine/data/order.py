@@ -1,8 +1,12 @@
 """Which images each process takes in each step: a function of the seed and nothing else."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from cm_diffusers.core.draws import permutation
@@ -27,22 +31,79 @@ class ProcessShare:
         return range(start, start + self.batch_size)
 
 
-class KeyedOrder(Sampler):
-    """Lists of dataset indices, one per forward pass, from `step` on: a function of (seed, epoch) and nothing else."""
+@dataclass(frozen=True)
+class Mixture:
+    """How often each of several datasets, which lie behind one another, has its turn.
 
-    def __init__(self, n: int, share: ProcessShare, seed: int, step: int = 0):
-        self.n, self.share, self.seed, self.step = n, share, seed, step
+    Args:
+        sizes: of the datasets.
+        weights: of the datasets; only their ratios count.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+    block = 1000  # images, of which each dataset has the same number every time
+
+    @property
+    def counts(self) -> list[int]:
+        """How many images of a block each dataset gives: at least one, and all together the block."""
+        shares = [self.block * weight / sum(self.weights) for weight in self.weights]
+        counts = [max(1, int(share)) for share in shares]
+        while (missing := self.block - sum(counts)) != 0:
+            gaps = [share - count if missing > 0 or count > 1 else math.inf for share, count in zip(shares, counts)]
+            counts[gaps.index(max(gaps) if missing > 0 else min(gaps))] += 1 if missing > 0 else -1
+        return counts
+
+
+class KeyedOrder(Sampler):
+    """Lists of dataset indices, one per forward pass, from `step` on: a function of (seed, epoch) and nothing else.
+
+    Args:
+        n: how many images there are.
+        share: where this process stands.
+        seed: of the run.
+        step: the training step to begin with.
+        mixture: how often datasets have their turn, if not by their sizes; each has epochs of its own.
+    """
+
+    def __init__(self, n: int, share: ProcessShare, seed: int, step: int = 0, mixture: Mixture | None = None):
+        self.n, self.share, self.seed, self.step, self.mixture = n, share, seed, step, mixture
+        self._orders: dict[tuple[object, ...], Tensor] = {}
 
     def __iter__(self) -> Iterator[list[int]]:
-        step, orders = self.step, {}
+        step, place = self.step, self._place if self.mixture is None else self._mixed_place
         while True:
             for micro in range(self.share.accumulation):
-                indices = []
-                for row in self.share.rows(micro):
-                    epoch, offset = divmod(step * self.share.global_batch + row, self.n)
-                    if epoch not in orders:
-                        orders = {e: o for e, o in orders.items() if e >= epoch - 1}
-                        orders[epoch] = permutation(self.n, self.seed, "epoch", epoch)
-                    indices.append(int(orders[epoch][offset]))
-                yield indices
+                yield [place(step * self.share.global_batch + row) for row in self.share.rows(micro)]
             step += 1
+
+    def _place(self, position: int) -> int:
+        epoch, offset = divmod(position, self.n)
+        return int(self._order(self.n, "epoch", epoch)[offset])
+
+    def _mixed_place(self, position: int) -> int:
+        """Of its block the position is the k-th of a dataset, which has had its turns in the blocks before."""
+        block, offset = divmod(position, self.mixture.block)
+        turns = self._turns(block)
+        source = int(turns[offset])
+        turn = block * self._counts[source] + int((turns[:offset] == source).sum())
+        epoch, offset = divmod(turn, self.mixture.sizes[source])
+        return sum(self.mixture.sizes[:source]) + int(
+            self._order(self.mixture.sizes[source], f"epoch of {source}", epoch)[offset]
+        )
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        return self.mixture.counts
+
+    def _turns(self, block: int) -> Tensor:
+        """Which dataset each place of a block is of."""
+        sources = torch.repeat_interleave(torch.arange(len(self._counts)), torch.tensor(self._counts))
+        return sources[self._order(self.mixture.block, "turns", block)]
+
+    def _order(self, n: int, name: str, epoch: int) -> Tensor:
+        """A keyed permutation; the last two of each name are kept."""
+        if (name, epoch) not in self._orders:
+            self._orders = {key: o for key, o in self._orders.items() if key[0] != name or key[1] >= epoch - 1}
+            self._orders[name, epoch] = permutation(n, self.seed, name, epoch)
+        return self._orders[name, epoch]

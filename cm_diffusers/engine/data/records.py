@@ -46,11 +46,21 @@ def read_content(record: Any) -> Content:
     raise TypeError(f"{record!r:.40} is no image: it is of the type {type(record).__name__}")
 
 
-def decode_content(content: Content) -> Image.Image | np.ndarray:
-    """An image, upright, fully read, as `pixels.to_uint8` takes it, from what `read_content` gave."""
+def decode_content(content: Content, max_pixels: int | None = None) -> Image.Image | np.ndarray:
+    """An image, upright, fully read, as `pixels.to_uint8` takes it, from what `read_content` gave.
+
+    Raises ValueError for one of more than `max_pixels`, or by default more than Pillow reads.
+    """
     if isinstance(content, np.ndarray):
         return from_array(content)
-    image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
+    if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)  # Pillow warns above it, refuses above twice
+    try:
+        image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{error} Where it is meant, give --max_image_pixels.") from None
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise ValueError(f"it has {image.width * image.height} pixels, and max_image_pixels is {max_pixels}")
     if image.format == "EPS":
         raise ValueError("PostScript is a program, which would have to be run")
     image.load()
@@ -58,9 +68,9 @@ def decode_content(content: Content) -> Image.Image | np.ndarray:
     return image
 
 
-def open_image(record: Any) -> Image.Image | np.ndarray:
+def open_image(record: Any, max_pixels: int | None = None) -> Image.Image | np.ndarray:
     """An image from a record, upright, fully read; see `read_content` for the records and errors."""
-    return decode_content(read_content(record))
+    return decode_content(read_content(record), max_pixels)
 
 
 def name_of(record: Any) -> str | None:

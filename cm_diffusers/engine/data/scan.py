@@ -36,6 +36,32 @@ def resize_and_crop(image: Image.Image, resolution: Sequence[int]) -> Image.Imag
     return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
+def resize_to_cover(image: Image.Image, resolution: Sequence[int]) -> Image.Image:
+    """Resize (bicubic, antialiased) to the smallest size that covers (height, width)."""
+    height, width = resolution
+    scale = max(width / image.width, height / image.height)
+    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def crops(images: Sequence[Tensor], resolution: Sequence[int], places: Tensor | None = None) -> Tensor:
+    """Parts (B, C, H, W) of images (C, h, w) that cover the resolution.
+
+    Args:
+        images: B of them.
+        resolution: (H, W).
+        places: (B, 2) in [0, 1), of height and width, where they begin in what is left over; None for the middle.
+    """
+    (height, width), parts = resolution, []
+    for i, image in enumerate(images):
+        high, wide = image.shape[1] - height, image.shape[2] - width
+        y, x = (high // 2, wide // 2)
+        if places is not None:
+            y, x = (int(place * (room + 1)) for place, room in zip(places[i].tolist(), (high, wide)))
+        parts.append(image[:, y : y + height, x : x + width])
+    return torch.stack(parts)
+
+
 def digest_of(content: Content) -> bytes:
     """What tells the content of an image from that of another."""
     if isinstance(content, Image.Image):
@@ -86,13 +112,23 @@ class DecodedImages(Dataset):
         column: which holds them.
         channels: 1 or 3, or None for those of each image.
         resolution: (height, width) that they get.
+        max_pixels: of an image; None for what Pillow reads.
 
     Attributes:
         scales: what white is in images of more than 8 bits.
+        whole: images are only resized, to cover the resolution, and not cropped.
     """
 
-    def __init__(self, rows: Dataset, column: str, channels: int | None, resolution: Sequence[int]):
+    def __init__(
+        self,
+        rows: Dataset,
+        column: str,
+        channels: int | None,
+        resolution: Sequence[int],
+        max_pixels: int | None = None,
+    ):
         self.rows, self.column, self.channels, self.resolution = rows, column, channels, resolution
+        self.max_pixels, self.whole = max_pixels, False
         self.scales: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -103,7 +139,7 @@ class DecodedImages(Dataset):
         record = self.rows[index][self.column]
         try:
             content = read_content(record)
-            image = decode_content(content)
+            image = decode_content(content, self.max_pixels)
             seen = extrema(image)
             pixels = self.decode(image, {} if seen is None else {seen.type: seen.scale})
             return ScannedImage(pixels, is_grey(image), size_of(image), seen, digest_of(content))
@@ -112,13 +148,15 @@ class DecodedImages(Dataset):
 
     def take(self, index: int) -> Tensor:
         """The image (C, H, W) at a place."""
-        return self.decode(open_image(self.rows[index][self.column]), self.scales)
+        return self.decode(open_image(self.rows[index][self.column], self.max_pixels), self.scales)
 
     def decode(self, image: Image.Image | np.ndarray, scales: Mapping[str, int]) -> Tensor:
         """(C, H, W), uint8, from an upright image of any type and size."""
         channels = self.channels or (1 if is_grey(image) else 3)
-        image = resize_and_crop(to_uint8(image, channels, scales), self.resolution)
-        return torch.from_numpy(np.array(image)).reshape(*self.resolution, channels).permute(2, 0, 1).contiguous()
+        bring = resize_to_cover if self.whole else resize_and_crop
+        image = bring(to_uint8(image, channels, scales), self.resolution)
+        pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, channels)
+        return pixels.permute(2, 0, 1).contiguous()
 
 
 def scan(

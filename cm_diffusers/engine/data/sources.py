@@ -20,12 +20,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cm_diffusers.engine.data.archives import read_cifar10, read_mnist
+from cm_diffusers.engine.data.archives import is_cifar10, read_cifar10, read_mnist
 from cm_diffusers.engine.data.columns import Rows, find_image_column, find_label_column, marks_of, paths_of, undecoded
 from cm_diffusers.engine.data.labels import MOST_CLASSES, read_labels
 from cm_diffusers.engine.data.listing import LABELS, Listing, list_images
 from cm_diffusers.engine.data.listing import TABLES as LISTED_TABLES
 from cm_diffusers.engine.data.records import name_of, open_image
+from cm_diffusers.engine.data.shards import is_shard, load_shards, names_shards
 from cm_diffusers.engine.data.tables import (
     choose_split,
     is_saved,
@@ -70,7 +71,8 @@ def load_local(
     """The rows of a local dataset: a column of images, not decoded, and others; None for what is of another kind.
 
     Args:
-        path: a folder of images, a zip, a table, a folder of tables, or one of `save_to_disk`.
+        path: a folder of images, a zip, a table, a folder of tables, or one of `save_to_disk`; a shard of
+            webdataset, a folder or a pattern of them.
         split: which part. Images of a folder are all of the split "train"; another is a folder in it.
         streaming: as a stream.
         labelled: with labels, which have to be clear then.
@@ -86,6 +88,8 @@ def load_local(
     """
     if path.is_file() and is_table(path):
         return _read_tables({split_names(split)[0]: [path]}, path, split, streaming, image_column, say)
+    if tables and (names_shards(str(path)) or path.is_file() and is_shard(path)):
+        return load_shards(path, "train" if only else split, streaming, say)
     if tables and path.is_dir() and is_saved(path):
         splits = load_saved(path)
         rows = select(splits, next(iter(splits)) if only and len(splits) == 1 else split)
@@ -102,7 +106,8 @@ def load_local(
             for name in listing.tables + listing.metadata:
                 splits.setdefault(split_of(name), []).append(path / name)
             if not splits:
-                return None
+                shards = any(map(is_shard, path.rglob("*")))
+                return load_shards(path, "train" if only else split, streaming, say) if shards else None
             split = next(iter(splits)) if only and len(splits) == 1 else split
             return _read_tables(splits, path, split, streaming, image_column, say)
     if only or split_names(split) == ["train"]:
@@ -296,6 +301,8 @@ def open_source(path: Path, split: str = "train") -> NumberedImages:
         ValueError: no such source, one of another kind, damaged, or asking for what no dataset needs.
     """
     try:
+        if names_shards(str(path)):
+            return _by_rows(path, split)
         if not path.exists():
             raise ValueError("there is no such file or folder.")
         if path.is_dir():
@@ -304,7 +311,7 @@ def open_source(path: Path, split: str = "train") -> NumberedImages:
             return _by_arrays(*read_mnist(found[0])) if found else _by_rows(path, split)
         if IDX_IMAGES.search(path.name):
             return _by_arrays(*read_mnist(path))
-        if is_table(path) or zipfile.is_zipfile(path):
+        if is_table(path) or zipfile.is_zipfile(path) or is_shard(path) and not is_cifar10(path):
             return _by_rows(path, split)
         if tarfile.is_tarfile(path):
             return _by_arrays(*read_cifar10(path, split))

@@ -104,6 +104,9 @@ class StreamOrder(Sampler):
 class StreamedRows(Dataset):
     """Batches by lists of rows: {"images": uint8 (B, C, H, W), "condition": class labels}, or a `StreamFault`.
 
+    Images that are still to be cropped are a list.
+
+
     Args:
         decoder: what makes images of records.
         label_column: which column holds labels, None for none.
@@ -128,7 +131,8 @@ class StreamedRows(Dataset):
 
     def __getitems__(self, rows: list[Row] | list[StreamFault]) -> dict[str, Any] | StreamFault:
         try:
-            images = torch.stack([self._image(row) for row in rows])
+            images = [self._image(row) for row in rows]
+            images = images if self.decoder.whole else torch.stack(images)
             condition = {}
             if self.label_column:
                 condition["class_labels"] = torch.tensor([self._label(row) for row in rows])
@@ -141,7 +145,7 @@ class StreamedRows(Dataset):
             raise row
         record = self._value(row, self.decoder.column)
         try:
-            image = open_image(record)
+            image = open_image(record, self.decoder.max_pixels)
             if self.refuse_colours and not is_grey(image):
                 raise ValueError("it has colours, and the first images have none; give --channels 3, or 1 for grey")
             return self.decoder.decode(image, self.decoder.scales)

@@ -84,9 +84,11 @@ def _spec_of(pipeline: ImagePipeline) -> ModelSpec:
     )
 
 
-def _saved(name_or_path: str, revision: str | None, role: str) -> tuple[SavedModel, DiffusionPipeline]:
+def _saved(
+    name_or_path: str, revision: str | None, variant: str | None, role: str
+) -> tuple[SavedModel, DiffusionPipeline]:
     """A saved model of the library or of diffusers, and its pipeline. Raises ValueError for what can't be read."""
-    pipeline = load_pipeline(name_or_path, revision, PIPELINES | STOCK, dtype=torch.float32)
+    pipeline = load_pipeline(name_or_path, revision, PIPELINES | STOCK, variant=variant, dtype=torch.float32)
     if role == "teacher" and not _is_diffusion(pipeline):
         scheduler = type(pipeline.scheduler).__name__
         raise ValueError(
@@ -158,7 +160,7 @@ def load_teacher(name_or_path: str, args: ModelArguments) -> SavedModel:
     Raises:
         ValueError: no such model, not a diffusion model, or one that can't be read or does not fit the settings.
     """
-    model, _ = _saved(name_or_path, args.teacher_revision, "teacher")
+    model, _ = _saved(name_or_path, args.teacher_revision, args.teacher_variant, "teacher")
     _check_settings(model, args, "teacher", ("sigma_data",))
     model.network.eval().requires_grad_(False)
     return model
@@ -172,7 +174,7 @@ def load_start(args: ModelArguments, method: type[Objective]) -> SavedModel | No
     """
     if args.pretrained_model_name_or_path is None:
         return None
-    model, pipeline = _saved(args.pretrained_model_name_or_path, args.revision, "pretrained model")
+    model, pipeline = _saved(args.pretrained_model_name_or_path, args.revision, args.variant, "pretrained model")
     if isinstance(pipeline, TWO_TIMES) and not method.two_times:
         raise ValueError(
             f"pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is a model of two times, for"

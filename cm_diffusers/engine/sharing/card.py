@@ -191,8 +191,10 @@ def portable_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def portable(flag: Flag, value: str | None) -> str | None:
-    """A name that `flag` was given, where it means the same on every machine."""
+def portable(flag: Flag, value: str | list[str] | None) -> str | list[str] | None:
+    """A name that `flag` was given, or several, where they mean the same on every machine."""
+    if isinstance(value, list):
+        return value if all(portable(flag, one) for one in value) else None
     if value in flag.words:
         return value
     return None if flag.place == "path" else hub_id(value)
@@ -220,6 +222,8 @@ def card_facts(
     count, device = run.processes, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     local_data = "the handwritten digits of scikit-learn" if data.dataset_name == "digits" else "a local dataset"
     start = config.model.pretrained_model_name_or_path
+    known = [hub_id(name) for name in (data.dataset_name, *(data.extra_datasets or []))]
+    others = [shown(name, None, "a local dataset") for name in data.extra_datasets or []]
     return {
         "method": config.method,
         "what": objective.summary.what,
@@ -236,8 +240,8 @@ def card_facts(
         "sigma_max": pipeline.scheduler.config.get("sigma_max", 80.0),
         "gamma": pipeline.scheduler.config.get("gamma_rule") is not None,
         "grids": grids,
-        "dataset": shown(data.dataset_name, data.dataset_revision, local_data),
-        "datasets": hub_id(data.dataset_name),
+        "dataset": " and ".join([shown(data.dataset_name, data.dataset_revision, local_data), *others]),
+        "datasets": list(filter(None, known)) if others else known[0],
         "sigma_data": objective.spec.sigma_data,
         "network": type(pipeline.unet).__name__,
         "parameters": sum(p.numel() for p in pipeline.unet.parameters()),

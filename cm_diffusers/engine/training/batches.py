@@ -9,6 +9,7 @@ from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.labelled_augmentation import augment
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.data.scan import crops
 from cm_diffusers.engine.saved.stock import nulls_of
 from cm_diffusers.objectives import Batch, Objective
 from cm_diffusers.pipelines.class_names import null_class
@@ -16,10 +17,19 @@ from cm_diffusers.pipelines.class_names import null_class
 
 def as_they_are(raw: dict[str, Any], data: ImageData, device: torch.device) -> Batch:
     """Rows of `data` as float32 on `device`: images in [-1, 1], or latents."""
-    images = raw["images"].to(device, non_blocking=True)
+    images = raw["images"]
+    images = images if torch.is_tensor(images) else crops(images, data.resolution)
+    images = images.to(device, non_blocking=True)
     if data.vae is None:  # else they are latents
         images = images.float() / 127.5 - 1
     return Batch(images, Condition(raw["condition"]).to(device))
+
+
+def cropped(raw: dict[str, Any], data: ImageData, draws: Draws) -> dict[str, Any]:
+    """Rows of `data`, those that are still to be cropped at places that are drawn."""
+    if torch.is_tensor(raw["images"]):
+        return raw
+    return {**raw, "images": crops(raw["images"], data.resolution, draws.uniform("crop", (2,)).cpu())}
 
 
 def as_trained(batch: Batch, draws: Draws, config: Config, objective: Objective) -> Batch:

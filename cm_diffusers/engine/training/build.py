@@ -103,12 +103,25 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         images = ImageData(config.data, model.class_conditional, folder / RunFiles.SCANNED, show_progress=main)
     if model.sigma_data is None and (config.run.allow_data_change or not (models.teacher or models.start)):
         config = replace(config, model=replace(model, sigma_data=_measured_before(folder)))
+    config = _with_epochs(config, len(images.images) if config.run.num_train_epochs else 0, accelerator)
     data = images if models.vae is None else _latents(config, images, models.vae, accelerator)
     config, objective = build_objective(config, models, images, data)
     trainer = Trainer(config, objective, data, accelerator)
     for line in _described(trainer, models):
         trainer.say(line)
     return trainer
+
+
+def _with_epochs(config: Config, images: int, accelerator: Accelerator) -> Config:
+    """The settings with the number of steps that the passes of --num_train_epochs take."""
+    run = config.run
+    if run.num_train_epochs is None:
+        return config
+    batch = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
+    steps = math.ceil(run.num_train_epochs * images / batch)
+    if accelerator.is_main_process:
+        print(f"For {run.num_train_epochs} passes over {images} images: {steps} steps.", flush=True)
+    return replace(config, run=replace(run, max_train_steps=steps))
 
 
 def _measured_before(folder: Path) -> float | None:
@@ -120,7 +133,7 @@ def _measured_before(folder: Path) -> float | None:
 def _latents(config: Config, images: ImageData, vae: nn.Module, accelerator: Accelerator) -> LatentData:
     cache = Path(config.run.output_dir) / RunFiles.LATENTS if config.data.cache_latents else None
     with accelerator.main_process_first():
-        return LatentData(images, vae, cache, accelerator.device, tqdm.write)
+        return LatentData(images, vae, cache, accelerator.device, tqdm.write, config.model.vae_encode_batch_size)
 
 
 def _described(trainer: Trainer, models: SavedModels) -> list[str]:

@@ -12,7 +12,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
-from cm_diffusers.engine.checkpoint import copy_checkpoint
+from cm_diffusers.engine.checkpoint import copy_checkpoint, go_back_to
 from cm_diffusers.engine.commands import command, in_these_words
 from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.files import RunFiles, holds, remove, replace_file
@@ -27,7 +27,7 @@ from cm_diffusers.engine.training.build import build_trainer
 from cm_diffusers.engine.training.precision import choose_precision
 from cm_diffusers.engine.training.run_folder import check_ours, look_over
 from cm_diffusers.engine.training.same_run import check_before_data
-from cm_diffusers.engine.training.tracking import check_tracker, start_trackers
+from cm_diffusers.engine.training.tracking import check_trackers, start_trackers
 from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.objectives import OBJECTIVES
 
@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -
     with ends_with_a_line():
         config = parse_config(sys.argv[1:] if argv is None else argv, methods, in_these_words(description))
         if config.run.dry_run:
-            print("".join(f"# {note}\n" for note in config.notes) + config.resolved().to_yaml(), end="")
+            notes = list(config.notes)
+            for name in ("num_train_epochs", "minutes"):
+                if getattr(config.run, name) is not None:
+                    notes.append(f"--{name} sets max_train_steps when the run begins.")
+            print("".join(f"# {note}\n" for note in notes) + config.resolved().to_yaml(), end="")
         else:
             try:
                 train(config)
@@ -68,12 +72,12 @@ def _train(config: Config, stopping: Stopping) -> Path:
     disable_progress_bar()
     if run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    check_tracker(run.report_to)
+    check_trackers(run.trackers)
     precision, warning = choose_precision(OBJECTIVES[config.method], run.mixed_precision)
     accelerator = start_accelerator(
         mixed_precision=precision,
-        log_with=run.report_to,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / RunFiles.TRACKERS)),
+        log_with=run.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / run.logging_dir)),
     )
     with together(accelerator):
         if accelerator.is_main_process:
@@ -95,9 +99,10 @@ def _train(config: Config, stopping: Stopping) -> Path:
                     step = fetch_checkpoint(run.resume_from_hub, folder)
                     tqdm.write(f"Fetched the checkpoint of step {step} from {run.resume_from_hub}.")
                 check_before_data(config, folder, accelerator.num_processes)
-        config = within_budget(config, accelerator, stopping)
-        run = config.run
-        trainer = build_trainer(config, accelerator)
+                if run.resume_from_checkpoint not in (None, "latest"):
+                    tqdm.write(go_back_to(folder, Path(run.resume_from_checkpoint).name))
+        trainer = build_trainer(within_budget(config, accelerator, stopping), accelerator)
+        run = trainer.run
         if warning is not None:
             trainer.say(f"WARNING: {warning}")
         if accelerator.is_main_process:
@@ -110,7 +115,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
         if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
             trainer.say(f"This run is finished: {folder / RunFiles.MODEL} holds its model.")
         else:
-            if run.report_to:
+            if run.trackers:
                 start_trackers(accelerator, trainer.config, trainer.step)
             if publisher is not None and run.hub_strategy == "every_save":
                 trainer.on_save = lambda: _publish_checkpoint(trainer, publisher, folder)

@@ -17,7 +17,7 @@ from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.engine.data.streams import StreamFault
 from cm_diffusers.engine.processes import agreed
 from cm_diffusers.engine.stopping import Stopping
-from cm_diffusers.engine.training.batches import as_they_are, as_trained
+from cm_diffusers.engine.training.batches import as_they_are, as_trained, cropped
 from cm_diffusers.engine.training.optimisers import LearningRate
 from cm_diffusers.engine.training.state import RunState
 from cm_diffusers.objectives import Loss
@@ -69,7 +69,8 @@ class TrainingStep:
             objective.key_dropout(draws)
             last = micro == self.share.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(player.model):
-                batch = as_trained(as_they_are(raw, self.data, accelerator.device), draws, self.config, objective)
+                rows = as_they_are(cropped(raw, self.data, draws), self.data, accelerator.device)
+                batch = as_trained(rows, draws, self.config, objective)
                 loss = player.loss(batch, draws)
                 accelerator.backward(loss.total / self.share.accumulation)
             losses.append(loss)

@@ -3,12 +3,15 @@
 import importlib
 import json
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from PIL import Image
 
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.files import RunFiles, headline, read_json, replace_file, why
@@ -18,13 +21,19 @@ VERSIONS = {"aim": "aim<4"}  # what Accelerate can drive, where it can't drive e
 SETTINGS_ONCE = ("mlflow", "tensorboard")  # mlflow refuses changed settings, tensorboard shows them as one more run
 
 
-def check_tracker(name: str | None) -> None:
-    """Raise ValueError if `name` (of --report_to) is a tracker that can't be used here; None is no tracker."""
-    if name is None:
-        return
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError if one of `names` (of --report_to) is a tracker that can't be used here."""
+    for name in names:
+        _check_tracker(name)
+
+
+def _check_tracker(name: str) -> None:
     known, available = LoggerType.list(), [str(tracker) for tracker in get_available_trackers()]
     if name not in known:
-        raise ValueError(f"report_to {name!r} is not a tracker that Accelerate knows; it knows {', '.join(known)}.")
+        raise ValueError(
+            f"report_to {name!r} is not a tracker that Accelerate knows; it knows {', '.join(known)};"
+            " none stands for no tracker."
+        )
     if name == "all":
         if not available:
             raise ValueError(
@@ -64,23 +73,57 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
         note = read_note(file) if file.exists() else _new_note(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} {why(error)}. Delete it, and a new run of the tracker is begun.") from None
-    # of tensorboard it names the run
-    project = note["name"] if config.run.report_to == "tensorboard" else config.run.tracker_project_name
     values = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.to_dict().items()}
     try:
-        accelerator.init_trackers(project, init_kwargs=_init_kwargs(note, file.parent, step))
+        _start(accelerator, config.run.tracker_project_name, note, file.parent / config.run.logging_dir, step)
         for tracker in accelerator.trackers:
             if tracker.name not in SETTINGS_ONCE or tracker.name not in note["runs"]:
                 tracker.store_init_configuration(values)
     except Exception as error:  # trackers raise many kinds; training would go on unseen
         raise ValueError(
-            f"report_to {config.run.report_to!r}: the tracker does not start: {headline(error)} If its run was"
+            f"report_to {' '.join(config.run.trackers)}: the tracker does not start: {headline(error)} If its run was"
             f" deleted, delete {file}, and a new one is begun. Without --report_to nothing is tracked."
         ) from error
     if accelerator.is_main_process:
         for tracker in accelerator.trackers:
             note["runs"][tracker.name] = _identify(tracker, note)
         replace_file(file, json.dumps(note, indent=1))
+
+
+def _start(accelerator: Accelerator, project: str, note: dict[str, Any], logs: Path, step: int) -> None:
+    """Start the trackers one by one: what names the project of others names the run of tensorboard."""
+    chosen, started = accelerator.log_with, []
+    logs.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere where its folder is missing
+    for kind in chosen:
+        accelerator.log_with, accelerator.trackers = [kind], []
+        accelerator.init_trackers(
+            note["name"] if str(kind) == "tensorboard" else project, init_kwargs=_init_kwargs(note, logs, step)
+        )
+        started += accelerator.trackers
+    accelerator.log_with, accelerator.trackers = chosen, started
+
+
+def log_pictures(accelerator: Accelerator, pictures: Mapping[str, Path], step: int) -> None:
+    """Hand pictures, files by their names, to the trackers, each by its own call."""
+    for tracker in accelerator.trackers:
+        for name, file in pictures.items():
+            image = Image.open(file).convert("RGB")
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(image)[None]}, step, dataformats="NHWC")
+            elif tracker.name == "aim":
+                tracker.log_images({name: image}, step)
+            elif tracker.name == "clearml":
+                tracker.log_images({name: np.asarray(image)}, step)
+            elif tracker.name in ("wandb", "swanlab"):
+                tracker.log_images({name: [image]}, step)
+            elif tracker.name == "trackio":
+                tracker.log({name: importlib.import_module("trackio").Image(image)}, step)
+            elif tracker.name == "comet_ml":
+                tracker.tracker.log_image(str(file), name=name, step=step)
+            elif tracker.name == "dvclive":
+                tracker.tracker.log_image(f"{name}/{file.name}", str(file))
+            elif tracker.name == "mlflow":
+                importlib.import_module("mlflow").log_artifact(str(file), name)
 
 
 def _new_note(config: Config) -> dict[str, Any]:
@@ -94,11 +137,11 @@ def read_note(file: Path) -> dict[str, Any]:
     return {"name": str(note["name"]), "id": str(note["id"]), "runs": dict(note["runs"])}
 
 
-def _init_kwargs(note: dict[str, Any], folder: Path, step: int) -> dict[str, dict[str, Any]]:
+def _init_kwargs(note: dict[str, Any], logs: Path, step: int) -> dict[str, dict[str, Any]]:
     """What each tracker takes to begin the run, or to go on with it."""
     name, number, runs = note["name"], note["id"], note["runs"]
     return {
-        "wandb": {"id": number, "name": name, "resume": "allow"},
+        "wandb": {"id": number, "name": name, "resume": "allow", "dir": str(logs)},
         "swanlab": {"id": number, "experiment_name": name, "resume": "allow"},
         "trackio": {"name": name, "resume": "allow"},
         "comet_ml": {"experiment_key": number},
@@ -109,7 +152,7 @@ def _init_kwargs(note: dict[str, Any], folder: Path, step: int) -> dict[str, dic
             "reuse_last_task_id": runs.get("clearml", False),
             "continue_last_task": 0 if "clearml" in runs else False,  # 0: steps are counted from 0, as they are here
         },
-        "dvclive": {"dir": str(folder / RunFiles.TRACKERS / "dvclive"), "resume": True},
+        "dvclive": {"dir": str(logs / "dvclive"), "resume": True},
         "tensorboard": {"purge_step": step + 1},
     }
 

@@ -39,6 +39,7 @@ from cm_diffusers.engine.training.meter import LossMeter
 from cm_diffusers.engine.training.same_run import check_same_run
 from cm_diffusers.engine.training.state import RunState, average_profiles, exported_weights
 from cm_diffusers.engine.training.step import StepResult, TrainingStep
+from cm_diffusers.engine.training.tracking import log_pictures
 from cm_diffusers.objectives import Objective
 
 
@@ -157,7 +158,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 with open(self.log_file, "a") as file:
                     file.write(json.dumps(row) + "\n")
-        if self.run.report_to:
+        if self.run.trackers:
             flat = {k: v for k, v in row.items() if isinstance(v, (int, float))}
             flat |= {f"loss/sigma_{k}": v for k, v in row["loss_by_sigma"].items()}
             self.accelerator.log(flat, step=state.step)
@@ -166,7 +167,8 @@ class Trainer:
     def _draw(self) -> None:
         """Pictures of the model as it would be exported now: samples, what it makes of noise, losses."""
         pipeline, name = self.exported(), self.folder / RunFiles.PICTURES / f"step-{self.step:07d}"
-        save_preview(pipeline, name.with_suffix(".png"))
+        samples, diagnostics = name.with_suffix(".png"), name.with_name(f"{name.name}-diagnostics.png")
+        save_preview(pipeline, samples)
         if self._shown is None:
             self._shown = next(self.data.batches(ProcessShare(8, 1, 0, 1), self.run.seed))
         batch = as_they_are(self._shown, self.data, self.accelerator.device)
@@ -175,7 +177,7 @@ class Trainer:
                 self.objective.denoiser(pipeline.unet),
                 batch.samples,
                 batch.condition,
-                name.with_name(f"{name.name}-diagnostics.png"),
+                diagnostics,
                 teacher=self.objective.teacher,
                 sigma_max=self.objective.spec.sigma_max,
                 network=pipeline.unet if self.objective.needs_tangents else None,
@@ -184,6 +186,8 @@ class Trainer:
                 self.say(f"Step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
         if self.log_file.exists():
             plot_losses(self.log_file, self.folder / RunFiles.CURVES)
+        pictures = {"samples": samples, "diagnostics": diagnostics}  # latents have none
+        log_pictures(self.accelerator, {name: file for name, file in pictures.items() if file.exists()}, self.step)
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
