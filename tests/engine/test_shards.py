@@ -1,8 +1,6 @@
 """Shards of webdataset, several datasets, crops at drawn places and large images, each through the one reader."""
 
-import io
 import json
-import tarfile
 from collections import Counter
 
 import numpy as np
@@ -18,30 +16,8 @@ from cm_diffusers.engine.data.scan import crops
 from cm_diffusers.engine.data.shards import find_shards, names_shards
 from cm_diffusers.engine.training.batches import as_they_are, cropped
 from tests.helpers.training_runs import run
+from tests.helpers.webdataset import picture, write_shard
 from training.prepare_data import main as prepare_data
-
-
-def picture(value, size=(8, 8)):
-    return Image.fromarray(np.full(size, value, np.uint8))
-
-
-def png(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_shard(path, values):
-    """Grey images of these values, whose class is the value modulo 3."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for i, value in enumerate(values):
-            parts = {"png": png(picture(value)), "cls": str(value % 3).encode(), "json": json.dumps({"n": i}).encode()}
-            for kind, content in parts.items():
-                member = tarfile.TarInfo(f"{path.stem}_{i:04d}.{kind}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.fixture

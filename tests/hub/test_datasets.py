@@ -13,6 +13,7 @@ from PIL import Image
 from cm_diffusers.engine.sharing import hub as engine_hub
 from tests.helpers.loopback import File, Repository
 from tests.helpers.scripts import load_script
+from tests.helpers.webdataset import write_shard
 
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -29,7 +30,8 @@ from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.order import ProcessShare
 limit = int(sys.argv[2])
-args = DataArguments(dataset_name="tester/files", streaming=sys.argv[1] == "1", max_train_samples=limit)
+name = sys.argv[3] if len(sys.argv) > 3 else "tester/files"
+args = DataArguments(dataset_name=name, streaming=sys.argv[1] == "1", max_train_samples=limit)
 data = ImageData(args, False, show_progress=False)
 print(json.dumps(next(data.batches(ProcessShare(limit), 0))["images"][:, 0, 0, 0].tolist()))
 """
@@ -92,6 +94,21 @@ def test_image_files_on_the_hub_are_opened_streamed_or_not(hub, tmp_path, stream
     assert run.returncode == 0, run.stderr
     assert sorted(json.loads(run.stdout)) == [0, 50, 100]
     assert "no image.png): cannot identify image file" in read(4).stderr
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_on_the_hub_are_read_by_their_pattern(hub, tmp_path, streaming):
+    tree = {
+        f"train-{i}.tar": File(write_shard(tmp_path / f"{i}.tar", [3 * i, 3 * i + 1]).read_bytes()) for i in (0, 1)
+    }
+    repo = hub.repositories["dataset", "tester/shards"] = Repository("dataset", "tester/shards", private=False)
+    repo.commit("main", "shards", tree)
+    environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(TRAINING.parent)}
+    command = [sys.executable, "-c", TRAIN, str(int(streaming)), "4", "hf://datasets/tester/shards/*.tar"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert sorted(json.loads(run.stdout)) == [0, 1, 3, 4]
 
 
 def test_a_name_that_can_t_be_written_to_is_found_before_anything_is_prepared(prepare, tmp_path, capsys):
