@@ -1,31 +1,39 @@
-"""Consistency models and their relatives for diffusers: train them, share them, sample them in one to four steps."""
+"""Consistency models and their relatives for diffusers: train them, share them, sample them in one to four steps.
+
+Importing it takes no time: classes are loaded when they are asked for, and diffusers learns of them when somebody
+imports it, so that `DiffusionPipeline.from_pretrained` reads saved models without `trust_remote_code`.
+"""
 
 import cm_diffusers.parent  # noqa: F401  (first: it is to see what is there before the imports that take seconds)
 
 
 # isort: split
+import importlib
 import sys
+from typing import TYPE_CHECKING, Any
 
-import diffusers
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # diffusers looks its bases up in this namespace
+from cm_diffusers.registration import when_diffusers_is_imported
 
-from cm_diffusers.models import (
-    DiTModel,
-    EDMUNet2DModel,
-    JVPUNet2DModel,
-    TwoTimeModel,
-)
-from cm_diffusers.models.raw_sigma_unet import RawSigmaUNet2DModel  # of published checkpoints
-from cm_diffusers.models.shuffle_unet import ShuffleUNet2DModel  # of published checkpoints
-from cm_diffusers.pipelines import (
-    ConsistencyPipeline,
-    CTMPipeline,
-    DenoisingPipeline,
-    MeanFlowPipeline,
-    TrigFlowPipeline,
-)
-from cm_diffusers.schedulers import CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+
+    from cm_diffusers.models import (
+        DiTModel,
+        EDMUNet2DModel,
+        JVPUNet2DModel,
+        RawSigmaUNet2DModel,
+        ShuffleUNet2DModel,
+        TwoTimeModel,
+    )
+    from cm_diffusers.pipelines import (
+        ConsistencyPipeline,
+        CTMPipeline,
+        DenoisingPipeline,
+        MeanFlowPipeline,
+        TrigFlowPipeline,
+    )
+    from cm_diffusers.schedulers import CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,21 +51,26 @@ __all__ = [
     "TwoTimeModel",
 ]
 
-
-def _register(*classes: type) -> None:
-    """Let diffusers find our classes, so that saved models load without `trust_remote_code`.
-
-    `save_pretrained` then writes ["cm_diffusers", <class>], `DiffusionPipeline.from_pretrained` finds our pipelines by
-    name, and downloads from the Hub take `cm_diffusers` for a known library.
-    """
-    for cls in classes:
-        cls.__module__ = __name__
-        if issubclass(cls, DiffusionPipeline) and not hasattr(diffusers, cls.__name__):
-            setattr(diffusers, cls.__name__, cls)
-    setattr(diffusers.pipelines, __name__, sys.modules[__name__])
+PIPELINES = ("ConsistencyPipeline", "CTMPipeline", "DenoisingPipeline", "MeanFlowPipeline", "TrigFlowPipeline")
+HOMES = {
+    **dict.fromkeys(PIPELINES, "cm_diffusers.pipelines"),
+    **dict.fromkeys(("CTMScheduler", "MultistepConsistencyScheduler", "TrigFlowScheduler"), "cm_diffusers.schedulers"),
+    **dict.fromkeys(("DiTModel", "EDMUNet2DModel", "JVPUNet2DModel", "TwoTimeModel"), "cm_diffusers.models"),
+    **dict.fromkeys(("RawSigmaUNet2DModel", "ShuffleUNet2DModel"), "cm_diffusers.models"),  # of published checkpoints
+    # diffusers looks its bases up in this namespace
+    **dict.fromkeys(("DiffusionPipeline", "ModelMixin", "SchedulerMixin"), "diffusers"),
+}
 
 
-_register(ConsistencyPipeline, CTMPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline)
-_register(CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler)
-_register(DiTModel, EDMUNet2DModel, JVPUNet2DModel, RawSigmaUNet2DModel, ShuffleUNet2DModel, TwoTimeModel)
-ConsistencyPipeline._scheduler_class = MultistepConsistencyScheduler
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOMES})
+
+
+when_diffusers_is_imported(sys.modules[__name__], PIPELINES)

@@ -15,6 +15,8 @@ from cm_diffusers.pipelines.ctm import CTMPipeline  # noqa: E402
 from cm_diffusers.pipelines.denoising import DenoisingPipeline  # noqa: E402
 from cm_diffusers.pipelines.mean_flow import MeanFlowPipeline  # noqa: E402
 from cm_diffusers.pipelines.trigflow import TrigFlowPipeline  # noqa: E402
+from cm_diffusers.registration import of_the_library  # noqa: E402
+from cm_diffusers.schedulers import MultistepConsistencyScheduler  # noqa: E402
 
 
 __all__ = [
@@ -25,3 +27,6 @@ __all__ = [
     "TrigFlowPipeline",
     "name_classes",
 ]
+
+of_the_library(CTMPipeline, ConsistencyPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline)
+ConsistencyPipeline._scheduler_class = MultistepConsistencyScheduler

@@ -20,8 +20,9 @@ STDLIB = set(sys.stdlib_module_names)
 # the parts of the library that a part may import beside itself, and the packages; the standard library is free
 PARTS = {
     "core": ((), {"torch", "numpy"}),
-    "models": ((), {"torch", "numpy", "diffusers"}),
-    "schedulers": (("core",), {"torch", "numpy", "diffusers"}),
+    "registration": ((), set()),
+    "models": (("registration",), {"torch", "numpy", "diffusers"}),
+    "schedulers": (("core", "registration"), {"torch", "numpy", "diffusers"}),
     "pipelines": (("core",), {"torch", "numpy", "diffusers", "PIL"}),  # which diffusers needs
     "lookup": ((), {"huggingface_hub"}),
     "parent": ((), set()),

@@ -1,5 +1,6 @@
 """Schedulers in the form of diffusers. They import only torch, numpy, diffusers and `core`, to be able to travel."""
 
+from cm_diffusers.registration import of_the_library
 from cm_diffusers.schedulers.ctm import CTMScheduler, CTMSchedulerOutput
 from cm_diffusers.schedulers.multistep_consistency import (
     MultistepConsistencyScheduler,
@@ -16,3 +17,5 @@ __all__ = [
     "TrigFlowScheduler",
     "TrigFlowSchedulerOutput",
 ]
+
+of_the_library(CTMScheduler, MultistepConsistencyScheduler, TrigFlowScheduler)
