@@ -14,7 +14,7 @@ FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_l
 FAST_TESTS := tests/core tests/schedulers tests/test_layout.py tests/test_results.py \
 	$(filter-out %/test_every_objective.py,$(wildcard tests/objectives/test_*.py))
 
-.PHONY: help venv quickstart check oracles test test-wide test-slow test-floors quality lint types style clean
+.PHONY: help venv quickstart check oracles test test-wide test-slow test-floors help-pages quality lint types style clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ $(FLOORS)/.installed: setup.py constraints-floors.txt
 
 test-floors: $(FLOORS)/.installed  ## a part of the tests with the lowest versions that setup.py allows
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q $(PARALLEL) $(FLOORS_TESTS)
+
+help-pages: venv  ## what --help shows, from what the scripts say of themselves
+	$(RUN) -m cm_diffusers.engine.help_pages
 
 quality: venv lint types  ## the linter and the types
 

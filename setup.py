@@ -56,7 +56,7 @@ setup(
     package_data={
         "cm_diffusers": ["py.typed"],
         "cm_diffusers.hub_cards": ["model_card.md", "report.html", "page/*", "space/*"],
-        "cm_diffusers.scripts": ["configs/*.yaml", "accelerate/*.yaml"],
+        "cm_diffusers.scripts": ["configs/*.yaml", "accelerate/*.yaml", "help/*.txt"],
     },
     entry_points={"console_scripts": ["cm-diffusers = cm_diffusers.cli:main"]},
     install_requires=BASE,

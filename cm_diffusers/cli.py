@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {word!r} is no word of {CONSOLE}{hint}\n\n{usage()}", file=sys.stderr, end="")
         raise SystemExit(2)
     os.environ[CALLED_BY] = CONSOLE
+    if {"-h", "--help"} & set(rest) and (page := help_of(word, rest)) is not None:
+        print(page, end="")
+        raise SystemExit(0)
     if word in BY_SEVERAL:
         rest = launched(word, rest)
     run(word, rest)
@@ -88,6 +91,12 @@ TRAIN = """Train a model that makes images in one to four steps.
 processes on its CPU); --accelerate_config NAME or FILE launches by Accelerate. The same command resumes a run that was
 stopped.
 """
+
+
+def help_of(word: str, argv: list[str]) -> str | None:
+    """The help that is kept for a word, as writing it anew takes seconds; None where none is."""
+    scripts, pages = scripts_of(word), importlib.import_module("cm_diffusers.engine.help_pages")
+    return pages.page_of(scripts[0] if scripts else word, argv, TRAIN if word == "train" else None)
 
 
 def scripts_of(word: str) -> list[str]:

@@ -1,7 +1,7 @@
 """A saved model in the browser: its steps, noise levels, seeds and classes; edits of pictures; jumps and inversion.
 
-    python -m cm_diffusers.demo runs/mine/pipeline
-    python -m cm_diffusers.demo user/my-model
+    cm-diffusers demo runs/mine/pipeline
+    cm-diffusers demo user/my-model
 
 `training/push.py --space` publishes the same page.
 """
@@ -390,7 +390,7 @@ def load_page(name_or_path: str, revision: str | None = None) -> gr.Blocks:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cm_diffusers.demo",
+        prog="cm-diffusers demo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cm_diffusers import cli
-from cm_diffusers.engine import commands, recipes
+from cm_diffusers.engine import commands, help_pages, recipes
 from cm_diffusers.engine.commands import CONSOLE, WORDS, command, in_these_words, recipe_file
 from tests.helpers.training_runs import flags
 
@@ -39,6 +39,42 @@ def test_every_word_explains_itself_as_it_is_called(word, capsys, console):
     assert "python training/" not in said
     if word != "demo":
         assert f"cm-diffusers {word}" in said
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse sets its lines otherwise")
+def test_the_pages_of_the_help_are_what_the_scripts_say(monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.setenv("COLUMNS", str(help_pages.WIDTH))
+    monkeypatch.delenv(commands.CALLED_BY, raising=False)
+    kept = {path.stem: path.read_text(encoding="utf-8") for path in help_pages.PAGES.glob("*.txt")}
+    assert kept == help_pages.pages(), "make help-pages"
+
+
+IMPORTED = "import sys; print(*sorted(name for name in sys.modules if name in ('torch', 'diffusers', 'transformers')))"
+
+
+@pytest.mark.parametrize("words", [["train", "--method", "scd"], ["diffuse"], ["sample"], ["demo"], ["recipes"]])
+def test_help_of_the_command_imports_nothing_that_is_slow(words):
+    code = f"from cm_diffusers.cli import main\ntry: main({[*words, '--help']})\nexcept SystemExit: pass\n{IMPORTED}"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert said.splitlines()[-1] == "" and "usage: cm-diffusers" in said
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS - {"quickstart"}))
+def test_help_of_a_script_imports_nothing_that_is_slow(script):
+    command = [sys.executable, "-X", "importtime", f"training/{script}.py", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.startswith(f"usage: python training/{script}.py")
+    assert "torch" not in said.stderr and "diffusers.utils" not in said.stderr
+
+
+def test_help_shows_the_options_of_the_method_first_and_of_the_recipe_s_method(capsys):
+    for words in (["--method", "mean_flow"], ["--config=mnist_mean_flow_small"]):
+        with pytest.raises(SystemExit):
+            cli.main(["train", *words, "--help"])
+        said = capsys.readouterr().out
+        places = [said.index(words) for words in ("options of mean_flow:", "what is trained:", "usual options:")]
+        assert places == sorted(places) and "--equal_times" in said[places[0] : places[1]]
 
 
 def test_the_words_are_listed_and_a_wrong_one_is_told_the_right_one(capsys):

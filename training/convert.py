@@ -9,6 +9,10 @@ training-state-*.pt (EDM, ECT, CDM: DDPM++, NCSN++ and ADM), and weights of thes
 recognised by names and shapes. All tensors must find their place, and nothing in the file is run.
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 import argparse
 from pathlib import Path
 

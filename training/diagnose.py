@@ -5,6 +5,10 @@ the ends of its ODE; tangents beside differences of neighbours.
         --pretrained_teacher_model runs/mnist_trigflow_small/pipeline --dataset_name ylecun/mnist
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 import argparse
 import json
 from pathlib import Path

@@ -13,6 +13,10 @@ is new (any model can do it). interpolate goes from one image of the model to an
 one of two pictures (--images) to the other. Sample k of each picture is made from seed + k alone.
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 import argparse
 from pathlib import Path
 from typing import Any

@@ -12,6 +12,10 @@ Leaves metrics.json and quality.png in the output folder. Where that is the fold
 of its model. Image i is made from seed + i alone, so that the number of processes makes no difference.
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 import math
 import os
 import sys
@@ -124,7 +128,7 @@ def best_result(report: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     with ends_with_a_line(then="give the same command again"):
         argv = sys.argv[1:] if argv is None else argv
-        args, data_args = parse_groups(argv, (EvaluationArguments, DataArguments), in_these_words(__doc__))
+        args, data_args = parse_groups(argv, (EvaluationArguments, DataArguments), "evaluate", in_these_words(__doc__))
         report = evaluate(args, data_args)
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n" + table(report))

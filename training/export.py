@@ -14,6 +14,10 @@ pipeline's.
 Space. Needs: pip install "cm-diffusers[export]".
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 import argparse
 import logging
 import warnings

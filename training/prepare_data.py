@@ -12,6 +12,10 @@ more than 8 bits are scaled by the range that all images have, and of an animati
 Stopped, the same command goes on where it was.
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 import argparse
 import re
 from pathlib import Path

@@ -8,6 +8,10 @@ comes from `hf auth login` or the environment's HF_TOKEN. Only what a model and 
 no checkpoints. The same command again sends what is missing.
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 import argparse
 import tempfile
 from pathlib import Path

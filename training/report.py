@@ -6,6 +6,10 @@ The page is one file that needs nothing else. It shows what there is: a run that
 `training/evaluate.py --output_dir runs/mine` has measured it.
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 from pathlib import Path
 
 from cm_diffusers.engine.commands import parser_of

@@ -7,6 +7,10 @@
 Image i is made from seed + i alone: it does not depend on the batch size or on the number of images.
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 import argparse
 import inspect
 from pathlib import Path

@@ -7,6 +7,10 @@
 The same command resumes a run that was stopped.
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 from cm_diffusers.engine.training.run import main
 
 

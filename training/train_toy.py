@@ -8,6 +8,10 @@ exact one over the noise marginal) and, for ctm, `wasserstein` by sampler (see c
 a minute or two on one core.
 """
 
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+
+
+# isort: split
 import json
 from pathlib import Path
 

@@ -24,11 +24,34 @@ def in_these_words(text: str) -> str:
 
 def parser_of(script: str, description: str) -> argparse.ArgumentParser:
     """A parser for a script's command line, with its text above `--help`."""
-    return argparse.ArgumentParser(
-        prog=command(script),
-        description=in_these_words(description),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return _Parser(prog=command(script), description=in_these_words(description), formatter_class=HelpFormatter)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and short names of values."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X", None: "NAME", str: "NAME", Path: "PATH"}.get(action.type, "N")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose usage names what is needed, and not every option."""
+
+    def format_usage(self) -> str:
+        self.usage = self._needed()
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        self.usage = self._needed()
+        return super().format_help()
+
+    def _needed(self) -> str:
+        formatter, words = self._get_formatter(), []
+        for action in self._actions:
+            if action.required or not action.option_strings:
+                value = formatter._format_args(action, formatter._get_default_metavar_for_optional(action))
+                words.append(" ".join([*action.option_strings[:1], value]))
+        return " ".join([self.prog, *words, "[options]"])
 
 
 def recipe_file(name: str) -> Path:

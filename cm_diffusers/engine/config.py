@@ -13,9 +13,10 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from cm_diffusers.engine.commands import in_these_words, recipe_file
+from cm_diffusers.engine.commands import HelpFormatter, command, in_these_words, recipe_file
 from cm_diffusers.engine.effects import replaced, say_replaced, without_effect
 from cm_diffusers.engine.foreign_flags import INSTEAD
+from cm_diffusers.engine.help_pages import methods_of, training_page
 from cm_diffusers.engine.settings_files import read_yaml
 from cm_diffusers.models import EDM_PRESETS, UNET_PRESETS
 from cm_diffusers.objectives import OBJECTIVES
@@ -30,6 +31,7 @@ from cm_diffusers.objectives.options import (
     flags_of,
     option,
 )
+from cm_diffusers.scripts import WORDS
 
 
 DEFAULT_HALF_LIFE = 500.0
@@ -40,6 +42,12 @@ OPTIMIZERS = ["adam", "adamw", "radam"]
 EIGHT_BIT_ADAM = "bitsandbytes.optim:AdamW8bit"
 STEP_RULES = r"({number}:\d+,)+{number}".format(number=r"\d+(?:\.\d+)?(?:[eE]-?\d+)?")
 TIME_LABELS = ["log_sigma", "angle"]
+USUAL = (  # what most runs set; the help shows the others behind them
+    "dataset_name", "train_data_dir", "class_conditional", "resolution", "random_flip", "model_preset",
+    "pretrained_model_name_or_path", "vae_name_or_path", "output_dir", "seed", "max_train_steps", "num_train_epochs",
+    "minutes", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision", "compile",
+    "checkpointing_steps", "validation_steps", "report_to", "push_to_hub", "hub_model_id", "dry_run"
+)  # fmt: skip
 BESIDE_TRAINING: dict[str, Any] = {"may_change": True, "in_recipe": False}  # what a setting with this says of itself
 
 
@@ -471,15 +479,41 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and defaults behind the help where there are any."""
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, HelpFormatter):
+    """Defaults behind the help where there are any, and of switches and their other spellings the name alone."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings[0].startswith("--") or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        name = action.option_strings[0]
+        if action.type is string_to_bool and action.default is False:
+            return name
+        return f"{name} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
 
 
 class _Parser(HfArgumentParser):
-    """An argument parser whose errors are ValueErrors."""
+    """An argument parser whose errors are ValueErrors, and whose help has sections: settings by their titles."""
+
+    sections: Mapping[str, Sequence[str]] = {}
+    methods: Sequence[str] = ()
+
+    def format_help(self) -> str:
+        if not self.sections:
+            return super().format_help()
+        own, shared = self.format_sections(True), self.format_sections(False)
+        return training_page(self.prog, self.description or "", self.methods, self.get_default("method"), own, shared)
+
+    def format_sections(self, own: bool) -> str:
+        """The part of the help that explains the method's own settings, or those that all have."""
+        formatter, actions = self._get_formatter(), {action.dest: action for action in self._actions}
+        for title, names in list(self.sections.items())[:1] if own else list(self.sections.items())[1:]:
+            formatter.start_section(title)
+            formatter.add_arguments([actions[name] for name in names])
+            formatter.end_section()
+        return formatter.format_help()
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, part: Field) -> None:
@@ -560,9 +594,11 @@ def _parse(parser: _Parser, flags: list[str], methods: Sequence[str], method: st
     return namespace
 
 
-def parse_groups(argv: Sequence[str], groups: Sequence[type], description: str) -> tuple[Any, ...]:
-    """Read one dataclass of settings for each of `groups`. Raises ValueError for flags and values that can't be."""
-    parser = _Parser(groups, description=description, allow_abbrev=False)
+def parse_groups(argv: Sequence[str], groups: Sequence[type], script: str, description: str) -> tuple[Any, ...]:
+    """Read one dataclass of settings for each of `groups`, of a script. Raises ValueError for flags and values that
+    can't be."""
+    prog = command(script)
+    parser = _Parser(groups, prog=prog, usage=f"{prog} [options]", description=description, allow_abbrev=False)
     parser.formatter_class = _HelpFormatter
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
@@ -572,6 +608,28 @@ def parse_groups(argv: Sequence[str], groups: Sequence[type], description: str) 
             f"Unknown option {unknown[0]!r}." + (f" Did you mean {near[0]!r}?" if near else " See --help.")
         )
     return tuple(cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)}) for cls in groups)
+
+
+def sections_of(method: str) -> dict[str, list[str]]:
+    """The sections of the help of a training script: names of settings by titles, those of the method first."""
+    shared = [f.name for cls in (DataArguments, ModelArguments, RunArguments) for f in fields(cls)]
+    return {
+        f"options of {method}": [f.name for f in fields(OBJECTIVES[method].Options)],
+        "usual options": [name for name in shared if name in USUAL],
+        "further options": ["help", *(name for name in shared if name not in USUAL)],
+    }
+
+
+def parser_of_training(method: str, methods: Sequence[str], description: str = "") -> _Parser:
+    """The parser of a script that trains `methods`, for one of them."""
+    groups = (OBJECTIVES[method].Options, DataArguments, ModelArguments, RunArguments)
+    script = next((name for name in WORDS if methods[0] in methods_of(name)), "train_consistency")
+    parser = _Parser(groups, prog=command(script), description=description, allow_abbrev=False)
+    parser.formatter_class = _HelpFormatter
+    parser.add_argument("--config", help="YAML file with the same keys as the flags, or a recipe's name; flags win.")
+    parser.add_argument("--method", choices=methods, default=method, help="Training method.")
+    parser.sections, parser.methods = sections_of(method), methods
+    return parser
 
 
 def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) -> Config:
@@ -601,10 +659,7 @@ def parse_config(argv: Sequence[str], methods: Sequence[str], description: str) 
         raise ValueError(f"{where}Unknown method {method!r}; this script trains: {', '.join(methods)}.")
 
     groups = (OBJECTIVES[method].Options, DataArguments, ModelArguments, RunArguments)
-    parser = _Parser(groups, description=description, allow_abbrev=False)
-    parser.formatter_class = _HelpFormatter
-    parser.add_argument("--config", help="YAML file with the same keys as the flags, or a recipe's name; flags win.")
-    parser.add_argument("--method", choices=methods, default=method, help="Training method.")
+    parser = parser_of_training(method, methods, description)
     for key, value in from_file.items():
         try:
             _check_form(key, value, parser)

@@ -80,7 +80,7 @@ def judged(words):
     """Run an evaluation in this process."""
 
     def judged(**settings):
-        return evaluate(*parse_groups(words(**settings), (EvaluationArguments, DataArguments), ""))
+        return evaluate(*parse_groups(words(**settings), (EvaluationArguments, DataArguments), "evaluate", ""))
 
     return judged
 
