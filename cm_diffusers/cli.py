@@ -9,13 +9,15 @@
 
 import difflib
 import importlib
+import logging
 import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from cm_diffusers.scripts import CALLED_BY, CONSOLE, SCRIPTS, WORDS, settings_files
+from cm_diffusers.scripts import CALLED_BY, CONSOLE, LAUNCHED_BY, SCRIPTS, WORDS, settings_files
 
 
 COMMANDS = {
@@ -131,10 +133,33 @@ def launched(word: str, argv: list[str]) -> list[str]:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
     else:
         launcher = ["accelerate.commands.launch", "--config_file", accelerate_file(file or "")]
-    command = [sys.executable, "-m", *launcher, "-m", "cm_diffusers.cli", word, *rest]
-    if os.name == "posix":
-        os.execv(sys.executable, command)  # signals reach the launcher as they would reach this process
-    raise SystemExit(subprocess.run(command).returncode)
+    run_launcher(*launcher, "-m", "cm_diffusers.cli", word, *rest)
+
+
+def run_launcher(launcher: str, *words: str) -> NoReturn:
+    """Run a launcher's module in this process. What fails in its processes speaks for itself, and the launcher not."""
+    os.environ[LAUNCHED_BY] = CONSOLE
+    logging.disable(logging.ERROR)
+    sys.argv = [launcher, *words]
+    try:
+        runpy.run_module(launcher, run_name="__main__", alter_sys=True)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        raise SystemExit(code) from None
+    raise SystemExit(0)
+
+
+def exit_code(error: Exception) -> int | None:
+    """How the first process that failed has ended, by the error that its launcher raised; None of other errors."""
+    kind = type(error).__name__
+    if kind == "ChildFailedError":
+        _, failure = error.get_first_failure()  # type: ignore[attr-defined]
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    if kind == "CalledProcessError":
+        return error.returncode if error.returncode > 0 else 128 - error.returncode  # type: ignore[attr-defined]
+    return 128 + error.sigval if kind == "SignalException" else None  # type: ignore[attr-defined]
 
 
 def accelerate_file(name: str) -> str:
@@ -147,7 +172,7 @@ def accelerate_file(name: str) -> str:
     end(f"accelerate_config {name!r} is no file, and none of {', '.join(known)}.")
 
 
-def end(message: str):
+def end(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -20,6 +20,7 @@ WORDS = {  # of the scripts; training has one for all methods
     **{name: name for name in ("convert", "diagnose", "edit", "evaluate", "export", "push", "report", "sample")},
 }
 CALLED_BY = "CM_DIFFUSERS_CALLED_BY"  # of the environment: set by the command for itself and what it starts
+LAUNCHED_BY = "CM_DIFFUSERS_LAUNCHED_BY"  # the same, where it starts several processes
 SCRIPTS = Path(__path__[0])
 
 

@@ -11,6 +11,7 @@ import yaml
 from cm_diffusers import cli
 from cm_diffusers.engine import commands, help_pages, recipes
 from cm_diffusers.engine.commands import CONSOLE, WORDS, command, in_these_words, recipe_file
+from tests.helpers.breadth import narrowed
 from tests.helpers.training_runs import flags
 
 
@@ -127,30 +128,28 @@ def test_recipes_are_listed_with_what_they_come_to(capsys):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The command line of a launcher that would take this process' place."""
+    """The command line of a launcher that would run in this process."""
     found = []
-
-    def execv(program, words):
-        found.extend(words)
-        raise SystemExit(0)
-
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(cli.runpy, "run_module", lambda name, **how: found.extend(sys.argv))
+    monkeypatch.setattr(cli.logging, "disable", lambda level: None)
+    monkeypatch.setattr(sys, "argv", ["cm-diffusers"])
+    monkeypatch.setenv(cli.LAUNCHED_BY, "")
     return found
 
 
 def test_several_processes_are_launched_by_their_number_or_by_a_file(started):
     with pytest.raises(SystemExit):
         cli.launched("train", ["--method", "ect", "--num_processes", "4", "--seed=1"])
-    python, m, module, *rest = started
-    assert (python, m, module) == (sys.executable, "-m", "torch.distributed.run")
+    module, *rest = started
+    assert module == "torch.distributed.run" and os.environ[cli.LAUNCHED_BY] == CONSOLE
     assert rest[:5] == ["--standalone", "--nproc_per_node", "4", "-m", "cm_diffusers.cli"]
     assert rest[5:] == ["train", "--method", "ect", "--seed=1"]
     started.clear()
     with pytest.raises(SystemExit):
         cli.launched("diffuse", ["--accelerate_config=several_gpus", "--method", "cdm"])
-    assert started[2:4] == ["accelerate.commands.launch", "--config_file"]
-    assert started[4] == str(ROOT / "training" / "accelerate" / "several_gpus.yaml")
-    assert started[5:] == ["-m", "cm_diffusers.cli", "diffuse", "--method", "cdm"]
+    assert started[:2] == ["accelerate.commands.launch", "--config_file"]
+    assert started[2] == str(ROOT / "training" / "accelerate" / "several_gpus.yaml")
+    assert started[3:] == ["-m", "cm_diffusers.cli", "diffuse", "--method", "cdm"]
 
 
 def test_one_process_is_not_launched(started):
@@ -171,6 +170,60 @@ def test_launches_that_can_not_be_are_said(words, message, capsys, started):
     with pytest.raises(SystemExit, match="2"):
         cli.launched("train", words)
     assert message in capsys.readouterr().err and not started
+
+
+class Failure:
+    def __init__(self, exitcode):
+        self.exitcode = exitcode
+
+
+class ChildFailedError(Exception):
+    def get_first_failure(self):
+        return 0, Failure(*self.args)
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (ChildFailedError(2), 2),
+        (ChildFailedError(-9), 137),
+        (subprocess.CalledProcessError(3, "train"), 3),
+        (subprocess.CalledProcessError(-15, "train"), 143),
+    ],
+)
+def test_a_launcher_ends_as_the_first_process_that_failed(started, monkeypatch, error, code):
+    def fail(name, **how):
+        raise error
+
+    monkeypatch.setattr(cli.runpy, "run_module", fail)
+    with pytest.raises(SystemExit) as end:
+        cli.launched("train", ["--num_processes", "2"])
+    assert end.value.code == code
+
+
+def test_a_fault_of_a_launcher_itself_is_not_hidden(started, monkeypatch):
+    monkeypatch.setattr(cli.runpy, "run_module", lambda name, **how: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.launched("train", ["--num_processes", "2"])
+
+
+LAUNCHERS = {
+    "the command": ["cm_diffusers.cli", "train", "--num_processes", "2"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "cm_diffusers.train"],
+    "accelerate": ["accelerate.commands.launch", "--cpu", "-m", "cm_diffusers.train"],
+}
+
+
+@pytest.mark.parametrize("name", narrowed(LAUNCHERS, "the command", "torchrun"))
+def test_the_user_s_own_error_is_the_last_thing_on_the_screen_and_stands_there_once(tmp_path, name):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *LAUNCHERS[name], "--dataset_name", "digits", "--q", "none"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode != 0 and lines[-1] == "error: --q: invalid float value: 'none'"
+    assert sum("error: --q" in line for line in lines) == 1
+    if name == "the command":
+        assert result.returncode == 2 and not [line for line in lines if "distributed" in line]
 
 
 @pytest.mark.wide

@@ -523,7 +523,7 @@ class _Parser(HfArgumentParser):
         HfArgumentParser._parse_dataclass_field(parser, part)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.replace("argument --", "--"))
+        raise ValueError(re.sub(r"argument (--\w+)(/--[\w-]+)*", r"\1", message))
 
 
 def _own_option(name: str, methods: Sequence[str], method: str) -> str:

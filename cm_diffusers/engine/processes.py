@@ -1,17 +1,22 @@
 """Accelerate's view of the processes, checked against the launcher's, and how they end."""
 
 import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from cm_diffusers.engine.files import GOES_ON, explain
+from cm_diffusers.parent import parent
+from cm_diffusers.scripts import LAUNCHED_BY
 
 
 PATIENCE = 20.0  # seconds, in which a launcher ends the other processes once one has failed
@@ -89,6 +94,26 @@ def end_with(error: Exception | str) -> NoReturn:
     number = int(os.environ.get("RANK", 0))
     if number > 0:
         time.sleep(PATIENCE)
-    with suppress(OSError):  # where stderr goes to a full disk as well
-        print(f"error: {error}" + (f" (process {number})" if number > 0 else ""), file=sys.stderr, flush=True)
+    line = f"error: {error}" + (f" (process {number})" if number > 0 else "")
+    if not _says_it_behind_the_launcher(line):
+        with suppress(OSError):  # where stderr goes to a full disk as well
+            print(line, file=sys.stderr, flush=True)
     raise SystemExit(2) from None
+
+
+def _says_it_behind_the_launcher(line: str) -> bool:
+    """Let another process say a line once the launcher has ended, which itself has some 40 lines to say of it.
+
+    False where there is no such launcher: that of `cm-diffusers --num_processes` is quiet.
+    """
+    try:
+        launcher = psutil.Process(parent())
+        words = " ".join(launcher.cmdline())
+        if os.environ.get(LAUNCHED_BY) or not re.search(r"torchrun|torch\.distributed|accelerate", words):
+            return False
+        waits = f"import psutil, sys\npsutil.wait_procs([psutil.Process({launcher.pid})], timeout={PATIENCE})"
+        says = f"{waits}\nprint({line!r}, file=sys.stderr)"
+        subprocess.Popen([sys.executable, "-c", says], stdin=subprocess.DEVNULL, start_new_session=True)
+    except (psutil.Error, OSError):
+        return False
+    return True
