@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.arrays import append_dims, in_float64
 from cm_diffusers.core.parameterisation import input_norm
 from cm_diffusers.core.time_labels import flow_time_up_to_infinity, sigma_of_angle, sigma_of_flow_time, vp_angles
 
@@ -127,14 +127,16 @@ class VP(Interpolant):
 
     def time(self, sigma: Tensor) -> Tensor:
         # `time_labels.vp_time` for batches on any device; the two differ in the last bit of float64
-        angles, angle = self.angles.to(sigma.device), sigma.double().atan()
+        angle = in_float64(sigma).atan()
+        angles = self.angles.to(angle.device)
         left = (torch.searchsorted(angles, angle, right=True) - 1).clamp(0, len(angles) - 2)
         share = (angle - angles[left]) / (angles[left + 1] - angles[left])
-        return (left + share).clamp(0, len(angles) - 1).to(sigma.dtype)
+        return (left + share).clamp(0, len(angles) - 1).to(sigma)
 
     def sigma(self, time: Tensor) -> Tensor:
-        angles, last = self.angles.to(time.device), len(self.angles) - 1
-        place = time.double().clamp(0, last)
+        last = len(self.angles) - 1
+        place = in_float64(time).clamp(0, last)
+        angles = self.angles.to(place.device)
         left = place.long().clamp(max=last - 1)
         angle = angles[left] + (place - left) * (angles[left + 1] - angles[left])
-        return sigma_of_angle(angle).to(time.dtype)
+        return sigma_of_angle(angle).to(time)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from cm_diffusers.core.arrays import in_float64
+
 
 def lognormal(normal: Tensor, mean: float, std: float) -> Tensor:
     """sigma with ln(sigma) ~ N(mean, std^2), from unit `normal` draws (Karras et al. 2022, table 1)."""
@@ -34,5 +36,7 @@ def linear_law(n: int) -> Tensor:
 
 def draw_bins(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Indices (B,) with the given law, from `uniform` draws (B,) in [0, 1)."""
-    cumulative = probabilities.cumsum(0).to(uniform.device)
-    return torch.searchsorted(cumulative, uniform.double(), right=True).clamp(max=len(probabilities) - 1)
+    places = in_float64(uniform)
+    cumulative = probabilities.cumsum(0).to(places.device)
+    bins = torch.searchsorted(cumulative, places, right=True).clamp(max=len(probabilities) - 1)
+    return bins.to(uniform.device)

@@ -45,5 +45,5 @@ def reverse_sde_step(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_next: Ten
     `denoised` is D(x, sigma), `noise` unit normal, both (B, ...). Along this SDE D(x, sigma) is a martingale if D is
     exact (Daras et al. 2023, arXiv:2302.09057).
     """
-    drift = 2 * append_dims((sigma_next - sigma) / sigma, x) * (x - denoised)
-    return x + drift + append_dims((2 * sigma * (sigma - sigma_next)).sqrt(), x) * noise
+    share, spread = ((sigma_next - sigma) / sigma).to(x), (2 * sigma * (sigma - sigma_next)).sqrt().to(x)
+    return x + 2 * append_dims(share, x) * (x - denoised) + append_dims(spread, x) * noise

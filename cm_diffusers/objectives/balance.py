@@ -76,7 +76,7 @@ def balanced(
     value, terms = main.per_sample.mean().detach(), {main.name: main.per_sample.detach()}
     norm = gradient_norm(total, layer) if layer is not None and others else None
     for part in others:
-        loss, weight = part.before_cut(), torch.tensor(part.weight, device=total.device)
+        loss, weight = part.before_cut(), total.new_full((), part.weight)
         if norm is not None and layer is not None:
             weight = weight * (norm / (gradient_norm(loss, layer) + 1e-4)).clamp(*part.limits)
         total = total + weight * loss

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.core.arrays import in_float64
 from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.karras import karras_sigma
@@ -72,7 +73,7 @@ class CDM(Objective):
         ends = self.rollouts(x, sigma, denoised=denoised.detach(), condition=batch.condition, draws=draws)
         first, second = ends.chunk(2)
         martingale = ((first - denoised) * (second - denoised)).flatten(1).sum(1)
-        weight = error.new_tensor(self.options.martingale_weight)
+        weight = error.new_full((), self.options.martingale_weight)
         terms = {"martingale": martingale.detach(), "martingale_weight": weight}
         return Loss((error + weight * martingale).mean(), error.detach(), sigma, terms)
 
@@ -81,16 +82,17 @@ class CDM(Objective):
         options = self.options
         length = options.epsilon_min + (options.epsilon_max - options.epsilon_min) * draws.uniform("epsilon")
         end = torch.minimum(sigma, (sigma - length).clamp(min=self.sigma_min))  # below sigma_min there is no way down
-        ramp = torch.linspace(0, 1, options.rollout_steps + 1, dtype=torch.float64, device=x.device)[:, None]
-        levels = karras_sigma(ramp, end.double(), sigma.double()).repeat(1, 2)  # float64: neighbours differ by little
+        low, high = in_float64(end), in_float64(sigma)  # neighbours differ by little
+        ramp = torch.linspace(0, 1, options.rollout_steps + 1, dtype=torch.float64, device=low.device)[:, None]
+        levels = karras_sigma(ramp, low, high).repeat(1, 2)
 
         x, denoised = _twice(x), _twice(denoised)
         for i, (now, then) in enumerate(zip(levels, levels[1:])):
             if i > 0:
                 with torch.no_grad():
-                    denoised = self._denoise_both(x, now.to(x.dtype), condition, draws)
+                    denoised = self._denoise_both(x, now.to(x), condition, draws)
             noise = draws.normal(f"rollout {i}", (2, *x.shape[1:])).transpose(0, 1).flatten(0, 1)
-            x = reverse_sde_step(denoised, x, now, then, noise).to(x.dtype)
+            x = reverse_sde_step(denoised, x, now, then, noise)
         return self._denoise_both(x, _twice(end), condition, draws)
 
     def _denoise_both(self, x: Tensor, sigma: Tensor, condition: Condition, draws: Draws) -> Tensor:

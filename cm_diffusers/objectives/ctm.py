@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.core.arrays import in_float64
 from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.denoisers import TrajectoryDenoiser
 from cm_diffusers.core.draws import Draws
@@ -79,10 +80,10 @@ class CTM(Objective):
         """Levels from t down to u, (k + 1, B), and s <= u (B,): all triples of the grid occur."""
         n = len(self.sigmas)
         k = 1 + int(draw_bins(linear_law(self.options.solver_steps), draws.shared("k")))
-        first = (draws.uniform("t").double() * (n - k)).long()
-        last = first + k + (draws.uniform("s").double() * (n - first - k)).long()
-        sigmas = self.sigmas.to(draws.device)
-        return sigmas[first + torch.arange(k + 1, device=draws.device)[:, None]], sigmas[last]
+        first = (in_float64(draws.uniform("t")) * (n - k)).long()
+        last = first + k + (in_float64(draws.uniform("s")) * (n - first - k)).long()
+        sigmas = self.sigmas.to(first.device)
+        return sigmas[first + torch.arange(k + 1, device=first.device)[:, None]], sigmas[last]
 
     def point_at_u(self, x: Tensor, levels: Tensor, *, x0: Tensor, noise: Tensor, condition: Condition) -> Tensor:
         """Where the trajectory of x (B, ...) at levels[0] is at levels[-1], as far as it is known."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.arrays import append_dims
+from ..core.arrays import append_dims, lacks_float64
 from ..core.karras import karras_sigma
 from ..core.parameterisation import NetworkInput
 
@@ -294,6 +294,5 @@ def as_float64(values: float | np.ndarray | torch.Tensor) -> torch.Tensor:
 def as_labels(values: np.ndarray, device: str | torch.device | None) -> torch.Tensor:
     """Time labels on `device`: float64 where it knows it, and integers as they are."""
     labels = torch.as_tensor(values)
-    lacks_float64 = device is not None and torch.device(device).type == "mps"
-    floats = torch.float32 if lacks_float64 else torch.float64
+    floats = torch.float32 if lacks_float64(device) else torch.float64
     return labels.to(device, floats if labels.is_floating_point() else torch.int64)

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..core.arrays import append_dims
+from ..core.arrays import append_dims, lacks_float64
 from ..core.karras import karras_sigma
 from ..core.time_labels import TIME_LABELS
 from .levels import Levels, as_float64, is_integer, read_numbers, refuse_index
@@ -227,8 +227,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         self._labels = calls
         self._angles = np.append(calls, 0.0).tolist()  # of each network call, and 0
         self.sigmas = torch.from_numpy(self.timestep_to_sigma(np.append(calls, 0.0)))
-        lacks_float64 = device is not None and torch.device(device).type == "mps"
-        self.timesteps = torch.from_numpy(calls).to(device, torch.float32 if lacks_float64 else torch.float64)
+        self.timesteps = torch.from_numpy(calls).to(device, torch.float32 if lacks_float64(device) else torch.float64)
         self._keep(*choice)
 
     def _index_of(self, timestep: float | torch.Tensor) -> int:

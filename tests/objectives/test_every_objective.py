@@ -11,6 +11,7 @@ from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.time_labels import OWN_LABELS
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
 from cm_diffusers.objectives.options import TeacherOptions
+from tests.helpers.apple import without_float64
 from tests.helpers.breadth import narrowed
 from tests.helpers.new_method import Halving
 
@@ -124,6 +125,21 @@ def test_loss_is_repeatable_and_does_not_depend_on_the_global_generator(make, na
     assert torch.equal(first.total, again.total) and torch.equal(first.per_sample, again.per_sample)
     assert all(torch.equal(first_gradient[key], again_gradient[key]) for key in first_gradient)
     assert not torch.equal(objective.loss(batch_of(), Draws(0, STEP + 1, range(8))).sigma, first.sigma)
+
+
+@pytest.mark.parametrize(
+    "name, options", [case for case in FIRST + OTHERS if not METHODS[case.values[0]].needs_tangents]
+)
+def test_a_loss_on_a_device_without_float64_is_that_of_the_cpu(make, name, options, monkeypatch):
+    expected = make(name, options).loss(batch_of(), Draws(0, STEP, range(8))).total.item()
+    objective = make(name, options)
+    networks = [objective.network, *objective.auxiliary.values()]
+    networks += [objective.teacher.network] if objective.teacher is not None else []
+    networks += [objective.adversary.network] if objective.adversary is not None else []
+    with without_float64(monkeypatch, *networks) as device:
+        batch = Batch(batch_of().samples.to(device), batch_of().condition.to(device))
+        loss = objective.loss(batch, Draws(0, STEP, range(8), device))
+        assert loss.total.item() == pytest.approx(expected, rel=1e-4)
 
 
 @every_method

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_diffusers.core.arrays import lacks_float64
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint, set_aside_newer
 from cm_diffusers.engine.config import RunArguments
 from cm_diffusers.engine.files import RunFiles, read_json, replace_file
@@ -29,6 +30,7 @@ def norm(values: Iterable[Tensor]) -> float:
     total = math.hypot(*(part.item() for part in torch._foreach_norm(values))) if values else 0.0
     if math.isfinite(total):
         return total
+    values = [value.cpu() if lacks_float64(value.device) else value for value in values]
     return math.hypot(*(part.item() for part in torch._foreach_norm(values, dtype=torch.float64)))  # squares overflow
 
 
