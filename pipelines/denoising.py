@@ -26,6 +26,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..core.arrays import lacks_float64
 from ..core.conditions import Condition, of_classes
 from ..core.guidance import Guidance, call_guided
 from ..core.karras import karras_sigma
@@ -141,7 +142,8 @@ class DenoisingPipeline(ImagePipeline):
         edm = prediction in ("edm", "trigflow")  # whose outputs differ in their sign alone
         network_input = self.scheduler.precondition_inputs(sample, sigma) if edm else sample / given.norm(sigma)
         cast = network_input.to(self.network_dtype)
-        label = given.label(sigma).to(sample.device)
+        label = given.label(sigma)
+        label = label.to(sample.device, torch.float32 if lacks_float64(sample.device) else label.dtype)
         told = condition if isinstance(condition, (Condition, Guidance)) else of_classes(condition)
         output = call_guided(self.unet, cast, label, told=told, sigma=sigma).float()
         if edm:

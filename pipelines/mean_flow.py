@@ -213,7 +213,7 @@ class MeanFlowPipeline(ImagePipeline):
     def noise_levels(self) -> list[float]:
         """See `ImagePipeline`; the scheduler's are flow times."""
         times = self.scheduler.sigmas
-        return (times / (1 - times)).tolist()
+        return (times / (1 - times)).cpu().tolist()
 
     def begun(self, noise: torch.Tensor) -> torch.Tensor:
         """See `ImagePipeline`: the share of noise at the first flow time."""

@@ -112,6 +112,9 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def fsync_folder(path: Path) -> None:
+    """Have the names in a folder on the disk. Windows opens no folder, and keeps them by itself."""
+    if not OPENS_FOLDERS:
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -175,6 +178,11 @@ def kind_of(mode: int) -> str | None:
     return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "a device")
 
 
+OPENS_FOLDERS = os.name != "nt"
+READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # Windows has the last one alone
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+
+
 def read_plain(path: Path, size: int | None = None, limit: int = LIMIT, follow: bool = True) -> bytes:
     """The content of a file. Waits for nothing, as for the writer of a pipe, and looks at the size before it reads.
 
@@ -190,7 +198,7 @@ def read_plain(path: Path, size: int | None = None, limit: int = LIMIT, follow: 
         ValueError: it is not a file, or of another size; the message goes on after its name.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+        handle = os.open(path, READ | (0 if follow else NO_LINKS))
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO) and (kind := kind_of(os.lstat(path).st_mode)):
             raise ValueError(f"is {kind} instead of a file") from None

@@ -34,6 +34,7 @@ from cm_diffusers import (
     TwoTimeModel,
 )
 from cm_diffusers.pipelines import name_classes
+from tests.helpers.apple import without_float64
 
 
 NOISE = {"prediction": "epsilon", "noise_schedule": {"beta_schedule": "linear"}}
@@ -485,3 +486,10 @@ def test_fp8_storage(make):
         expected = images(pipe)
         pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
         assert (images(pipe) - expected).abs().mean() < 0.1, kind
+
+
+def test_images_on_a_device_without_float64_are_those_of_the_cpu(pipe, monkeypatch):
+    expected = images(pipe)
+    with without_float64(monkeypatch, pipe.unet) as device:
+        assert pipe.device == device
+        torch.testing.assert_close(images(pipe).cpu(), expected, rtol=0, atol=1e-4)
