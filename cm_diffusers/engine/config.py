@@ -46,7 +46,7 @@ USUAL = (  # what most runs set; the help shows the others behind them
     "dataset_name", "train_data_dir", "class_conditional", "resolution", "random_flip", "model_preset",
     "pretrained_model_name_or_path", "vae_name_or_path", "output_dir", "seed", "max_train_steps", "num_train_epochs",
     "minutes", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision", "compile",
-    "checkpointing_steps", "validation_steps", "report_to", "push_to_hub", "hub_model_id", "dry_run"
+    "checkpointing_steps", "validation_steps", "search_levels", "report_to", "push_to_hub", "hub_model_id", "dry_run"
 )  # fmt: skip
 BESIDE_TRAINING: dict[str, Any] = {"may_change": True, "in_recipe": False}  # what a setting with this says of itself
 
@@ -284,6 +284,14 @@ class RunArguments(Options):
         "Which weights the pipeline gets: their first average, or those that are trained.",
         choices=["ema", "online"],
         may_change=True,
+    )
+    search_levels: list[int] | None = option(
+        None,
+        "After training, find the best noise levels for so many steps, as 2 4, on the images of the run, and save them"
+        " with the model.",
+        "[2, 10]",
+        may_change=True,
+        in_recipe=False,
     )
     export_variant: str | None = option(
         None,

@@ -16,6 +16,7 @@ from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.processes import together
 from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.training.build import build_trainer
+from cm_diffusers.engine.training.levels import seconds_of_search
 from cm_diffusers.engine.training.trainer import Trainer
 
 
@@ -87,9 +88,11 @@ def _measured(config: Config, accelerator: Accelerator, stopping: Stopping, seco
         with together(accelerator):
             if accelerator.is_main_process and trainer.run.validation_steps:
                 trainer._draw()
-        drawn = time.perf_counter()
+        drawn, search = time.perf_counter(), 0.0
+        if accelerator.is_main_process and trainer.run.search_levels:
+            search = seconds_of_search(trainer.exported(), trainer.data, trainer.run.search_levels, accelerator.device)
         accelerator.free_memory()
-    return Costs(sum(times) / PLACES, drawn - saved, saved - begin, END * started)
+    return Costs(sum(times) / PLACES, drawn - saved, saved - begin, END * started + search)
 
 
 def _step_at(trainer: Trainer, batches, stopping: Stopping, place: float, seconds: float) -> float:

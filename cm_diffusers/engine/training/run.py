@@ -24,6 +24,7 @@ from cm_diffusers.engine.sharing.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES,
 from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
 from cm_diffusers.engine.training.budget import within_budget
 from cm_diffusers.engine.training.build import build_trainer
+from cm_diffusers.engine.training.levels import check_place, with_better_levels
 from cm_diffusers.engine.training.precision import choose_precision
 from cm_diffusers.engine.training.run_folder import check_ours, look_over
 from cm_diffusers.engine.training.same_run import check_before_data
@@ -106,12 +107,13 @@ def _train(config: Config, stopping: Stopping) -> Path:
         if warning is not None:
             trainer.say(f"WARNING: {warning}")
         if accelerator.is_main_process:
-            _check_card(trainer, publisher)
+            _check_end(trainer, publisher)
         resumed = trainer.resume()
         with together(accelerator):
             if accelerator.is_main_process:
                 _say_what_it_is(trainer, folder)
-        goal = json.dumps([run.max_train_steps, run.export_weights, run.export_variant])
+        goal = [run.max_train_steps, run.export_weights, run.export_variant]
+        goal = json.dumps(goal + [run.search_levels] if run.search_levels else goal)
         if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
             trainer.say(f"This run is finished: {folder / RunFiles.MODEL} holds its model.")
         else:
@@ -123,7 +125,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
             trainer.fit(stopping)
             with together(accelerator):
                 if accelerator.is_main_process:
-                    _export(trainer, folder / RunFiles.MODEL, publisher, verify=True)
+                    _export(trainer, folder / RunFiles.MODEL, publisher, last=True)
                     replace_file(folder / RunFiles.EXPORTED, goal)
                     _say_what_next(folder)
                     if publisher is not None:
@@ -151,9 +153,12 @@ def _say_what_it_is(trainer: Trainer, folder: Path) -> None:
         replace_file(folder / RunFiles.DATA, description.to_json())
 
 
-def _check_card(trainer: Trainer, publisher: Publisher | None) -> None:
-    """Find what could be wrong with the card before there is a model to go on it; warn of the teacher's licence."""
-    facts = card_facts(trainer.config, trainer.objective, trainer.exported(), trainer.summary(), {})
+def _check_end(trainer: Trainer, publisher: Publisher | None) -> None:
+    """Find what could be wrong with the model and its card before there are any; warn of the teacher's licence."""
+    pipeline = trainer.exported()
+    if trainer.run.search_levels:
+        check_place(pipeline, trainer.data)
+    facts = card_facts(trainer.config, trainer.objective, pipeline, trainer.summary(), {})
     card = model_card(facts, "model", trainer.folder / RunFiles.METRICS)
     if publisher is not None:
         publisher.check_card(card)
@@ -161,9 +166,14 @@ def _check_card(trainer: Trainer, publisher: Publisher | None) -> None:
         trainer.say(f"WARNING: {facts['warning']}")
 
 
-def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, verify: bool = False) -> None:
-    """Save the model as it is now in `folder`, with its card and pictures; what the card says lies beside it."""
+def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, last: bool = False) -> None:
+    """Save the model as it is now in `folder`, with its card and pictures; what the card says lies beside it.
+
+    The last one of a run is verified, and gets the levels that were asked for.
+    """
     pipeline = trainer.exported()
+    if last and trainer.run.search_levels:
+        pipeline = with_better_levels(pipeline, trainer.data, trainer.run.search_levels, trainer.accelerator.device)
     name = publisher.repo_id if publisher is not None else trainer.folder.resolve().name
 
     def complete(written: Path) -> None:
@@ -173,7 +183,7 @@ def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, verify:
         (written / RunFiles.DATA).write_text(trainer.data.description.to_json())
         replace_file(folder.parent / RunFiles.FACTS, json.dumps(facts, indent=1))
 
-    save_pipeline(pipeline, folder, variant=trainer.run.export_variant, verify=verify, complete=complete)
+    save_pipeline(pipeline, folder, variant=trainer.run.export_variant, verify=last, complete=complete)
 
 
 def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) -> None:
