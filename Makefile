@@ -49,7 +49,7 @@ $(FLOORS)/.installed: setup.py constraints-floors.txt
 	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check \
 		"torch==$$(sed -n 's/^torch==//p' constraints-floors.txt)"
 	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-floors.txt \
-		-e ".[training,quickstart,demo]" pytest pytest-timeout pytest-xdist
+		-e ".[demo]" pytest pytest-timeout pytest-xdist
 	touch $@
 
 test-floors: $(FLOORS)/.installed  ## a part of the tests with the lowest versions that setup.py allows

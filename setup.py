@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 
 # The lower bounds are those of constraints-floors.txt, with which `make test-floors` runs a part of the tests. Older
 # versions of torch may work: 2.13 is the oldest that was tried.
-BASE = [
+SAMPLING = [  # what a Space of the demo gets
     "diffusers>=0.42",
     "huggingface-hub>=1.32",
     "numpy>=2.0",
@@ -23,10 +23,10 @@ TRAINING = [
     "psutil>=5.9.5",
     "pyarrow>=17.0",
     "pyyaml>=6.0.1",
+    "scikit-learn>=1.5",
     "tqdm>=4.66.3",
     "transformers>=5.0",
 ]
-QUICKSTART = ["scikit-learn>=1.5"]
 DEMO = ["gradio>=6.0"]
 EXPORT = ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"]
 ORACLES = ["prdc>=0.2", "torchmetrics>=1.9"]
@@ -59,15 +59,12 @@ setup(
         "cm_diffusers.scripts": ["configs/*.yaml", "accelerate/*.yaml", "help/*.txt"],
     },
     entry_points={"console_scripts": ["cm-diffusers = cm_diffusers.cli:main"]},
-    install_requires=BASE,
+    install_requires=SAMPLING + TRAINING + EXPORT,
     extras_require={
-        "training": TRAINING,
-        "quickstart": TRAINING + QUICKSTART,
         "demo": DEMO,
-        "export": EXPORT,
         "lpips": ["lpips>=0.1.4"],  # and by it torchvision
-        "test": TRAINING + QUICKSTART + DEMO + EXPORT + TEST,
-        "dev": TRAINING + QUICKSTART + DEMO + EXPORT + TEST + QUALITY,
+        "test": DEMO + TEST,
+        "dev": DEMO + TEST + QUALITY,
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

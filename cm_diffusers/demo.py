@@ -198,7 +198,7 @@ class Demo:
         with gr.Blocks(title=self.name, analytics_enabled=False) as page:
             gr.Markdown(f"# {self.name}\n{about}")
             with gr.Tab("Sample"):
-                self._sample_tab()
+                self._sample_tab(page)
             with gr.Tab("Edit"):
                 self._edit_tab()
             if isinstance(self.pipeline, CTMPipeline) and self.pipeline.vae is None:
@@ -208,7 +208,7 @@ class Demo:
                     self._invert_tab()
         return page
 
-    def _sample_tab(self) -> None:
+    def _sample_tab(self, page: gr.Blocks) -> None:
         usual = self.pipeline.default_steps[0]
         config = self.pipeline.scheduler.config
         with gr.Row():
@@ -245,7 +245,7 @@ class Demo:
                 grid = _picture("Images", buttons=["download", "fullscreen"])
                 levels = gr.Textbox(label="Noise levels used (sigma)")
         inputs = [steps, sigmas, gamma, label, seed, count, guidance]
-        _on([button.click, sigmas.submit], self.sample, inputs, [grid, levels])
+        _on([button.click, sigmas.submit, page.load], self.sample, inputs, [grid, levels])
 
     def _edit_tab(self) -> None:
         names = self._edits()

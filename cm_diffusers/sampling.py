@@ -91,11 +91,8 @@ def label_of(pipeline: ImagePipeline, word: str) -> int:
 
 
 def captions_of(pipeline: ImagePipeline, labels: Sequence[int] | None) -> list[str] | None:
-    """The names of these labels, for pictures of them; None where the model has none that say more than numbers."""
-    names = pipeline.id2label
-    if labels is None or not names or all(str(label) == name for label, name in names.items()):
-        return None
-    return [names.get(label, str(label)) for label in labels]
+    """The names of these labels, or their numbers, for pictures of them; None for an unconditional model."""
+    return None if labels is None else [(pipeline.id2label or {}).get(label, str(label)) for label in labels]
 
 
 def sample_images(
@@ -138,16 +135,14 @@ def to_pil(image: np.ndarray) -> Image.Image:
 
 
 def image_grid(
-    images: Sequence[np.ndarray], columns: int, min_side: int = 32, captions: Sequence[str] | None = None
+    images: Sequence[np.ndarray], columns: int, min_side: int = 64, captions: Sequence[str] | None = None
 ) -> Image.Image:
     """Images (N, H, W, C) in [0, 1], C 1 or 3, as one picture; small images are enlarged without smoothing.
 
-    With captions, one for each image, its caption stands below it, cut to its width; images are 64 pixels wide or more
-    then.
+    With captions, one for each image, its caption stands below it, cut to its width.
     """
     pictures = [to_pil(image).convert("RGB") for image in images]
     line = 0 if captions is None else CAPTION
-    min_side = min_side if captions is None else max(min_side, 64)
     scale = max(1, -(-min_side // min(pictures[0].size)))
     width, height = (side * scale for side in pictures[0].size)
     sheet = Image.new("RGB", (columns * (width + 2), -(-len(pictures) // columns) * (height + 2 + line)), "white")

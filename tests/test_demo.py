@@ -28,7 +28,7 @@ from cm_diffusers import (
 )
 from cm_diffusers.demo import Demo, main
 from cm_diffusers.models import EDMUNet2DModel, build_unet
-from cm_diffusers.sampling import load_pipeline, sample_images
+from cm_diffusers.sampling import CAPTION, load_pipeline, sample_images
 from tests.helpers.browser import chromium
 
 
@@ -92,14 +92,17 @@ def trajectory():
     yield from served(Demo(trajectory_model(), "a/trajectory"))
 
 
+ROW = 242 + CAPTION  # of a grid of four, in pixels
+
+
 def test_a_click_gives_a_grid_of_the_seeds_images_and_their_levels(consistency):
     grid, levels = consistency.ask("sample", steps=1, seed=5, count=3)
-    assert levels == "80" and consistency.calls == 1 and grid.shape == (2 * 242, 2 * 242, 3)
+    assert levels == "80" and consistency.calls == 1 and grid.shape == (2 * ROW, 2 * 242, 3)
     images = sample_images(consistency.demo.pipeline, range(5, 8), num_inference_steps=1)
     assert images.std() > 0.05
     for i, image in enumerate(images):
         row, column = divmod(i, 2)
-        shown = grid[242 * row : 242 * row + 240 : 30, 242 * column : 242 * column + 240 : 30, 0]
+        shown = grid[ROW * row : ROW * row + 240 : 30, 242 * column : 242 * column + 240 : 30, 0]
         assert np.array_equal(shown, (image[..., 0] * 255).round().astype(np.uint8))
 
 
@@ -149,7 +152,7 @@ def test_a_class_is_that_of_all_images(consistency):
     assert same == [False, False, True]
 
 
-PLACES = [(0, 0), (0, 242), (242, 0)]
+PLACES = [(0, 0), (0, 242), (ROW, 0)]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Export a model that jumps as programs that need neither this library nor, but for one, PyTorch: whole samplers.
 
-    python training/export.py --pretrained_model_name_or_path runs/mine/pipeline --output_dir runs/mine/export
-    python training/export.py --pretrained_model_name_or_path user/model --num_inference_steps 1 2 4 --page
-    python training/export.py --pretrained_model_name_or_path user/model --sigmas 80 0.8 --dtype fp16
+    python training/export.py runs/mine/pipeline runs/mine/export
+    python training/export.py user/model exported --num_inference_steps 1 2 4 --page
+    python training/export.py user/model exported --sigmas 80 0.8 --dtype fp16
 
 For each number of steps there are <n>_steps.onnx (ONNX) and <n>_steps.pt2 (torch.export). Noise levels, and for
 models of latents the decoder, are inside. Noise, the noise of the steps (renoise), class labels and a scale of
@@ -11,7 +11,7 @@ describes the files. Each graph is run by onnxruntime in a process of its own, a
 pipeline's.
 
 --page adds a page that samples in the browser: serve the folder by `python -m http.server`, or upload it as a static
-Space. Needs: pip install "cm-diffusers[export]".
+Space.
 """
 
 import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
@@ -38,7 +38,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of("export", __doc__)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a model")
+    add("model", metavar="MODEL", nargs="?", help="folder or Hub id of a model")
+    add("output", metavar="OUTPUT", nargs="?", type=Path, help="where the files go (runs/export)")
+    add("--pretrained_model_name_or_path", help="the same as MODEL")
     add("--revision", help="revision on the Hub")
     add(
         "--num_inference_steps",
@@ -56,8 +58,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="folder dist of the npm package onnxruntime-web, for the page to hold",
     )
-    add("--output_dir", type=Path, default=Path("runs/export"), help="where the files go")
-    return parser.parse_args(argv)
+    add("--output_dir", type=Path, help="the same as OUTPUT")
+    args = parser.parse_args(argv)
+    for place, flag in (("model", "pretrained_model_name_or_path"), ("output", "output_dir")):
+        if getattr(args, place) is not None and getattr(args, flag) is not None:
+            parser.error(f"{flag} is given twice, as {place.upper()} and as --{flag}.")
+    args.pretrained_model_name_or_path = args.model or args.pretrained_model_name_or_path
+    args.output_dir = args.output or args.output_dir or Path("runs/export")
+    if args.pretrained_model_name_or_path is None:
+        parser.error("give MODEL, the folder or Hub id of a model.")
+    return args
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -70,7 +80,7 @@ def check_options(args: argparse.Namespace) -> None:
         try:
             __import__(package)
         except ModuleNotFoundError:
-            raise ValueError(f'{package} is not installed: pip install "cm-diffusers[export]"') from None
+            raise ValueError(f"{package} is not installed: pip install {package}") from None
 
 
 def export(args: argparse.Namespace) -> None:

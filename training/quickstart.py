@@ -24,7 +24,7 @@ from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.engine.pictures.curves import titled_row
 from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.engine.sharing.card import renew_card
-from cm_diffusers.evaluation.halves import distances_to_half
+from cm_diffusers.evaluation.halves import HALVES, distances_to_half
 from cm_diffusers.objectives.options import steps_of
 from cm_diffusers.sampling import image_grid
 
@@ -80,8 +80,11 @@ def draw(samples: dict[int, np.ndarray], data: ImageData) -> None:
     """Samples beside real images, one class per column."""
     rows = [data.images[data.labels == label][:8] for label in range(10)]
     real = torch.stack(rows, 1).flatten(0, 1).permute(0, 2, 3, 1).numpy() / 255
-    panels = [(step_name(n), image_grid(samples[n][:80], 10, 24)) for n in STEPS]
-    titled_row([*panels, ("real images", image_grid(real, 10, 24))]).save(FOLDER / "samples.png")
+    grids = {step_name(n): samples[n][:80] for n in STEPS} | {"real images": real}
+    captions = [str(i % 10) for i in range(80)]
+    titled_row([(name, image_grid(grid, 10, 32, captions)) for name, grid in grids.items()]).save(
+        FOLDER / "samples.png"
+    )
 
 
 def main() -> None:
@@ -108,7 +111,11 @@ def quickstart() -> None:
     names = ("training_seconds", "sampling_seconds", "judging_seconds")
     report = {
         "dataset": "digits (scikit-learn), 8x8",
-        "results": [{"name": name, "frechet_distance": distance} for name, distance in distances.items()],
+        "results": [
+            {"name": step_name(n), "num_inference_steps": n, "frechet_distance": distances[step_name(n)]}
+            for n in STEPS
+        ],
+        "real_images": {"num_samples": len(data.images) // 2, "frechet_distance": distances[HALVES]},
         "extractor": {"name": "a small classifier, trained on the same images"},
         "num_samples": len(data.images) // 2,
         "steps": {"training": steps, "pretraining": steps_of(config["pretrain_steps"], steps)},

@@ -125,7 +125,7 @@ def sample(args: argparse.Namespace) -> None:
             shown_labels.extend((labels or [])[: max(0, 100 - start)])
             bar.update(len(images))
     with written_aside(args.output_dir / "grid.png") as aside:
-        image_grid(shown, columns=10, captions=captions_of(pipeline, shown_labels)).save(aside)
+        image_grid(shown, columns=10, captions=captions_of(pipeline, shown_labels or None)).save(aside)
     print(f"Saved {args.output_dir / 'grid.png'} and {args.num_samples} images in {files}.")
 
 

@@ -81,7 +81,7 @@ def _load(kind: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
         import transformers
         from transformers.image_processing_base import ImageProcessingMixin
     except ImportError:
-        raise ValueError(f"extractor {name!r} needs transformers: pip install 'cm-diffusers[training]'") from None
+        raise ValueError(f"extractor {name!r} needs transformers: pip install transformers") from None
     try:
         with looked_up(name) as cached:
             load = {"use_safetensors": True, "dtype": torch.float32, "local_files_only": cached}

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from cm_diffusers.engine.pictures.charts import POINTS, Line, chart, thinned
-from cm_diffusers.engine.pictures.report import write_report
+from cm_diffusers.engine.pictures.report import quality_curves, write_report
 from cm_diffusers.engine.pictures.run_records import MOST_PICTURES, read_run
 from tests.helpers.scripts import load_script
 from tests.helpers.training_runs import run
@@ -125,10 +125,31 @@ def test_several_runs_are_side_by_side_with_their_differences_marked(tmp_path):
     assert page.text.count("data:image/png") == 2 * (2 + 1 + 1)
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     a, b = make_run(tmp_path / "1" / "ect"), make_run(tmp_path / "2" / "ect")
     page, _ = page_of(a, b, output=tmp_path / "new" / "report.html")
-    assert page.says(str(a)) and page.says(str(b))
+    assert page.says("1/ect") and page.says("2/ect") and str(tmp_path) not in page.text
+
+
+def test_a_page_names_no_path_of_this_machine(tmp_path):
+    names = {"output_dir": str(tmp_path / "a"), "train_data_dir": str(tmp_path), "dataset_name": "user/data"}
+    names |= {"extra_datasets": ["digits", str(tmp_path)], "vae_name_or_path": str(tmp_path / "vae")}
+    folder = make_run(tmp_path / "a", **names)
+    page, _ = page_of(folder)
+    assert str(tmp_path) not in page.text and page.says("user/data") and page.says("local")
+
+
+def test_only_points_of_one_sampler_are_joined_and_no_chart_is_empty(tmp_path):
+    folder = make_run(tmp_path / "a")
+    heun = {"name": "2 steps, heun", "num_inference_steps": 2, "frechet_distance": 3.0}
+    levels = {"name": "sigmas 80, 1", "num_inference_steps": 2, "frechet_distance": 4.0}
+    measure(folder, result(1, 9.0), result(2, 5.0), heun, levels)
+    (title, charts), *_ = quality_curves([read_run(folder, "a")])
+    svg = dict(charts)["against network calls"]
+    assert title == "frechet_distance" and all(name in svg for name in ("levels, heun", "sigmas 80, 1"))
+    measure(folder, {"name": "1 step", "frechet_distance": 9.0})
+    (_, charts), *_ = quality_curves([read_run(folder, "a")])
+    assert "against network calls" not in dict(charts)
 
 
 # --- curves --------------------------------------------------------------------------------------------------------

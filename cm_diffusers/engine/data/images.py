@@ -133,7 +133,7 @@ def _digits() -> datasets.Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("dataset 'digits' needs scikit-learn: pip install 'cm-diffusers[quickstart]'") from None
+        raise ValueError("dataset 'digits' needs scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
     images = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})

@@ -27,7 +27,8 @@ from cm_diffusers.engine.pictures.curves import QUALITIES, plot_quality
 from cm_diffusers.engine.places import check_place
 from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.saved.export import save_pipeline
-from cm_diffusers.engine.sharing.card import ON_THIS_MACHINE, draw_grids, hub_id, read_facts, read_report, renew_card
+from cm_diffusers.engine.shareable import ON_THIS_MACHINE, hub_id
+from cm_diffusers.engine.sharing.card import draw_grids, read_facts, read_report, renew_card
 from cm_diffusers.objectives.options import flags_of
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import load_pipeline
@@ -51,7 +52,7 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
     disable_progress_bar()
     # the others wait while the main process measures, for longer than the usual half an hour where there is much
     accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
-    clock, judge, report = Clock(), None, {}
+    clock, judge, report, real = Clock(), None, {}, {}
     results = _earlier_results(args)
     for step, subject in _subjects(args, accelerator, {row["step"] for row in results}):
         sources, numbers = _sources(subject, args), _numbers(subject, args)
@@ -61,6 +62,8 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
             _check_classes(subject, judge, args)
             if results:
                 _check_same(args.folder, report)
+            if accelerator.is_main_process and (halves := judge.halves(len(numbers))):
+                real = {"real_images": halves}
         if args.search_guidance:
             report["guidance_search"] = find_guidance(subject, args, numbers.stop, judge)
             sources = _sources(subject, args, guidance=report["guidance_search"])
@@ -75,7 +78,7 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
         if accelerator.is_main_process:
             if args.keep_best and _is_best(results, step, args.keep_best):
                 _keep(subject, args, report, results[-len(sources)])
-            _write(args.folder, {**report, "results": results}, clock, accelerator.num_processes)
+            _write(args.folder, {**report, **real, "results": results}, clock, accelerator.num_processes)
     if not results:
         raise ValueError(f"the run in {args.watch!r} has ended and holds no checkpoint.")
     if args.keep_best and accelerator.is_main_process:
@@ -253,7 +256,7 @@ def _write(folder: Path, report: dict[str, Any], clock: Clock, processes: int) -
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**report, "time": {"processes": processes, **clock.seconds}}, indent=1)
     replace_file(folder / RunFiles.METRICS, text + "\n")
-    plot_quality(report["results"], folder / RunFiles.QUALITY)
+    plot_quality(report["results"], folder / RunFiles.QUALITY, report.get("real_images"))
     if (folder / RunFiles.MODEL).is_dir():
         renew_card(folder / RunFiles.MODEL, folder.resolve().name)
 

@@ -14,8 +14,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.evaluation import Extractor, Reference, frechet_distance, label_agreement, measure
+from cm_diffusers.evaluation.frechet import Moments
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import labels_in_turn, levels_used, sample_images
 
@@ -160,6 +162,16 @@ class Judge:
             return {}
         with self.clock("metrics"):
             return measure(features, self.reference, clock=self.clock) | self._agreement(features, source, numbers)
+
+    def halves(self, count: int) -> dict[str, Any]:
+        """The metrics of `count` real images, or half of all, against as many others; empty where they are too few."""
+        real = self.reference.features
+        order = permutation(len(real), "halves")[: 2 * count]
+        one, other = (real[part] for part in order.tensor_split(2))
+        if len(other) <= real.shape[1]:
+            return {}
+        with self.clock("metrics"):
+            return {"num_samples": len(other), **measure(other, Reference(Moments(one), one, self.reference.facts))}
 
     def _agreement(self, features: Tensor, source: JudgedImages, numbers: range) -> dict[str, float]:
         """How many images are of the class that was asked for, where that is known of the dataset's."""

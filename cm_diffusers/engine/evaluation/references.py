@@ -13,7 +13,7 @@ from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
 from cm_diffusers.engine.evaluation.judge import Clock, Judge, RealLabels
-from cm_diffusers.engine.sharing.card import ON_THIS_MACHINE, hub_id
+from cm_diffusers.engine.shareable import ON_THIS_MACHINE, hub_id
 from cm_diffusers.evaluation import (
     Extractor,
     check_samples,

@@ -71,7 +71,9 @@ def chart(lines: Sequence[Line], xlabel: str, legend: str | None = None, marker:
         entries.pop(None, None)
         if entries:
             handles = [Line2D([], [], color=colour, linestyle=style) for colour, style in entries.values()]
-            place = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
+            longest = max(map(len, entries))
+            columns = max(1, min(4, 64 // (longest + 6)))  # as many as fit
+            place = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 9}
             figure.legend(handles, list(entries), title=legend, **place)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

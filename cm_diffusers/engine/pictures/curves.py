@@ -39,34 +39,58 @@ def plot_losses(log: Path, picture: Path) -> None:
     others = sorted({name for row in everything for name in row.keys() - COMMON if _is_number(row[name])})
     levels = [row["loss_by_sigma"] if isinstance(row.get("loss_by_sigma"), dict) else {} for row in rows]
     names = {name for row in levels for name in row if re.match(r"\d", name) and _is_number(row[name])}
-    figure = Figure(figsize=(8, 8 if others else 4.5), layout="constrained")
+    others, stages = [name for name in others if name not in STAGES], stages_of(everything)
+    figure = Figure(figsize=(9, 4 + 1.6 * len(others)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes, *below = figure.subplots(2 if others else 1, squeeze=False)[:, 0]
+    axes, *below = figure.subplots(1 + len(others), squeeze=False, height_ratios=[3, *[1.2] * len(others)])[:, 0]
     steps = [row["step"] for row in rows]
-    axes.plot(steps, [row["loss"] for row in rows], "k", linewidth=2, label="all")
+    axes.plot(steps, [row["loss"] for row in rows], color="gray", linewidth=2, label="all")
     for name in sorted(names, key=lambda name: float(re.match(r"\d+(\.\d+)?", name)[0])):
         losses = [row.get(name) for row in levels]
         axes.plot(steps, [loss if _is_number(loss) else float("nan") for loss in losses], label=f"sigma {name}")
-    axes.set(
-        xlabel="step", ylabel="loss", yscale="log", title="Loss by noise level (flat curves are normal: see README)"
+    axes.set(xlabel="step", ylabel="loss, logarithmic", yscale="log")
+    axes.set_title(
+        "Loss by noise level. Its scale changes with the stage; samples tell how good a model is.", fontsize=10
     )
-    axes.legend(fontsize="small", ncols=2)
-    for axis in below:
-        for name in others:
-            places = [(row["step"], row[name]) for row in everything if _is_number(row.get(name))]
-            axis.plot(*zip(*places), label=name)
-        axis.set(xlabel="step", yscale="symlog")
-        axis.legend(fontsize="small", ncols=2)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis, name in zip(below, others):
+        places = [(row["step"], row[name]) for row in everything if _is_number(row.get(name))]
+        axis.plot(*zip(*places), label=name)
+        axis.set(xlabel="step", ylabel=name.replace("_", " "))
+    for axis in (axes, *below):
+        for step, _ in stages[1:]:
+            axis.axvline(step, color="gray", linewidth=0.8, linestyle=":")
+    for step, name in stages:
+        place = {"xycoords": ("data", "axes fraction"), "xytext": (3, -3), "textcoords": "offset points"}
+        axes.annotate(name, (step, 1), va="top", fontsize=8, color="gray", **place)
     with written_aside(picture) as aside:
         figure.savefig(aside, dpi=110)
+
+
+STAGES = ("stage",)  # columns that say where a schedule is, and have no curve
+
+
+def stages_of(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
+    """Where the stages of a log begin, and what they are called; empty where it has none."""
+    found, last = [], None
+    for row in rows:
+        stage = row.get("stage")
+        if _is_number(stage) and stage != last:
+            before = rows[0]["step"] if not found else row["step"]
+            found.append((before, "pretraining" if stage < 0 else f"stage {stage:g}"))
+            last = stage
+    return found
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def plot_quality(results: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Draw the results of a metrics.json against the number of steps or, of a watched run, the step of training."""
+def plot_quality(results: Sequence[dict[str, Any]], picture: Path, real: dict[str, Any] | None = None) -> None:
+    """Draw the results of a metrics.json against the number of steps or, of a watched run, the step of training.
+
+    What `real` images have against others is a dotted line.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -75,11 +99,14 @@ def plot_quality(results: Sequence[dict[str, Any]], picture: Path) -> None:
     training = any("step" in row for row in results)
     for axes, (title, *metrics) in zip(figure.subplots(2, 2).flat, QUALITIES):
         for metric, style in zip(metrics, ("o-", "s--")):
-            for i, (label, rows) in enumerate(_curves(results, training).items()):
+            for i, (label, rows) in enumerate(curves_of(results, training).items()):
                 x = [row.get("step") if training else row.get("num_inference_steps", 0) for row in rows]
                 y, errors = [row[metric] for row in rows], [row.get(f"{metric}_std", 0) for row in rows]
                 label = f"{metric}, {label}" if len(metrics) > 1 else label
                 axes.errorbar(x, y, errors if any(errors) else None, fmt=style, color=f"C{i}", capsize=3, label=label)
+        for metric in metrics if real else ():
+            if metric in real:
+                axes.axhline(real[metric], color="gray", linestyle=":", label="real images against others")
         axes.set(xlabel="step of training" if training else "steps", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small")
@@ -95,7 +122,7 @@ QUALITIES = (
 )
 
 
-def _curves(results: Sequence[dict[str, Any]], training: bool) -> dict[str, list[dict[str, Any]]]:
+def curves_of(results: Sequence[dict[str, Any]], training: bool) -> dict[str, list[dict[str, Any]]]:
     """Results that a line joins: each way to sample over training, or all numbers of steps; levels stand alone."""
     curves = {}
     for row in results:

@@ -119,6 +119,9 @@ def save_diagnostics(
         axis.axis("off")
     for line, (title, pictures) in zip(axes, rows):
         line[0].set_title(title, loc="left", fontsize=8).set_in_layout(False)  # it may be wider than its picture
+        if line is axes[0]:
+            for axis, sigma in zip(line[1:], sigmas[1:].tolist()):
+                axis.set_title(f"{sigma:.2g}", fontsize=8, color="gray")
         for axis, picture in zip(line, pictures.cpu().clamp(-1, 1) / 2 + 0.5):
             axis.imshow(picture.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
     for line, (title, pictures) in zip(axes[len(rows) :], maps.items()):

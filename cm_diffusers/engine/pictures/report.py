@@ -14,9 +14,14 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.colors import to_hex
 
+from cm_diffusers.engine.config import DataArguments, ModelArguments, RunArguments
 from cm_diffusers.engine.files import HUB_CARDS, replace_file
 from cm_diffusers.engine.pictures.charts import Line, chart, thinned
+from cm_diffusers.engine.pictures.curves import curves_of
 from cm_diffusers.engine.pictures.run_records import Run, is_number, read_run
+from cm_diffusers.engine.shareable import ON_THIS_MACHINE, portable
+from cm_diffusers.objectives import OBJECTIVES
+from cm_diffusers.objectives.options import flags_of
 
 
 COLOURS = ("#2f7ed8", "#e8762c", "#2ca36b", "#c65bb5", "#b8960c", "#d0435a")  # seen on white and on black
@@ -28,6 +33,7 @@ TITLES = {
     "time/images_per_second": "images per second",
     "frechet_distance": "Fréchet distance",
 }
+FLAGS = flags_of(DataArguments, ModelArguments, RunArguments, *(cls.Options for cls in OBJECTIVES.values()))
 NO_METRICS = ("num_inference_steps", "step")
 
 
@@ -39,7 +45,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Run]:
     """
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
+        names = ["/".join(folder.resolve().parts[-2:]) for folder in folders]
     runs = [read_run(folder, name) for folder, name in zip(folders, names)]
     loader = jinja2.FileSystemLoader(HUB_CARDS)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
@@ -110,15 +116,17 @@ def quality_curves(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, Marku
         for run, colour in zip(runs, colours_of(runs)):
             rows = [{"step": run.step, "name": "", **row} for row in run.results if metric in numbers_in(row)]
             newest = [row for row in rows if row["step"] == max(row["step"] for row in rows)]
-            calls = [(row["num_inference_steps"], row[metric]) for row in newest if "num_inference_steps" in row]
-            by_calls.append(Line(*_columns(calls), colour))
+            for i, (name, curve) in enumerate(curves_of(newest, training=False).items()):
+                calls = [(row["num_inference_steps"], row[metric]) for row in curve if "num_inference_steps" in row]
+                by_calls.append(Line(*_columns(calls), colour, STYLES[i % len(STYLES)], name))
             for name, style in styles.items():
                 x, y = _columns([(row["step"], row[metric]) for row in rows if row["name"] == name])
                 by_step.append(Line(x, y, colour, style, name))
                 if run.hours is not None:
                     by_hours.append(Line([run.hours_at(step) for step in x], y, colour, style, name))
         charts = {"network calls": by_calls, "training steps": by_step, "hours of training": by_hours}
-        found.append((metric, [(f"against {x}", chart(lines, x, marker="o")) for x, lines in charts.items() if lines]))
+        drawn = {x: [line for line in lines if line.x] for x, lines in charts.items()}
+        found.append((metric, [(f"against {x}", chart(lines, x, marker="o")) for x, lines in drawn.items() if lines]))
     return found
 
 
@@ -152,8 +160,16 @@ def unlike_measurements(runs: Sequence[Run]) -> list[str]:
     return [f"The runs were measured with different {words}: don't compare their numbers." for words in differing]
 
 
+def shareable(name: str, value: Any) -> Any:
+    """A setting as a page may show it that is made to be sent: of a path of this machine only that it is one."""
+    flag = FLAGS.get(name)
+    if flag is None or flag.place is None or value is None:
+        return value
+    return ON_THIS_MACHINE if portable(flag, value) is None else value
+
+
 def settings_table(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     """The settings of all runs: name, values, whether they differ. What is not set, or unknown to a run, is empty."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    table = [(name, [number(run.settings.get(name), "") for run in runs]) for name in names]
+    table = [(name, [number(shareable(name, run.settings.get(name)), "") for run in runs]) for name in names]
     return [(name, values, len(set(values)) > 1) for name, values in table]

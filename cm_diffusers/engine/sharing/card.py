@@ -20,8 +20,9 @@ from cm_diffusers.engine.commands import command
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.description import DataDescription
 from cm_diffusers.engine.files import HUB_CARDS, LIBRARY, RunFiles, read_json, replace_file, why
+from cm_diffusers.engine.shareable import ON_THIS_MACHINE, hub_id, portable
 from cm_diffusers.objectives import Objective
-from cm_diffusers.objectives.options import HUB_ID, Flag, flags_of, phases
+from cm_diffusers.objectives.options import flags_of, phases
 from cm_diffusers.sampling import (
     captions_of,
     image_grid,
@@ -33,7 +34,6 @@ from cm_diffusers.sampling import (
 
 
 TEMPLATE = HUB_CARDS / "model_card.md"
-ON_THIS_MACHINE = "local"  # what a card says of a name that means something on this machine only
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
 MOST_NAMES = 100  # of classes in a card
 NO_METRICS = ("name", "step", "num_inference_steps", "sigmas", "how")  # what a result in it has that is no metric
@@ -56,11 +56,6 @@ class RunSummary:
     processes: int
     shape: str
     data: DataDescription
-
-
-def hub_id(name: str | None) -> str | None:
-    """`name` where it can be a Hub id and not a folder of this machine, whose name is nobody's business."""
-    return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def shown(name: str | None, revision: str | None, otherwise: str) -> str:
@@ -138,6 +133,8 @@ def read_metrics(file: Path) -> tuple[dict[str, float], dict[str, str]]:
         if key not in NO_METRICS
     }
     notes = {key: str(report[key]) for key in ("dataset", "split", "num_samples") if key in report}
+    if isinstance(real := report.get("real_images"), dict) and "frechet_distance" in real:
+        notes["real images against others"] = f"frechet distance {real['frechet_distance']:.5g}"
     notes["features"] = extractor["name"] + ("" if any("fid" in row for row in report["results"]) else " (not FID)")
     return numbers, notes | ({"step": str(last)} if last else {})
 
@@ -189,15 +186,6 @@ def portable_settings(config: Config) -> dict[str, Any]:
         for name, flag in flags_of(part).items()
         if flag.place is not None and portable(flag, getattr(part, name)) is None and getattr(part, name) is not None
     }
-
-
-def portable(flag: Flag, value: str | list[str] | None) -> str | list[str] | None:
-    """A name that `flag` was given, or several, where they mean the same on every machine."""
-    if isinstance(value, list):
-        return value if all(portable(flag, one) for one in value) else None
-    if value in flag.words:
-        return value
-    return None if flag.place == "path" else hub_id(value)
 
 
 def card_facts(
@@ -315,6 +303,7 @@ def model_card(facts: Mapping[str, Any], repo: str, metrics: Path) -> ModelCard:
         trusting_snippet=snippet(facts, repo, trusting=True),
         metrics=numbers,
         notes=notes,
+        version=cm_diffusers.__version__,
         **{**facts, "recipe": yaml.safe_dump(facts["recipe"], sort_keys=False).strip()},
     )
     if yaml.safe_load(str(card).split("---")[1]) != card.data.to_dict():

@@ -7,7 +7,7 @@ from typing import Any
 from cm_diffusers.engine.checkpoint import newest_state
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.description import DataDescription
-from cm_diffusers.engine.sharing.card import ON_THIS_MACHINE
+from cm_diffusers.engine.shareable import ON_THIS_MACHINE
 from cm_diffusers.engine.training.divergence import ADVISED, read_note
 
 
