@@ -104,9 +104,10 @@ def plot_quality(results: Sequence[dict[str, Any]], picture: Path, real: dict[st
                 y, errors = [row[metric] for row in rows], [row.get(f"{metric}_std", 0) for row in rows]
                 label = f"{metric}, {label}" if len(metrics) > 1 else label
                 axes.errorbar(x, y, errors if any(errors) else None, fmt=style, color=f"C{i}", capsize=3, label=label)
-        for metric in metrics if real else ():
+        for metric, line in zip(metrics if real else (), (":", "-.")):
             if metric in real:
-                axes.axhline(real[metric], color="gray", linestyle=":", label="real images against others")
+                label = f"{metric}, real images against others" if len(metrics) > 1 else "real images against others"
+                axes.axhline(real[metric], color="gray", linestyle=line, label=label)
         axes.set(xlabel="step of training" if training else "steps", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small")

@@ -102,7 +102,7 @@ def save_diagnostics(
     with torch.no_grad():
         restored = denoiser(noisy, sigmas, condition.rows([0] * LEVELS))
     scale = append_dims((sigmas**2 + denoiser.sigma_data**2).sqrt() / denoiser.sigma_data, noisy)
-    rows = [("noisy (scaled)", noisy / scale), ("denoised", restored)]
+    rows = [("noisy, sigma:\n", noisy / scale), ("denoised", restored)]
     if teacher is not None:
         start = sigma_max * noise
         end = ode_endpoint(teacher, start, sigma_max, condition)
@@ -117,13 +117,14 @@ def save_diagnostics(
     axes = figure.subplots(len(rows) + len(maps), LEVELS, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
+    for axis, sigma in zip(axes[0], sigmas.tolist()):
+        axis.set_title(f"{sigma:.2g}", fontsize=8)
     for line, (title, pictures) in zip(axes, rows):
         line[0].set_title(title, loc="left", fontsize=8).set_in_layout(False)  # it may be wider than its picture
-        if line is axes[0]:
-            for axis, sigma in zip(line[1:], sigmas[1:].tolist()):
-                axis.set_title(f"{sigma:.2g}", fontsize=8, color="gray")
         for axis, picture in zip(line, pictures.cpu().clamp(-1, 1) / 2 + 0.5):
             axis.imshow(picture.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+    for axis, angle in zip(axes[len(rows), :: LEVELS // len(ANGLES)] if maps else (), ANGLES):
+        axis.set_title(f"t = {angle}", fontsize=8)
     for line, (title, pictures) in zip(axes[len(rows) :], maps.items()):
         line[0].set_title(title, loc="left", fontsize=8).set_in_layout(False)  # it may be wider than its picture
         reach = pictures.abs().quantile(0.99).item()
@@ -142,4 +143,4 @@ def _tangent_maps(denoiser, network, images, noise, condition, teacher, numbers)
     pairs = [tangents(denoiser, network, images[some], noise[some], angle, condition, teacher) for angle in ANGLES]
     exact, difference = (torch.cat(parts) for parts in zip(*pairs))
     numbers["tangent_difference"] = ((exact - difference).norm() / exact.norm()).item()
-    return {f"df/dt, four images at t = {', '.join(map(str, ANGLES))}": exact, "difference of neighbours": difference}
+    return {"df/dt\n": exact, "by differences": difference}

@@ -126,8 +126,14 @@ def quality_curves(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, Marku
                     by_hours.append(Line([run.hours_at(step) for step in x], y, colour, style, name))
         charts = {"network calls": by_calls, "training steps": by_step, "hours of training": by_hours}
         drawn = {x: [line for line in lines if line.x] for x, lines in charts.items()}
-        found.append((metric, [(f"against {x}", chart(lines, x, marker="o")) for x, lines in drawn.items() if lines]))
+        drawn = {x: lines for x, lines in drawn.items() if lines and (x == "network calls" or _moves(lines))}
+        found.append((metric, [(f"against {x}", chart(lines, x, marker="o")) for x, lines in drawn.items()]))
     return found
+
+
+def _moves(lines: Sequence[Line]) -> bool:
+    """Whether there is more than one place along the axis."""
+    return len({x for line in lines for x in line.x}) > 1
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
