@@ -389,7 +389,7 @@ class RunArguments(Options):
     def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> "RunArguments":
         run = super().resolved(total_steps, pretrained, dimensions)
         if self.use_8bit_adam:
-            run = replace(run, optimizer=EIGHT_BIT_ADAM)
+            run = replace(run, optimizer=EIGHT_BIT_ADAM, use_8bit_adam=False)
         if self.ema_half_life is None and not self.ema_decay:
             run = replace(run, ema_half_life=[DEFAULT_HALF_LIFE])
         if self.push_to_hub and self.hub_model_id is None:

@@ -14,9 +14,9 @@ from tests.helpers.training_runs import differences, read_log, run
 @pytest.mark.parametrize(
     "costs, seconds, every, steps",
     [
-        ((0.1, 0, 0, 0), 100, (0, 1000), int(0.97 * 100 / 0.1)),
-        ((0.1, 5.0, 2.0, 20.0), 127, (100, 100), int(0.97 * (127 - 27) / (0.1 + 0.05 + 0.02))),
-        ((0.1, 5.0, 2.0, 20.0), 127, (0, 100), int(0.97 * (127 - 22) / (0.1 + 0.02))),
+        ((0.1, 0, 0, 0), 100, (0, 1000), int(budget.SLACK * 100 / 0.1)),
+        ((0.1, 5.0, 2.0, 20.0), 127, (100, 100), int(budget.SLACK * (127 - 27) / (0.1 + 0.05 + 0.02))),
+        ((0.1, 5.0, 2.0, 20.0), 127, (0, 100), int(budget.SLACK * (127 - 22) / (0.1 + 0.02))),
         ((0.1, 5.0, 2.0, 20.0), 10, (100, 100), 1),
     ],
 )
@@ -31,7 +31,7 @@ def measured(monkeypatch):
 
     def measure(*_):
         calls.append(1)
-        return Costs(0.7, 0.0, 0.0, 0.0)
+        return Costs(0.68, 0.0, 0.0, 0.0)
 
     monkeypatch.setattr(budget, "_measured", measure)
     now = SimpleNamespace(create_time=time.time)

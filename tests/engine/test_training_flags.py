@@ -156,6 +156,8 @@ def test_passes_over_the_images_set_the_number_of_steps(tmp_path, capsys):
     assert "This run is finished" in "".join(capsys.readouterr())
     run(tmp_path, num_train_epochs=3, max_train_steps=None, pretrain_steps=0.2)
     assert (where / "checkpoint-38").is_dir()
+    main(["--config", str(where / "config.yaml")], ["ect"], "")
+    assert "This run is finished" in "".join(capsys.readouterr())
 
 
 def test_passes_and_steps_are_one_question_and_streams_have_no_number(tmp_path):

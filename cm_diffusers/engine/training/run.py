@@ -148,7 +148,8 @@ def _train(config: Config, stopping: Stopping) -> Path:
 def _say_what_it_is(trainer: Trainer, folder: Path) -> None:
     """Leave the settings, and what the data are, for people and other programs."""
     description = trainer.data.description
-    replace_file(folder / RunFiles.SETTINGS, f"# data: {description}\n{trainer.config.to_yaml()}")
+    settings = trainer.config.with_settings({"minutes": None, "num_train_epochs": None})  # which set max_train_steps
+    replace_file(folder / RunFiles.SETTINGS, f"# data: {description}\n{settings.to_yaml()}")
     if not holds(folder / RunFiles.DATA, description.to_json()):
         replace_file(folder / RunFiles.DATA, description.to_json())
 
