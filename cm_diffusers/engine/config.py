@@ -153,6 +153,13 @@ class DataArguments(Options):
         for_training=True,
         images_only="images are encoded once, before training",
     )
+    aspect_ratio_buckets: bool = option(
+        False,
+        "Crop each image to the nearest of several shapes, from 1:2 to 2:1, of about as many pixels as --resolution"
+        " says; all images of a step have one shape.",
+        for_training=True,
+        images_only="images are encoded once, before training",
+    )
     augment: float = option(
         0.0,
         "Probability of each augmentation that the network is told of (EDM's: mirrored, scaled, turned, stretched,"
@@ -201,6 +208,9 @@ class DataArguments(Options):
             raise ValueError("dataset_revision is for a dataset_name on the Hub.")
         if self.resolution is not None and len(self.resolution) > 2:
             raise ValueError(f"resolution takes one or two numbers, got {self.resolution}.")
+        if self.aspect_ratio_buckets and (self.streaming or self.random_crop or self.dataset_weights):
+            other = next(name for name in ("streaming", "random_crop", "dataset_weights") if getattr(self, name))
+            raise ValueError(f"aspect_ratio_buckets and {other} don't go together; leave one of them out.")
         extra, weights = len(self.extra_datasets or []), self.dataset_weights
         if extra and self.streaming:
             raise ValueError("extra_datasets are read as a whole; leave out --streaming.")

@@ -11,11 +11,11 @@ from PIL import Image
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.order import KeyedOrder, Mixture, ProcessShare
-from cm_diffusers.engine.data.scan import crops
+from cm_diffusers.engine.data.order import BucketOrder, KeyedOrder, Mixture, ProcessShare
+from cm_diffusers.engine.data.scan import bucket_shapes, crops
 from cm_diffusers.engine.data.shards import find_shards, names_shards
 from cm_diffusers.engine.training.batches import as_they_are, cropped
-from tests.helpers.training_runs import run
+from tests.helpers.training_runs import differences, run
 from tests.helpers.webdataset import picture, write_shard
 from training.prepare_data import main as prepare_data
 
@@ -186,7 +186,6 @@ def test_data_are_measured_in_the_middle(tmp_path):
 
 
 def test_a_run_with_random_crops_resumes_exactly(tmp_path):
-    from tests.helpers.training_runs import differences
 
     for i in range(5):
         (tmp_path / "d").mkdir(exist_ok=True)
@@ -218,3 +217,82 @@ def test_images_that_pillow_takes_for_bombs_are_read_where_they_are_allowed(tmp_
     with pytest.raises(ValueError, match="give --max_image_pixels"):
         read(tmp_path / "d")
     assert read(tmp_path / "d", max_image_pixels=256).images.shape == (1, 1, 16, 16)
+
+
+# --- buckets of shapes ---------------------------------------------------------------------------------------------
+
+
+def test_shapes_of_buckets_have_no_more_pixels_and_sides_that_halve():
+    assert bucket_shapes((64, 64)) == [(64, 64), (48, 80), (56, 72), (72, 56), (80, 48)]
+    assert bucket_shapes((32, 32)) == [(32, 32), (24, 40), (40, 24)] and bucket_shapes((8, 8)) == [(8, 8)]
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """Twelve images of 32 x 32, 8 of 24 x 40 and one of 41 x 24, each of a grey of its own."""
+    sizes = [(32, 32)] * 12 + [(24, 40)] * 8 + [(41, 24)]
+    (tmp_path / "shapes").mkdir()
+    for i, size in enumerate(sizes):
+        picture(i, size).save(tmp_path / "shapes" / f"{i:02d}.png")
+    return tmp_path / "shapes"
+
+
+def test_images_of_a_step_have_one_shape_and_each_image_its_own(shapes):
+    data = read(shapes, resolution=[32], aspect_ratio_buckets=True)
+    batches, seen = data.batches(ProcessShare(4), 0), Counter()
+    for _ in range(200):
+        images = next(batches)["images"]
+        for value in images[:, 0, 0, 0].tolist():
+            seen[value, tuple(images.shape[2:])] += 1
+    assert dict(seen.keys()) == {i: (32, 32) if i < 12 else (24, 40) if i < 20 else (40, 24) for i in range(21)}
+    assert data.rows([0, 12, 20]).shape == (3, 1, 32, 32)
+
+
+def test_turns_of_buckets_are_those_of_any_step_and_any_number_of_processes():
+    buckets = [range(12), range(12, 20), [20]]
+    whole = positions(BucketOrder(buckets, ProcessShare(4), 3), 60)
+    assert positions(BucketOrder(buckets, ProcessShare(4), 3, step=37), 23) == whole[148:]
+    halves = [positions(BucketOrder(buckets, ProcessShare(2, 1, rank, 2), 3), 60) for rank in (0, 1)]
+    assert [i for s in range(60) for half in halves for i in half[2 * s : 2 * s + 2]] == whole
+    counts = Counter(positions(BucketOrder(buckets, ProcessShare(4), 3), 1000))
+    assert sum(counts[i] for i in range(12)) == 4 * 571 and counts[20] == 4 * 48
+    assert {counts[i] for i in range(12)} <= {190, 191} and {counts[i] for i in range(12, 20)} <= {190, 191}
+
+
+def test_a_run_with_buckets_resumes_exactly_and_draws_its_pictures(shapes, tmp_path):
+    settings = {
+        "dataset_name": str(shapes),
+        "class_conditional": None,
+        "max_train_samples": None,
+        "train_batch_size": 4,
+    }
+    settings |= {"aspect_ratio_buckets": True, "resolution": 32, "pretrain_steps": 0, "validation_steps": 3}
+    run(tmp_path / "a", max_train_steps=5, **settings)
+    run(tmp_path / "b", max_train_steps=3, **settings)
+    run(tmp_path / "b", max_train_steps=5, **settings)
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    assert (tmp_path / "a" / "samples" / "step-0000003-diagnostics.png").is_file()
+
+
+def test_a_network_that_can_not_halve_the_shapes_is_refused(shapes, tmp_path):
+    settings = {"dataset_name": str(shapes), "class_conditional": None, "max_train_samples": None}
+    with pytest.raises(ValueError, match="resolution 24 x 40 can't be halved 4 times"):
+        (tmp_path / "config.json").write_text(
+            json.dumps(
+                {
+                    "block_out_channels": [8] * 5,
+                    "down_block_types": ["DownBlock2D"] * 5,
+                    "norm_num_groups": 4,
+                    "up_block_types": ["UpBlock2D"] * 5,
+                    "layers_per_block": 1,
+                }
+            )  # fmt: skip
+        )
+        run(tmp_path / "r", aspect_ratio_buckets=True, resolution=32, **settings,
+            model_config_name_or_path=str(tmp_path))  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [{"streaming": True}, {"random_crop": True}])
+def test_buckets_and_what_contradicts_them_are_refused(other):
+    with pytest.raises(ValueError, match="don't go together"):
+        DataArguments(dataset_name="a", aspect_ratio_buckets=True, **other)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from cm_diffusers.core.draws import permutation
@@ -30,13 +30,14 @@ from cm_diffusers.engine.data.columns import (
 from cm_diffusers.engine.data.description import DataDescription
 from cm_diffusers.engine.data.labels import read_labels
 from cm_diffusers.engine.data.mixture import Source, mixed
-from cm_diffusers.engine.data.order import KeyedOrder, Mixture, ProcessShare
+from cm_diffusers.engine.data.order import BucketOrder, KeyedOrder, Mixture, ProcessShare
 from cm_diffusers.engine.data.records import name_in_messages, open_image, why
 from cm_diffusers.engine.data.scan import (
     CACHE_BYTES,
     VERSION,
     DecodedImages,
     ScanFindings,
+    bucket_shapes,
     crops,
     load_scan,
     loaded,
@@ -143,17 +144,17 @@ def _digits() -> datasets.Dataset:
 class _Rows(Dataset):
     """Batches by lists of indices: {"images": uint8 (B, C, H, W), "condition": tensors (B, ...) by their names}.
 
-    Images that are still to be cropped are a list.
+    Images that are still to be cropped are a list. With `own_shapes` images have the shape of their bucket.
     """
 
-    def __init__(self, images: Tensor | DecodedImages, condition: dict[str, Tensor]):
-        self.images, self.condition = images, condition
+    def __init__(self, images: Tensor | DecodedImages, condition: dict[str, Tensor], own_shapes: bool = False):
+        self.images, self.condition, self.own_shapes = images, condition, own_shapes
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         if torch.is_tensor(self.images):
             images = self.images[indices]
         else:
-            images = [self.images.take(i) for i in indices]
+            images = [self.images.take(i, self.own_shapes) for i in indices]
             images = images if self.images.whole else torch.stack(images)
         return {"images": images, "condition": {name: entry[indices] for name, entry in self.condition.items()}}
 
@@ -186,7 +187,7 @@ class ImageData:
         features = source.features or source._resolve_features().features
         self.column = find_image_column(features, args.image_column)
         self.label_column = find_label_column(features, args.label_column) if class_conditional else None
-        self._mixture = None
+        self._mixture = self._buckets = None
         if args.extra_datasets:
             source = self._mixed(source)
             features = source.features
@@ -268,19 +269,37 @@ class ImageData:
         """Decode every image once, or remember what that found; keep them if there is room."""
         decoder = self._decoder(self.source)
         size = len(decoder) * (self.args.channels or 3) * self.resolution[0] * self.resolution[1]
-        keep = size <= CACHE_BYTES and not self.args.random_crop
+        keep = size <= CACHE_BYTES and not (self.args.random_crop or self.args.aspect_ratio_buckets)
         key = self._key(keep)
         found = None if scanned is None else load_scan(scanned, key)
         if found is None:
-            found = scan(decoder, keep, self.args.dataloader_num_workers, self.show_progress)
+            workers, ratios = self.args.dataloader_num_workers, self.args.aspect_ratio_buckets
+            found = scan(decoder, keep, workers, self.show_progress, ratios)
             if scanned is not None:
                 scanned.parent.mkdir(parents=True, exist_ok=True)
                 save_scan(scanned, key, *found)
         facts, images = found
         self._use(facts, decoder)
         self.images = images if keep else decoder
+        if self.args.aspect_ratio_buckets:
+            self._fill_buckets(facts, decoder)
         labels = b"" if self.labels is None else self.labels.numpy().tobytes()
         self._fingerprint = digest(facts.fingerprint.encode(), labels)
+
+    def _fill_buckets(self, facts: ScanFindings, decoder: DecodedImages) -> None:
+        """Give each image the shape that is nearest to its own, and say how many there are of each."""
+        shapes = bucket_shapes(self.resolution)
+        logs = torch.tensor([h / w for h, w in shapes]).log()
+        nearest = (torch.tensor(facts.ratios).log()[:, None] - logs).abs().argmin(1)
+        decoder.shapes = [shapes[i] for i in nearest.tolist()]
+        self._buckets = [where.tolist() for i in range(len(shapes)) if len(where := (nearest == i).nonzero()[:, 0])]
+        parts = [f"{len(bucket)} of {'{} x {}'.format(*decoder.shapes[bucket[0]])}" for bucket in self._buckets]
+        self._say(f"Shapes: {', '.join(parts)}.")
+
+    @property
+    def shapes(self) -> set[tuple[int, int]]:
+        """(height, width) of the images in training, where there are several."""
+        return set() if self._buckets is None else set(self.images.shapes)
 
     def _look_at_first(self) -> None:
         """Decode the first rows of a stream for what has to be known of all; the others are checked as they come."""
@@ -314,6 +333,7 @@ class ImageData:
         """What tells this dataset and its shape from others without opening an image."""
         marks = marks_of(paths_of(self.source, self.column))
         facts = [VERSION, self.source._fingerprint, self.column, self.args.channels, self.resolution, keep, marks]
+        facts += ["ratios"] if self.args.aspect_ratio_buckets else []
         return digest(json.dumps(facts).encode())
 
     @property
@@ -341,7 +361,9 @@ class ImageData:
         if self.args.streaming:
             order = StreamOrder(self.source, share, seed, step, self.args.max_train_samples)
             return stream_batches(order, self._streamed, self.args.dataloader_num_workers)
-        order = KeyedOrder(len(self.images), share, seed, step, self._mixture)
+        order: Sampler = KeyedOrder(len(self.images), share, seed, step, self._mixture)
+        if self._buckets is not None:
+            order = BucketOrder(self._buckets, share, seed, step)
         workers = 0 if torch.is_tensor(self.images) else self.args.dataloader_num_workers
-        rows = _Rows(self.images, self.condition)
+        rows = _Rows(self.images, self.condition, own_shapes=True)
         return loaded(rows, workers, batch_sampler=order)

@@ -62,7 +62,7 @@ class LatentData(ImageData):
                 f" the dataset gives {data.channels}: set --channels."
             )
         self.args, self.labels, self.num_classes = data.args, data.labels, data.num_classes
-        self._classes, self._mixture = data._classes, data._mixture
+        self._classes, self._mixture, self._buckets = data._classes, data._mixture, None
         self.vae = vae.float().eval().requires_grad_(False).to(device)
         self.show_progress = data.show_progress
         self._fingerprint = key = _key(data, vae)

@@ -1,9 +1,9 @@
 """Which images each process takes in each step: a function of the seed and nothing else."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -107,3 +107,45 @@ class KeyedOrder(Sampler):
             self._orders = {key: o for key, o in self._orders.items() if key[0] != name or key[1] >= epoch - 1}
             self._orders[name, epoch] = permutation(n, self.seed, name, epoch)
         return self._orders[name, epoch]
+
+
+class BucketOrder(Sampler):
+    """Lists of dataset indices, one per forward pass: all those of a step are of one bucket.
+
+    In each block of 1,000 steps a bucket has its share of the turns by its size, at least one, in a keyed order; it
+    has epochs of its own. A function of the seed and the step, as `KeyedOrder` is.
+
+    Args:
+        buckets: the indices of each.
+        share: where this process stands.
+        seed: of the run.
+        step: the training step to begin with.
+    """
+
+    def __init__(self, buckets: Sequence[Sequence[int]], share: ProcessShare, seed: int, step: int = 0):
+        self.buckets, self.share, self.seed, self.step = buckets, share, seed, step
+        sizes = tuple(map(len, buckets))
+        self.counts = Mixture(sizes, sizes).counts  # turns in a block
+        self._order = lru_cache(2 * len(buckets) + 2)(lambda n, name, epoch: permutation(n, seed, name, epoch))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.step
+        while True:
+            bucket, turn = self._turn(step)
+            for micro in range(self.share.accumulation):
+                positions = (turn * self.share.global_batch + row for row in self.share.rows(micro))
+                yield [self._image(bucket, position) for position in positions]
+            step += 1
+
+    def _turn(self, step: int) -> tuple[int, int]:
+        """Which bucket has its turn at a step, and how many it has had before."""
+        buckets = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
+        block, place = divmod(step, len(buckets))
+        turns = buckets[self._order(len(buckets), "buckets", block)]
+        bucket = int(turns[place])
+        return bucket, block * self.counts[bucket] + int((turns[:place] == bucket).sum())
+
+    def _image(self, bucket: int, position: int) -> int:
+        images = self.buckets[bucket]
+        epoch, offset = divmod(position, len(images))
+        return images[int(self._order(len(images), f"bucket {bucket}", epoch)[offset])]

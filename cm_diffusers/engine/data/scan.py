@@ -44,6 +44,14 @@ def resize_to_cover(image: Image.Image, resolution: Sequence[int]) -> Image.Imag
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
+def bucket_shapes(resolution: Sequence[int], step: int = 8) -> list[tuple[int, int]]:
+    """Shapes from 1:2 to 2:1, with sides that `step` divides and no more pixels than (height, width), and that one."""
+    height, width = resolution
+    sides = range(step, 2 * max(height, width) + 1, step)
+    shapes = [(side, height * width // side // step * step) for side in sides]
+    return [(height, width), *((h, w) for h, w in shapes if w and 0.5 <= h / w <= 2 and (h, w) != (height, width))]
+
+
 def crops(images: Sequence[Tensor], resolution: Sequence[int], places: Tensor | None = None) -> Tensor:
     """Parts (B, C, H, W) of images (C, h, w) that cover the resolution.
 
@@ -82,6 +90,7 @@ class ScanFindings:
         scales: what white is in images of more than 8 bits (`pixels.Ranges`).
         ranges: lines that say so.
         fingerprint: of the contents of all images in their order.
+        ratios: height over width of each, where they are wanted.
     """
 
     channels: int = 1
@@ -90,6 +99,7 @@ class ScanFindings:
     scales: dict[str, int] = field(default_factory=dict)
     ranges: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    ratios: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ class DecodedImages(Dataset):
     Attributes:
         scales: what white is in images of more than 8 bits.
         whole: images are only resized, to cover the resolution, and not cropped.
+        shapes: (height, width) that each image has in training, where these differ.
     """
 
     def __init__(
@@ -129,6 +140,7 @@ class DecodedImages(Dataset):
     ):
         self.rows, self.column, self.channels, self.resolution = rows, column, channels, resolution
         self.max_pixels, self.whole = max_pixels, False
+        self.shapes: list[tuple[int, int]] | None = None
         self.scales: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -146,21 +158,24 @@ class DecodedImages(Dataset):
         except Exception as error:  # of hostile files, too: whatever it is, it is named
             return f"{name_in_messages(index, record)}: {why(error)}"
 
-    def take(self, index: int) -> Tensor:
-        """The image (C, H, W) at a place."""
-        return self.decode(open_image(self.rows[index][self.column], self.max_pixels), self.scales)
+    def take(self, index: int, own_shape: bool = False) -> Tensor:
+        """The image (C, H, W) at a place, in the shape that it has in training or in that of all."""
+        shape = self.shapes[index] if own_shape and self.shapes else self.resolution
+        return self.decode(open_image(self.rows[index][self.column], self.max_pixels), self.scales, shape)
 
-    def decode(self, image: Image.Image | np.ndarray, scales: Mapping[str, int]) -> Tensor:
-        """(C, H, W), uint8, from an upright image of any type and size."""
+    def decode(
+        self, image: Image.Image | np.ndarray, scales: Mapping[str, int], shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """(C, H, W), uint8, from an upright image of any type and size, by default in the shape of all."""
         channels = self.channels or (1 if is_grey(image) else 3)
         bring = resize_to_cover if self.whole else resize_and_crop
-        image = bring(to_uint8(image, channels, scales), self.resolution)
+        image = bring(to_uint8(image, channels, scales), shape or self.resolution)
         pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, channels)
         return pixels.permute(2, 0, 1).contiguous()
 
 
 def scan(
-    decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bool = True
+    decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bool = True, ratios: bool = False
 ) -> tuple[ScanFindings, Tensor]:
     """Look at every image once.
 
@@ -169,6 +184,7 @@ def scan(
         keep: keep them in memory.
         workers: processes that decode.
         show_progress: show a bar.
+        ratios: note the shape of each image.
 
     Returns:
         What was found, and the images (N, C, H, W), N = 0 unless they are kept.
@@ -189,6 +205,8 @@ def scan(
         if seen.extrema is not None:
             own[i] = seen.extrema
         facts.sizes[size] += 1
+        if ratios:
+            facts.ratios.append(round(seen.size[0] / seen.size[1], 4))
         facts.examples.setdefault(size, f"row {i}")
         digest.update(seen.digest)
         if keep:

@@ -20,6 +20,7 @@ from cm_diffusers.engine.saved.discriminators import build_discriminator
 from cm_diffusers.engine.saved.start import build_start, guided, load_start, load_teacher, load_vae
 from cm_diffusers.engine.saved.stock import SavedModel
 from cm_diffusers.engine.training.trainer import Trainer
+from cm_diffusers.models.unet_presets import check_halvings
 from cm_diffusers.objectives import OBJECTIVES, Objective
 from cm_diffusers.objectives.adversarial import AdversaryOptions
 from cm_diffusers.objectives.options import check_for_latents
@@ -106,6 +107,9 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     config = _with_epochs(config, len(images.images) if config.run.num_train_epochs else 0, accelerator)
     data = images if models.vae is None else _latents(config, images, models.vae, accelerator)
     config, objective = build_objective(config, models, images, data)
+    levels = objective.network.config.get("block_out_channels") or objective.network.config.get("channel_mult")
+    for shape in sorted(images.shapes) if levels else ():
+        check_halvings(shape, len(levels), "the network")
     trainer = Trainer(config, objective, data, accelerator)
     for line in _described(trainer, models):
         trainer.say(line)
