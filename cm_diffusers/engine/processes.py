@@ -101,6 +101,20 @@ def end_with(error: Exception | str) -> NoReturn:
     raise SystemExit(2) from None
 
 
+SAYS = """
+import psutil, sys, time
+
+end = time.monotonic() + {patience}
+try:
+    launcher = psutil.Process({pid})
+    while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
+        time.sleep(0.02)
+except psutil.Error:  # it is gone
+    pass
+print({line!r}, file=sys.stderr)
+"""
+
+
 def _says_it_behind_the_launcher(line: str) -> bool:
     """Let another process say a line once the launcher has ended, which itself has some 40 lines to say of it.
 
@@ -111,8 +125,7 @@ def _says_it_behind_the_launcher(line: str) -> bool:
         words = " ".join(launcher.cmdline())
         if os.environ.get(LAUNCHED_BY) or not re.search(r"torchrun|torch\.distributed|accelerate", words):
             return False
-        waits = f"import psutil, sys\npsutil.wait_procs([psutil.Process({launcher.pid})], timeout={PATIENCE})"
-        says = f"{waits}\nprint({line!r}, file=sys.stderr)"
+        says = SAYS.format(pid=launcher.pid, patience=PATIENCE, line=line)
         subprocess.Popen([sys.executable, "-c", says], stdin=subprocess.DEVNULL, start_new_session=True)
     except (psutil.Error, OSError):
         return False

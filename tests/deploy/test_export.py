@@ -109,7 +109,7 @@ EXPORTS = {
 }
 
 
-@pytest.mark.parametrize("name", narrowed(EXPORTS, "consistency, guided"))
+@pytest.mark.parametrize("name", narrowed(EXPORTS, "trigflow"))
 def test_programs_take_any_batch_and_onnxruntime_gives_the_pipeline_s_images(name, tmp_path):
     build, settings = EXPORTS[name]
     pipe = build()

@@ -48,7 +48,7 @@ def start(kind, method, folder, **settings):
     return run(folder / "run", method, **{**defaults, **settings})
 
 
-@pytest.mark.parametrize("kind, method", narrowed(TRAINED_FROM, *TRAINED_FROM[::2]))
+@pytest.mark.parametrize("kind, method", narrowed(TRAINED_FROM, *TRAINED_FROM[::4]))
 def test_a_student_keeps_its_teacher_s_process_and_samples_after_reloading(kind, method, tmp_path):
     folder = start(kind, method, tmp_path) / "pipeline"
     teacher, student = load_teacher(str(tmp_path / "teacher"), ModelArguments()), load_pipeline(str(folder))
@@ -105,7 +105,7 @@ def test_a_trajectory_model_begins_as_its_teacher_and_jumps_after_reloading(kind
     "kind, method",
     narrowed(
         [("epsilon", "diffusion"), ("v, zero snr", "cdm"), ("flow", "diffusion"), ("edm", "cdm")],
-        ("v, zero snr", "cdm"),
+        ("epsilon", "diffusion"),
     ),
 )
 def test_a_diffusion_model_is_tuned_on_its_own_process_and_teaches(kind, method, tmp_path):

@@ -259,6 +259,7 @@ def test_turns_of_buckets_are_those_of_any_step_and_any_number_of_processes():
     assert {counts[i] for i in range(12)} <= {190, 191} and {counts[i] for i in range(12, 20)} <= {190, 191}
 
 
+@pytest.mark.wide
 def test_a_run_with_buckets_resumes_exactly_and_draws_its_pictures(shapes, tmp_path):
     settings = {
         "dataset_name": str(shapes),

@@ -84,6 +84,7 @@ def start(hub, tmp_path, **settings):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="the list of processes is read from /proc")
+@pytest.mark.wide
 def test_a_run_from_the_hub_to_the_hub_shows_its_token_to_the_hub_alone(published, tmp_path):
     hub = published
     hub.fail("POST .*/tag/", times=1, status=403)  # an error in the midst of it

@@ -99,7 +99,7 @@ def test_a_checkpoint_of_one_process_is_resumed_by_two(one, tmp_path):
     assert_agree(tmp_path, one)
 
 
-@pytest.mark.parametrize("method", narrowed(OBJECTIVES, "ctm"))
+@pytest.mark.parametrize("method", narrowed(OBJECTIVES, "ect"))
 def test_every_method_trains_on_two_processes_as_on_one(server, teacher, tmp_path, method):
     settings = {**OPTIONS.get(method, {}), "max_train_steps": 8, "random_flip": True}
     if method in ("cd", "ecd", "scd", "ctm"):
