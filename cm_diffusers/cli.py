@@ -64,7 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(0)
     if word in BY_SEVERAL:
         rest = launched(word, rest)
-    run(word, rest)
+    try:
+        run(word, rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `cm-diffusers recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def run(word: str, argv: list[str]) -> None:

@@ -118,12 +118,18 @@ def test_recipes_are_listed_with_what_they_come_to(capsys):
     for path in (ROOT / "training" / "configs").glob("*.yaml"):
         settings = yaml.safe_load(path.read_text())
         assert f"\n{path.stem}: {settings['method']} on {settings['dataset_name']}, " in "\n" + listed
-    assert "digits_ect: ect on digits, 5,000 steps of 64, network tiny, 0.191 M at 8 x 8" in listed
+    assert "digits_ect: ect on digits, 5,000 steps of 64, some minutes, network tiny, 0.191 M at 8 x 8" in listed
     recipes.main(["digits_ect"])
     assert capsys.readouterr().out == (ROOT / "training/configs/digits_ect.yaml").read_text()
     with pytest.raises(SystemExit, match="2"):
         recipes.main(["digits"])
     assert "'digits' is none of afhqv2_cdm" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_fault():
+    command = f"{sys.executable} -m cm_diffusers.cli recipes | true"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
 
 
 @pytest.fixture

@@ -16,6 +16,9 @@ from cm_diffusers.scripts import SCRIPTS, settings_files
 SHAPES = {"digits": (8, 1), "ylecun/mnist": (28, 1), "uoft-cs/cifar10": (32, 3)}
 
 
+TIME = re.compile(r"(less than )?(a few|some|\w+) minutes( on [^,.:;]*)?")  # as the files say what was measured
+
+
 def about(path: Path) -> dict[str, str]:
     """What a recipe comes to: its method, data, network, length, and what its file says of it first."""
     text = path.read_text(encoding="utf-8")
@@ -27,6 +30,7 @@ def about(path: Path) -> dict[str, str]:
         "data": settings.get("dataset_name", ""),
         "network": _network(settings),
         "length": f"{steps:,} steps of {batch}",
+        "time": found[0] if (found := TIME.search(said)) else "time not measured",
         "about": re.split(r"(?<=\.) (?=[A-Z])", said)[0],
     }
 
@@ -57,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     for recipe, path in known.items():
         found = about(path)
-        print(f"{recipe}: {found['method']} on {found['data']}, {found['length']}, network {found['network']}")
+        length = f"{found['length']}, {found['time']}"
+        print(f"{recipe}: {found['method']} on {found['data']}, {length}, network {found['network']}")
         print(f"    {found['about']}")
     print("\nTrain one: cm-diffusers train --config NAME (diffusion and cdm: cm-diffusers diffuse --config NAME).")
