@@ -31,7 +31,7 @@ def measured(monkeypatch):
 
     def measure(*_):
         calls.append(1)
-        return Costs(0.68, 0.0, 0.0, 0.0)
+        return Costs(0.7, 0.0, 0.0, 0.0)
 
     monkeypatch.setattr(budget, "_measured", measure)
     now = SimpleNamespace(create_time=time.time)
@@ -43,7 +43,7 @@ def test_the_length_is_kept_and_a_stopped_run_ends_with_the_same_bits(measured, 
     settings = {"max_train_steps": None, "minutes": 0.1, "checkpointing_steps": 3}
     run(tmp_path / "whole", "ect", **settings)
     assert len(read_log(tmp_path / "whole")) == 8
-    assert "For 0.1 minutes: 8 steps, of 680 ms each" in capsys.readouterr().out
+    assert "For 0.1 minutes: 8 steps, of 700 ms each" in capsys.readouterr().out
 
     take = Trainer._take_step
 

@@ -23,7 +23,7 @@ from cm_diffusers.engine.training.trainer import Trainer
 PLACES = 6  # of a run, in the middles of its sixths: stages differ in what a step costs
 SHARE = 0.05  # of the time, that measuring may take
 END = 1.2  # times what a process takes to begin: that one which verifies the model begins as this one did
-SLACK = 0.92  # of what is left, for what nobody foresees
+SLACK = 0.97  # of what is left, for what nobody foresees
 LEAST = 2  # steps at each place, beside a first one that is not counted
 
 
