@@ -1,15 +1,60 @@
+"""README and docs: tables are those of the code, links lead somewhere, commands can be given."""
+
+import re
+import shlex
 from pathlib import Path
 
+import pytest
+
+from cm_diffusers.engine.config import parse_config
 from cm_diffusers.objectives import OBJECTIVES
-from cm_diffusers.objectives.table import method_table
+from cm_diffusers.objectives.table import SHORT, method_table
+from tests.helpers.scripts import load_script
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+METHODS = {"train": [m for m in OBJECTIVES if m not in ("diffusion", "cdm")], "diffuse": ["diffusion", "cdm"]}
+PARSERS = {"sample": "parse_args", "edit": "parse_args", "export": "parse_args", "convert": "parse_args"}
 
 
-def test_table_of_methods_is_that_of_the_code():
-    assert method_table() in README, "put in what `python -m cm_diffusers.objectives.table` prints"
-
-
-def test_every_method_has_a_row():
+def test_tables_of_methods_are_those_of_the_code():
+    advice = "put in what `python -m cm_diffusers.objectives.table` prints"
+    assert method_table(SHORT) in README, advice
+    assert method_table() in (ROOT / "docs/methods.md").read_text(encoding="utf-8"), advice
     assert all(f"| `{name}` |" in method_table() for name in OBJECTIVES)
+
+
+def test_the_readme_fits_on_two_screens():
+    assert len(README.encode()) < 8_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    gone = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert not gone
+
+
+def commands():
+    """The command lines of `cm-diffusers` in the shell blocks of all pages, with the page that each is from."""
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["cm-diffusers"]:
+                    yield pytest.param(words[1:], id=f"{page.name}: {' '.join(words[1:4])}")
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_can_be_given(words):
+    word, *rest = words
+    launch = [i for i, text in enumerate(rest) if text in ("--num_processes", "--accelerate_config")]
+    rest = [text for i, text in enumerate(rest) if i not in launch and i - 1 not in launch]
+    if word in METHODS:
+        parse_config(rest, METHODS[word], "")
+    elif word in PARSERS:
+        getattr(load_script(word), PARSERS[word])(rest)
+    else:
+        assert word in ("evaluate", "push", "prepare", "report", "demo", "toy", "diagnose", "recipes")

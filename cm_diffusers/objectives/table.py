@@ -1,12 +1,18 @@
-"""The table of methods in the README: `python -m cm_diffusers.objectives.table` prints it."""
+"""The tables of methods in docs/methods.md and, shorter, in the README: `python -m cm_diffusers.objectives.table`."""
+
+from collections.abc import Collection
 
 from cm_diffusers.objectives import OBJECTIVES, Objective
 from cm_diffusers.objectives.options import TeacherOptions
 
 
-def method_table() -> str:
-    """A Markdown table with a row for each method, from what its class declares."""
+SHORT = ("method", "what", "teacher", "paper")  # columns of the README's
+
+
+def method_table(columns: Collection[str] | None = None) -> str:
+    """A Markdown table with a row for each method, from what its class declares; of all columns, or of some."""
     cells = [_cells(cls) for cls in OBJECTIVES.values()]
+    cells = [{name: text for name, text in row.items() if columns is None or name in columns} for row in cells]
     rows = [list(cells[0]), ["---"] * len(cells[0]), *(list(row.values()) for row in cells)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
@@ -30,4 +36,4 @@ def _cells(cls: type[Objective]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(method_table(), end="")
+    print(method_table(), method_table(SHORT), sep="\n", end="")
