@@ -1,6 +1,8 @@
 """Shards of webdataset, several datasets, crops at drawn places and large images, each through the one reader."""
 
+import io
 import json
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -16,7 +18,7 @@ from cm_diffusers.engine.data.scan import bucket_shapes, crops
 from cm_diffusers.engine.data.shards import find_shards, names_shards
 from cm_diffusers.engine.training.batches import as_they_are, cropped
 from tests.helpers.training_runs import differences, run
-from tests.helpers.webdataset import picture, write_shard
+from tests.helpers.webdataset import picture, png, write_shard
 from training.prepare_data import main as prepare_data
 
 
@@ -50,6 +52,18 @@ def test_shards_are_streamed(shards):
     data = read(f"{shards}/*.tar", streaming=True)
     batch = next(data.batches(ProcessShare(12), 0))
     assert sorted(batch["images"][:, 0, 0, 0].tolist()) == list(range(12))
+
+
+def test_a_label_that_a_later_sample_lacks_is_an_error_and_no_guess(tmp_path):
+    """The datasets library takes the members of the first five for those of all."""
+    path = write_shard(tmp_path / "s.tar", range(6))
+    with tarfile.open(path, "a") as archive:
+        member, content = tarfile.TarInfo("s_9999.png"), png(picture(9))
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    assert read(path).images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 9]
+    with pytest.raises(ValueError, match="labels of column 'cls' must be integers.* row 6 has None"):
+        read(path, conditional=True)
 
 
 def test_a_pattern_without_files_is_refused(shards):
