@@ -199,6 +199,7 @@ def test_data_are_measured_in_the_middle(tmp_path):
     assert one == other
 
 
+@pytest.mark.wide
 def test_a_run_with_random_crops_resumes_exactly(tmp_path):
 
     for i in range(5):

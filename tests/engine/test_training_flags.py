@@ -197,6 +197,7 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path)
 # --- models and trackers -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 def test_weights_of_a_variant_are_read(tmp_path):
     first = run(tmp_path / "a", "diffusion", export_variant="fp16", max_train_steps=2)
     for file in (first / "pipeline" / "unet").glob("diffusion_pytorch_model.safetensors"):

@@ -127,8 +127,12 @@ def test_loss_is_repeatable_and_does_not_depend_on_the_global_generator(make, na
     assert not torch.equal(objective.loss(batch_of(), Draws(0, STEP + 1, range(8))).sigma, first.sigma)
 
 
+WITHOUT_TANGENTS = [case.values for case in CASES if not METHODS[case.values[0]].needs_tangents]
+ENOUGH = [values for values in WITHOUT_TANGENTS if values[0] in ("ct", "cdm", "ctm")][::3]
+
+
 @pytest.mark.parametrize(
-    "name, options", [case for case in FIRST + OTHERS if not METHODS[case.values[0]].needs_tangents]
+    "name, options", [pytest.param(*v, marks=[] if v in ENOUGH else pytest.mark.wide) for v in WITHOUT_TANGENTS]
 )
 def test_a_loss_on_a_device_without_float64_is_that_of_the_cpu(make, name, options, monkeypatch):
     expected = make(name, options).loss(batch_of(), Draws(0, STEP, range(8))).total.item()
