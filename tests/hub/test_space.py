@@ -15,11 +15,12 @@ from cm_diffusers.engine.sharing import space
 from cm_diffusers.models import build_unet
 from tests.helpers.loopback import TOKEN
 from tests.helpers.scripts import load_script
+from tests.test_layout import imports
 
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("cm_diffusers/core", "cm_diffusers/models", "cm_diffusers/schedulers", "pipelines")
-NAMES = ("__init__", "demo", "lookup", "parent", "pipelines", "pixels", "sampling")
+NAMES = ("__init__", "demo", "lookup", "parent", "pipelines", "pixels", "registration", "sampling")
 MODULES = {f"cm_diffusers/{name}.py" for name in NAMES}
 FILES = {"README.md", "app.py", "requirements.txt", *MODULES} | {
     path.relative_to(ROOT).as_posix() for part in PARTS for path in (ROOT / part).glob("*.py")
@@ -49,6 +50,15 @@ def model_dir(tmp_path):
 
 def front_matter(files):
     return yaml.safe_load(files["README.md"].decode().split("---")[1])
+
+
+def test_what_a_space_holds_imports_nothing_of_the_library_that_it_does_not_hold():
+    held = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in FILES}
+    held |= {f"cm_diffusers.{name}" for name in held if name.startswith("pipelines")}
+    for name in FILES - {"README.md", "app.py", "requirements.txt"}:
+        wanted = {module for module in imports(ROOT / name) if module.startswith("cm_diffusers.")}
+        modules = {module if module in held else module.rpartition(".")[0] for module in wanted}
+        assert modules <= held, name
 
 
 def test_a_space_is_the_demo_and_what_it_needs(hub, push, model_dir, capsys):

@@ -12,7 +12,16 @@ from cm_diffusers.engine.sharing.card import licence_of
 
 
 GRADIO = "6.31.0"  # as in constraints.txt
-MODULES = ("__init__.py", "demo.py", "lookup.py", "parent.py", "pipelines.py", "pixels.py", "sampling.py")
+MODULES = (
+    "__init__.py",
+    "demo.py",
+    "lookup.py",
+    "parent.py",
+    "pipelines.py",
+    "pixels.py",
+    "registration.py",
+    "sampling.py",
+)
 LIBRARY = (*MODULES, "core/*.py", "models/*.py", "schedulers/*.py")
 SPACE = ("README.md", "app.py", "requirements.txt", "pipelines/*.py", *(f"cm_diffusers/{part}" for part in LIBRARY))
 
