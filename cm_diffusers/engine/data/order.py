@@ -1,7 +1,7 @@
 """Which images each process takes in each step: a function of the seed and nothing else."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -44,7 +44,24 @@ class Mixture:
     weights: tuple[float, ...]
     block = 1000  # images, of which each dataset has the same number every time
 
-    @property
+    def turn(self, position: int, order: Callable[[int, str, int], Tensor]) -> tuple[int, int]:
+        """Which dataset has its turn at a position, and how many turns it has had before.
+
+        Args:
+            position: from 0 on.
+            order: gives the keyed permutation of range(n) by n, a name and a number.
+        """
+        block, place = divmod(position, self.block)
+        turns = self._sources[order(self.block, "turns", block)]
+        source = int(turns[place])
+        return source, block * self.counts[source] + int((turns[:place] == source).sum())
+
+    @cached_property
+    def _sources(self) -> Tensor:
+        """Which dataset each place of a block is of, before they are shuffled."""
+        return torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
+
+    @cached_property
     def counts(self) -> list[int]:
         """How many images of a block each dataset gives: at least one, and all together the block."""
         shares = [self.block * weight / sum(self.weights) for weight in self.weights]
@@ -82,24 +99,11 @@ class KeyedOrder(Sampler):
         return int(self._order(self.n, "epoch", epoch)[offset])
 
     def _mixed_place(self, position: int) -> int:
-        """Of its block the position is the k-th of a dataset, which has had its turns in the blocks before."""
-        block, offset = divmod(position, self.mixture.block)
-        turns = self._turns(block)
-        source = int(turns[offset])
-        turn = block * self._counts[source] + int((turns[:offset] == source).sum())
+        source, turn = self.mixture.turn(position, self._order)
         epoch, offset = divmod(turn, self.mixture.sizes[source])
         return sum(self.mixture.sizes[:source]) + int(
             self._order(self.mixture.sizes[source], f"epoch of {source}", epoch)[offset]
         )
-
-    @cached_property
-    def _counts(self) -> list[int]:
-        return self.mixture.counts
-
-    def _turns(self, block: int) -> Tensor:
-        """Which dataset each place of a block is of."""
-        sources = torch.repeat_interleave(torch.arange(len(self._counts)), torch.tensor(self._counts))
-        return sources[self._order(self.mixture.block, "turns", block)]
 
     def _order(self, n: int, name: str, epoch: int) -> Tensor:
         """A keyed permutation; the last two of each name are kept."""
@@ -125,25 +129,17 @@ class BucketOrder(Sampler):
     def __init__(self, buckets: Sequence[Sequence[int]], share: ProcessShare, seed: int, step: int = 0):
         self.buckets, self.share, self.seed, self.step = buckets, share, seed, step
         sizes = tuple(map(len, buckets))
-        self.counts = Mixture(sizes, sizes).counts  # turns in a block
+        self.mixture = Mixture(sizes, sizes)  # of steps
         self._order = lru_cache(2 * len(buckets) + 2)(lambda n, name, epoch: permutation(n, seed, name, epoch))
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.step
         while True:
-            bucket, turn = self._turn(step)
+            bucket, turn = self.mixture.turn(step, self._order)
             for micro in range(self.share.accumulation):
                 positions = (turn * self.share.global_batch + row for row in self.share.rows(micro))
                 yield [self._image(bucket, position) for position in positions]
             step += 1
-
-    def _turn(self, step: int) -> tuple[int, int]:
-        """Which bucket has its turn at a step, and how many it has had before."""
-        buckets = torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
-        block, place = divmod(step, len(buckets))
-        turns = buckets[self._order(len(buckets), "buckets", block)]
-        bucket = int(turns[place])
-        return bucket, block * self.counts[bucket] + int((turns[:place] == bucket).sum())
 
     def _image(self, bucket: int, position: int) -> int:
         images = self.buckets[bucket]
