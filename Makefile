@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 FLOORS := .venv-floors
+SITE := .venv-docs
 TREE := build/types
 FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_lookup.py \
 	tests/engine/test_data.py tests/engine/test_tables.py tests/engine/test_card.py tests/pipelines/test_consistency.py
@@ -14,7 +15,7 @@ FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_l
 FAST_TESTS := tests/core tests/schedulers tests/test_layout.py tests/test_results.py \
 	$(filter-out %/test_every_objective.py,$(wildcard tests/objectives/test_*.py))
 
-.PHONY: help venv quickstart check oracles test test-wide test-slow test-floors help-pages quality lint types style clean
+.PHONY: help venv quickstart check oracles test test-wide test-slow test-floors docs help-pages quality lint types style clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +56,16 @@ $(FLOORS)/.installed: setup.py constraints-floors.txt
 test-floors: $(FLOORS)/.installed  ## a part of the tests with the lowest versions that setup.py allows
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q $(PARALLEL) $(FLOORS_TESTS)
 
+$(SITE)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv --clear $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		mkdocs mkdocs-material "mkdocstrings[python]"
+	touch $@
+
+docs: $(SITE)/.installed  ## the documentation as a site in build/docs, with all links checked
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
+	@echo "Open build/docs/index.html"
+
 help-pages: venv  ## what --help shows, from what the scripts say of themselves
 	$(RUN) -m cm_diffusers.engine.help_pages
 
@@ -79,4 +90,4 @@ style: venv  ## let the linter mend what it can
 	$(RUN) -m ruff format .
 
 clean:  ## take away the environments and what was built
-	rm -rf $(VENV) $(FLOORS) build dist *.egg-info .mypy_cache
+	rm -rf $(VENV) $(FLOORS) $(SITE) build dist *.egg-info .mypy_cache
