@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cm_diffusers.objectives import OBJECTIVES
+from tests.helpers.scripts import load_script
+
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = yaml.safe_load((ROOT / "hub_cards" / "results.yaml").read_text(encoding="utf-8"))
@@ -28,3 +31,14 @@ def test_the_scripts_of_the_commands_are_there():
         assert (ROOT / MOVED.get(script, script)).is_file(), script
     for old in MOVED:
         assert not (ROOT / old).exists(), old
+
+
+def test_the_tables_of_numbers_are_those_of_the_results():
+    published = load_script("published", "benchmarks")
+    assert set(PUBLISHED["papers"]) == set(OBJECTIVES)
+    shown = []
+    for page in published.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert published.with_tables(text) == text, f"{page.name}: run `python benchmarks/published.py`"
+        shown += [name for _, name, _ in published.PLACE.findall(text)]
+    assert sorted(shown) == sorted(published.TABLES)
