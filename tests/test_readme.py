@@ -2,11 +2,16 @@
 
 import re
 import shlex
+from argparse import ArgumentParser
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from cm_diffusers.engine.config import parse_config
+from cm_diffusers import demo
+from cm_diffusers.engine.config import DataArguments, parse_groups
+from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
+from cm_diffusers.engine.training.run import main
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.objectives.table import SHORT, method_table
 from tests.helpers.scripts import load_script
@@ -16,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = {"train": [m for m in OBJECTIVES if m not in ("diffusion", "cdm")], "diffuse": ["diffusion", "cdm"]}
+SCRIPTS = {"prepare": "prepare_data", "toy": "train_toy"}
 PARSERS = {"sample": "parse_args", "edit": "parse_args", "export": "parse_args", "convert": "parse_args"}
 
 
@@ -37,24 +43,41 @@ def test_links_lead_to_files(page):
     assert not gone
 
 
+class Parsed(Exception):
+    """The options were read; what they are for is not begun."""
+
+
+def parsed(parser, argv=None, read=ArgumentParser.parse_args):
+    read(parser, argv)
+    raise Parsed
+
+
 def commands():
     """The command lines of `cm-diffusers` in the shell blocks of all pages, with the page that each is from."""
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
+                if words[:1] in (["torchrun"], ["accelerate"]):
+                    words = ["cm-diffusers", "train", *words[words.index("cm_diffusers.train") + 1 :]]
                 if words[:1] == ["cm-diffusers"]:
                     yield pytest.param(words[1:], id=f"{page.name}: {' '.join(words[1:4])}")
 
 
 @pytest.mark.parametrize("words", commands())
-def test_commands_can_be_given(words):
+def test_commands_can_be_given(words, capsys):
+    """Those that train run with `--dry_run`; of the others the options are read."""
     word, *rest = words
     launch = [i for i, text in enumerate(rest) if text in ("--num_processes", "--accelerate_config")]
     rest = [text for i, text in enumerate(rest) if i not in launch and i - 1 not in launch]
     if word in METHODS:
-        parse_config(rest, METHODS[word], "")
+        main([*rest, "--dry_run"], METHODS[word], "")
+        assert "method: " in capsys.readouterr().out
+    elif word == "evaluate":
+        parse_groups(rest, (EvaluationArguments, DataArguments), "evaluate", "")
     elif word in PARSERS:
         getattr(load_script(word), PARSERS[word])(rest)
-    else:
-        assert word in ("evaluate", "push", "prepare", "report", "demo", "toy", "diagnose", "recipes")
+    elif word != "recipes":
+        begin = demo.main if word == "demo" else load_script(SCRIPTS.get(word, word)).main
+        with mock.patch.object(ArgumentParser, "parse_args", parsed), pytest.raises(Parsed):
+            begin(rest)
