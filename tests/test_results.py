@@ -23,6 +23,18 @@ def test_a_number_comes_with_its_commit_hardware_and_command(result):
     assert ("command" in result) != ("commands" in result)
 
 
+def nothing_in(value):
+    if isinstance(value, dict | list):
+        return any(map(nothing_in, value.values() if isinstance(value, dict) else value))
+    return value is None
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["name"])
+def test_no_key_was_cut_at_its_comma(result):
+    """YAML reads `{5,000 images: 1}` as two entries, of which the first has no value."""
+    assert not nothing_in(result)
+
+
 def test_the_scripts_of_the_commands_are_there():
     commands = " ".join(str(result.get("command") or result["commands"]) for result in RESULTS)
     scripts = set(re.findall(r"(?:training|benchmarks)/[\w/]+\.py", commands))
