@@ -1,1 +1,4 @@
-"""The mathematics: torch and a little NumPy, no files, no network, no Accelerate. Everything works in float64."""
+"""Formulas, in torch and a little NumPy.
+
+Nothing here reads files, uses the Internet or needs Accelerate. Everything works in float64.
+"""

@@ -1,4 +1,4 @@
-"""What formulas need so that they take tensors, and the arrays of NumPy with which schedulers choose levels."""
+"""Helpers by which formulas accept torch tensors and NumPy arrays, in which schedulers choose noise levels."""
 
 from types import ModuleType
 from typing import TypeVar
@@ -12,16 +12,16 @@ from torch import Tensor
 Values = TypeVar("Values", Tensor, np.ndarray)
 
 
-NO_FLOAT64 = ("mps",)  # types of devices that know no float64: Apple's GPUs
+NO_FLOAT64 = ("mps",)  # device types without float64: Apple's GPUs
 
 
 def lacks_float64(device: str | torch.device | None) -> bool:
-    """Whether a device knows no float64."""
+    """Whether `device` lacks float64; False for None."""
     return device is not None and torch.device(device).type in NO_FLOAT64
 
 
 def in_float64(values: Tensor) -> Tensor:
-    """`values` in float64: on their device, or on the CPU where the device knows none."""
+    """`values` (any shape) in float64: on their device, or on the CPU if the device lacks float64."""
     return (values.cpu() if lacks_float64(values.device) else values).double()
 
 
@@ -31,23 +31,25 @@ def append_dims(values: Tensor, like: Tensor) -> Tensor:
 
 
 def math_of(values: Tensor | np.ndarray | float) -> ModuleType:
-    """The module with log, exp, tan, ... for `values`: torch for tensors, else NumPy.
+    """The module with log, exp, tan, ... for `values` of any shape: torch for tensors, else NumPy.
 
-    Their results may differ in the last bit, so nothing is converted from one to the other on the way.
+    The two can differ in the last bit, so formulas never convert between them.
     """
     return torch if torch.is_tensor(values) else np
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """From `a` (...) to `b` (...) along the sphere, at each of `weights` (N,) in [0, 1]: (N, ...).
+    """Spherical interpolation from `a` (...) to `b` (...) at each of `weights` (N,) in [0, 1]: (N, ...).
 
     Raises:
-        ValueError: `b` points against `a`, so that no arc is the shortest.
+        ValueError: `a` and `b` point in opposite directions, so no arc between them is the shortest.
     """
     start, end = in_float64(a), in_float64(b)
     cosine = F.cosine_similarity(start.flatten(), end.flatten(), dim=0)
     if cosine < -1 + 1e-6:
-        raise ValueError("The two noises point in opposite directions; no arc between them is the shortest.")
-    angle = cosine.clamp(max=1).arccos().clamp(min=1e-6)  # so small, it gives the straight line
+        raise ValueError(
+            "The two noises point in opposite directions, so no arc between them is the shortest; change one of them."
+        )
+    angle = cosine.clamp(max=1).arccos().clamp(min=1e-6)  # an angle this small gives the straight line
     weights = weights.to(angle).reshape(-1, *[1] * a.ndim)
     return (((1 - weights) * angle).sin() / angle.sin() * start + (weights * angle).sin() / angle.sin() * end).to(a)

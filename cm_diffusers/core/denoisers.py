@@ -1,6 +1,6 @@
-"""From a network's output to a denoiser D(x, sigma), the estimate of the clean data that every method speaks.
+"""From a network's output to a denoiser D(x, sigma), the estimate of the clean data that every method uses.
 
-Whatever process a network was trained on, its denoiser takes x = x0 + sigma noise, the scale of VE.
+Every denoiser takes x = x0 + sigma noise, the scale of VE, whatever process its network was trained on.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,9 +27,9 @@ class EDMDenoiser:
     """D(x, sigma) = c_skip x + c_out F(c_in x, label(sigma)) for a network F.
 
     Args:
-        network: called as `network(sample, label)` and with the condition, answering with a tensor in `.sample`.
+        network: called as `network(sample, label)` with the condition; returns an object with the tensor `sample`.
         sigma_data: root mean square of the data.
-        sigma_min: the level at which D is the identity.
+        sigma_min: the noise level at which D is the identity.
         time_label: a key of `TIME_LABELS`.
     """
 
@@ -39,7 +39,7 @@ class EDMDenoiser:
     time_label: str = "log_sigma"
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        """Denoise `x` (B, ...), noised to `sigma` (B,), as the condition of each says."""
+        """Denoise `x` (B, ...) at the noise levels `sigma` (B,), given `condition`."""
         c_skip, c_out, c_in = (append_dims(c, x) for c in edm_scalings(sigma, self.sigma_data, self.sigma_min))
         label = TIME_LABELS[self.time_label].from_sigma(sigma, self.sigma_data)
         output = call_network(self.network, c_in * x, label, condition=condition).sample
@@ -50,24 +50,24 @@ class EDMDenoiser:
 class TrajectoryDenoiser:
     """D(x, sigma) = G(x, sigma, sigma_min): the jumps of a consistency trajectory model as a denoiser.
 
-    The network F has two times, t of its input and s to jump to. Under EDM's scalings, without a floor (Kim et al.
-    2023, arXiv:2310.02279),
+    The network F has two times: t, that of its input, and s, the target of the jump. Under EDM's scalings without a
+    floor (Kim et al. 2023, arXiv:2310.02279),
 
         g(x, t, s) = c_skip(t) x + c_out(t) F(c_in(t) x, label(t), label(s))
         G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s)                                            (eq. 9)
 
-    so that G(x, t, t) = x for any network; g(x, t, t) is the denoiser of the probability-flow ODE. Networks that live
-    on another process get their input and their times there; g is the clean sample that they mean.
+    so that G(x, t, t) = x for any network; g(x, t, t) is the denoiser of the probability-flow ODE. A network of
+    another process receives its input and its times on that process; g is the clean sample that its output means.
 
     Args:
-        network: called as `network(sample, label, target_timestep=label to jump to)` and with the condition, answering
-            with a tensor in `.sample`.
+        network: called as `network(sample, label, target_timestep=label of s)` with the condition; returns an object
+            with the tensor `sample`.
         sigma_data: root mean square of the data.
-        sigma_min: the level that stands for clean data; above 0 for the label "log_sigma".
+        sigma_min: the noise level that stands for clean data; above 0 for the label "log_sigma".
         time_label: a key of `TIME_LABELS`, for "edm".
-        prediction: as for `jump_scalings`.
+        prediction: one of `JUMP_PREDICTIONS`.
         process: the forward process of the network, for predictions other than "edm".
-        time_scale: the network is told the process' own times times this.
+        time_scale: factor from the times of the process to the time inputs of the network.
     """
 
     network: Callable
@@ -79,15 +79,15 @@ class TrajectoryDenoiser:
     time_scale: float = 1.0
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        """The jump of `x` (B, ...) from `sigma` (B,) to sigma_min."""
+        """The jump of `x` (B, ...) from `sigma` (B,) to `sigma_min`, given `condition`."""
         return self.jump(x, sigma, torch.full_like(sigma, self.sigma_min), condition)
 
     def jump(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, condition: Condition | None = None) -> Tensor:
-        """G(x, sigma, sigma_to) of `x` (B, ...), both levels (B,)."""
+        """The jump G(x, sigma, sigma_to) of `x` (B, ...) between the levels (B,), given `condition`."""
         return self._move(x, sigma, sigma_to, self._output(x, sigma, sigma_to, condition))
 
     def denoise(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        """g(x, sigma, sigma) of `x` (B, ...) at `sigma` (B,), the estimate of the clean data."""
+        """The estimate g(x, sigma, sigma) of the clean data, for `x` (B, ...) at `sigma` (B,), given `condition`."""
         return self._move(x, sigma, torch.zeros_like(sigma), self._output(x, sigma, sigma, condition))
 
     def _move(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, output: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class TrajectoryDenoiser:
 
     def _output(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, condition: Condition | None) -> Tensor:
         """F(c_in(sigma) x, label(sigma), label(sigma_to)) in the dtype of `x`."""
-        process = self.process or TrigFlow(self.sigma_data)  # on which EDM's c_in puts a sample
+        process = self.process or TrigFlow(self.sigma_data)  # EDM's c_in puts a sample on this process
         network_input = append_dims(process.alpha(sigma) / process.scale, x) * x
         label, target = (self._label(s) for s in (sigma, sigma_to))
         output = call_network(self.network, network_input, label, condition=condition, target_timestep=target)
@@ -110,19 +110,23 @@ class TrajectoryDenoiser:
 
 @dataclass(frozen=True)
 class ProcessDenoiser:
-    """D of a network that lives on a forward process of its own, x_t = alpha x0 + std noise, and predicts there.
+    """D of a network that predicts on its own forward process, x_t = alpha x0 + std noise.
 
-    A sample of VE becomes one of the process by the factor alpha(sigma); what the network puts out is read by
-    `to_denoised`. D(x, 0) = x for every prediction but "sample". Beyond the process' highest level, which a table of
-    integer times has, `x` is shrunk onto it: D(x, sigma) = D(x sigma_max / sigma, sigma_max), as x / sigma hardly
-    moves along trajectories there. Below the lowest one the network is told time 0.
+    The factor alpha(sigma) turns a VE sample into one of the process, and `to_denoised` reads the network's output.
+    D(x, 0) = x for every prediction but "sample".
+
+    A table of integer times has a highest level, sigma_max. Above it `x` is shrunk onto that level:
+    D(x, sigma) = D(x sigma_max / sigma, sigma_max), because x / sigma hardly moves along trajectories there. Below
+    the lowest level the network receives time 0.
 
     Args:
-        network: called as `network(x_t / process.scale, time)` and with the condition, answering with `.sample`.
+        network: called as `network(x_t / process.scale, time)` with the condition; returns an object with the tensor
+            `sample`.
         process: the forward process.
         prediction: one of `PROCESS_PREDICTIONS`.
         sigma_data: root mean square of the data; the denoiser itself does not need it.
-        time_scale: the network is told the process' own time times this (1000 for diffusers' flow models).
+        time_scale: factor from the time of the process to the time input of the network (1000 for diffusers' flow
+            models).
     """
 
     network: Callable
@@ -132,7 +136,7 @@ class ProcessDenoiser:
     time_scale: float = 1.0
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        """Denoise `x` (B, ...), noised to `sigma` (B,)."""
+        """Denoise `x` (B, ...) at the noise levels `sigma` (B,), given `condition`."""
         x = append_dims((self.process.sigma_max / sigma).clamp(max=1), x) * x
         sigma = sigma.clamp(max=self.process.sigma_max)
         x_t = append_dims(self.process.alpha(sigma), x) * x
@@ -144,22 +148,26 @@ class ProcessDenoiser:
 def trigflow_denoiser(network: Callable, sigma_data: float) -> ProcessDenoiser:
     """D = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t) at the angle t = atan(sigma / sigma_data).
 
-    F is the velocity over sigma_data of x_t = cos(t) x0 + sin(t) sigma_data noise (Lu & Song 2024, arXiv:2410.11081,
-    section 3). It is EDM's preconditioning with the sign of the network turned.
+    F, the `network`, predicts the velocity over `sigma_data` of x_t = cos(t) x0 + sin(t) sigma_data noise (Lu & Song
+    2024, arXiv:2410.11081, section 3). This is EDM's preconditioning with the opposite sign of the network.
     """
     return ProcessDenoiser(network, TrigFlow(sigma_data), "trigflow", sigma_data)
 
 
 def flow_denoiser(network: Callable, sigma_data: float | None = None, time_scale: float = 1.0) -> ProcessDenoiser:
-    """D = x_t - t u(x_t, t) at the flow time t = sigma / (1 + sigma), for a network that predicts noise - x0.
+    """D = x_t - t u(x_t, t) at the flow time t = sigma / (1 + sigma), for a `network` u that predicts noise - x0.
 
-    x_t = (1 - t) x0 + t noise: rectified flow, flow matching (Lipman et al. 2022, arXiv:2210.02747).
+    x_t = (1 - t) x0 + t noise: rectified flow, flow matching (Lipman et al. 2022, arXiv:2210.02747). The network
+    receives `time_scale` times t. `sigma_data` is only stored.
     """
     return ProcessDenoiser(network, LinearFlow(), "flow", sigma_data, time_scale)
 
 
 def jump_to_zero(network: Callable, time_scale: float = 1.0) -> ProcessDenoiser:
-    """The jump of a network with two times, told `time_scale` times these, from any flow time to 0, as a denoiser."""
+    """The jumps of a `network` with two times from any flow time to 0, as a denoiser.
+
+    The network receives `time_scale` times both flow times.
+    """
 
     def to_zero(x: Tensor, t: Tensor, **condition: Tensor) -> Any:
         return network(x, t, target_timestep=torch.zeros_like(t), **condition)
@@ -172,9 +180,9 @@ class Guided:
     """D_null + w (D - D_null): classifier-free guidance of scale w (Ho & Salimans 2022, arXiv:2207.12598, eq. 6).
 
     Args:
-        denoiser: of a conditional model.
-        scale: w; 1 is the denoiser itself.
-        nulls: the rows that stand for none to this model, by the entries of its condition.
+        denoiser: the denoiser of a conditional model.
+        scale: w; 1 gives `denoiser` itself.
+        nulls: the null row of this model for each entry of its condition.
     """
 
     denoiser: EDMDenoiser | TrajectoryDenoiser | ProcessDenoiser
@@ -190,7 +198,7 @@ class Guided:
         return self.denoiser.sigma_data
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """Denoise `x` (B, ...), noised to `sigma` (B,)."""
+        """Denoise `x` (B, ...) at the noise levels `sigma` (B,), guided by `condition`."""
         x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         condition = condition.with_nulls(self.nulls)
         return guide(lambda both: self.denoiser(x, sigma, both), condition, condition.dropped(), self.scale)
@@ -200,16 +208,16 @@ Denoiser = EDMDenoiser | TrajectoryDenoiser | ProcessDenoiser | Guided
 
 
 def as_trigflow(network: Callable, sigma_data: float, time_scale: float = 1.0) -> Callable:
-    """The F of TrigFlow that means the same denoiser as a flow model u; both are called as the network of a model is.
+    """The TrigFlow network F with the same denoiser as a flow model u; both are called like a model's network.
 
     With m = cos(t) + sigma_data sin(t), the same point is x / m in the scale of linear flow, at the flow time
-    sigma_data sin(t) / m, and equal denoised images ask for
+    sigma_data sin(t) / m. Equal denoised images require
 
         F(x / sigma_data, t) = ((sigma_data cos(t) - sin(t)) x / sigma_data + u(x / m, sigma_data sin(t) / m)) / m
 
     Args:
-        network: u, which is told `time_scale` times the flow time.
-        sigma_data: of TrigFlow.
+        network: u, which receives `time_scale` times the flow time.
+        sigma_data: the sigma_data of TrigFlow.
         time_scale: see `ProcessDenoiser`.
     """
 
@@ -227,10 +235,17 @@ def as_trigflow(network: Callable, sigma_data: float, time_scale: float = 1.0) -
 def trigflow_velocity(
     denoiser: Denoiser, x: Tensor, t: Tensor, sigma_data: float, condition: Condition = NOTHING
 ) -> Tensor:
-    """dx/dt of TrigFlow's probability-flow ODE by any denoiser, at `x` (B, ...) in TrigFlow's scale, t in (0, pi/2).
+    """The velocity dx/dt (B, ...) of TrigFlow's probability-flow ODE, from any denoiser.
 
-    From D = cos(t) x - sin(t) dx/dt. This wraps networks of other processes as TrigFlow's: the same point is
+    It follows from D = cos(t) x - sin(t) dx/dt. Networks of other processes serve as well: the same point is
     x / cos(t) in VE, at sigma = sigma_data tan(t).
+
+    Args:
+        denoiser: D(x, sigma, condition), which takes x in the scale of VE.
+        x: the sample (B, ...) in TrigFlow's scale.
+        t: its angles (B,) in (0, pi/2).
+        sigma_data: root mean square of the data.
+        condition: B rows, or `NOTHING`.
     """
     cos, sin = append_dims(t.cos(), x), append_dims(t.sin(), x)
     return (cos * x - denoiser(x / cos, sigma_data * t.tan(), condition)) / sin
@@ -240,12 +255,16 @@ def to_denoised(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor, 
     """The estimate of the clean data from a network's output, for a process other than EDM's.
 
     Args:
-        prediction_type: what the network predicts: "sample" (x0), "epsilon" (the noise), "v_prediction"
-            (alpha noise - std x0, for alpha^2 + std^2 = 1), "flow" (noise - x0, for alpha + std = 1), or
-            "trigflow" (the velocity over sigma_data: x0 = cos(t) x - sin(t) sigma_data F).
+        prediction_type: what the network predicts.
+
+            - "sample": x0.
+            - "epsilon": the noise.
+            - "v_prediction": alpha noise - std x0, for alpha^2 + std^2 = 1.
+            - "flow": noise - x0, for alpha + std = 1.
+            - "trigflow": F, the velocity over sigma_data, so that x0 = cos(t) x - sin(t) sigma_data F.
         output: the network's output (B, ...).
         x: the noisy sample (B, ...) in the interpolant's own scale.
-        sigma: its noise-to-signal ratio (B,); finite for "epsilon", which says nothing of x0 where x is pure noise.
+        sigma: its noise-to-signal ratio (B,); finite for "epsilon", which does not determine x0 from pure noise.
         interpolant: the forward process.
 
     Raises:
@@ -260,7 +279,18 @@ def to_denoised(prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor, 
 def from_denoised(
     prediction_type: str, denoised: Tensor, x: Tensor, sigma: Tensor, interpolant: Interpolant
 ) -> Tensor:
-    """What a network must put out to mean `denoised`: the inverse of `to_denoised`, for sigma > 0."""
+    """The network output that means `denoised`: the inverse of `to_denoised`, for sigma > 0.
+
+    Args:
+        prediction_type: what the network predicts, as in `to_denoised`.
+        denoised: the estimate (B, ...) of the clean data.
+        x: the noisy sample (B, ...) in the interpolant's own scale.
+        sigma: its noise-to-signal ratio (B,), above 0.
+        interpolant: the forward process.
+
+    Raises:
+        ValueError: unknown prediction type.
+    """
     alpha, std = append_dims(interpolant.alpha(sigma), x), append_dims(interpolant.std(sigma), x)
     if prediction_type == "sample":
         return denoised

@@ -1,4 +1,4 @@
-"""Random changes to the images that a discriminator sees, real and made alike, through which gradients pass.
+"""Random, differentiable changes to the images that a discriminator sees, both real and generated.
 
 DiffAugment (Zhao et al. 2020, arXiv:2006.10738, section 3): colour, translation and cutout, in this order. The
 ranges are the paper's, for pixels in [-1, 1].
@@ -12,20 +12,22 @@ from cm_diffusers.core.draws import Draws
 
 
 def differentiable_augmentation(images: Tensor, draws: Draws, name: str) -> Tensor:
-    """Augment every image by numbers of its own, keyed by its row of the global batch.
+    """Augment each image with its own random numbers, keyed by its row of the global batch.
 
-    Brightness adds [-0.5, 0.5); saturation times [0, 2) about each pixel's mean over the channels; contrast times
-    [0.5, 1.5) about the image's mean; a shift by whole pixels, up to 1/8 of either side; a hole of half of either side
-    around a pixel of the image, so that a part of the hole may lie outside.
+    - Brightness: adds a number in [-0.5, 0.5).
+    - Saturation: scales the difference from each pixel's mean over the channels by a factor in [0, 2).
+    - Contrast: scales the difference from the image's mean by a factor in [0.5, 1.5).
+    - Translation: shifts by whole pixels, up to 1/8 of either side.
+    - Cutout: makes a hole of half of either side around a pixel of the image. Part of the hole can lie outside.
 
-    What comes in from outside and the hole are 0, mid-grey: as far from black as from white, and visible on a black
-    background, where black would let a generator's off-centre digit pass for a centred one that was shifted. Nothing
-    is clamped to [-1, 1], as gradients would end there.
+    The hole and pixels from outside are 0, mid-grey: as far from black as from white, and visible on a black
+    background. With black a generator's off-centre digit would pass for a shifted, centred digit. Nothing is clamped
+    to [-1, 1], because a clamp stops gradients.
 
     Args:
         images: (B, C, H, W) in [-1, 1], a floating dtype.
-        draws: the step's numbers, for the same B rows.
-        name: which images these are; each name has numbers of its own, and the same name gives the same ones.
+        draws: the random numbers of the step, for the same B rows.
+        name: the kind of these images. Different names give independent changes; the same name repeats its changes.
 
     Returns:
         (B, C, H, W) in the dtype of `images`.
@@ -36,7 +38,7 @@ def differentiable_augmentation(images: Tensor, draws: Draws, name: str) -> Tens
 
 
 def _colour(images: Tensor, u: Tensor) -> Tensor:
-    """`u` (B, 3) for brightness, saturation and contrast."""
+    """Change colours by `u` (B, 3): brightness, saturation, contrast."""
     brightness, saturation, contrast = u.to(images.dtype)[..., None, None, None].unbind(1)
     images = images + (brightness - 0.5)
     grey = images.mean(1, keepdim=True)
@@ -46,13 +48,13 @@ def _colour(images: Tensor, u: Tensor) -> Tensor:
 
 
 def _translate(images: Tensor, u: Tensor) -> Tensor:
-    """`u` (B, 2) for the shift in rows and in columns."""
+    """Shift by `u` (B, 2): in rows, in columns."""
     for dim, fraction in ((2, u[:, 0]), (3, u[:, 1])):
         size = images.shape[dim]
         most = size // 8
         shift = (fraction * (2 * most + 1)).long() - most
         padding = (0, 0, most, most) if dim == 2 else (most, most)
-        # each pixel is read once at most, so the backward pass adds nothing up and is deterministic on a GPU as well
+        # each pixel is read at most once, so the backward pass sums nothing and is deterministic on a GPU as well
         source = torch.arange(size, device=images.device) + most - shift[:, None]
         source = source[:, None, :, None] if dim == 2 else source[:, None, None, :]
         images = F.pad(images, padding).gather(dim, source.expand(images.shape))
@@ -60,7 +62,7 @@ def _translate(images: Tensor, u: Tensor) -> Tensor:
 
 
 def _cut_out(images: Tensor, u: Tensor) -> Tensor:
-    """`u` (B, 2) for the row and the column of the hole's centre."""
+    """Make a hole whose centre `u` (B, 2) places: row, column."""
     inside = []
     for size, fraction in zip(images.shape[2:], u.unbind(1)):
         first = (fraction * size).long() - size // 4

@@ -1,4 +1,4 @@
-"""Exponential moving averages of a network's weights: float32 whatever the weights are, several at once."""
+"""Exponential moving averages (EMA) of a network's weights: several at once, in float32 for weights of any dtype."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ConstantDecay:
-    """The decay that was asked for, from the first step on."""
+    """The same `decay` at every step."""
 
     decay: float
 
@@ -22,9 +22,10 @@ class ConstantDecay:
 
 @dataclass(frozen=True)
 class HalfLife:
-    """Half of the average is younger than `kimg` thousand images, or than a share `rampup` of all images seen so far.
+    """A half-life of `kimg` thousand images, but at most the share `rampup` of all images seen so far.
 
-    The ramp keeps the random initial weights out of short runs (Karras et al. 2022, app. F.2: 500 kimg, 0.05).
+    The ramp keeps the random initial weights out of short runs (Karras et al. 2022, app. F.2: 500 kimg, 0.05); a
+    `rampup` of 0 turns it off.
     """
 
     kimg: float
@@ -44,7 +45,7 @@ class EMA:
 
     Args:
         module: the network whose weights are averaged.
-        profiles: decay rules with distinct names; the first is the one that is exported.
+        profiles: decay rules with distinct names; the average of the first is exported.
     """
 
     def __init__(self, module: nn.Module, profiles: list):
@@ -58,7 +59,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, images_seen: int, batch_size: int) -> None:
-        """Average in the weights after an optimiser step that brought the run to `images_seen` images."""
+        """Update the averages after an optimiser step on `batch_size` images; `images_seen` includes these."""
         parameters = dict(self.module.named_parameters(remove_duplicate=False))  # as in a state dict
         weights = [p.detach().float() for p in parameters.values()]
         for name, profile in self.profiles.items():

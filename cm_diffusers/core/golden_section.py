@@ -1,19 +1,19 @@
-"""Minima by golden-section search: of one variable, and of noise levels one after the other."""
+"""Minima by golden-section search: of one variable, and of noise levels one after another."""
 
 import math
 from collections.abc import Callable, Sequence
 
 
-GOLDEN = (math.sqrt(5) - 1) / 2  # 0.618, the share of the interval that each evaluation leaves
+GOLDEN = (math.sqrt(5) - 1) / 2  # 0.618, the share of the interval that remains after each evaluation
 
 
 def golden_section(f: Callable[[float], float], low: float, high: float, tolerance: float) -> tuple[float, float]:
-    """Where `f` is least, and its value there (Kiefer 1953, https://doi.org/10.1090/S0002-9939-1953-0055639-3).
+    """The minimiser of `f` and its value there (Kiefer 1953, https://doi.org/10.1090/S0002-9939-1953-0055639-3).
 
     Args:
-        f: a function that falls to one minimum in [low, high] and rises behind it; it is called in (low, high) alone.
+        f: a function that falls to one minimum in [low, high] and then rises. It is called only inside (low, high).
         low, high: the interval.
-        tolerance: the minimum is within so much of the place that is given; each call divides the interval by 1.618.
+        tolerance: largest distance of the result from the minimiser; each call divides the interval by 1.618.
     """
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     f_left, f_right = f(left), f(right)
@@ -36,14 +36,16 @@ def search_levels(
     tolerance: float = 0.1,
     sweeps: int = 2,
 ) -> tuple[list[float], float]:
-    """The levels after the first for which `distance` is least, one after the other in ln sigma, and its value.
+    """Minimise `distance` over all levels but the first; returns the best levels and their distance.
+
+    The levels are searched one after another, in ln sigma.
 
     Args:
-        distance: of falling levels, less is better; it must give the same number for the same levels.
-        sigmas: the levels to begin with, which are kept where nothing better is found. The first one stays.
-        lowest: levels stay above it.
-        tolerance: of ln sigma.
-        sweeps: how often to go through the levels; a single one is searched once, as nothing else moves.
+        distance: a function of decreasing levels. It must return the same number for the same levels.
+        sigmas: the initial levels. The first one stays, the others stay unless the search finds better ones.
+        lowest: a bound below all levels.
+        tolerance: that of `golden_section`, in ln sigma.
+        sweeps: passes over the levels. One searched level gets one pass, because no other level moves.
     """
     sigmas = list(sigmas)
     least = distance(sigmas)
@@ -58,7 +60,7 @@ def search_levels(
 def _best_level(
     distance: Callable[[list[float]], float], sigmas: list[float], i: int, lowest: float, tolerance: float
 ) -> tuple[float, float]:
-    """The level at place `i`, between its neighbours, for which `distance` is least, and its value."""
+    """The level at index `i`, between its neighbours, that minimises `distance`, and its distance."""
 
     def level(log_sigma: float) -> float:
         return float(f"{math.exp(log_sigma):.4g}")

@@ -1,7 +1,7 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), of whatever is told a condition.
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) of any function of a condition.
 
-All that is linear in a network's output at a given point (the denoised image, the jump, the velocity) is guided alike,
-so that it does not matter to which of them the formula is applied.
+The denoised image, the jump and the velocity are linear in a network's output at a given point. Guiding any of them
+therefore gives the same result.
 """
 
 import math
@@ -16,13 +16,13 @@ from cm_diffusers.core.conditions import Condition, call_network
 
 
 def guide(call: Callable[[Condition], Tensor], condition: Condition, negative: Condition, scale: float) -> Tensor:
-    """f_negative + w (f - f_negative), of scale w, by one call for both (eq. 6).
+    """f_negative + w (f - f_negative), (B, ...), with one call for both (eq. 6).
 
     Args:
-        call: gives f (2B, ...) for a condition of 2B rows.
+        call: returns f (2B, ...) for a condition of 2B rows.
         condition: B rows.
-        negative: as many, to be led away from, which for the null condition gives the paper's formula.
-        scale: w; 1 is f itself.
+        negative: B rows to move away from; the null condition gives the paper's formula.
+        scale: w; 1 gives f itself.
     """
     both = call(condition.joined(negative))
     given, led_from = both[: both.shape[0] // 2], both[both.shape[0] // 2 :]  # ONNX's optimizer fails at chunk(2)
@@ -31,13 +31,13 @@ def guide(call: Callable[[Condition], Tensor], condition: Condition, negative: C
 
 @dataclass(frozen=True)
 class Guidance:
-    """What a network is told of each sample, and what it is led away from, within an interval of noise levels.
+    """A condition, a negative condition to move away from, and the noise levels with guidance.
 
     Args:
         condition: B rows.
-        negative: as many.
-        scale: w.
-        low, high: the levels sigma, both included, at which there is guidance (Kynkäänniemi et al. 2024,
+        negative: B rows.
+        scale: w of `guide`.
+        low, high: the lowest and highest sigma with guidance, both included (Kynkäänniemi et al. 2024,
             arXiv:2404.07724).
     """
 
@@ -51,9 +51,15 @@ class Guidance:
 def call_guided(
     network: Callable, x: Tensor, *times: Tensor, told: Condition | Guidance, sigma: Tensor | float, **kwargs: Any
 ) -> Tensor:
-    """The first output of `network(x, *times, **kwargs)`, guided if `told` says so for the scalar level `sigma`.
+    """The first output of `network(x, *times, **kwargs)`, guided if `told` has guidance at `sigma`.
 
-    Tensors among the times and keywords are for all samples, (), or for each, (B,).
+    Args:
+        network: called with `return_dict=False` and the condition.
+        x: the network's input (B, ...).
+        times: the time inputs, () for all samples or (B,).
+        told: a condition, or a condition with guidance.
+        sigma: the noise level, a scalar.
+        kwargs: further keyword arguments; tensors among them have shape () or (B, ...).
     """
     if isinstance(told, Guidance) and not told.low <= sigma <= told.high:
         told = told.condition

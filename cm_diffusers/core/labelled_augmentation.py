@@ -1,12 +1,14 @@
-"""Augmentation that does not leak into samples, as the network is told of it (Karras et al. 2022, arXiv:2206.00364).
+"""Augmentation whose parameters the network receives, so that it does not leak into samples.
 
-Appendix F.2, table 6: an image is mirrored, scaled, turned, stretched and shifted, each with a small probability, and
-labels say how. Samples are made with labels of zeros, which are those of an image that was left alone.
+Karras et al. 2022 (arXiv:2206.00364), appendix F.2, table 6: an image is mirrored, scaled, turned, stretched and
+shifted, each with a small probability, and labels describe the changes. Sampling uses labels of zeros, which mean an
+unchanged image.
 
-What moves between pixels goes through an image of twice the resolution, made and undone by the wavelet filter sym6
-(Karras et al. 2020, arXiv:2006.06676, appendix B.2). Two things differ from there: what comes in from outside is the
-mirrored image, however far outside it is, and pixels are placed at the filter's own centre of mass, so that linear
-ramps are moved exactly.
+All changes but mirroring use an image of twice the resolution, which the wavelet filter sym6 makes and undoes (Karras
+et al. 2020, arXiv:2006.06676, appendix B.2). Two things differ from that paper:
+
+- The region outside is the mirrored image, at any distance.
+- Pixels are placed at the filter's own centre of mass, so that linear ramps move exactly.
 """
 
 import math
@@ -19,7 +21,7 @@ from cm_diffusers.core.draws import Draws
 
 
 LABELS = 9
-SCALE, STRETCH, SHIFT = 0.2, 0.2, 0.125  # standard deviations: of log2, of log2, and in sides of the image
+SCALE, STRETCH, SHIFT = 0.2, 0.2, 0.125  # standard deviations: in log2, in log2, and in sides of the image
 # The low-pass filter of the least asymmetric orthogonal wavelet with 6 vanishing moments (Daubechies 1992, table 6.3)
 SYM6 = (
     -0.007800708325034148, 0.0017677118642428036, 0.04472490177066578, -0.021060292512300564, -0.07263752278646252,
@@ -27,27 +29,37 @@ SYM6 = (
     0.0034907120842174702, 0.015404109327027373,
 )  # fmt: skip
 CENTRE = sum(k * tap for k, tap in enumerate(SYM6)) / sum(SYM6)
-MARGIN = len(SYM6) // 4  # pixels beyond the border that a sample inside reads
+MARGIN = len(SYM6) // 4  # how many pixels beyond the border a place inside reads
 
 
 def augment(images: Tensor, draws: Draws, probability: float) -> tuple[Tensor, Tensor]:
-    """Change every image by numbers of its own, keyed by its row of the global batch, and say how.
+    """Change each image with its own random numbers, keyed by its row of the global batch.
 
-    Half of the images are mirrored left to right, which counts as an augmentation like the others. With `probability`
-    each, and independently: mirroring top to bottom in half of these cases; a scale of 2^(0.2 a); a turn by an angle
-    uniform in [-pi, pi); a stretch by 2^(0.2 a) along an axis and by its inverse across, the axis being the rows' in
-    half of these cases and else any; a shift by 1/8 of either side times a, a'. All a are unit normals.
+    Half of the images are mirrored left to right; the labels show it like the other changes. Each of the following
+    changes has `probability`, independently of the others. Every a and a' is a separate unit normal number.
+
+    - Mirroring top to bottom, in half of these cases.
+    - A scale of 2^(0.2 a).
+    - A turn by an angle uniform in [-pi, pi).
+    - A stretch by 2^(0.2 a) along an axis and by its inverse across. The axis is that of the rows in half of these
+      cases, else any.
+    - A shift by a and a' times 1/8 of the sides.
 
     Args:
         images: (B, C, H, W), float, sides of 2 pixels or more.
-        draws: the step's numbers, for the same B rows.
+        draws: the random numbers of the step, for the same B rows.
         probability: in [0, 1].
 
     Returns:
-        The images, and float32 labels (B, 9): mirrored left to right and top to bottom (0 or 1), a of the scale,
-        cos - 1 and sin of the turn, a of the stretch times cos and sin of its axis, a and a' of the shift to the right
-        and down. Labels of zeros are those of an image that is returned as it came. A stretch a and one of -a along
-        the opposite axis share their labels, as in the paper.
+        The images (B, C, H, W), and float32 labels (B, 9). Labels of zeros mean an unchanged image. Their columns are
+
+        - mirrored left to right, and top to bottom (0 or 1),
+        - a of the scale,
+        - cos - 1 and sin of the turn,
+        - a of the stretch times cos and sin of its axis,
+        - a of the shift to the right, and a' of the shift down.
+
+        A stretch a and one of -a along the opposite axis share their labels, as in the paper.
     """
     assert images.ndim == 4 and len(images) == len(draws.rows) and min(images.shape[2:]) > 1
     u = draws.uniform("augmentation", (10,)).to(images.device)
@@ -63,7 +75,7 @@ def augment(images: Tensor, draws: Draws, probability: float) -> tuple[Tensor, T
         images = torch.where(mirror[:, None, None, None] > 0, images.flip(dim), images)
 
     height, width = images.shape[2:]
-    # from where in the result to where in the image, about their middles: the changes undone, the last one first
+    # from a place in the result to one in the image, about their centres: the inverse changes, the last one first
     shift = SHIFT * torch.stack([width * right, height * down], 1)
     s = 2 ** (STRETCH * stretch)
     undone = (2 ** (-SCALE * scale))[:, None, None] * _turn(turn)
@@ -73,20 +85,20 @@ def augment(images: Tensor, draws: Draws, probability: float) -> tuple[Tensor, T
 
 
 def _turn(angle: Tensor) -> Tensor:
-    """Matrices (B, 2, 2) on (x, y)."""
+    """Rotation matrices (B, 2, 2) on (x, y)."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
 
 
 def _mirrored(pixels: Tensor, last: Tensor | int) -> Tensor:
-    """Where in [0, last] each place is that is reached by mirroring at both ends, as often as it takes."""
+    """The places in [0, last] that `pixels` show when the row is mirrored at both ends, without limit."""
     return last - (pixels.remainder(2 * last) - last).abs()
 
 
 def _filters(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices that double a row of `size` pixels, (2 size + 10, size), and halve one, its inverse inside.
+    """A matrix (2 size + 10, size) that doubles a row of `size` pixels, and one that undoes it.
 
-    Pixel m has the place 2 m + CENTRE of the doubled row; beyond its ends the row is mirrored.
+    Pixel m is at the place 2 m + CENTRE of the doubled row; beyond its ends the row is mirrored.
     """
     places, pixels = torch.arange(2 * size + len(SYM6) - 2), torch.arange(-MARGIN, size + MARGIN)
     tap = places[:, None] - 2 * pixels
@@ -97,7 +109,7 @@ def _filters(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _read(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    """The images (B, C, H, W) whose place p, from the middle, shows the place matrix (p - shift) of `images`.
+    """Images (B, C, H, W) that show at each place p, from the centre, the place matrix (p - shift) of `images`.
 
     Args:
         matrix: (B, 2, 2), on (x, y).

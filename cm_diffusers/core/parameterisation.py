@@ -1,6 +1,6 @@
-"""What a network predicts of x = x0 + sigma noise, and in which scale it is given x: one table, and its formulas.
+"""Predictions of networks for x = x0 + sigma noise, and the scale of their input: a table and its formulas.
 
-    prediction      the network is given         and predicts (norm is that of `input_norm`)
+    prediction      network input                network output (norm is that of `input_norm`)
     edm             x / norm                     F under EDM's scalings: D = c_skip x + c_out F
     trigflow        x / norm                     -F of edm, the velocity over sigma_data of TrigFlow
     epsilon         x / norm, alpha = 1 / norm   the noise
@@ -8,10 +8,14 @@
     flow            x / norm, 1 - t = 1 / norm   noise - x0
     sample          x / norm                     x0, which is not the identity at sigma = 0
 
-The estimate D of x0 is a sum of x and the output with factors that only depend on sigma. Their roundings differ with
-the order of operations, and the numbers of saved models and of training are kept to the bit. So there is a form for
-a network's own process (`read_out_on_process`), one for jumps from level to level (`jump_scalings`), one for slopes
-(`slope_scalings`) and two for samplers (`read_out_scalings`, `read_out_of_input`).
+The estimate D of x0 is a sum of x and the output, with factors that only depend on sigma. The order of operations
+changes the last bit, and the numbers of saved models and of training are kept to the bit. This is why there are
+several forms:
+
+- `read_out_on_process` for a network's own process,
+- `jump_scalings` for jumps from level to level,
+- `slope_scalings` for slopes,
+- `read_out_scalings` and `read_out_of_input` for samplers.
 """
 
 import numpy as np
@@ -22,19 +26,24 @@ from cm_diffusers.core.arrays import Values
 from cm_diffusers.core.time_labels import TIME_LABELS, flow_time, sigma_of_flow_time, sigma_of_vp_time, vp_time
 
 
-# predictions of networks that may jump: D is the identity at sigma = 0, or at a floor
+# predictions of networks that can jump: D is the identity at sigma = 0, or at a floor
 JUMP_PREDICTIONS = ("edm", "flow", "epsilon", "v_prediction")
 
 
 def spread_of(prediction: str, sigma_data: float) -> float:
-    """Standard deviation of the data as the process of the network takes them: 1 but for EDM's and TrigFlow's."""
+    """The assumed standard deviation of the data: `sigma_data` for the `prediction` "edm" or "trigflow", else 1."""
     return sigma_data if prediction in ("edm", "trigflow") else 1.0
 
 
 def input_norm(prediction: str, sigma: Tensor, sigma_data: float = 1.0) -> Tensor:
-    """What x at `sigma` is divided by for the network: 1 + sigma for "flow", else sqrt(sigma^2 + spread^2).
+    """The divisor of x for the network's input: 1 + sigma for "flow", else sqrt(sigma^2 + spread^2).
 
     1 / norm is EDM's c_in (Karras et al. 2022, table 1), the alpha of VP (Ho et al. 2020), 1 - t of linear flow.
+
+    Args:
+        prediction: what the network predicts.
+        sigma: any shape.
+        sigma_data: the spread for "edm" and "trigflow"; others have 1.
     """
     if prediction == "flow":
         return 1 + sigma
@@ -42,10 +51,11 @@ def input_norm(prediction: str, sigma: Tensor, sigma_data: float = 1.0) -> Tenso
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out, c_in at `sigma`, any shape (Karras et al. 2022, table 1).
+    """c_skip, c_out and c_in at `sigma`, any shape (Karras et al. 2022, table 1).
 
-    With a floor `sigma_min` > 0 they are those of the consistency models (Song et al. 2023, arXiv:2303.01469, app. C),
-    for which D(x, sigma_min) = x; with 0 they are EDM's own, for which D(x, 0) = x.
+    With a floor `sigma_min` > 0 they are those of consistency models (Song et al. 2023, arXiv:2303.01469, app. C), for
+    which D(x, sigma_min) = x. With 0 they are EDM's own, for which D(x, 0) = x. `sigma_data` is the root mean square
+    of the data.
     """
     shifted = sigma - sigma_min
     norm = input_norm("edm", sigma, sigma_data)
@@ -57,9 +67,9 @@ def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float = 0.0) -> tu
 def read_out_scalings(
     prediction: str, sigma: Tensor, sigma_data: float = 1.0, sigma_min: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The factors of x = x0 + sigma noise and of the network's output F in D(x, sigma).
+    """The factors keep of x = x0 + sigma noise and gain of the network's output F: D(x, sigma) = keep x + gain F.
 
-    For "edm" keep x + gain F agrees to the bits of diffusers' `CMStochasticIterativeScheduler`.
+    For "edm" this D equals that of diffusers' `CMStochasticIterativeScheduler` to the bit.
 
     Args:
         prediction: one of `JUMP_PREDICTIONS`, or "sample".
@@ -83,7 +93,13 @@ def read_out_scalings(
 def read_out_of_input(prediction: str, output: Tensor, network_input: Tensor, sigma: Tensor) -> Tensor:
     """D for "flow" and "v_prediction" from x / norm: the form of `DenoisingPipeline`.
 
-    It differs from that of `read_out_scalings` in the last bit, which the images of saved diffusion models have.
+    It differs from `read_out_scalings` in the last bit, on which the images of saved diffusion models depend.
+
+    Args:
+        prediction: "flow" or "v_prediction".
+        output: the network's output (B, ...).
+        network_input: x / norm (B, ...).
+        sigma: a shape that broadcasts against `output`.
     """
     norm = input_norm(prediction, sigma)
     return (network_input if prediction == "flow" else network_input / norm) - sigma / norm * output
@@ -92,14 +108,14 @@ def read_out_of_input(prediction: str, output: Tensor, network_input: Tensor, si
 def read_out_on_process(
     prediction: str, output: Tensor, x: Tensor, alpha: Tensor | float, std: Tensor | float
 ) -> Tensor:
-    """The estimate of x0 that a network's output means, for x = alpha x0 + std noise in the scale of its own process.
+    """The estimate of x0 from a network's output, for x = alpha x0 + std noise in the scale of its own process.
 
-    It holds where x is pure noise, too (alpha = 0), but for "epsilon", which says nothing of x0 there.
+    It also holds where x is pure noise (alpha = 0), except for "epsilon", which does not determine x0 there.
 
     Args:
         prediction: "sample", "epsilon", "v_prediction", "flow", or "trigflow", whose std is sin(t) sigma_data.
         output, x: (B, ...).
-        alpha, std: numbers, or of a shape that broadcasts against `x`.
+        alpha, std: numbers, or tensors that broadcast against `x`.
     """
     if prediction == "sample":
         return output
@@ -113,8 +129,8 @@ def read_out_on_process(
 def jump_scalings(prediction: str, sigma: Tensor, sigma_to: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """The factors of x and of the network's output F in a jump G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s).
 
-    g is the clean sample that F means: for "edm" c_skip(t) x + c_out(t) F without a floor. In a form where nothing
-    cancels for any t and s, 0 included, and which gives 1 and 0 for s = t (Kim et al. 2023, arXiv:2310.02279, eq. 9).
+    g is the clean sample that F means: for "edm" c_skip(t) x + c_out(t) F without a floor (Kim et al. 2023,
+    arXiv:2310.02279, eq. 9). In this form nothing cancels for any t and s, including 0, and s = t gives 1 and 0.
 
     Args:
         prediction: one of `JUMP_PREDICTIONS`; x is x0 + sigma noise for all of them.
@@ -134,12 +150,12 @@ def jump_scalings(prediction: str, sigma: Tensor, sigma_to: Tensor, sigma_data: 
 def slope_scalings(prediction: str, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """The pull and the gain in dx / dsigma = (x - g) / sigma = pull x - gain F, of the probability-flow ODE.
 
-    A jump is linear in s, G = x + (s - t) (pull x - gain F). Unlike the form of `jump_scalings` this one cancels for
-    large t and small s, so it is for float64.
+    A jump is linear in s: G = x + (s - t) (pull x - gain F). Unlike `jump_scalings` this form cancels for large t and
+    small s, so it needs float64.
 
     Args:
         prediction: one of `JUMP_PREDICTIONS`.
-        sigma: t, any shape; may be 0.
+        sigma: t, any shape; can be 0.
         sigma_data: root mean square of the data, for "edm".
     """
     if prediction == "epsilon":
@@ -152,14 +168,14 @@ def slope_scalings(prediction: str, sigma: Tensor, sigma_data: float) -> tuple[T
 
 
 class NetworkInput:
-    """How a network is given a sample x0 + sigma noise: the sample in its own scale, and the level as its time.
+    """The input of a network for x0 + sigma noise: the sample in the network's scale, and the level as its time.
 
     Args:
         prediction: a key of `LABELS_OF_PREDICTION`.
-        time_label: one of its labels there.
+        time_label: one of the labels of this prediction.
         sigma_data: root mean square of the data, for "edm" and "trigflow".
         time_scale: factor of the label "flow_time".
-        angles: for the label "timestep" the table that `vp_angles` gives, as an array.
+        angles: the table (N,) from `vp_angles`, as an array, for the label "timestep"; otherwise None.
     """
 
     def __init__(
@@ -182,7 +198,7 @@ class NetworkInput:
         return self.angles
 
     def sigma(self, label: np.ndarray) -> np.ndarray:
-        """The level whose time input `label` is, any shape."""
+        """The noise level with the time input `label`, any shape."""
         if self.time_label == "flow_time":
             with np.errstate(divide="ignore"):  # infinite where the process is pure noise
                 return sigma_of_flow_time(label, self.time_scale)
@@ -191,5 +207,5 @@ class NetworkInput:
         return TIME_LABELS[self.time_label].to_sigma(label, self.sigma_data)
 
     def norm(self, sigma: Tensor) -> Tensor:
-        """What a sample at `sigma` is divided by; see `input_norm`."""
+        """The divisor of a sample at `sigma`, any shape; see `input_norm`."""
         return input_norm(self.prediction, sigma, self.sigma_data)

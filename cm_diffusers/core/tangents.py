@@ -1,7 +1,7 @@
-"""Directional derivatives of networks: forward-mode differentiation, or finite differences, behind one function.
+"""Directional derivatives of networks, by forward-mode differentiation or finite differences.
 
-The tangent carries no autograd graph: a loss takes it as a constant and gets its gradient from an ordinary forward
-pass, so memory stays near that of a plain step, and DDP, compiled and checkpointed networks work as always.
+The tangent carries no autograd graph. A loss takes it as a constant and gets its gradient from an ordinary forward
+pass. Memory therefore stays near that of a plain step, and DDP, compiled and checkpointed networks work as usual.
 """
 
 import warnings
@@ -17,27 +17,28 @@ from cm_diffusers.core.arrays import append_dims
 
 MODES = ("auto", "exact", "finite_difference")
 NORMS = ("norm", "rms", "clip", "none")
-NO_DERIVATIVE = ("xformers", "flash", "sage", "npu", "xla", "flex", "aiter")  # attention kernels, by their names
+NO_DERIVATIVE = ("xformers", "flash", "sage", "npu", "xla", "flex", "aiter")  # names of attention kernels
 
 
 class NotDifferentiable(ValueError):
-    """A network has a part without forward-mode derivative."""
+    """A network has a part without a forward-mode derivative."""
 
 
 @contextmanager
 def jvp_ready(model: nn.Module, mode: str = "exact") -> Iterator[nn.Module]:
-    """Inside, `model` has exact tangents: attention runs on the math kernel, group norms get contiguous inputs.
+    """Give `model` exact tangents inside this block.
 
-    Stock U-Nets need both (torch 2.13): the flash kernel has no forward derivative, and the derivative of a group norm
-    fails on the channels-last output of an attention block. Weights and, outside, outputs stay as they are, bit for
-    bit; inside, outputs are equal to rounding.
+    Attention runs on the math kernel, and group norms get contiguous inputs. Stock U-Nets need both (torch 2.13): the
+    flash kernel has no forward derivative, and that of a group norm fails on the channels-last output of an attention
+    block. Inside the block outputs are equal up to rounding. Weights, and outputs outside the block, do not change.
 
     Args:
         model: the network.
-        mode: that of `jvp`; finite differences need nothing, and "auto" can do without.
+        mode: that of `jvp`. "finite_difference" changes nothing; "auto" does not check the network.
 
     Raises:
-        NotDifferentiable: the model holds what has no forward derivative even so; the message says what to do.
+        NotDifferentiable: in mode "exact", `model` still has a part without a forward derivative. The message names a
+            remedy.
     """
     if mode == "finite_difference":
         yield model
@@ -57,12 +58,16 @@ def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def check_differentiable(model: nn.Module) -> None:
-    """Raise NotDifferentiable, with the name of the part, for what is known to have no forward derivative."""
+    """Check `model` for parts that are known to have no forward derivative.
+
+    Raises:
+        NotDifferentiable: the name of the part, and a remedy.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats:
             raise NotDifferentiable(
-                f"{name} is a {type(module).__name__} in training mode, whose running statistics are updated in place:"
-                " it has no forward derivative. Use GroupNorm, or put it in evaluation mode."
+                f"{name} is a {type(module).__name__} in training mode. It updates its running statistics in place, so"
+                " it has no forward derivative. Use GroupNorm, or put this layer in evaluation mode."
             )
         processor = getattr(module, "processor", None)
         backend = getattr(processor, "_attention_backend", None)
@@ -81,20 +86,20 @@ def jvp(
     mode: str = "auto",
     relative_step: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """function(*primals) and its derivative along `tangents`, both without autograd graph.
+    """function(*primals) and its derivative along `tangents`, both without an autograd graph.
 
     Args:
-        function: a batched function; a network's random numbers (dropout) are the same in all of its evaluations.
+        function: a batched function. Random numbers that it draws (dropout) are the same in all of its evaluations.
         primals: tensors (B, ...).
         tangents: tensors of the same shapes.
-        mode: "exact" is forward-mode differentiation (of networks: inside `jvp_ready`). "finite_difference" is the
-            central difference, two more evaluations and none of the needs: relative error about 1e-3 in float32.
-            "auto" is exact where that is possible, else the central difference, with a warning.
+        mode: "exact" is forward-mode differentiation; networks need `jvp_ready`. "finite_difference" is the central
+            difference: two more evaluations, no requirements, and a relative error of about 1e-3 in float32. "auto"
+            is "exact" if possible, else the central difference with a warning.
         relative_step: step of the central difference per sample, relative to the size of its primals.
-            Default: the cube root of the precision.
+            Default: the cube root of the precision of their dtype.
 
     Raises:
-        NotDifferentiable: in "exact" mode, where the function has no forward derivative.
+        NotDifferentiable: in mode "exact", `function` has no forward derivative.
         ValueError: unknown mode.
     """
     if mode not in MODES:
@@ -112,16 +117,24 @@ def jvp(
             reason = str(error).split("\n")[0]
             if mode == "exact":
                 raise NotDifferentiable(
-                    f"The network has no forward derivative: {reason} Take its tangents inside jvp_ready(network), or"
-                    " use finite differences (mode finite_difference)."
+                    f"The network has no forward derivative ({reason}). Take its tangents inside jvp_ready(network),"
+                    " or use finite differences (mode finite_difference)."
                 ) from error
-            warnings.warn(f"No forward derivative, finite differences are used: {reason}", stacklevel=2)
+            warnings.warn(
+                f"The network has no forward derivative, so finite differences are used ({reason}).", stacklevel=2
+            )
             return _central_difference(function, primals, tangents, relative_step)
 
 
 def normalised(g: Tensor, kind: str, c: float = 0.1) -> Tensor:
-    """A tangent (B, ...), bounded: g / (|g| + c) with the norm of the sample ("norm"; Lu & Song 2024,
-    arXiv:2410.11081, section 4.2) or its root mean square ("rms"), g clamped to [-1, 1] ("clip"), or g ("none")."""
+    """A bounded version of a tangent.
+
+    Args:
+        g: the tangent (B, ...).
+        kind: "norm" is g / (|g| + c) with the norm of the sample (Lu & Song 2024, arXiv:2410.11081, section 4.2).
+            "rms" has its root mean square in place of the norm. "clip" clamps g to [-1, 1]. "none" returns g.
+        c: the constant c of "norm" and "rms".
+    """
     if kind == "clip":
         return g.clamp(-1, 1)
     if kind == "none":
@@ -152,7 +165,7 @@ def _central_difference(
 
 
 def _evaluate(function: Callable[..., Tensor], primals: Sequence[Tensor]) -> Tensor:
-    """function(*primals), leaving the state of the random number generators as it was."""
+    """function(*primals), without a change to the state of the random number generators."""
     device = primals[0].device
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):

@@ -1,4 +1,4 @@
-"""The training methods, one file each."""
+"""The training methods, one file for each."""
 
 from cm_diffusers.objectives.base import Batch, Loss, Objective
 from cm_diffusers.objectives.cd import CD

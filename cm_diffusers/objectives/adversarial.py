@@ -1,7 +1,7 @@
-"""The second player of a method: a discriminator that learns to tell its images from real ones.
+"""The discriminator of a method, which learns to tell generated images from real ones.
 
-Hinge loss on augmented images, as in the code of CTM (Kim et al. 2023, arXiv:2310.02279). Model and discriminator take
-turns: in a step of training one of them learns, and the other stands still.
+Hinge loss on augmented images, as in the authors' code of CTM (Kim et al. 2023, arXiv:2310.02279). Model and
+discriminator take turns: a training step trains one of them and leaves the other unchanged.
 """
 
 from collections.abc import Callable
@@ -20,36 +20,41 @@ from cm_diffusers.objectives.options import STEPS, Length, Options, option
 
 @dataclass(frozen=True)
 class AdversaryOptions(Options):
-    gan_weight: float = option(0.0, "Weight of the adversarial loss; 0 for no discriminator.", "[0, 1e6]")
+    gan_weight: float = option(0.0, "Weight of the adversarial loss; 0 trains without a discriminator.", "[0, 1e6]")
     discriminator_start_step: Length = option(
-        0, "First step of the adversarial loss, or below 1 the share of the run before it.", STEPS
+        0, "First training step with the adversarial loss; a number below 1 is a share of the run.", STEPS
     )
     discriminator_period: int = option(
-        2, "From then on, every so many steps train the discriminator, not the model.", "[2, 1e6]"
+        2,
+        "Once the adversarial loss has started, one step in this many trains the discriminator in place of the model.",
+        "[2, 1e6]",
     )
     discriminator_learning_rate: float = option(
-        2e-3, "Learning rate of the discriminator (RAdam, betas 0.5, 0.9).", "[1e-12, 1e3]"
+        2e-3, "Learning rate of the discriminator (RAdam with betas 0.5 and 0.9).", "[1e-12, 1e3]"
     )
     discriminator_backbone: str | None = option(
         None,
-        "Let the discriminator see the features of this vision model of transformers, a folder or a Hub id such as"
-        " facebook/dinov2-small. Default: pixels, by a small convolutional network; needs no download.",
+        "Vision model of transformers whose features the discriminator sees: a folder or a Hub id such as"
+        " facebook/dinov2-small. The default is a small convolutional network on pixels, which needs no download.",
         place="path or Hub id",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.discriminator_backbone is not None and not self.gan_weight:
-            raise ValueError("discriminator_backbone is for a discriminator, which gan_weight 0 leaves out.")
+            raise ValueError(
+                "discriminator_backbone has no effect, because gan_weight 0 leaves out the discriminator; set"
+                " gan_weight above 0."
+            )
 
 
 class Adversary:
-    """A discriminator as the engine trains it: a network with an optimiser of its own, and the steps that are its.
+    """A discriminator as the engine trains it: a network with its own optimiser and its own training steps.
 
     Args:
-        network: gives logits (B, n) of images (B, C, H, W) and their condition.
-        options: learning rate and turns.
-        fakes: the images (B, C, H, W) of a batch that the model makes.
+        network: returns logits (B, n) for images (B, C, H, W) and their condition.
+        options: its learning rate and its turns.
+        fakes: returns the images (B, C, H, W) that the model generates for a batch.
     """
 
     def __init__(self, network: nn.Module, options: AdversaryOptions, fakes: Callable[[Batch, Draws], Tensor]):
@@ -57,24 +62,27 @@ class Adversary:
         self.model: Callable = network
 
     def attach(self, model: Callable) -> None:
-        """Let the discriminator's loss call `model`, the network as an engine has wrapped it (DDP)."""
+        """Let the discriminator's loss call `model`, the network inside an engine's wrapper (DDP)."""
         self.model = model
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """As in StyleGAN-XL (Sauer et al. 2022, arXiv:2202.00273), but rectified as in the authors' code of CTM."""
+        """Adam as in StyleGAN-XL (Sauer et al. 2022, arXiv:2202.00273), rectified as in the authors' code of CTM."""
         return torch.optim.RAdam(self.network.parameters(), self.options.discriminator_learning_rate, (0.5, 0.9))
 
     def is_on(self, step: int) -> bool:
-        """Whether there is an adversarial loss at `step`."""
+        """Whether `step` has an adversarial loss."""
         return step >= self.options.discriminator_start_step
 
     def has_turn(self, step: int) -> bool:
-        """Whether `step` trains the discriminator."""
+        """Whether `step` trains the discriminator in place of the model."""
         since = step - self.options.discriminator_start_step
         return since >= 0 and since % self.options.discriminator_period == 0
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        """The hinge loss of the discriminator: max(0, 1 - D(real)) + max(0, 1 + D(fake))."""
+        """The hinge loss of the discriminator: max(0, 1 - D(real)) + max(0, 1 + D(fake)).
+
+        `batch` has the real images; `draws` are the random numbers of the step.
+        """
         with torch.no_grad():
             fake = self.fakes(batch, draws)
         real = differentiable_augmentation(batch.samples, draws, "real")
@@ -82,11 +90,14 @@ class Adversary:
         both, condition = torch.cat([real, fake]), batch.condition.joined(batch.condition)
         real, fake = call_network(self.model, both, condition=condition).to(fake.dtype).chunk(2)
         per_sample = ((1 - real).relu() + (1 + fake).relu()).mean(1)
-        nothing = per_sample.new_zeros(0)  # the loss of the model, by noise level
+        nothing = per_sample.new_zeros(0)  # there is no loss of the model by noise level
         return Loss(per_sample.mean(), nothing, nothing, {"discriminator": per_sample.detach()})
 
     def generator_loss(self, fake: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """-D(fake) of each sample (B,), with gradient to `fake` and none to the discriminator."""
+        """-D(fake) (B,) of images `fake` (B, C, H, W) under `condition`.
+
+        Gradients reach `fake` but not the discriminator. `draws` are the random numbers of the augmentation.
+        """
         frozen = {name: value.detach() for name, value in self.network.state_dict(keep_vars=True).items()}
         pictures = differentiable_augmentation(fake, draws, "fake")
         keywords = dict(keywords_for(self.network, condition))

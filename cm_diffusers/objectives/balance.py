@@ -1,4 +1,4 @@
-"""A loss of several parts, weighed so that none drowns the others."""
+"""A loss of several parts, weighted so that none dominates."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Cut:
-    """A place between a trained network and a frozen one after it, through which losses send their gradients.
+    """A place between a trained network and a frozen network after it, through which losses send their gradients.
 
-    The frozen network is then passed once on the way back, for the ratios of gradients and for the step alike.
+    One backward pass through the frozen network then serves both the ratios of gradients and the training step.
 
     Args:
-        value: the trained network's result, with its graph.
-        leaf: the same numbers, for the frozen network to go on from.
+        value: the trained network's result (B, ...), with its graph.
+        leaf: the same numbers, as the input of the frozen network.
     """
 
     value: Tensor
@@ -24,14 +24,20 @@ class Cut:
 
     @classmethod
     def at(cls, value: Tensor) -> "Cut":
+        """The cut at `value` (B, ...)."""
         return cls(value, value.detach().requires_grad_())
 
 
 @dataclass(frozen=True)
 class Part:
-    """One loss of each sample (B,), its weight, and the limits of the factor that balancing adds to that.
+    """One part of a loss.
 
-    `cut` is where its gradient enters the trained network, if not by its own graph.
+    Args:
+        name: its name in the log.
+        per_sample: the loss (B,) of each sample.
+        weight: its weight before balancing.
+        limits: the smallest and largest factor by which balancing multiplies the weight.
+        cut: where its gradient enters the trained network; None if its own graph leads there.
     """
 
     name: str
@@ -41,7 +47,7 @@ class Part:
     cut: Cut | None = None
 
     def before_cut(self) -> Tensor:
-        """A number whose gradient by the trained weights is that of the mean loss."""
+        """A scalar whose gradient with respect to the trained weights is that of the mean loss."""
         if self.cut is None:
             return self.per_sample.mean()
         (slope,) = torch.autograd.grad(self.per_sample.sum(), self.cut.leaf, retain_graph=True)
@@ -49,7 +55,7 @@ class Part:
 
 
 def last_layer(network: nn.Module) -> Tensor:
-    """The weight of a U-Net's last layer, where the gradients of several losses are compared."""
+    """The weight of the last layer of `network`, a U-Net, where the gradients of several losses are compared."""
     inner: Any = getattr(network, "network", network)
     return inner.conv_out.weight
 
@@ -59,14 +65,15 @@ def balanced(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the means of `main` and `others`, and each part and weight, detached, by name.
 
-    With a `layer`, a part's weight is multiplied by |d main / d layer| / (|d part / d layer| + 1e-4), within its
-    limits, so that all pull alike: VQGAN's rule (Esser et al. 2021, arXiv:2012.09841, eq. 7), which CTM takes over.
+    A `layer` multiplies each part's weight by |d main / d layer| / (|d part / d layer| + 1e-4), within its limits. The
+    gradients of all parts then have similar sizes. This is VQGAN's rule (Esser et al. 2021, arXiv:2012.09841, eq. 7),
+    which CTM adopts.
 
     Args:
-        main: what the others are measured by.
+        main: the part whose gradient sets the scale; its loss has shape (B,).
         others: the other parts.
-        layer: a weight that all of them depend on; None leaves their weights alone.
-        average: the mean of a tensor over all processes, whose batches together make the gradient.
+        layer: a weight that all parts depend on; None keeps the given weights.
+        average: returns the mean of a tensor over all processes, whose batches together make the gradient.
     """
 
     def gradient_norm(loss: Tensor, layer: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every training method is to the engine: a loss, and the pipeline that its result samples with."""
+"""The interface between training methods and the engine: a loss, and the pipeline that samples with the result."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples (B, ...), float32, as images in [-1, 1] or latents, and what the network is told of each of them."""
+    """Training samples (B, ...), float32, and their condition. Samples are images in [-1, 1] or latents."""
 
     samples: Tensor
     condition: Condition = NOTHING
@@ -28,9 +28,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is back-propagated; the losses (B,), before learned weights, and noise levels (B,) are logged.
+    """The loss of a batch. `total` is back-propagated; the log receives the rest.
 
-    So are the means of `terms`, the parts of the loss and their weights by name, of any shape.
+    Args:
+        total: a scalar.
+        per_sample: the losses (B,), before learned weights, without gradient.
+        sigma: the noise levels (B,).
+        terms: parts of the loss and their weights by name, of any shape; their means are logged.
     """
 
     total: Tensor
@@ -40,14 +44,17 @@ class Loss:
 
     @classmethod
     def mean(cls, per_sample: Tensor, sigma: Tensor, log_variance: Tensor | None = None) -> "Loss":
-        """The mean; with a learned `log_variance` (B,), all noise levels weigh alike (arXiv:2312.02696, eq. 21)."""
+        """The loss whose total is the mean of `per_sample` (B,) at the noise levels `sigma` (B,).
+
+        A learned `log_variance` (B,) gives all noise levels the same weight (arXiv:2312.02696, eq. 21).
+        """
         weighted = per_sample if log_variance is None else (-log_variance).exp() * per_sample + log_variance
         return cls(weighted.mean(), per_sample.detach(), sigma)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a method is in words, for the README's table of methods and for model cards."""
+    """A description of a method, for the README's table of methods and for model cards."""
 
     what: str
     target: str
@@ -55,43 +62,44 @@ class Summary:
     distance: str
     weight: str
     paper: str
-    teacher: str = "a diffusion model"  # where it has one
+    teacher: str = "a diffusion model"  # if it has one
 
 
 class Objective(ABC):
-    """A method. It knows nothing of Accelerate, datasets, files or the Hub; the engine drives it.
+    """A training method, which the engine drives. It does not depend on Accelerate, datasets, files or the Hub.
+
+    A method sets `sigma_min`, the lowest level of its samplers, and `floor`, the level at which EDM's scalings make
+    its denoiser the identity. It also sets those declarations below that differ from their defaults; the engine, the
+    table of methods and the tests of all methods read them. Its `Options` derive from `TeacherOptions` if it can have
+    a teacher. They derive from `AdversaryOptions` if it can have a discriminator, which the engine builds and passes
+    as `discriminator`.
 
     Args:
-        network: what is trained, a model of diffusers, called as `core.conditions.call_network` does.
+        network: the diffusers model to train, which `core.conditions.call_network` calls.
         spec: its parameterisation.
-        options: the method's own settings, an instance of its `Options`.
-        total_steps: length of the run, for curricula; the options are resolved for it, see `Options.resolved`.
-        pretrained: whether `network` is a trained model already.
-        teacher: the denoiser that is distilled, for methods that have one.
-
-    A method sets `sigma_min`, the lowest level of its samplers, `floor`, where EDM's scalings make its denoiser the
-    identity, and of the declarations below those that hold; the engine, the table of methods and the tests of all
-    methods read them. Its `Options` are `TeacherOptions` where it can have a teacher, and `AdversaryOptions` where it
-    can have a discriminator, which the engine builds and hands on as `discriminator`.
+        options: the settings of the method, an instance of its `Options`.
+        total_steps: training steps of the run, for curricula. The options are resolved for it (`Options.resolved`).
+        pretrained: whether `network` is already trained.
+        teacher: the denoiser to distil, for methods with a teacher.
 
     Raises:
-        ValueError: there is no teacher, and the method needs one.
+        ValueError: the method needs a teacher and has none.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type]
     sigma_min: ClassVar[float]
     floor: float
-    needs_teacher: ClassVar[bool] = False  # whether there is nothing to learn without one
-    needs_tangents: ClassVar[bool] = False  # whether it follows the network's forward derivative
-    two_times: ClassVar[bool] = False  # whether its network is told where to jump to
-    has_target: ClassVar[bool] = False  # whether it compares with an average of the network, `auxiliary["target"]`
+    needs_teacher: ClassVar[bool] = False  # whether it cannot train without a teacher
+    needs_tangents: ClassVar[bool] = False  # whether it needs the network's forward derivative
+    two_times: ClassVar[bool] = False  # whether its network also receives the time to jump to
+    has_target: ClassVar[bool] = False  # whether it has a target network, the average in `auxiliary["target"]`
     passes: ClassVar[int] = 1  # passes of the network with gradient in a step
     compares_neighbours: ClassVar[bool] = False  # whether it trains on a difference that bfloat16 would round away
-    trains_teachers: ClassVar[bool] = False  # whether its models teach; it can train with `augment`, `label_dropout`
-    native_predictions: ClassVar[tuple[str, ...]] = ()  # of saved networks it trains as they are, beside `prediction`
-    levels: ClassVar[tuple[str, ...]] = ("sigma_data", "sigma_min", "sigma_max")  # that its scheduler's config holds
-    terms: ClassVar[tuple[str, ...]] = ()  # names of the terms of its losses
+    trains_teachers: ClassVar[bool] = False  # whether its models can teach; allows `augment` and `label_dropout`
+    native_predictions: ClassVar[tuple[str, ...]] = ()  # of saved networks that it trains unchanged
+    levels: ClassVar[tuple[str, ...]] = ("sigma_data", "sigma_min", "sigma_max")  # in the config of its scheduler
+    terms: ClassVar[tuple[str, ...]] = ()  # names of the terms in its losses
     summary: ClassVar[Summary]
 
     def __init__(
@@ -110,36 +118,48 @@ class Objective(ABC):
         self.model: Callable = network
         self.teacher = teacher
         if spec.prediction != "edm":
-            self.floor = 0.0  # only EDM's scalings can have another
-        self.auxiliary: dict[str, nn.Module] = {}  # other networks that are state: saved in checkpoints
-        self.adversary: Adversary | None = None  # a second player, with turns of its own
+            self.floor = 0.0  # only EDM's scalings can have another floor
+        self.auxiliary: dict[str, nn.Module] = {}  # other networks with state, which checkpoints contain
+        self.adversary: Adversary | None = None  # the discriminator, which has its own training steps
         self.average: Callable[[Tensor], Tensor] = lambda value: value
 
     def attach(self, model: Callable, average: Callable[[Tensor], Tensor] = lambda value: value) -> None:
-        """Hand over what an engine makes for the losses, which call `network` itself in one process without this.
+        """Set the model that losses call, and the average over processes.
+
+        Without this call losses use `network` itself, in one process.
 
         Args:
-            model: takes the place of `network` in the losses, and is called as it is: wrapped (DDP), compiled, cast.
-            average: gives the mean over all processes of a tensor of any shape.
+            model: takes the place of `network` in the losses, which call it like `network`: wrapped (DDP), compiled
+                or cast.
+            average: returns the mean over all processes of a tensor of any shape.
         """
         self.model, self.average = model, average
 
     @classmethod
     def prediction(cls, options: Any) -> str:
-        """What the method's networks predict, if they are not saved ones with one of its `native_predictions`."""
+        """The prediction of the method's networks under `options`.
+
+        A saved network with one of `native_predictions` keeps its own prediction.
+        """
         return "edm"
 
     @classmethod
     def adapt(cls, network: nn.Module, spec: ModelSpec) -> nn.Module:
-        """A network with this parameterisation as the method trains it, for example with a second time."""
+        """Turn `network`, whose parameterisation is `spec`, into the network that the method trains.
+
+        For example, the result has a second time input. By default it is `network` itself.
+        """
         return network
 
     def denoiser(self, network: Callable | None = None) -> Denoiser:
-        """D of the trained network, or of another one with the same parameterisation; the identity at the floor."""
+        """The denoiser D of the trained network, or of another `network` with the same parameterisation.
+
+        It is the identity at `floor`.
+        """
         return self.spec.denoiser(self.model if network is None else network, self.floor)
 
     def key_dropout(self, draws: Draws) -> None:
-        """Tie the dropout masks to the rows of the coming batch, in networks that can."""
+        """Tie the dropout masks of the next batch to the rows of `draws`, in networks with keyed dropout."""
         for network in (self.network, *self.auxiliary.values()):
             key_dropout: Callable | None = getattr(network, "key_dropout", None)
             if key_dropout is not None:
@@ -147,14 +167,14 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, draws: Draws) -> Loss:
-        """The loss of `batch`; a pure function of the weights, `batch` and `draws` (whose `step` curricula read)."""
+        """The loss of `batch`: a pure function of the weights, `batch` and `draws`. Curricula read `draws.step`."""
 
     @abstractmethod
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
         """The pipeline that samples with `network`, which holds the trained weights or an average of them."""
 
     def after_step(self, step: int) -> None:
-        """Called after the optimiser's step number `step`, for methods that keep a moving target."""
+        """Update the target network after training step number `step`, in methods that have one."""
 
     def describe(self, step: int) -> dict[str, float]:
         """Values of the curricula at `step`, for the log."""
@@ -162,5 +182,5 @@ class Objective(ABC):
 
 
 def missing_teacher(method: str) -> str:
-    """What is said where a method lacks the teacher that it needs."""
+    """The error message for `method`, the name of a method that lacks its teacher."""
     return f"{method} distils a teacher: give --pretrained_teacher_model, a diffusion model's folder or Hub id."

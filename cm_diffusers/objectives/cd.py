@@ -1,8 +1,8 @@
 """Consistency distillation, CD (Song et al. 2023, arXiv:2303.01469, algorithm 2).
 
-Unlike CT the point at sigma_n is not on the straight line to the data but where the ODE of a diffusion model, the
-teacher, leads from x at sigma_{n+1} in one solver step; the grid has a fixed number of levels, the average a fixed
-decay. The student starts from the teacher's weights.
+The point at sigma_n is where one solver step of the teacher's ODE leads from x at sigma_{n+1}; in CT it lies on the
+straight line to the data. The teacher is a diffusion model, and the student starts from its weights. Unlike in CT the
+number of grid levels and the decay of the target network are fixed.
 """
 
 from dataclasses import dataclass
@@ -36,14 +36,22 @@ from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 @dataclass(frozen=True)
 class CDOptions(TeacherOptions):
-    solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
-    num_scales: int = option(
-        40, "Levels of the Karras grid (18 for CIFAR-10, 40 for ImageNet-64 in the paper).", "[2, 1e6]"
+    solver: str = option(
+        "heun", "Solver for the step along the teacher's ODE; in sigma, ddim equals euler.", choices=list(SOLVERS)
     )
-    mu: float = option(0.95, "Decay of the target average.", "[0, 1]")
+    num_scales: int = option(
+        40, "Levels in the Karras grid; the paper uses 18 for CIFAR-10 and 40 for ImageNet-64.", "[2, 1e6]"
+    )
+    mu: float = option(0.95, "EMA decay of the target network.", "[0, 1]")
     distance: str = distance_option("l2")
-    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
-    weighting: str = option("uniform", "1, 1 / sigma^2, or that plus 1 / sigma_data^2.", choices=CM_WEIGHTS)
+    huber_c: float = option(
+        0.0, "c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
+    )
+    weighting: str = option(
+        "uniform",
+        "Weight of a sample: 1 (uniform), 1 / sigma^2 (snr), or 1 / sigma^2 + 1 / sigma_data^2 (karras).",
+        choices=CM_WEIGHTS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +59,19 @@ class CDOptions(TeacherOptions):
 
 
 class CD(Objective):
-    """E[ lambda(sigma_n) d(D(x, sigma_{n+1}), D-(ODE step of the teacher from x, sigma_n)) ], n uniform (eq. 7)."""
+    """E[ lambda(sigma_n) d(D(x, sigma_{n+1}), D-(ODE step of the teacher from x, sigma_n)) ], n uniform (eq. 7).
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers.core.draws import Draws
+        >>> from cm_diffusers.models import build_unet
+        >>> from cm_diffusers.objectives import CD, Batch, ModelSpec
+        >>> spec = ModelSpec(sigma_data=0.5)
+        >>> unet, trained = (build_unet("tiny", (8, 8), channels=1) for _ in range(2))
+        >>> method = CD(unet, spec, CD.Options(), total_steps=1000, teacher=spec.denoiser(trained))
+        >>> method.loss(Batch(torch.randn(4, 1, 8, 8)), Draws(seed=0, step=0, rows=range(4))).total.backward()
+        >>> method.after_step(0)  # after the step of an optimiser: moves the target network
+    """
 
     teacher: Denoiser
     name = "cd"

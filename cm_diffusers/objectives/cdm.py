@@ -1,9 +1,9 @@
 """Consistent diffusion models, CDM (Daras et al. 2023, arXiv:2302.09057).
 
-Diffusion training that also looks at what the model makes of its own samples: along the reverse SDE that an exact
-denoiser drives, the denoised image is a martingale, so what the model makes of x has to be the mean of what it makes
-of the points that its SDE leads to from there. Unlike a consistency model it is still a denoiser, sampled in many
-steps; unlike `diffusion` it trains on points off the data's own noise, to which sampling drifts.
+Diffusion training with a second loss on the model's own samples. Along the reverse SDE of an exact denoiser D the
+denoised image is a martingale: D at a point is the mean of D at the points that the SDE reaches from there. The
+second loss enforces this. Unlike a consistency model the result is still a denoiser, sampled in many steps. Unlike
+`diffusion` it also trains on points away from noised data, to which sampling drifts.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,12 @@ from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 @dataclass(frozen=True)
 class CDMOptions(DiffusionOptions):
-    martingale_weight: float = option(10.0, "lambda, the weight of the martingale term.", "[0, 1e6]")
-    rollout_steps: int = option(5, "Steps of each rollout of the reverse SDE (Karras levels, less one).", "[1, 1024]")
-    epsilon_min: float = option(0.0, "Least length of a rollout, in sigma.", "[0, 1e3]")
-    epsilon_max: float = option(0.05, "Greatest length of a rollout; lengths are uniform.", "[0, 1e3]")
+    martingale_weight: float = option(10.0, "Weight lambda of the martingale loss.", "[0, 1e6]")
+    rollout_steps: int = option(
+        5, "Steps in each rollout of the reverse SDE, between the levels of a Karras grid.", "[1, 1024]"
+    )
+    epsilon_min: float = option(0.0, "Smallest length of a rollout in sigma; lengths are uniform.", "[0, 1e3]")
+    epsilon_max: float = option(0.05, "Largest length of a rollout in sigma; lengths are uniform.", "[0, 1e3]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,9 +41,20 @@ class CDMOptions(DiffusionOptions):
 class CDM(Objective):
     """E[ w(sigma) |D0 - x0|^2 + lambda <D1 - D0, D2 - D0> ], D0 = D(x, sigma), Di = D(xi, sigma').
 
-    x1 and x2 are where two rollouts without gradient lead from x = x0 + sigma noise; sigma' = sigma - epsilon. As they
-    are independent, the product's mean is |E[D1] - D0|^2, to which the noise of the rollouts adds nothing; that of a
-    single square would. All three passes of a row drop the same units.
+    x1 and x2 are the ends of two rollouts without gradient from x = x0 + sigma noise; sigma' = sigma - epsilon. The
+    rollouts are independent, so the product's mean is |E[D1] - D0|^2, without a contribution of their noise. The mean
+    of a single square would have one. All three passes of a row drop the same units.
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers.core.draws import Draws
+        >>> from cm_diffusers.models import build_unet
+        >>> from cm_diffusers.objectives import CDM, Batch, ModelSpec
+        >>> unet = build_unet("tiny", (8, 8), channels=1)
+        >>> method = CDM(unet, ModelSpec(sigma_data=0.5), CDM.Options(rollout_steps=2), total_steps=1000)
+        >>> loss = method.loss(Batch(torch.randn(4, 1, 8, 8)), Draws(seed=0, step=0, rows=range(4)))
+        >>> loss.total.backward()
+        >>> error, martingale = loss.per_sample, loss.terms["martingale"]  # both (B,)
     """
 
     name = "cdm"
@@ -78,10 +91,18 @@ class CDM(Objective):
         return Loss((error + weight * martingale).mean(), error.detach(), sigma, terms)
 
     def rollouts(self, x: Tensor, sigma: Tensor, *, denoised: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """D at the ends of two rollouts from each `x` (B, ...), with gradient: (2 B, ...), all of the first before."""
+        """D at the ends of two rollouts from each `x`, with gradient: (2 B, ...), first those of all first rollouts.
+
+        Args:
+            x: the noisy samples (B, ...).
+            sigma: their noise levels (B,).
+            denoised: D(x, sigma) (B, ...), without gradient.
+            condition: B rows.
+            draws: the random numbers of the step.
+        """
         options = self.options
         length = options.epsilon_min + (options.epsilon_max - options.epsilon_min) * draws.uniform("epsilon")
-        end = torch.minimum(sigma, (sigma - length).clamp(min=self.sigma_min))  # below sigma_min there is no way down
+        end = torch.minimum(sigma, (sigma - length).clamp(min=self.sigma_min))  # a level below sigma_min stays
         low, high = in_float64(end), in_float64(sigma)  # neighbours differ by little
         ramp = torch.linspace(0, 1, options.rollout_steps + 1, dtype=torch.float64, device=low.device)[:, None]
         levels = karras_sigma(ramp, low, high).repeat(1, 2)
@@ -96,7 +117,7 @@ class CDM(Objective):
         return self._denoise_both(x, _twice(end), condition, draws)
 
     def _denoise_both(self, x: Tensor, sigma: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """D of both rollouts (2 B, ...): in one pass, or in one each where only so a network drops the same units."""
+        """D of both rollouts (2 B, ...): in one pass, or in two if a network only then drops the same units."""
         settings: Any = self.network.config
         if settings.get("dropout") and not hasattr(self.network, "key_dropout"):
             conditions = [condition, condition]

@@ -1,4 +1,4 @@
-"""What the consistency methods share: two points of a trajectory compared, and the pipeline of the result."""
+"""Shared parts of the consistency methods: the comparison of two points of a trajectory, and the pipeline."""
 
 import copy
 import math
@@ -30,10 +30,15 @@ CM_WEIGHTS = ["uniform", "snr", "karras"]
 
 
 def distance_option(default: str, more: str = "") -> Any:
-    """The setting of a method that compares estimate and target by one of `DISTANCES`; `more` ends its help."""
+    """The setting for the distance between estimate and target, one of `DISTANCES`.
+
+    Args:
+        default: its default.
+        more: a further sentence of its help text, after a space.
+    """
     return option(
         default,
-        f"Distance of estimate and target{more}.",
+        f"Distance between the network's estimate and the target.{more}",
         choices=DISTANCES,
         images_only="it compares images; use pseudo_huber or l2",
         images_only_choices=("lpips",),
@@ -41,12 +46,16 @@ def distance_option(default: str, more: str = "") -> Any:
 
 
 def check_distance(name: str) -> None:
-    """Raise ValueError for LPIPS where its package is missing."""
+    """Check that the package of the distance `name` is installed.
+
+    Raises:
+        ValueError: `name` is "lpips", and its package is missing.
+    """
     if name == "lpips" and find_spec("lpips") is None:
         raise ValueError(
-            "distance lpips needs a package: pip install 'cm_diffusers[lpips]' (with torchvision; it downloads the"
-            " weights of a classifier of ImageNet, whose features flatter FID: Song & Dhariwal 2023, section 3.3)."
-            " Or use pseudo_huber, which replaced it."
+            "distance lpips needs another package: pip install 'cm_diffusers[lpips]' (with torchvision). It downloads"
+            " an ImageNet classifier, whose features flatter FID (Song & Dhariwal 2023, section 3.3). Or use"
+            " pseudo_huber, which replaced lpips."
         )
 
 
@@ -58,7 +67,11 @@ def _lpips_network(device: torch.device) -> nn.Module:
 
 
 def lpips(a: Tensor, b: Tensor) -> Tensor:
-    """LPIPS (Zhang et al. 2018, arXiv:1801.03924) with VGG, of images in [-1, 1], small ones enlarged to 224, (B,)."""
+    """LPIPS with VGG (Zhang et al. 2018, arXiv:1801.03924): (B,).
+
+    Args:
+        a, b: images (B, C, H, W) in [-1, 1], with C = 1 or 3. Those with H below 224 are resized to 224 x 224.
+    """
     if a.shape[-2] < 224:
         a, b = (F.interpolate(x, 224, mode="bilinear") for x in (a, b))
     a, b = (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x for x in (a, b))
@@ -66,27 +79,36 @@ def lpips(a: Tensor, b: Tensor) -> Tensor:
 
 
 def distance(name: str, a: Tensor, b: Tensor, huber_c: float) -> Tensor:
-    """The distance called `name` of each sample, (B,)."""
+    """The distance `name` of each sample of `a` and `b` (B, ...): (B,). `huber_c` is c of "pseudo_huber"."""
     if name == "lpips":
         return lpips(a, b)
     return l2(a, b) if name == "l2" else pseudo_huber(a, b, huber_c)
 
 
 def cm_weight(name: str, sigma: Tensor, sigma_data: float) -> Tensor:
-    """A weight of the original consistency models: 1, 1 / sigma^2, or 1 / sigma^2 + 1 / sigma_data^2."""
+    """A weight (B,) of the original consistency models at `sigma` (B,).
+
+    Args:
+        name: "uniform" is 1, "snr" is 1 / sigma^2, and "karras" is 1 / sigma^2 + 1 / sigma_data^2.
+        sigma: the noise levels.
+        sigma_data: root mean square of the data.
+    """
     if name == "uniform":
         return torch.ones_like(sigma)
     return snr_weight(sigma) if name == "snr" else karras_weight(sigma, sigma_data)
 
 
 def moving_target(network: nn.Module) -> nn.Module:
-    """A copy of `network` that has no gradient and follows it by `move_towards`, in training mode: both drop alike."""
+    """A copy of `network` without gradients, which `move_towards` updates.
+
+    It is in training mode, so that both networks apply the same dropout.
+    """
     return copy.deepcopy(network).requires_grad_(False).train()
 
 
 @torch.no_grad()
 def move_towards(target: nn.Module, network: nn.Module, decay: float) -> None:
-    """target <- decay target + (1 - decay) network."""
+    """Update the weights of `target`: target <- `decay` target + (1 - `decay`) `network`."""
     torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), 1 - decay)
 
 
@@ -101,7 +123,18 @@ def estimate_and_target(
     condition: Condition,
     draws: Draws,
 ) -> tuple[Tensor, Tensor]:
-    """D(x_t, t), and D-(x_u, u) without gradient, with the same dropout masks."""
+    """D(x_t, t), and D-(x_u, u) without gradient, with the same dropout masks.
+
+    Args:
+        student: D.
+        x_t: the points (B, ...) at `t`.
+        t: their noise levels (B,).
+        target: D-.
+        x_u: the points (B, ...) at `u`.
+        u: their noise levels (B,).
+        condition: B rows.
+        draws: the random numbers of the step.
+    """
     with draws.dropout():
         estimate = student(x_t, t, condition)
     with torch.no_grad(), draws.dropout():
@@ -118,7 +151,16 @@ def teacher_step(
     condition: Condition,
     solver: str,
 ) -> Tensor:
-    """Where one step of the teacher's ODE leads from `x` (B, ...) at `t` to `u` < t (B,)."""
+    """The end at `u` < `t`, both (B,), of one step along the teacher's ODE from `x` (B, ...) at `t`.
+
+    Args:
+        teacher: D(x, sigma, condition).
+        x: the points.
+        t: their noise levels.
+        u: the noise levels after the step.
+        condition: B rows.
+        solver: a key of `SOLVERS`.
+    """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         return teacher(x, sigma, condition)
@@ -131,7 +173,14 @@ def consistency_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline that samples a consistency model at the levels of a Karras grid.
 
-    Stock classes wherever they can express the model, so that it loads with nothing but diffusers.
+    It has stock classes wherever they can express the model, so that it loads with diffusers alone.
+
+    Args:
+        network: the trained network.
+        spec: its parameterisation.
+        sigma_min: the lowest level of the grid.
+        num_train_timesteps: number of levels in the grid.
+        rho: exponent of the grid.
     """
     config = {"sigma_min": sigma_min, "sigma_max": spec.sigma_max, "sigma_data": spec.sigma_data}
     config |= {"num_train_timesteps": num_train_timesteps, "rho": rho}
@@ -142,7 +191,12 @@ def consistency_pipeline(
 
 
 def trigflow_pipeline(network: nn.Module, spec: ModelSpec) -> DiffusionPipeline:
-    """The pipeline that samples a consistency model of TrigFlow, or a flow model that was trained as one."""
+    """The pipeline that samples a TrigFlow consistency model, or a flow model trained as one.
+
+    Args:
+        network: the trained network.
+        spec: its parameterisation, with the prediction "trigflow" or "flow".
+    """
     if spec.prediction == "flow":
         return consistency_pipeline(network, spec, 0.0, num_train_timesteps=41, rho=middle_rho(spec))
     scheduler = TrigFlowScheduler(sigma_data=spec.sigma_data, sigma_max=spec.sigma_max)
@@ -150,6 +204,8 @@ def trigflow_pipeline(network: nn.Module, spec: ModelSpec) -> DiffusionPipeline:
 
 
 def middle_rho(spec: ModelSpec) -> float:
-    """The exponent for which the middle of a Karras grid down to 0, where the second of two steps starts, lies at
-    1.6 sigma_data: at 0.8 for data of scale 0.5."""
+    """The exponent that puts the middle of a Karras grid down to 0 at 1.6 sigma_data, for a model with `spec`.
+
+    The second of two sampling steps starts there: at 0.8 for data of scale 0.5.
+    """
     return math.log2(spec.sigma_max / (1.6 * spec.sigma_data))

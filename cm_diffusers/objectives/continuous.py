@@ -1,4 +1,4 @@
-"""What the methods with tangents share: whether a network has tangents is found out before training starts."""
+"""A shared part of the methods with tangents: a check before training that the network has tangents."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ JVP_MODES = list(MODES)
 
 
 def check_tangents(network: nn.Module, mode: str, **second_time: str) -> None:
-    """Take a tangent of two blank images.
+    """Check that a network has tangents, on two blank images.
 
     Args:
-        network: a model of diffusers.
-        mode: as in `jvp`.
-        second_time: the name of the network's further time input, if it has one.
+        network: a diffusers model.
+        mode: as in `jvp`; "finite_difference" needs no check.
+        second_time: the name of the network's second time input, if it has one.
 
     Raises:
-        NotDifferentiable: in mode "exact", for a network without forward derivative; the message says what to do.
+        NotDifferentiable: in mode "exact", the network has no forward derivative. The message names a remedy.
     """
     if mode == "finite_difference":
         return

@@ -1,8 +1,8 @@
 """Consistency training, CT (Song et al. 2023, arXiv:2303.01469, algorithm 3).
 
-The network at sigma_{n+1} is pulled towards a moving average of itself at sigma_n, neighbours on a Karras grid whose
-number of levels N(k) grows in training; both points lie on the straight line x0 + sigma noise. Unlike iCT it has the
-average as target, and draws the levels evenly; unlike CD it has no teacher.
+The network at sigma_{n+1} is trained towards a moving average of itself at sigma_n. These levels are neighbours on a
+Karras grid, whose number of levels N(k) grows in training. Both points lie on the straight line x0 + sigma noise.
+Unlike iCT it has the average as target and draws levels uniformly; unlike CD it has no teacher.
 """
 
 from dataclasses import dataclass
@@ -34,12 +34,22 @@ from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 @dataclass(frozen=True)
 class CTOptions(Options):
-    s0: int = option(2, "Levels of the grid at the start.", "[2, 1e6]")
-    s1: int = option(150, "Levels of the grid at the end, less one, s0 or more.", "[2, 1e6]")
-    mu0: float = option(0.95, "Decay of the target average at the start.", "[1e-6, 1]")
+    s0: int = option(2, "Levels in the Karras grid at the start of training.", "[2, 1e6]")
+    s1: int = option(150, "Levels in the Karras grid at the end of training, less one; not below s0.", "[2, 1e6]")
+    mu0: float = option(
+        0.95,
+        "EMA decay of the target network when the grid has s0 + 1 levels; it rises towards 1 as the grid grows.",
+        "[1e-6, 1]",
+    )
     distance: str = distance_option("l2")
-    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
-    weighting: str = option("uniform", "1, 1 / sigma^2, or that plus 1 / sigma_data^2.", choices=CM_WEIGHTS)
+    huber_c: float = option(
+        0.0, "c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
+    )
+    weighting: str = option(
+        "uniform",
+        "Weight of a sample: 1 (uniform), 1 / sigma^2 (snr), or 1 / sigma^2 + 1 / sigma_data^2 (karras).",
+        choices=CM_WEIGHTS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +58,19 @@ class CTOptions(Options):
 
 
 class CT(Objective):
-    """E[ lambda(sigma_n) d(D(x0 + sigma_{n+1} z, sigma_{n+1}), D-(x0 + sigma_n z, sigma_n)) ], n uniform."""
+    """E[ lambda(sigma_n) d(D(x0 + sigma_{n+1} z, sigma_{n+1}), D-(x0 + sigma_n z, sigma_n)) ], n uniform.
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers.core.draws import Draws
+        >>> from cm_diffusers.models import build_unet
+        >>> from cm_diffusers.objectives import CT, Batch, ModelSpec
+        >>> unet = build_unet("tiny", (8, 8), channels=1)
+        >>> method = CT(unet, ModelSpec(sigma_data=0.5), CT.Options(s1=20), total_steps=1000)
+        >>> method.loss(Batch(torch.randn(4, 1, 8, 8)), Draws(seed=0, step=0, rows=range(4))).total.backward()
+        >>> method.after_step(0)  # after the step of an optimiser: moves the target network
+        >>> pipe = method.pipeline(unet)
+    """
 
     name = "ct"
     Options = CTOptions
@@ -70,6 +92,7 @@ class CT(Objective):
         self.auxiliary = {"target": self.target}
 
     def scales(self, step: int) -> int:
+        """Number of levels in the grid at `step`."""
         return ct_scales(step, self.total_steps, self.options.s0, self.options.s1)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:

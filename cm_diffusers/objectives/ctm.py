@@ -1,9 +1,9 @@
 """Consistency trajectory models, CTM (Kim et al. 2023, arXiv:2310.02279).
 
 The network has two times: one call jumps along a trajectory of the ODE from t to any s <= t, and for s = t it is a
-denoiser. Where CD compares two jumps to the data, CTM compares two to any s, carried on to the data by an average of
-the network, and adds the losses of a diffusion model and of a discriminator. The point at u comes from the ODE of a
-teacher or of the model's own denoiser, or from the data.
+denoiser. CD compares two jumps to the data. CTM compares two jumps to any s, which an average of the network
+continues to the data, and adds the losses of a diffusion model and of a discriminator. The point at u comes from the
+ODE of a teacher or of the model's own denoiser, or from the data.
 """
 
 from collections.abc import Callable
@@ -33,10 +33,22 @@ from cm_diffusers.schedulers import CTMScheduler
 
 
 class CTM(Objective):
-    """E[ d(G-(G(x_t, t, s), s, 0), G-(sg G(x_u, u, s), s, 0)) ] + L_DSM + L_GAN, sigma_min standing for 0.
+    """E[ d(G-(G(x_t, t, s), s, 0), G-(sg G(x_u, u, s), s, 0)) ] + L_DSM + L_GAN; sigma_min stands for 0.
 
-    G- is the average of the network; the gradient of the estimate flows through its frozen jump. As in the authors'
-    code the target's first jump is the network's own; in the paper it is the average's.
+    G- is the average of the network (the target network); the gradient of the estimate flows through its frozen jump.
+    The network itself makes the target's first jump, as in the authors' code; in the paper the average does. A
+    `discriminator` returns logits (B, n) for images; None builds a small one if `gan_weight` is above 0.
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers.core.draws import Draws
+        >>> from cm_diffusers.models import build_unet
+        >>> from cm_diffusers.objectives import CTM, Batch, ModelSpec
+        >>> spec, options = ModelSpec(sigma_data=0.5), CTM.Options(solver_steps=2)
+        >>> unet = CTM.adapt(build_unet("tiny", (8, 8), channels=1), spec)  # with a second time input
+        >>> method = CTM(unet, spec, options, total_steps=1000)  # or with a teacher
+        >>> method.loss(Batch(torch.randn(4, 1, 8, 8)), Draws(seed=0, step=0, rows=range(4))).total.backward()
+        >>> method.after_step(0)  # after the step of an optimiser: moves the target network
     """
 
     name = "ctm"
@@ -77,7 +89,7 @@ class CTM(Objective):
         return self.spec.trajectories(self.model if network is None else network, self.floor)
 
     def times(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Levels from t down to u, (k + 1, B), and s <= u (B,): all triples of the grid occur."""
+        """Random levels from t down to u, (k + 1, B), and s <= u (B,), by `draws`: all triples of the grid occur."""
         n = len(self.sigmas)
         k = 1 + int(draw_bins(linear_law(self.options.solver_steps), draws.shared("k")))
         first = (in_float64(draws.uniform("t")) * (n - k)).long()
@@ -86,7 +98,15 @@ class CTM(Objective):
         return sigmas[first + torch.arange(k + 1, device=first.device)[:, None]], sigmas[last]
 
     def point_at_u(self, x: Tensor, levels: Tensor, *, x0: Tensor, noise: Tensor, condition: Condition) -> Tensor:
-        """Where the trajectory of x (B, ...) at levels[0] is at levels[-1], as far as it is known."""
+        """The point at u = levels[-1] of the trajectory through `x` (B, ...) at t = levels[0].
+
+        Args:
+            x: the noisy samples at t.
+            levels: the levels (k + 1, B) from t down to u.
+            x0: the data (B, ...).
+            noise: the unit normal noise (B, ...) in `x`.
+            condition: B rows.
+        """
         if self.options.trajectory == "data":
             return VE().add_noise(x0, noise, levels[-1])
         denoise = self.denoiser(self.target).denoise if self.teacher is None else self.teacher
@@ -95,17 +115,24 @@ class CTM(Objective):
         return x
 
     def jump(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """G(x, t, s), the model's jump."""
+        """The model's jump G(x, t, s) of `x` (B, ...) from `t` to `s`, both (B,), under `condition` and `draws`."""
         with draws.dropout():
             return self.denoiser().jump(x, t, s, condition)
 
     def jump_on(self, x_s: Tensor, s: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        """G-(x_s, s, 0): from s on to the data by the average of the model."""
+        """G-(x_s, s, 0): the jump of `x_s` (B, ...) from `s` (B,) to the data by the target network.
+
+        `condition` has B rows; `draws` tie the dropout masks.
+        """
         with draws.dropout():
             return self.denoiser(self.target)(x_s, s, condition)
 
     def diffusion_loss(self, x0: Tensor, condition: Condition, draws: Draws) -> tuple[Tensor, Tensor]:
-        """EDM's loss of the denoiser g(x, t, t), and its levels: log-normal, and for half the samples high ones."""
+        """EDM's loss (B,) of the denoiser g(x, t, t) on data `x0` (B, ...), and its noise levels (B,).
+
+        The levels are log-normal for half of the samples and high for the others. `condition` has B rows; `draws` are
+        the random numbers of the step.
+        """
         high = karras_sigma(0.7 * draws.uniform("dsm_ramp"), self.sigma_min, self.spec.sigma_max)
         low = lognormal(draws.normal("dsm_sigma"), self.options.p_mean, self.options.p_std)
         sigma = torch.where(draws.uniform("dsm_half") < 0.5, low, high).to(x0)
@@ -115,7 +142,10 @@ class CTM(Objective):
         return denoising_error(denoised, x0, sigma, self.spec), sigma
 
     def fakes(self, batch: Batch, draws: Draws) -> Tensor:
-        """The estimates alone, for the discriminator's turn."""
+        """The model's estimates alone (B, C, H, W), for a training step of the discriminator.
+
+        They start from the noised samples of `batch`, with the random numbers of `draws`.
+        """
         levels, s = (value.to(batch.samples) for value in self.times(draws))
         x_t = VE().add_noise(batch.samples, draws.normal("noise", batch.samples.shape[1:]), levels[0])
         x_s = self.jump(x_t, levels[0], s, batch.condition, draws)
@@ -129,7 +159,7 @@ class CTM(Objective):
         levels, s = (value.to(x0) for value in self.times(draws))
         t, u, noise = levels[0], levels[-1], draws.normal("noise", x0.shape[1:])
         x_t = VE().add_noise(x0, noise, t)
-        with torch.no_grad(), draws.dropout():  # the trajectory is the model's own, where there is no teacher
+        with torch.no_grad(), draws.dropout():  # without a teacher the trajectory is the model's own
             x_u = self.point_at_u(x_t, levels, x0=x0, noise=noise, condition=condition)
             target = self.jump_on(self.jump(x_u, u, s, condition, draws), s, condition, draws)
         cut = Cut.at(self.jump(x_t, t, s, condition, draws))

@@ -12,35 +12,53 @@ from cm_diffusers.objectives.options import PRETRAINING, STEPS, Length, TeacherO
 class CTMOptions(TeacherOptions, AdversaryOptions):
     trajectory: str | None = option(
         None,
-        "What leads from t to u: the ODE of the teacher (default where one is given), the ODE of the model's own"
-        " denoiser (default without a teacher), or the straight line from the data, as CT.",
+        "Path from level t to level u: the teacher's ODE (teacher), the ODE of the model's own denoiser (self), or the"
+        " straight line from the data as in CT (data). The default is teacher if there is one, else self.",
         choices=["teacher", "self", "data"],
     )
-    solver: str = option("heun", "Solver of that ODE; DDIM's step is Euler's.", choices=list(SOLVERS))
+    solver: str = option(
+        "heun", "Solver of the ODE from level t to level u; in sigma, ddim equals euler.", choices=list(SOLVERS)
+    )
     solver_steps: int = option(
-        17, "Most steps of the grid from t to u; their number k is drawn with weight k.", "[1, 1e6]"
+        17,
+        "Largest number of solver steps from level t to level u; a number k is drawn with a probability in proportion"
+        " to k.",
+        "[1, 1e6]",
     )
     num_scales: int = option(
-        18, "Levels of the Karras grid (18 for CIFAR-10, 40 for ImageNet-64 in the paper).", "[2, 1e6]"
+        18, "Levels in the Karras grid; the paper uses 18 for CIFAR-10 and 40 for ImageNet-64.", "[2, 1e6]"
     )
-    mu: float = option(0.999, "Decay of the average that jumps on from s to the data.", "[0, 1]")
-    distance: str = distance_option("pseudo_huber", "; the paper's is lpips")
-    huber_c: float = option(0.03, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
-    dsm_weight: float = option(1.0, "Weight of the diffusion model's loss.", "[0, 1e6]")
+    mu: float = option(
+        0.999, "EMA decay of the target network, which continues jumps from level s to the data.", "[0, 1]"
+    )
+    distance: str = distance_option("pseudo_huber", " The paper uses lpips.")
+    huber_c: float = option(
+        0.03, "c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
+    )
+    dsm_weight: float = option(1.0, "Weight of the diffusion loss (denoising score matching).", "[0, 1e6]")
     balance: str = option(
         "adaptive",
-        "The weights of the other losses: as they are (fixed), or times the ratio of CTM's gradient to theirs at the"
-        " last layer.",
+        "How to weigh the diffusion and adversarial losses: by their weights alone (fixed), or also by the ratio of"
+        " the CTM loss's gradient to theirs at the last layer (adaptive).",
         choices=["adaptive", "fixed"],
     )
     pretrain_steps: Length = option(
         0,
-        "First steps, or below 1 their share of the run, with the diffusion model's loss alone.",
+        "First training steps with the diffusion loss alone; a number below 1 is a share of the run.",
         STEPS,
         phases=PRETRAINING,
     )
-    p_mean: float = option(-1.2, "Mean of ln sigma of half of the diffusion model's noise levels.", "[-20, 20]")
-    p_std: float = option(1.2, "Standard deviation of the same; the other half covers the high levels.", "[1e-3, 10]")
+    p_mean: float = option(
+        -1.2,
+        "Mean of ln(sigma) for half of the noise levels in the diffusion loss; the other half covers high levels.",
+        "[-20, 20]",
+    )
+    p_std: float = option(
+        1.2,
+        "Standard deviation of ln(sigma) for half of the noise levels in the diffusion loss; the other half covers"
+        " high levels.",
+        "[1e-3, 10]",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,18 +66,18 @@ class CTMOptions(TeacherOptions, AdversaryOptions):
             raise ValueError("trajectory 'teacher' needs a teacher: give --pretrained_teacher_model.")
         if self.trajectory in ("self", "data") and self.pretrained_teacher_model is not None:
             raise ValueError(
-                f"trajectory {self.trajectory!r} would not use the teacher; to start from its weights give it as"
-                " --pretrained_model_name_or_path."
+                f"trajectory {self.trajectory!r} would not use the teacher; to start from the teacher's weights, give"
+                " it as --pretrained_model_name_or_path."
             )
         check_distance(self.distance)
         if self.solver_steps >= self.num_scales:
             raise ValueError(f"solver_steps must be below num_scales, {self.num_scales}; got {self.solver_steps}.")
         shares = [0 < length < 1 for length in (self.pretrain_steps, self.discriminator_start_step)]
-        comparable = shares[0] == shares[1] or not self.discriminator_start_step  # else once the run's length is known
+        comparable = shares[0] == shares[1] or not self.discriminator_start_step  # else `resolved` repeats this check
         if self.gan_weight and comparable and self.discriminator_start_step < self.pretrain_steps:
             raise ValueError(
-                f"discriminator_start_step must be at least pretrain_steps, {self.pretrain_steps}: before, there is"
-                " nothing to judge."
+                f"discriminator_start_step must be at least pretrain_steps, {self.pretrain_steps}, because pretraining"
+                f" has no adversarial loss; got {self.discriminator_start_step}."
             )
 
     def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> Self:

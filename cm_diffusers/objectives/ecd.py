@@ -1,7 +1,7 @@
 """Easy consistency distillation, ECD: ECT with a teacher (named in Geng et al. 2024, arXiv:2406.14548, section 3).
 
-Unlike ECT the point at r is not on the straight line to the data but where the teacher's ODE leads from x_t in one
-solver step; where r = 0, its end is the target. The student starts from the teacher's weights.
+The point at r is where one solver step of the teacher's ODE leads from x_t; in ECT it lies on the straight line to
+the data. For r = 0 the end of this step is the target. The student starts from the teacher's weights.
 """
 
 from dataclasses import dataclass
@@ -18,20 +18,37 @@ from cm_diffusers.objectives.options import PRETRAINING, STEPS, Length, TeacherO
 
 @dataclass(frozen=True)
 class ECDOptions(ECTOptions, TeacherOptions):
-    solver: str = option("heun", "Solver of the teacher's ODE.", choices=list(SOLVERS))
+    solver: str = option(
+        "heun", "Solver for the step along the teacher's ODE; in sigma, ddim equals euler.", choices=list(SOLVERS)
+    )
     pretrain_steps: Length | None = option(
         0,
-        "Steps with r = 0, or below 1 their share of the run, where the teacher's denoised image is the target.",
+        "First training steps with the teacher's denoised image as target (r = 0); a number below 1 is a share of the"
+        " run.",
         STEPS,
         phases=PRETRAINING,
     )
     huber_c: float = option(
-        0.03, "c of the pseudo-Huber distance; this one is iCT's for 32x32 colour images.", "[0, 1e6]"
+        0.03,
+        "c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c. The default is iCT's for colour images of 32 x 32.",
+        "[0, 1e6]",
     )
 
 
 class ECD(ECT):
-    """E[ w(t, r) d(D(x_t, t), sg D(ODE step of the teacher from x_t to r, r)) ]."""
+    """E[ w(t, r) d(D(x_t, t), sg D(ODE step of the teacher from x_t to r, r)) ].
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers.core.draws import Draws
+        >>> from cm_diffusers.models import build_unet
+        >>> from cm_diffusers.objectives import ECD, Batch, ModelSpec
+        >>> spec = ModelSpec(sigma_data=0.5)
+        >>> unet, trained = (build_unet("tiny", (8, 8), channels=1) for _ in range(2))
+        >>> method = ECD(unet, spec, ECD.Options(), total_steps=1000, teacher=spec.denoiser(trained))
+        >>> method.loss(Batch(torch.randn(4, 1, 8, 8)), Draws(seed=0, step=0, rows=range(4))).total.backward()
+        >>> pipe = method.pipeline(unet)
+    """
 
     teacher: Denoiser
     name = "ecd"

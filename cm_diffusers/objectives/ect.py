@@ -1,9 +1,9 @@
 """Easy consistency tuning, ECT / eCM (Geng et al. 2024, arXiv:2406.14548, algorithm 1).
 
-The network at t is pulled towards its own output, without gradient, at a nearby r < t on the same straight line
-x0 + sigma noise. Training starts with r = 0 for all t, where the target is the data: that is diffusion pretraining in
-the same code (`pretrain_steps`). Then the gap t - r shrinks by the factor q at each stage. Unlike CT and iCT there is
-no grid: noise levels are continuous; and there is no floor: D(x, 0) = x.
+The network at t is trained towards its own output, without gradient, at a nearby r < t on the same straight line
+x0 + sigma noise. Training starts with r = 0 for all t. The target is then the data, as in diffusion pretraining
+(`pretrain_steps`). Afterwards the gap t - r shrinks by the factor q at each stage. Unlike CT and iCT the method has
+continuous noise levels instead of a grid, and no floor: D(x, 0) = x.
 """
 
 import math
@@ -41,26 +41,37 @@ DEFAULT_STAGES = 8  # as in the paper's CIFAR-10 run
 class ECTOptions(Options):
     pretrain_steps: Length | None = option(
         None,
-        "Steps with r = 0 (diffusion pretraining), or below 1 their share of the run. Default: half of the run, or 0"
-        " from a pretrained model.",
+        "Steps of diffusion pretraining (r = 0); a number below 1 is a share of the run. The default is half of the"
+        " run, or 0 if training starts from a pretrained model.",
         STEPS,
         phases=PRETRAINING,
     )
     stage_steps: Length | None = option(
         None,
-        "Steps, or share of the run, of each stage. Default: an eighth of the steps after pretraining.",
+        "Steps in each stage; a number below 1 is a share of the run. The default is an eighth of the steps after"
+        " pretraining.",
         SOME_STEPS,
     )
-    q: float = option(2.0, "The gap t - r shrinks by this factor at each stage.", "(1, 1e6]")
-    k: float = option(8.0, "n(t) = 1 + k sigmoid(-b t) widens the gap at small t.", "[0, 1e6]")
-    b: float = option(1.0, "How soon that widening ends as t grows, see k.", "[0, 1e6]")
+    q: float = option(2.0, "Factor by which the gap t - r between noise levels shrinks at each stage.", "(1, 1e6]")
+    k: float = option(
+        8.0, "Widens the gap t - r at small noise levels t, by the factor n(t) = 1 + k sigmoid(-b t).", "[0, 1e6]"
+    )
+    b: float = option(
+        1.0,
+        "Sets how fast the factor n(t) = 1 + k sigmoid(-b t), which widens the gap t - r, falls as the noise level t"
+        " grows.",
+        "[0, 1e6]",
+    )
     p_mean: float = option(-1.1, "Mean of ln(sigma) in training.", "[-20, 20]")
     p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.", "[1e-3, 10]")
     distance: str = distance_option("pseudo_huber")
-    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 is the plain norm.", "[0, 1e6]")
+    huber_c: float = option(
+        0.0, "c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
+    )
     weighting: str = option(
         "inverse_gap",
-        "Weight of a sample: 1 / (t - r), or EDM's 1 / c_out^2 (its root for pseudo_huber, which is a norm).",
+        "Weight of a sample: 1 / (t - r) for noise levels t and r (inverse_gap), or EDM's 1 / c_out^2 (edm). The"
+        " latter is 1 / c_out for distances other than l2, which are not squared.",
         choices=["inverse_gap", "edm"],
     )
 
@@ -82,7 +93,19 @@ class ECTOptions(Options):
 
 
 class ECT(Objective):
-    """E[ w(t, r) d(D(x_t, t), sg D(x_r, r)) ] with the same noise, and the same dropout masks, in x_t and x_r."""
+    """E[ w(t, r) d(D(x_t, t), sg D(x_r, r)) ] with the same noise, and the same dropout masks, in x_t and x_r.
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers.core.draws import Draws
+        >>> from cm_diffusers.models import build_unet
+        >>> from cm_diffusers.objectives import ECT, Batch, ModelSpec
+        >>> unet = build_unet("tiny", (8, 8), channels=1)
+        >>> method = ECT(unet, ModelSpec(sigma_data=0.5), ECT.Options(pretrain_steps=0), total_steps=1000)
+        >>> loss = method.loss(Batch(torch.randn(4, 1, 8, 8)), Draws(seed=0, step=0, rows=range(4)))
+        >>> loss.total.backward()
+        >>> pipe = method.pipeline(unet)
+    """
 
     name = "ect"
     Options: ClassVar[type] = ECTOptions
@@ -99,6 +122,7 @@ class ECT(Objective):
     )
 
     def stage(self, step: int) -> int:
+        """The stage at `step`; -1 is pretraining."""
         return ect_stage(step, self.options.pretrain_steps, self.options.stage_steps)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
@@ -131,17 +155,29 @@ class ECT(Objective):
     def point_at(
         self, r: Tensor, *, x0: Tensor, noise: Tensor, x_t: Tensor, t: Tensor, condition: Condition
     ) -> Tensor:
-        """The point at `r` of the trajectory through x_t: here on the straight line from the data."""
+        """The point at `r` of the trajectory through `x_t`: here on the straight line from the data.
+
+        Args:
+            r: the noise levels (B,) of the result.
+            x0: the data (B, ...).
+            noise: the unit normal noise (B, ...) in `x_t`.
+            x_t: the noisy samples (B, ...) at `t`.
+            t: their noise levels (B,).
+            condition: B rows.
+        """
         return VE().add_noise(x0, noise, r)
 
     def _weight(self, t: Tensor, gap: Tensor) -> Tensor:
         if self.options.weighting == "inverse_gap":
             return inverse_gap(gap)
-        weight = edm_weight(t, self.spec.sigma_data)  # of a squared distance; a norm takes its root
+        weight = edm_weight(t, self.spec.sigma_data)  # for a squared distance; a norm needs its root
         return weight if self.options.distance == "l2" else weight.sqrt()
 
     def pipeline(self, network: nn.Module) -> DiffusionPipeline:
-        """The second of two steps starts near where the paper samples CIFAR-10 (0.821)."""
+        """The pipeline that samples with `network`.
+
+        The second of two steps starts near the level that the paper uses for CIFAR-10 (0.821).
+        """
         return consistency_pipeline(
             network, self.spec, self.sigma_min, num_train_timesteps=41, rho=middle_rho(self.spec)
         )

@@ -1,7 +1,12 @@
 """Improved consistency training, iCT (Song & Dhariwal 2023, arXiv:2310.14189, section 3).
 
-Unlike CT the target is the network itself without an average, the distance is pseudo-Huber, the weight 1 / (t - u),
-levels are drawn by a discretised log-normal law, and N(k) doubles at even intervals.
+It differs from CT in five ways:
+
+- The target is the network itself instead of an average.
+- The distance is pseudo-Huber.
+- The weight is 1 / (t - u).
+- Levels have a discretised log-normal distribution.
+- N(k) doubles at even intervals.
 """
 
 import math
@@ -26,12 +31,16 @@ from cm_diffusers.objectives.spec import PROCESS_STUDENTS
 
 @dataclass(frozen=True)
 class ICTOptions(Options):
-    s0: int = option(10, "Levels of the grid at the start, less one.", "[1, 1e6]")
-    s1: int = option(1280, "Levels of the grid at the end, less one, s0 or more.", "[1, 1e6]")
+    s0: int = option(10, "Levels in the Karras grid at the start of training, less one.", "[1, 1e6]")
+    s1: int = option(1280, "Levels in the Karras grid at the end of training, less one; not below s0.", "[1, 1e6]")
     p_mean: float = option(-1.1, "Mean of ln(sigma) in training.", "[-20, 20]")
     p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.", "[1e-3, 10]")
     huber_c: float | None = option(
-        None, "c of the pseudo-Huber distance. Default: 0.00054 sqrt(d).", "[0, 1e6]", told_by_data=True
+        None,
+        "c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c. The default is 0.00054 sqrt(d) for samples of d"
+        " numbers.",
+        "[0, 1e6]",
+        told_by_data=True,
     )
 
     def __post_init__(self) -> None:
@@ -46,7 +55,19 @@ class ICTOptions(Options):
 
 
 class ICT(Objective):
-    """E[ d(D(x0 + sigma_{i+1} z, sigma_{i+1}), sg D(x0 + sigma_i z, sigma_i)) / (sigma_{i+1} - sigma_i) ]."""
+    """E[ d(D(x0 + sigma_{i+1} z, sigma_{i+1}), sg D(x0 + sigma_i z, sigma_i)) / (sigma_{i+1} - sigma_i) ].
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers.core.draws import Draws
+        >>> from cm_diffusers.models import build_unet
+        >>> from cm_diffusers.objectives import ICT, Batch, ModelSpec
+        >>> unet = build_unet("tiny", (8, 8), channels=1)
+        >>> method = ICT(unet, ModelSpec(sigma_data=0.5), ICT.Options(s1=320), total_steps=1000)
+        >>> loss = method.loss(Batch(torch.randn(4, 1, 8, 8)), Draws(seed=0, step=0, rows=range(4)))
+        >>> loss.total.backward()
+        >>> pipe, levels = method.pipeline(unet), method.describe(step=999)["scales"]
+    """
 
     name = "ict"
     Options = ICTOptions
@@ -63,6 +84,7 @@ class ICT(Objective):
     )
 
     def scales(self, step: int) -> int:
+        """Number of levels in the grid at `step`."""
         return ict_scales(step, self.total_steps, self.options.s0, self.options.s1)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:

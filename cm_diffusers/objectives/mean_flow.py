@@ -1,8 +1,8 @@
 """MeanFlow (Geng et al. 2025, arXiv:2505.13447, algorithm 1).
 
-The network u(x_t, t, r) has two times: it predicts the average velocity of linear flow matching's ODE between r and t,
-so one call jumps from t to r: x_r = x_t - (t - r) u. Unlike sCM it learns all jumps, not only those to the data, and
-takes the ODE's velocity from the data as sCT does; with r = t it is flow matching. Flow times in [0, 1].
+The network u(x_t, t, r) has two times. It predicts the average velocity of linear flow matching's ODE between r and t,
+so one call jumps from t to r: x_r = x_t - (t - r) u. Unlike sCM it learns all jumps, not only those to the data. Like
+sCT it takes the ODE's velocity from the data; with r = t it is flow matching. Flow times are in [0, 1].
 """
 
 from collections.abc import Callable
@@ -30,21 +30,45 @@ from cm_diffusers.pipelines import MeanFlowPipeline
 @dataclass(frozen=True)
 class MeanFlowOptions(Options):
     p_mean: float = option(
-        -2.0, "Mean of the logit of the two times (-0.4 for ImageNet latents in the paper).", "[-20, 20]"
+        -2.0, "Mean of the logit of the two flow times t and r; the paper uses -0.4 for ImageNet latents.", "[-20, 20]"
     )
     p_std: float = option(
-        2.0, "Standard deviation of the logit of the two times (1 for ImageNet latents).", "[1e-3, 10]"
+        2.0,
+        "Standard deviation of the logit of the two flow times t and r; the paper uses 1 for ImageNet latents.",
+        "[1e-3, 10]",
     )
     equal_times: float = option(
-        0.25, "Share of the samples with r = t, which is flow matching (0.75 for ImageNet).", "[0, 1]"
+        0.25,
+        "Share of the samples with equal times r = t, which is flow matching; the paper uses 0.75 for ImageNet"
+        " latents.",
+        "[0, 1]",
     )
-    power: float = option(0.75, "p of the weight 1 / (|error|^2 + c)^p (1 for ImageNet).", "[0, 4]")
-    weight_c: float = option(1e-3, "c of the weight.", "[1e-12, 1e6]")
-    jvp_mode: str = option("exact", "How tangents are taken.", choices=JVP_MODES)
+    power: float = option(
+        0.75, "Power p of the weight 1 / (|error|^2 + c)^p; the paper uses 1 for ImageNet latents.", "[0, 4]"
+    )
+    weight_c: float = option(1e-3, "Constant c of the weight 1 / (|error|^2 + c)^p.", "[1e-12, 1e6]")
+    jvp_mode: str = option(
+        "exact",
+        "Computation of tangents: forward-mode differentiation (exact), the central difference of two more calls"
+        " (finite_difference), or exact with the central difference as fallback (auto).",
+        choices=JVP_MODES,
+    )
 
 
 class MeanFlow(Objective):
-    """E[ w |u(x_t, t, r) - sg(v - (t - r) du/dt)|^2 ], v = noise - x0, w = sg 1 / (|.|^2 + c)^p (eq. 10, 22)."""
+    """E[ w |u(x_t, t, r) - sg(v - (t - r) du/dt)|^2 ], v = noise - x0, w = sg 1 / (|.|^2 + c)^p (eq. 10, 22).
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers.core.draws import Draws
+        >>> from cm_diffusers.models import build_unet
+        >>> from cm_diffusers.objectives import Batch, MeanFlow, ModelSpec
+        >>> spec = ModelSpec(sigma_data=0.5, time_label="flow_time", prediction="flow")
+        >>> unet = MeanFlow.adapt(build_unet("jvp_tiny", (8, 8), channels=1), spec)  # with a second time input
+        >>> method = MeanFlow(unet, spec, MeanFlow.Options(), total_steps=1000)
+        >>> method.loss(Batch(torch.randn(4, 1, 8, 8)), Draws(seed=0, step=0, rows=range(4))).total.backward()
+        >>> pipe = method.pipeline(unet)
+    """
 
     name = "mean_flow"
     Options = MeanFlowOptions
@@ -77,7 +101,7 @@ class MeanFlow(Objective):
         return jump_to_zero(self.model if network is None else network, self.spec.time_scale)
 
     def times(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """t >= r (B,): two logit-normal draws, sorted, and then equal for a share of the samples."""
+        """Flow times t >= r (B,): two logit-normal numbers from `draws`, sorted, and equal for a share of samples."""
         logits = self.options.p_mean + self.options.p_std * draws.normal("times", (2,))
         t, r = logits.sigmoid().sort(1, descending=True).values.unbind(1)
         return t, torch.where(draws.uniform("equal") < self.options.equal_times, t, r)

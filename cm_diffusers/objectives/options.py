@@ -1,4 +1,4 @@
-"""Options of a method: fields of a frozen dataclass that document and check themselves."""
+"""The options of a method: fields of a frozen dataclass, which document and check themselves."""
 
 import math
 import re
@@ -14,7 +14,7 @@ PRETRAINING = ("diffusion pretraining", "the method itself")  # phases of a run
 
 @dataclass(frozen=True)
 class Interval:
-    """The numbers between two ends, written as in mathematics: [0, 1) has 0 and has not 1."""
+    """The numbers between two ends, in mathematical notation: [0, 1) contains 0 but not 1."""
 
     text: str
     low: float
@@ -22,6 +22,7 @@ class Interval:
 
     @classmethod
     def read(cls, text: str) -> "Interval":
+        """The interval that `text`, such as "[0, 1)", stands for."""
         low, high = text[1:-1].split(",")
         return cls(text, float(low), float(high))
 
@@ -35,19 +36,19 @@ class Interval:
 
 @dataclass(frozen=True)
 class Flag:
-    """What a setting says of itself beside its type, default, help and choices.
+    """The declarations of a setting beside its type, default, help and choices.
 
     Args:
-        within: the numbers that it takes, each one of a list; of a `Length` the whole numbers of steps.
-        may_change: whether a run may be resumed with another value, as it moves neither weights nor randomness.
-        place: what it names: a "path" of this machine, a "path or Hub id", or a "Hub id".
-        words: values of it that are no names of places.
-        in_recipe: whether the recipe on a model card has it; a path of this machine never is there.
-        for_training: whether a dataset that is only measured must not have it.
-        images_only: why it, or the choices in `images_only_choices`, can't be had in a run of latents.
-        images_only_choices: see there; of other settings all that switch them on.
-        told_by_data: whether its default is known only once the data are, or the network is.
-        phases: of a length at the start of the run, what the steps of that length are, and what those after it are.
+        within: the allowed numbers. They hold for each element of a list, and for a `Length` in whole steps.
+        may_change: whether a resumed run can have another value, because it affects neither weights nor randomness.
+        place: the kind of place that it names: a "path" on this machine, a "path or Hub id", or a "Hub id".
+        words: allowed values that do not name a place.
+        in_recipe: whether the recipe on a model card contains it; paths on this machine are never there.
+        for_training: whether it is for training data only, and refused for a dataset that is only measured.
+        images_only: why a run on latents cannot use it, or cannot use its `images_only_choices`.
+        images_only_choices: the choices that need images; if empty, every value that switches the setting on.
+        told_by_data: whether its default is known only once the data or the network is.
+        phases: names of two phases, for a length at the start of the run: its steps, and the steps after it.
     """
 
     within: Interval | None = None
@@ -68,39 +69,43 @@ def option(
     """A documented field of an `Options` dataclass, read by the command line as a flag.
 
     Args:
-        default: its value where nobody has said anything.
-        help: what it is, for `--help`, which shows the range as well.
-        within: the range of its numbers, as "[0, 1)".
-        choices: the values that it may have, where these are few.
-        declared: see `Flag`.
+        default: its value unless the user sets it.
+        help: its text for `--help`, in one or two whole sentences. The range is appended.
+        within: the range of its numbers, such as "[0, 1)".
+        choices: the allowed values, if they are few.
+        declared: further fields of `Flag`.
     """
     flag = Flag(None if within is None else Interval.read(within), **declared)
     if flag.within is not None:
-        help = f"{help} In {flag.within}." if flag.within.high < 1e6 else f"{help} At least {flag.within.low:g}."
+        least = "At least" if flag.within.text[0] == "[" else "Above"
+        help = f"{help} In {flag.within}." if flag.within.high < 1e6 else f"{help} {least} {flag.within.low:g}."
     return field(default=default, metadata={"help": help, "flag": flag} | ({"choices": choices} if choices else {}))
 
 
 @dataclass(frozen=True)
 class Options:
-    """Settings that check themselves. Raises ValueError unless each is one of its choices, or lies in its range.
+    """Settings that check themselves.
 
-    A subclass checks in `__post_init__`, after this one's, what relates several settings.
+    A subclass checks relations between settings in its `__post_init__`, which calls that of this class first.
+
+    Raises:
+        ValueError: a setting is not one of its choices, lies outside its range, or does not name a place of its kind.
     """
 
     @property
     def teacher(self) -> str | None:
-        """The model that is distilled, a folder or a Hub id; None for none. See `TeacherOptions`."""
+        """The model to distil, a folder or a Hub id, or None. See `TeacherOptions`."""
         return None
 
     def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> Self:
-        """These settings with values in place of shares of the run, and of None where a value follows from others.
+        """A copy with steps in place of shares of the run, and with values for None that follow from other settings.
 
-        A method extends it for the defaults of its own. What is resolved already stays as it is.
+        A method extends it for its own defaults. Resolved settings stay unchanged.
 
         Args:
-            total_steps: length of the run.
-            pretrained: whether it starts from a trained network.
-            dimensions: how many numbers a sample has; None where that is not known yet.
+            total_steps: training steps of the run.
+            pretrained: whether the run starts from a trained network.
+            dimensions: how many numbers a sample has; None if unknown so far.
         """
         lengths = {name: getattr(self, name) for name in length_names(self)}
         steps = {name: steps_of(value, total_steps) for name, value in lengths.items() if value is not None}
@@ -118,16 +123,16 @@ class Options:
             if flag.place is not None and value == "":
                 raise ValueError(f"{part.name} is empty; give a {flag.place}.")
             if flag.place == "Hub id" and not HUB_ID.fullmatch(value):
-                raise ValueError(f"{part.name} must be a Hub id, as user/name; got {value!r}.")
+                raise ValueError(f"{part.name} must be a Hub id such as user/name; got {value!r}.")
 
 
 @dataclass(frozen=True)
 class TeacherOptions(Options):
-    """Settings of a method that distils a teacher, or may."""
+    """Settings of a method that distils a teacher, or can distil one."""
 
     pretrained_teacher_model: str | None = option(
         None,
-        "The diffusion model to distil, of the library or of diffusers: a folder or a Hub id.",
+        "The diffusion model to distil, of this library or of diffusers: a folder or a Hub id.",
         place="path or Hub id",
     )
 
@@ -137,7 +142,11 @@ class TeacherOptions(Options):
 
 
 def check_for_latents(*groups: Any) -> None:
-    """Raise ValueError for a setting that only a run of images has, and not one of latents."""
+    """Check that `groups`, instances of dataclasses, hold no setting that only a run on images can have.
+
+    Raises:
+        ValueError: a setting is not for latents.
+    """
     for group in groups:
         for name, flag in flags_of(group).items():
             value, choices = getattr(group, name), flag.images_only_choices
@@ -147,56 +156,66 @@ def check_for_latents(*groups: Any) -> None:
 
 def _check_within(name: str, value: Any, within: Interval, is_length: bool) -> None:
     if is_length and not 0 < value < 1 and not (value in within and float(value).is_integer()):
-        raise ValueError(f"{name} must lie in {within} and be whole, or below 1 be a share of the run; got {value}.")
+        raise ValueError(
+            f"{name} must lie in {within} and be a whole number of steps, or be a share of the run between 0 and 1;"
+            f" got {value}."
+        )
     for one in value if isinstance(value, list) else () if is_length else (value,):
         if one not in within:
             raise ValueError(f"{name} must lie in {within}, got {one!r}.")
 
 
 def check_order(options: Any, low: str, high: str) -> None:
-    """Raise ValueError where the setting `high` is below the setting `low`."""
+    """Check that the setting named `high` in `options` is not below the setting named `low`.
+
+    Raises:
+        ValueError: it is below.
+    """
     if getattr(options, high) < getattr(options, low):
         raise ValueError(f"{high} must be at least {low}, {getattr(options, low):g}; got {getattr(options, high):g}.")
 
 
 def flag_of(part: Any) -> Flag:
-    """What a field of a dataclass declares; nothing where it is no `option`."""
+    """The declarations of `part`, a field of a dataclass; empty unless it is an `option`."""
     return part.metadata.get("flag", Flag())
 
 
 def flags_of(*groups: Any) -> Mapping[str, Flag]:
-    """What the settings of dataclasses, or of instances, declare, by their names."""
+    """The declarations of all settings in `groups`, dataclasses or their instances, by name."""
     return {part.name: flag_of(part) for group in groups for part in fields(group)}
 
 
 if TYPE_CHECKING:
-    Length = float  # which settings of that type are; parsers call it, and nothing is an instance
+    Length = float  # the type of such settings; only parsers call the class below, and nothing is its instance
 else:
 
     class Length(float):
-        """The type of lengths in settings: whole numbers of steps (int), or below 1 a share of the run (float)."""
+        """The type of lengths in settings: a whole number of steps (int), or a share of the run below 1 (float)."""
 
         def __new__(cls, text: str | float) -> int | float:
             value = float(text)
             if not math.isfinite(value):
-                raise ValueError(f"{text} is not a length.")
+                raise ValueError(f"{text} is not a length; give a number of steps, or a share of the run below 1.")
             return int(value) if value.is_integer() else value
 
 
 def length_names(options: Any) -> list[str]:
-    """The fields of a dataclass, or of an instance, that are lengths."""
+    """The names of those fields of `options`, a dataclass or its instance, that are lengths."""
     return [part.name for part in fields(options) if part.type in (Length, Length | None)]
 
 
 def steps_of(length: float | None, total: int) -> int:
-    """A length in steps, in a run of `total`; a share is rounded, and never the whole run."""
+    """`length` in steps, for a run of `total` steps. A share is rounded, and is never the whole run; None is 0."""
     if length is not None and 0 < length < 1:
         return min(round(length * total), total - 1)
     return int(length or 0)
 
 
 def phases(options: Any, steps: int) -> dict[str, int]:
-    """What the first `steps` steps of training were, by name; empty where they were all alike."""
+    """How many of the first `steps` training steps fell into each phase of `options`, by its name.
+
+    The result is empty if the run has one phase only.
+    """
     found: dict[str, int] = {}
     for name, flag in flags_of(options).items():
         if flag.phases is not None and (first := min(steps, getattr(options, name))):

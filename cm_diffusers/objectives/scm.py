@@ -1,9 +1,10 @@
 """Continuous-time consistency models, sCT and sCD (Lu & Song 2024, arXiv:2410.11081, algorithm 1).
 
-The limit of CT and CD for neighbouring times: instead of a difference of two outputs the network follows the tangent
-df/dt of its consistency function f(x_t, t) = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t) along the
-trajectory. sCT takes the trajectory's velocity from the data, sCD from a teacher. TrigFlow throughout, a flow model by
-an exact change of variables: x_t = cos(t) x0 + sin(t) z, z ~ N(0, sigma_data^2), t = atan(sigma / sigma_data).
+This is the limit of CT and CD for neighbouring times. Instead of a difference of two outputs the loss contains the
+tangent df/dt of the consistency function f(x_t, t) = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t) along the
+trajectory. sCT takes the trajectory's velocity from the data, sCD from a teacher. All formulas are in TrigFlow:
+x_t = cos(t) x0 + sin(t) z, z ~ N(0, sigma_data^2), t = atan(sigma / sigma_data). A flow model takes part by an exact
+change of variables.
 """
 
 from dataclasses import dataclass, replace
@@ -33,28 +34,45 @@ class SCTOptions(Options):
     p_std: float = option(1.4, "Standard deviation of ln(sigma) in training.", "[1e-3, 10]")
     tangent_warmup_steps: Length = option(
         10_000,
-        "Steps, or share, until the tangent's unstable part counts fully.",
+        "Steps until the unstable part of the tangent has its full weight; a number below 1 is a share of the run.",
         STEPS,
         phases=("the tangent's warm-up", "the whole tangent"),
     )
     tangent_norm: str = option(
         "norm",
-        "g / (|g| + c) with the norm of the sample, or its root mean square (the same for images of any size); g"
-        " clipped to [-1, 1]; or g as it is.",
+        "Normalisation of the tangent g: g / (|g| + c) by the norm of the sample (norm) or its root mean square (rms),"
+        " g clipped to [-1, 1] (clip), or g (none). Unlike norm, rms does not depend on the image size.",
         choices=list(NORMS),
     )
-    tangent_c: float = option(0.1, "c of the normalisation.", "[1e-12, 1e6]")
+    tangent_c: float = option(0.1, "Constant c of the normalisation g / (|g| + c) of the tangent g.", "[1e-12, 1e6]")
     prior_weight: str = option(
         "one",
-        "Weight by noise level. The tangent cos(t) df/dt holds the paper's prior 1 / (sigma_data tan t) already, so"
-        " that one is right, and inverse_sigma, as some public trainers have it, counts it twice.",
+        "Weight by noise level: 1 (one) is right, because the tangent cos(t) df/dt already contains the paper's prior"
+        " 1 / (sigma_data tan t). Some public trainers use 1 / sigma (inverse_sigma), which counts the prior twice.",
         choices=["one", "inverse_sigma"],
     )
-    jvp_mode: str = option("exact", "How tangents are taken.", choices=JVP_MODES)
+    jvp_mode: str = option(
+        "exact",
+        "Computation of tangents: forward-mode differentiation (exact), the central difference of two more calls"
+        " (finite_difference), or exact with the central difference as fallback (auto).",
+        choices=JVP_MODES,
+    )
 
 
 class SCT(Objective):
-    """E[ |F(x_t) - sg(F(x_t) + g)|^2 / D ], g = cos(t) df/dt normalised, weighed by a learned log-variance."""
+    """E[ |F(x_t) - sg(F(x_t) + g)|^2 / D ], g = cos(t) df/dt normalised, weighted by a learned log-variance.
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers.core.draws import Draws
+        >>> from cm_diffusers.models import build_unet
+        >>> from cm_diffusers.objectives import SCT, Batch, ModelSpec
+        >>> spec = ModelSpec(sigma_data=0.5, time_label="angle", prediction="trigflow")
+        >>> unet = SCT.adapt(build_unet("jvp_tiny", (8, 8), channels=1), spec)  # with a learned log-variance
+        >>> method = SCT(unet, spec, SCT.Options(tangent_warmup_steps=100), total_steps=1000)
+        >>> method.loss(Batch(torch.randn(4, 1, 8, 8)), Draws(seed=0, step=0, rows=range(4))).total.backward()
+        >>> pipe = method.pipeline(unet)
+    """
 
     name = "sct"
     Options: ClassVar[type] = SCTOptions
@@ -84,11 +102,19 @@ class SCT(Objective):
         return with_log_variance(network)
 
     def velocity(self, x_t: Tensor, t: Tensor, *, x0: Tensor, z: Tensor, condition: Condition) -> Tensor:
-        """dx_t/dt: here of the straight pair (x0, z), whose mean over the pairs through x_t is the ODE's."""
+        """The velocity dx_t/dt (B, ...): here of the pair (x0, z), whose mean over all pairs through x_t is the ODE's.
+
+        Args:
+            x_t: the points (B, ...) in TrigFlow's scale.
+            t: their angles (B,).
+            x0: the data (B, ...).
+            z: the noise (B, ...) in `x_t`, of standard deviation sigma_data.
+            condition: B rows.
+        """
         return append_dims(t.cos(), z) * z - append_dims(t.sin(), x0) * x0
 
     def warmup(self, step: int) -> float:
-        """r of algorithm 1, in [0, 1]; at 0 the loss is that of diffusion training."""
+        """r of algorithm 1 at `step`, in [0, 1]; at 0 the loss is that of diffusion training."""
         return min(1.0, step / max(1, self.options.tangent_warmup_steps))
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
@@ -107,7 +133,7 @@ class SCT(Objective):
             output = call_network(self.spec.as_trigflow(self.model), x_t / sigma_data, t, condition=condition)
         F = output.sample.to(x0.dtype)
         target = F.detach()
-        # alg. 1, with g = cos(t) df/dt: its stable part, and what the warm-up r lets in
+        # alg. 1, with g = cos(t) df/dt: its stable part, and its unstable part times the warm-up r
         g = -(cos**2) * (sigma_data * target - velocity)
         g = g - self.warmup(draws.step) * (cos * sin * x_t + sigma_data * dF)
         g = normalised(g, self.options.tangent_norm, self.options.tangent_c)
@@ -119,7 +145,17 @@ class SCT(Objective):
     def tangent(
         self, x: Tensor, t: Tensor, direction: tuple[Tensor, Tensor], *, condition: Condition, draws: Draws
     ) -> Tensor:
-        """The derivative of F(x, t) along `direction`: for that of the loss cos(t) sin(t) sigma_data dF/dt."""
+        """The derivative (B, ...) of F(x, t) along `direction`.
+
+        For the direction that the loss uses it is cos(t) sin(t) dF/dt.
+
+        Args:
+            x: the network's input (B, ...), which is x_t / sigma_data.
+            t: the angles (B,).
+            direction: directions for `x` (B, ...) and for `t` (B,).
+            condition: B rows.
+            draws: the random numbers of the step, for dropout.
+        """
         bare = self.spec.as_trigflow(self.network)
 
         def network(x: Tensor, t: Tensor) -> Tensor:
@@ -138,11 +174,23 @@ class SCT(Objective):
 
 @dataclass(frozen=True)
 class SCDOptions(SCTOptions, TeacherOptions):
-    """Those of sCT, and the teacher."""
+    """The settings of sCT, and the teacher."""
 
 
 class SCD(SCT):
-    """sCT with the velocity of a teacher: any denoiser, read as TrigFlow's."""
+    """sCT with the velocity of a teacher. It can be any denoiser, converted to TrigFlow.
+
+    Example:
+        >>> import torch
+        >>> from cm_diffusers.core.draws import Draws
+        >>> from cm_diffusers.models import build_unet
+        >>> from cm_diffusers.objectives import SCD, Batch, ModelSpec
+        >>> spec = ModelSpec(sigma_data=0.5, time_label="angle", prediction="trigflow")
+        >>> unet, trained = (SCD.adapt(build_unet("jvp_tiny", (8, 8), 1), spec) for _ in range(2))
+        >>> method = SCD(unet, spec, SCD.Options(), total_steps=1000, teacher=spec.denoiser(trained))
+        >>> method.loss(Batch(torch.randn(4, 1, 8, 8)), Draws(seed=0, step=0, rows=range(4))).total.backward()
+        >>> pipe = method.pipeline(unet)
+    """
 
     teacher: Denoiser
     name = "scd"

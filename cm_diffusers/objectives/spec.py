@@ -1,4 +1,4 @@
-"""What a network predicts, on which forward process, and how it is told the time."""
+"""The parameterisation of a network: its prediction, its forward process and its time input."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from cm_diffusers.core.interpolants import VE, VP, Interpolant, LinearFlow, Trig
 from cm_diffusers.core.parameterisation import JUMP_PREDICTIONS
 
 
-PROCESS_STUDENTS = tuple(p for p in JUMP_PREDICTIONS if p != "edm")  # the identity at sigma 0 as they are
+PROCESS_STUDENTS = tuple(p for p in JUMP_PREDICTIONS if p != "edm")  # their denoisers are the identity at sigma 0
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What turns the bare network into a denoiser, in training, sampling and export alike.
+    """The parameterisation that makes a bare network a denoiser, in training, sampling and export alike.
 
     Args:
-        sigma_data: root mean square of the data, > 0. The spec of a saved model that does not say has None, until the
-            engine puts the data's in its place.
-        time_label: the network's time input, one of `LABELS_OF_PREDICTION`.
+        sigma_data: root mean square of the data, above 0. It is None for a saved model that does not state it, until
+            the engine replaces it by that of the data.
+        time_label: the network's time input, one of the labels in `LABELS_OF_PREDICTION`.
         sigma_max: the level of pure noise, where sampling starts.
-        prediction: a key of `LABELS_OF_PREDICTION`: "edm" lives on VE, "flow" on linear flow, "trigflow" on TrigFlow,
-            and "epsilon", "v_prediction" and "sample" on a discrete VP process.
-        time_scale: a flow model is told this times the flow time.
-        noise_schedule: the settings of diffusers' `DDPMScheduler` that make the VP process.
+        prediction: a key of `LABELS_OF_PREDICTION`. The process of "edm" is VE, that of "flow" linear flow, that of
+            "trigflow" TrigFlow. "epsilon", "v_prediction" and "sample" have a discrete VP process.
+        time_scale: factor from the flow time to the time input of a flow model.
+        noise_schedule: the settings of diffusers' `DDPMScheduler` that define the VP process.
     """
 
     sigma_data: float
@@ -39,7 +39,7 @@ class ModelSpec:
 
     @cached_property
     def process(self) -> Interpolant:
-        """The forward process that the network lives on."""
+        """The forward process of the network."""
         if self.prediction == "edm":
             return VE()
         if self.prediction == "trigflow":
@@ -51,12 +51,12 @@ class ModelSpec:
 
     @property
     def input_config(self) -> dict[str, Any]:
-        """What schedulers and pipelines of the library are told of the network's input and prediction."""
+        """The settings of the network's input and prediction, for schedulers and pipelines of the library."""
         names = ("prediction", "time_label", "time_scale", "noise_schedule")
         return {name: getattr(self, name) for name in names}
 
     def denoiser(self, network: Callable, floor: float = 0.0) -> Denoiser:
-        """D of `network`; the identity at `floor` under EDM's scalings, at 0 otherwise."""
+        """The denoiser D of `network`. It is the identity at `floor` under EDM's scalings, otherwise at 0."""
         if self.prediction == "edm":
             return EDMDenoiser(network, self.sigma_data, floor, self.time_label)
         return ProcessDenoiser(
@@ -68,7 +68,7 @@ class ModelSpec:
         )
 
     def trajectories(self, network: Callable, floor: float) -> TrajectoryDenoiser:
-        """The jumps of a `network` with two times, and its denoiser; `floor` stands for clean data."""
+        """The jumps and the denoiser of a `network` with two times; the level `floor` stands for clean data."""
         return TrajectoryDenoiser(
             network,
             self.sigma_data,
@@ -81,17 +81,17 @@ class ModelSpec:
 
     @property
     def frequency(self) -> float:
-        """How fast a second time in the unit of the first is read at most, in radians per unit of it.
+        """The highest frequency in the embedding of a second time, in radians per unit of the time input.
 
-        Four radians for an angle or for all times of a process; for logarithms of sigma, whose range is wider, 250 ln
-        sigma in 1 / 250.
+        It is 4 for an angle or ln(sigma) / 4, and 4 over the whole range of flow times or timesteps. The time input
+        250 ln(sigma) has a wider range, and therefore a lower frequency: 1 / 250.
         """
         if isinstance(self.process, VP):
             return 4 / len(self.process.angles)
         return 1 / 250 if self.time_label == "log_sigma" else 4 / self.time_scale
 
     def as_trigflow(self, network: Callable) -> Callable:
-        """F of TrigFlow that means the same denoiser: a TrigFlow `network` itself, a flow model by its own formula."""
+        """The TrigFlow network F with the same denoiser: a TrigFlow `network` itself, or a flow model converted."""
         if self.prediction == "flow":
             return as_trigflow(network, self.sigma_data, self.time_scale)
         return network

@@ -6,11 +6,14 @@ from cm_diffusers.objectives import OBJECTIVES, Objective
 from cm_diffusers.objectives.options import TeacherOptions
 
 
-SHORT = ("method", "what", "teacher", "paper")  # columns of the README's
+SHORT = ("method", "what", "teacher", "paper")  # columns of the README's table
 
 
 def method_table(columns: Collection[str] | None = None) -> str:
-    """A Markdown table with a row for each method, from what its class declares; of all columns, or of some."""
+    """A Markdown table with a row for each method, from the declarations of its class.
+
+    `columns` are the names of the columns to include; None includes all.
+    """
     cells = [_cells(cls) for cls in OBJECTIVES.values()]
     cells = [{name: text for name, text in row.items() if columns is None or name in columns} for row in cells]
     rows = [list(cells[0]), ["---"] * len(cells[0]), *(list(row.values()) for row in cells)]
@@ -18,7 +21,7 @@ def method_table(columns: Collection[str] | None = None) -> str:
 
 
 def _cells(cls: type[Objective]) -> dict[str, str]:
-    """The row of a method by the titles of the columns."""
+    """The row of a method: its cells by the titles of their columns."""
     text, teacher = cls.summary, "no"
     if issubclass(cls.Options, TeacherOptions):
         teacher = text.teacher + ("" if cls.needs_teacher else ", or none")

@@ -1,4 +1,4 @@
-"""Small problems: their exact answers, training on them, and pictures of what is learned."""
+"""Toy problems: their exact answers, training on them, and pictures of the result."""
 
 from cm_diffusers.toys.problems import TASKS, Mixture, Shape, ToyDraws, ToyNetwork, ToyOutput
 

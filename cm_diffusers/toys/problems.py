@@ -1,8 +1,8 @@
-"""Small problems: mixtures of Gaussians on the line, with exact answers, and shapes in the plane, without.
+"""Toy problems: mixtures of Gaussians on the line, with exact answers, and shapes in the plane, without them.
 
-The posterior mean of a mixture has a closed form, and on a line the probability-flow ODE keeps the order of points, so
-it maps quantiles to quantiles: the exact consistency function, and every jump between noise levels, is the inverse of
-one distribution function after another. Samples are images of one pixel with one or two channels.
+The posterior mean of a mixture has a closed form. On a line the probability-flow ODE keeps the order of points, so it
+maps quantiles to quantiles. Every exact jump between noise levels, such as the consistency function, is therefore one
+distribution function followed by the inverse of another. Samples are images of one pixel with one or two channels.
 """
 
 import math
@@ -21,7 +21,13 @@ from cm_diffusers.core.draws import Draws, derive_seed
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of Gaussians on the line; `sigma_data` is its root mean square."""
+    """A mixture of Gaussians on the line; `sigma_data` is its root mean square.
+
+    Args:
+        means: the mean of each component.
+        stds: the standard deviation of each component.
+        weights: the probability of each component; they sum to 1.
+    """
 
     means: tuple[float, ...]
     stds: tuple[float, ...]
@@ -34,18 +40,18 @@ class Mixture:
         return float(second**0.5)
 
     def _terms(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """By term, last: distance of x (B, ...) from each mean, variance of each term at sigma (B,), log weight."""
+        """By component (last): distance of x (B, ...) from its mean, its variance at sigma (B,), its log weight."""
         means, stds, weights = (x.new_tensor(v) for v in (self.means, self.stds, self.weights))
         sigma = sigma.reshape(-1, *[1] * x.ndim).to(x)
         return x[..., None] - means, stds**2 + sigma**2, weights.log()
 
     def scaled(self, sigma_data: float = 0.5) -> "Mixture":
-        """The same shape with another root mean square."""
+        """The same mixture, scaled to the root mean square `sigma_data`."""
         factor = sigma_data / self.sigma_data
         return Mixture(tuple(factor * m for m in self.means), tuple(factor * s for s in self.stds), self.weights)
 
     def sample(self, draws: Draws) -> Tensor:
-        """Data (B, 1, 1, 1)."""
+        """Data (B, 1, 1, 1), one sample per row of `draws`."""
         uniform, normal = draws.uniform("term"), draws.normal("data")
         edges = uniform.new_tensor(self.weights).cumsum(0)
         term = torch.searchsorted(edges, uniform, right=True).clamp(max=len(edges) - 1)
@@ -53,7 +59,10 @@ class Mixture:
         return values.reshape(-1, 1, 1, 1)
 
     def denoised(self, x: Tensor, sigma: Tensor, condition: Any = None) -> Tensor:
-        """E[x0 | x0 + sigma noise = x], the exact denoiser, for x (B, ...) and sigma (B,)."""
+        """E[x0 | x0 + sigma noise = x], the exact denoiser, for `x` (B, ...) and `sigma` (B,).
+
+        `condition` is ignored; it lets a mixture take the place of a teacher.
+        """
         distance, variance, log_weights = self._terms(x, sigma)
         posterior = (log_weights - variance.log() / 2 - distance**2 / (2 * variance)).softmax(-1)
         stds = x.new_tensor(self.stds)
@@ -62,19 +71,19 @@ class Mixture:
     __call__ = denoised
 
     def density(self, x: Tensor) -> Tensor:
-        """The density of x0 at x (B, ...)."""
+        """The density of x0 at `x` (B, ...)."""
         distance, variance, log_weights = self._terms(x, x.new_zeros(()))
         return (log_weights - distance**2 / (2 * variance) - (2 * math.pi * variance).log() / 2).exp().sum(-1)
 
     def cumulative(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The distribution function of x0 + sigma noise."""
+        """The distribution function of x0 + sigma noise at `x` (B, ...), for `sigma` (B,)."""
         distance, variance, log_weights = self._terms(x, sigma)
         return (log_weights.exp() * torch.special.ndtr(distance / variance.sqrt())).sum(-1)
 
     def jump(self, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        """Where the exact ODE leads from x (B, ...) at sigma to sigma_next (B,), in float64 by bisection."""
+        """The end at `sigma_next` of the exact ODE from `x` (B, ...) at `sigma`, both (B,): float64, by bisection."""
         x, sigma, sigma_next = x.double(), sigma.double(), sigma_next.double()
-        upper = x > 0  # the side of 0 is folded so that the function keeps its precision in the upper tail
+        upper = x > 0  # points above 0 are mirrored, so that the distribution function is precise in the upper tail
         mirror = Mixture(tuple(-m for m in self.means), self.stds, self.weights)
         quantile = torch.where(upper, mirror.cumulative(-x, sigma), self.cumulative(x, sigma))
         reach = max(abs(m) for m in self.means) + 10 * (max(self.stds) ** 2 + float(sigma_next.max()) ** 2) ** 0.5
@@ -92,12 +101,13 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Shape:
-    """Noisy points of a shape in the plane, scaled to `sigma_data`, their root mean square per coordinate.
+    """Noisy points of a shape in the plane.
 
     Args:
-        points: the shape, from two uniform draws (B,) each: x and y (B,).
-        square: mean square of both coordinates, without noise.
+        points: the shape, a function from two uniform draws (B,) in [0, 1) to x and y (B,).
+        square: mean square per coordinate, without noise, in the scale of `points`.
         noise: standard deviation of the noise, in the scale of `points`.
+        sigma_data: root mean square per coordinate, to which samples are scaled.
     """
 
     points: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -107,26 +117,26 @@ class Shape:
     dimensions = 2
 
     def sample(self, draws: Draws) -> Tensor:
-        """Data (B, 2, 1, 1)."""
+        """Data (B, 2, 1, 1), one sample per row of `draws`."""
         points = torch.stack(self.points(*draws.uniform("place", (2,)).unbind(1)), 1)
         points = points + self.noise * draws.normal("data", (2,))
         return (self.sigma_data / (self.square + self.noise**2) ** 0.5 * points).reshape(-1, 2, 1, 1)
 
 
 def _moons(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Two half circles of radius 1, an upper and a lower one, that reach into each other."""
+    """Two interlocking half circles of radius 1, an upper and a lower one."""
     side, angle = torch.where(v < 0.5, 1.0, -1.0), math.pi * u
     return side * (angle.cos() - 0.5), side * (angle.sin() - 0.25)
 
 
 def _checkerboard(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The eight fields of one colour of a board of four by four on [-1, 1]^2."""
+    """The eight fields of one colour on a four-by-four board over [-1, 1]^2."""
     column, pair = (4 * u).floor(), 2 * v
     return 2 * u - 1, (2 * pair.floor() + column % 2 + pair % 1) / 2 - 1
 
 
 def _spiral(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """One and a half turns, about as dense everywhere."""
+    """A spiral of one and a half turns with about the same density everywhere."""
     radius = u.sqrt()
     angle = 3 * math.pi * radius
     return radius * angle.cos(), radius * angle.sin()
@@ -135,7 +145,7 @@ def _spiral(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 TASKS: dict[str, Mixture | Shape] = {
     "gaussian": Mixture((0.0,), (0.5,), (1.0,)),
     "bimodal": Mixture((-(0.2**0.5), 0.2**0.5), (0.05**0.5,) * 2, (0.5, 0.5)),
-    # the four of mbreuss/consistency_trajectory_models_toy_task, scaled
+    # the four problems of mbreuss/consistency_trajectory_models_toy_task, scaled
     "single_gaussian": Mixture((1.0,), (0.2,), (1.0,)).scaled(),
     "two_gmm": Mixture((-1.5, 1.5), (0.3, 0.3), (0.5, 0.5)).scaled(),
     "uneven_two_gmm": Mixture((-1.5, 1.5), (0.3, 0.2), (0.7, 0.3)).scaled(),
@@ -148,7 +158,7 @@ TASKS: dict[str, Mixture | Shape] = {
 
 @dataclass
 class ToyOutput(BaseOutput):
-    """What `ToyNetwork` gives: `sample`, the output (B, C, 1, 1)."""
+    """The output of `ToyNetwork`: `sample` (B, C, 1, 1)."""
 
     sample: Tensor
 
@@ -158,10 +168,10 @@ class ToyNetwork(ModelMixin, ConfigMixin):
 
     Args:
         in_channels: C.
-        two_times: take a second time, by weights that start at zero.
-        width: of a hidden layer.
-        depth: how many of those.
-        sample_size, num_class_embeds: as pipelines ask them of a U-Net.
+        two_times: whether the network takes a second time; its weights start at zero.
+        width: width of the hidden layers.
+        depth: number of hidden layers.
+        sample_size, num_class_embeds: the entries of a U-Net's config that pipelines read.
     """
 
     @register_to_config
@@ -180,7 +190,7 @@ class ToyNetwork(ModelMixin, ConfigMixin):
         widths = [in_channels + features, *[width] * depth]
         hidden = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*hidden)
-        self.conv_out = nn.Linear(width, in_channels)  # a U-Net's name for it, by which CTM finds the last layer
+        self.conv_out = nn.Linear(width, in_channels)  # CTM finds the last layer by this name, as in a U-Net
         nn.init.zeros_(self.conv_out.weight)
         if two_times:
             self.target = nn.Linear(features, width, bias=False)
@@ -194,7 +204,15 @@ class ToyNetwork(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> ToyOutput | tuple[Tensor]:
-        """Apply the network to `sample` at `timestep`, where it has two times for a jump to `target_timestep`."""
+        """Apply the network.
+
+        Args:
+            sample: (B, C, 1, 1).
+            timestep: () or (B,), bounded.
+            target_timestep: the time to jump to, for a network with two times.
+            class_labels: ignored.
+            return_dict: whether to return a `ToyOutput` or a tuple.
+        """
         h = self.layers[0](torch.cat([sample.flatten(1), self._features(timestep, sample)], 1))
         if target_timestep is not None:
             h = h + self.target(self._features(target_timestep, sample))
@@ -208,7 +226,7 @@ class ToyNetwork(ModelMixin, ConfigMixin):
 
 
 class ToyDraws(Draws):
-    """Draws of a whole batch from one stream: faster than a stream per row, which one process does not need."""
+    """Draws of a whole batch from one stream, which is faster; a single process does not need a stream per row."""
 
     def _draw(self, sampler, name: str, shape: tuple[int, ...]) -> Tensor:
         generator = self._generator.manual_seed(derive_seed(self.seed, name, self.step))

@@ -1,4 +1,4 @@
-"""Training a method on a small problem, and what is measured and drawn of it."""
+"""Training a method on a toy problem, and the measurements and pictures of the result."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from cm_diffusers.toys import trajectories
 from cm_diffusers.toys.problems import TASKS, Mixture, Shape, ToyDraws, ToyNetwork
 
 
-# settings of each method here; tangents are not normalised: on a line that would make a median of the mean (sCT)
+# settings of each method; tangents are not normalised, because on a line sCT would then learn a median, not a mean
 OPTIONS = {
     "diffusion": {"interpolant": "trigflow", "p_mean": -0.4, "p_std": 1.6},
     "sct": {"p_std": 1.6, "tangent_warmup_steps": 1000, "tangent_norm": "none"},
@@ -33,17 +33,22 @@ REPORT, PICTURE = "report.json", "toy.png"
 
 @dataclass(frozen=True)
 class ToyRun:
-    """A run on a small problem; refuses with ValueError what can't be run.
+    """A run on a toy problem.
 
     Args:
         task: the data, a name in `TASKS`.
-        method: what is trained, a name in `OPTIONS`.
-        teacher: scd's and ctm's: "trained" (a diffusion model, from which the student starts; the default), "exact"
-            (the exact answer) or, for ctm, "none".
-        max_train_steps: steps of the method, and before them as many of its teacher; ctm without one takes both.
+        method: the training method, a name in `OPTIONS`.
+        teacher: the teacher of scd and ctm: "trained" (a diffusion model, from which the student starts; the
+            default), "exact" (the exact answer) or, for ctm, "none".
+        max_train_steps: steps of the method, after as many steps of a trained teacher; ctm with teacher "none" trains
+            for twice as many.
         batch_size: points per step.
         learning_rate: peak learning rate.
-        seed: every random number follows from it.
+        seed: determines every random number.
+
+    Raises:
+        ValueError: a teacher for another method, a shape without ctm or with the teacher "exact", or scd without a
+            teacher.
     """
 
     task: str = "bimodal"
@@ -56,16 +61,16 @@ class ToyRun:
 
     def __post_init__(self) -> None:
         if self.teacher not in (None, "none") and self.method not in TAUGHT:
-            raise ValueError(f"teacher has no effect: {self.method} has none; it is for --method scd and ctm.")
+            raise ValueError(f"teacher has no effect on {self.method}; --teacher is for --method scd and ctm.")
         if isinstance(TASKS[self.task], Shape) and (self.method != "ctm" or self.teacher == "exact"):
             raise ValueError(
-                f"{self.task} has no exact answer; it is for --method ctm with --teacher trained or none."
+                f"{self.task} has no exact answer; use --method ctm with --teacher trained or none, or another --task."
             )
         if self.method == "scd" and self.teacher == "none":
-            raise ValueError("scd distils a teacher; --teacher none is for ctm.")
+            raise ValueError("scd distils a teacher; use --teacher trained or exact, or --method ctm.")
 
     def run(self, folder: Path) -> dict[str, Any]:
-        """Train; leaves report.json and toy.png in `folder`, which is there. Gives the report."""
+        """Train, write report.json and toy.png to the existing `folder`, and return the report."""
         start, steps, task = time.perf_counter(), self.max_train_steps, TASKS[self.task]
         torch.manual_seed(self.seed)
         two_times = OBJECTIVES[self.method].two_times
@@ -84,7 +89,7 @@ class ToyRun:
             teacher = trained.denoiser(copy.deepcopy(network).requires_grad_(False))
         elif kind == "exact":
             teacher = task
-        elif kind == "none":  # a quarter of the run gives the model a denoiser, whose trajectories it then learns
+        elif kind == "none":  # a quarter of the run trains a denoiser, whose trajectories the model then learns
             steps, options["pretrain_steps"] = 2 * steps, steps // 2
         objective = self.train(self.method, steps, network, teacher, **options)
         result |= errors(self.method, task, objective)
@@ -102,7 +107,15 @@ class ToyRun:
     def train(
         self, method: str, steps: int, network: ToyNetwork, teacher: Callable | None = None, **options: Any
     ) -> Objective:
-        """Train `network` in place; gives the objective, driving an average of the weights."""
+        """Train `network` in place; returns the objective with an average of the weights in `network`.
+
+        Args:
+            method: a name in `OBJECTIVES`.
+            steps: training steps.
+            network: the network to train.
+            teacher: the denoiser to distil; it marks `network` as pretrained.
+            options: settings of the method beside those in `OPTIONS`.
+        """
         cls, task = OBJECTIVES[method], TASKS[self.task]
         options = cls.Options(**OPTIONS[method] | options)
         spec = ModelSpec(task.sigma_data, "angle", SIGMA_MAX, prediction=cls.prediction(options))
@@ -123,15 +136,26 @@ class ToyRun:
 
 
 def exact(method: str, task: Mixture, x: Tensor, sigma: Tensor, floor: float = 0.0) -> Tensor:
-    """What the method should learn: the posterior mean, or the consistency function, to the level `floor`."""
+    """The exact answer at `x` (B, ...) and `sigma` (B,) for `method` on `task`.
+
+    It is the posterior mean for "diffusion", else the consistency function down to the level `floor`.
+    """
     if method == "diffusion":
         return task.denoised(x, sigma)
     return task.jump(x, sigma, torch.full_like(sigma, floor)).to(x)
 
 
 def total_derivative(objective: Objective, task: Mixture, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The derivative by the angle of the learned function along exact trajectories: as a tangent, and as a difference
-    of two of their points. `x` (B, 1, 1, 1) in VE's scale at the angle t (B,)."""
+    """The learned function's derivative with respect to the angle, along the exact trajectories of `task`.
+
+    Returns it (B, 1, 1, 1) twice: as a tangent, and as a difference of two points of a trajectory.
+
+    Args:
+        objective: holds the learned denoiser.
+        task: the problem.
+        x: points (B, 1, 1, 1) in VE's scale.
+        t: their angles (B,).
+    """
     sigma_data, denoiser = objective.spec.sigma_data, objective.denoiser()
     sigma, speed = sigma_data * t.tan(), sigma_data / t.cos() ** 2
     slope = (x - task.denoised(x, sigma)) / sigma.reshape(-1, 1, 1, 1)
@@ -145,7 +169,10 @@ def total_derivative(objective: Objective, task: Mixture, x: Tensor, t: Tensor) 
 
 
 def errors(method: str, task: Mixture | Shape, objective: Objective) -> dict[str, float]:
-    """Distances from the exact function, if any, over the noise marginal and for one step from pure noise."""
+    """RMS errors of a trained `objective` of `method` on `task`; none for a shape, which has no exact answer.
+
+    "rms_error" is over random noise levels, and "one_step_rms_error" is for one step from pure noise.
+    """
     if isinstance(task, Shape):
         return {}
     n, denoiser, draws = 20_000, objective.denoiser(), ToyDraws(1, 0, range(20_000))
@@ -161,7 +188,11 @@ def errors(method: str, task: Mixture | Shape, objective: Objective) -> dict[str
 
 
 def draw(method: str, task: Mixture, objective: Objective, path: Path) -> None:
-    """Trajectories, predictions along them, maps of prediction, error and derivatives over angle and position."""
+    """Write a picture of a trained `objective` of `method` on `task` to `path`.
+
+    It shows trajectories, predictions along them, and maps of prediction, error and derivatives over angle and
+    position.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

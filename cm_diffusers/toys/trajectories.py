@@ -1,7 +1,7 @@
-"""What a toy run measures and draws of a trajectory model: the library's samplers beside the data.
+"""Measurements and pictures of a trajectory model in a toy run: the library's samplers beside the data.
 
-Distances are Wasserstein-1, of 50,000 samples to as many of the data. `data` stands for other samples of the data,
-whose distance is that of a perfect model.
+Distances are Wasserstein-1 between 50,000 samples and as many samples of the data. `data` means further samples of
+the data; their distance is that of a perfect model.
 """
 
 import math
@@ -18,7 +18,7 @@ from cm_diffusers.pipelines import CTMPipeline
 from cm_diffusers.toys.problems import Mixture, Shape, ToyDraws
 
 
-SAMPLERS = {  # arguments of CTMPipeline, and what they are called in pictures
+SAMPLERS = {  # arguments of CTMPipeline, and their titles in pictures
     "one_step": ({"num_inference_steps": 1, "gamma": 0.0}, "1 step"),
     "two_steps": ({"num_inference_steps": 2, "gamma": 0.0}, "2 steps"),
     "gamma_0.5": ({"num_inference_steps": 4, "gamma": 0.5}, "4 steps, gamma = 0.5"),
@@ -28,7 +28,7 @@ SAMPLES = 50_000
 
 
 def pipeline(objective: Objective) -> CTMPipeline:
-    """The pipeline of a trained model, without the clamp to [-1, 1] that images have."""
+    """The pipeline of a trained `objective`, without the clamp to [-1, 1] for images."""
     pipe = objective.pipeline(objective.network)
     pipe.scheduler.register_to_config(clip_denoised=False)
     pipe.set_progress_bar_config(disable=True)
@@ -36,7 +36,13 @@ def pipeline(objective: Objective) -> CTMPipeline:
 
 
 def path(pipe: CTMPipeline, noise: Tensor, arguments: dict) -> tuple[Tensor, Tensor]:
-    """A sampler's levels (N + 1,) and where it is at them, (N + 1, B, C, 1, 1), from unit `noise` (B, C, 1, 1)."""
+    """A sampler's levels, N + 1 of them, and its points there (N + 1, B, C, 1, 1).
+
+    Args:
+        pipe: the pipeline.
+        noise: unit normal numbers (B, C, 1, 1).
+        arguments: those of a call of the pipeline, such as the number of steps N.
+    """
     points = []
 
     def keep(pipe: CTMPipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
@@ -49,9 +55,10 @@ def path(pipe: CTMPipeline, noise: Tensor, arguments: dict) -> tuple[Tensor, Ten
 
 
 def wasserstein(a: Tensor, b: Tensor, directions: int = 32) -> float:
-    """Wasserstein-1 distance of two samples (B, C, 1, 1): exact for C = 1; for C = 2 sliced, a mean over directions.
+    """The Wasserstein-1 distance of two samples `a` and `b` (B, C, 1, 1).
 
-    On a line the best transport keeps the order of points. The directions, always the same, divide half a turn evenly.
+    For C = 1 it is exact, because on a line the best transport keeps the order of points. For C = 2 it is sliced: a
+    mean over `directions` fixed lines, which divide half a turn evenly.
     """
     a, b = a.flatten(1).double(), b.flatten(1).double()
     if a.shape[1] == 2:
@@ -62,7 +69,10 @@ def wasserstein(a: Tensor, b: Tensor, directions: int = 32) -> float:
 
 
 def draw_samples(pipe: CTMPipeline, task: Mixture | Shape, n: int) -> dict[str, Tensor]:
-    """`n` samples (n, C, 1, 1): the reference, more data, and what each sampler makes of the same noise."""
+    """`n` samples (n, C, 1, 1) of `task` as "reference" and as "data", and of each sampler of `pipe` by its name.
+
+    All samplers start from the same noise.
+    """
     draws = ToyDraws(1, 0, range(n))
     noise = draws.normal("noise", (task.dimensions, 1, 1))
     made = {name: path(pipe, noise, arguments)[1][-1] for name, (arguments, _) in SAMPLERS.items()}
@@ -70,12 +80,24 @@ def draw_samples(pipe: CTMPipeline, task: Mixture | Shape, n: int) -> dict[str, 
 
 
 def distances(samples: dict[str, Tensor]) -> dict[str, float]:
-    """Of each of `samples` from the reference; that of "data" is due to their finite number alone."""
+    """The distance of each of `samples` (B, C, 1, 1) from "reference", by name.
+
+    That of "data" is due to the finite number of samples alone.
+    """
     return {name: round(wasserstein(x, samples["reference"]), 5) for name, x in samples.items() if name != "reference"}
 
 
 def picture(pipe: CTMPipeline, task: Mixture | Shape, samples: dict[str, Tensor], file: Path) -> None:
-    """The data and each sampler: on the line trajectories and densities, in the plane the samples."""
+    """Write a picture of the data and of each sampler.
+
+    It shows trajectories and densities on the line, and samples in the plane.
+
+    Args:
+        pipe: the pipeline of the model.
+        task: the problem.
+        samples: those of `draw_samples`, each (B, C, 1, 1).
+        file: the path of the picture.
+    """
     measured, columns = distances(samples), ["data", *SAMPLERS]
     titles = ["data", *(title for _, title in SAMPLERS.values())]
     rows = 2 if task.dimensions == 1 else 1
@@ -100,7 +122,15 @@ def picture(pipe: CTMPipeline, task: Mixture | Shape, samples: dict[str, Tensor]
 
 
 def draw_trajectories(axis: Axes, pipe: CTMPipeline, task: Mixture, name: str, colour: str) -> None:
-    """From the quantiles of noise on the left to data on the right, over the angle: exact, or by a sampler."""
+    """Draw trajectories over the angle, from quantiles of noise on the left to data on the right.
+
+    Args:
+        axis: where to draw.
+        pipe: the pipeline of the model.
+        task: the problem.
+        name: "data" for exact trajectories, or a name in `SAMPLERS`.
+        colour: that of the lines.
+    """
     sigma_max = pipe.scheduler.config.sigma_max
     noise = torch.special.ndtri(torch.linspace(0.02, 0.98, 25)).reshape(-1, 1, 1, 1)
     if name == "data":
@@ -116,7 +146,7 @@ def draw_trajectories(axis: Axes, pipe: CTMPipeline, task: Mixture, name: str, c
 
 
 def draw_density(axis: Axes, task: Mixture, x: Tensor, colour: str) -> None:
-    """A histogram over the true density."""
+    """Draw a histogram of `x` (B, 1, 1, 1) in `colour` on `axis`, and the true density of `task`."""
     places = torch.linspace(-1.2, 1.2, 481)
     axis.hist(x.flatten().clamp(-1.2, 1.2).numpy(), bins=120, range=(-1.2, 1.2), density=True, color=colour, alpha=0.5)
     axis.plot(places, task.density(places), "k", linewidth=1)

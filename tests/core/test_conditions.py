@@ -45,8 +45,8 @@ def test_conditions_are_joined_moved_and_extended():
 @pytest.mark.parametrize(
     "entries, nulls, message",
     [
-        ({"a": torch.zeros(2), "b": torch.zeros(3)}, {}, "as many rows"),
-        ({"a": torch.zeros(2, 3)}, {"a": torch.zeros(2)}, r"shape of a row, \(3,\), got \(2,\)"),
+        ({"a": torch.zeros(2), "b": torch.zeros(3)}, {}, "same number of rows"),
+        ({"a": torch.zeros(2, 3)}, {"a": torch.zeros(2)}, r"shape of a row, \(3,\); got \(2,\)"),
         ({"a": torch.zeros(2)}, {"b": torch.zeros(())}, "no entry 'b'"),
     ],
 )

@@ -383,7 +383,7 @@ def test_bad_arguments(network, arguments, message):
         ({"prediction": "sample"}, "edm, flow, epsilon, v_prediction; got 'sample'"),
         (
             {"prediction": "epsilon"},
-            "noise_schedule is for the predictions 'epsilon' and 'v_prediction', which need it",
+            "noise_schedule is for the predictions '.*', which need it; got",
         ),
         ({"noise_schedule": {"beta_schedule": "linear"}}, "noise_schedule is for"),
     ],

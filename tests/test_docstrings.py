@@ -1,0 +1,75 @@
+"""Docstrings of public names describe arguments, shapes and errors."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import textwrap
+
+import pytest
+
+import cm_diffusers
+
+
+PACKAGES = ["core", "objectives", "schedulers", "models", "convert", "evaluation", "toys", "pipelines", "sampling"]
+SHAPE = re.compile(
+    r"\((B|C|H|N|M|K|D|T|n|m|k|steps|features|classes|\.\.\.|\d+)(,[^()]*)?\)|any shape|same shape|scalar"
+)
+TENSOR = re.compile(r"\b(Tensor|ndarray|Values)\b")
+OBVIOUS = {"self", "cls", "args", "kwargs"}
+
+
+def modules():
+    for name in PACKAGES:
+        module = importlib.import_module(f"cm_diffusers.{name}")
+        yield module
+        for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
+            yield importlib.import_module(f"{module.__name__}.{info.name}")
+
+
+def functions_of(module):
+    """(name, function, docstring of its class or "") of all public functions and methods that the module defines."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isfunction(value):
+            yield name, value, inspect.getdoc(value) or ""
+        elif inspect.isclass(value):
+            about = value.__doc__ or ""
+            for method, member in vars(value).items():
+                function = getattr(member, "__func__", getattr(member, "fget", member))
+                written = inspect.isfunction(function) and function.__code__.co_filename == module.__file__
+                if not written:
+                    continue
+                if "__init__" == method:
+                    yield f"{name}()", function, about
+                elif not method.startswith("_"):
+                    yield f"{name}.{method}", function, (inspect.getdoc(getattr(value, method)) or "") + about
+
+
+def parts(name, function, text):
+    """What is missing of one docstring."""
+    source = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    parameters = [p for p in inspect.signature(function).parameters if p not in OBVIOUS and not p.startswith("_")]
+    yield from (f"argument {p}" for p in parameters if not re.search(rf"`{p}`|\b{p}\b.*?:", text))
+    if TENSOR.search(ast.unparse(source.args) + ast.unparse(source.returns or ast.Constant(0))):
+        if not SHAPE.search(text):
+            yield "shapes"
+    raised = {
+        node.exc.func.id
+        for node in ast.walk(source)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name)
+    }
+    if raised - {"NotImplementedError", "StopIteration"} and "Raises:" not in text:
+        yield "raises"
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda module: module.__name__.partition(".")[2])
+def test_docstrings_describe_arguments_shapes_and_errors(module):
+    missing = [
+        f"{name}: {', '.join(found)}"
+        for name, function, text in functions_of(module)
+        if (found := [*parts(name, function, text)])
+    ]
+    assert not missing, "\n" + "\n".join(missing)
