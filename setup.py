@@ -3,9 +3,9 @@ import re
 from setuptools import find_packages, setup
 
 
-# The lower bounds are those of constraints-floors.txt, with which `make test-floors` runs a part of the tests. Older
-# versions of torch may work: 2.13 is the oldest that was tried.
-SAMPLING = [  # what a Space of the demo gets
+# The lower bounds are the versions in constraints-floors.txt, with which `make test-floors` runs some tests. Older
+# versions of torch can work; 2.13 is the oldest tested version.
+SAMPLING = [  # packages in a Space of the demo
     "diffusers>=0.42",
     "huggingface-hub>=1.32",
     "numpy>=2.0",
@@ -30,10 +30,12 @@ TRAINING = [
 DEMO = ["gradio>=6.0"]
 EXPORT = ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"]
 ORACLES = ["prdc>=0.2", "torchmetrics>=1.9"]
-TEST = ["pytest>=8.0", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15", *ORACLES]
+NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]
+TEST = ["pytest>=8.0", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15", *ORACLES, *NOTEBOOK]
 QUALITY = ["mypy==2.4.1", "ruff==0.17.5"]
 
-BESIDE = {"hub_cards": "hub_cards", "pipelines": "pipelines", "scripts": "training"}  # folders, by their names inside
+# subpackages and their folders in the source tree
+BESIDE = {"hub_cards": "hub_cards", "pipelines": "pipelines", "scripts": "training"}
 
 
 def read(path):
@@ -62,7 +64,7 @@ setup(
     install_requires=SAMPLING + TRAINING + EXPORT,
     extras_require={
         "demo": DEMO,
-        "lpips": ["lpips>=0.1.4"],  # and by it torchvision
+        "lpips": ["lpips>=0.1.4"],  # requires torchvision
         "test": DEMO + TEST,
         "dev": DEMO + TEST + QUALITY,
     },

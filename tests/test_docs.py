@@ -2,12 +2,15 @@
 
 import pkgutil
 import re
+import time
 from pathlib import Path
 
 import diffusers
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 from PIL import Image
 
 import cm_diffusers
@@ -83,3 +86,16 @@ def test_the_reference_shows_every_module():
     modules |= {f"pipelines.{path.stem}" for path in (ROOT / "pipelines").glob("*.py")}
     assert modules <= shown
     assert shown - modules == {"cm_diffusers.sampling"}
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom_in_five_minutes(tmp_path):
+    notebook = nbformat.read(ROOT / "docs/notebook.ipynb", as_version=4)
+    client = NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(tmp_path)}})
+    began = time.monotonic()
+    client.execute()
+    print(f"The notebook took {time.monotonic() - began:.0f} seconds.")
+    assert (tmp_path / "runs/notebook/metrics.json").is_file()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert "error" not in " ".join(output.get("text", "") for output in outputs).lower()
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
