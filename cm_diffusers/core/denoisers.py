@@ -83,7 +83,7 @@ class TrajectoryDenoiser:
         return self.jump(x, sigma, torch.full_like(sigma, self.sigma_min), condition)
 
     def jump(self, x: Tensor, sigma: Tensor, sigma_to: Tensor, condition: Condition | None = None) -> Tensor:
-        """The jump G(x, sigma, sigma_to) of `x` (B, ...) between the levels (B,), given `condition`."""
+        """The jump G of `x` (B, ...) from `sigma` (B,) to `sigma_to` (B,), given `condition`."""
         return self._move(x, sigma, sigma_to, self._output(x, sigma, sigma_to, condition))
 
     def denoise(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
