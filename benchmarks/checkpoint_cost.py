@@ -1,9 +1,9 @@
-"""How long a checkpoint takes to save, with all that is asked of it before, and to verify and read.
+"""Time to save a checkpoint, including the checks before, and to verify and read it.
 
     python benchmarks/checkpoint_cost.py [--against CHECKOUT] [--megabytes 300] [--rounds 10]
 
-Four groups of tensors of one size, as the weights, two moments of the optimiser and an average are. With --against the
-two checkouts take turns, each in a process of its own, and the ratios of their medians are printed.
+A checkpoint has four groups of tensors of equal size, like the weights, two moments of the optimiser and an EMA. With
+--against, the two checkouts take turns in separate processes, and the script prints the ratios of their medians.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from cm_diffusers.engine.checkpoint import load_checkpoint, save_checkpoint
 try:
     from cm_diffusers.engine.training.divergence import breakage, is_sound
-except ImportError:  # of an older checkout, which asks nothing
+except ImportError:  # an older checkout, which has no such checks
     breakage = is_sound = None
 folder, megabytes, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 parts, size = 100, megabytes * 250_000 // 400
@@ -45,7 +45,7 @@ print(json.dumps(times))
 
 
 def run(checkout: Path, megabytes: int) -> list[list[float]]:
-    """Seconds to save and to read, of each round but the first."""
+    """Seconds to save and seconds to read, for each round but the first."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", SAVE_AND_LOAD, folder, str(megabytes), "4"]
         env = {**os.environ, "PYTHONPATH": str(checkout)}
@@ -55,9 +55,9 @@ def run(checkout: Path, megabytes: int) -> list[list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", type=Path, help="another checkout of the project, to compare with")
-    parser.add_argument("--megabytes", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--against", type=Path, help="another checkout of the project, for comparison")
+    parser.add_argument("--megabytes", type=int, default=300, help="size of the checkpoint (default: 300)")
+    parser.add_argument("--rounds", type=int, default=10, help="processes per checkout (default: 10)")
     args = parser.parse_args()
     checkouts = {"this": ROOT, **({"other": args.against.resolve()} if args.against else {})}
     found = {name: [] for name in checkouts}

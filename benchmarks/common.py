@@ -1,6 +1,6 @@
-"""Paired timings: the parts and the whole take turns in one run, so that the machine's moods cancel in their ratio.
+"""Paired timings: the whole and its parts take turns in one run, so that changes of the machine's speed cancel.
 
-On one thread without a GPU the clock is the CPU time of the process, which other programs on the core don't move.
+On one thread without a GPU, the clock is the CPU time of the process, which other programs on the core don't affect.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 
 
 def seconds(function: Callable[[], object], repeats: int = 1) -> float:
-    """Time of one call, the mean over `repeats` calls in a row."""
+    """Seconds per call, as the mean of `repeats` consecutive calls."""
     alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
     clock = time.process_time if alone else time.perf_counter
     start = clock()
@@ -25,7 +25,7 @@ def seconds(function: Callable[[], object], repeats: int = 1) -> float:
 
 
 def paired(whole: Callable[[], object], parts: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict:
-    """Medians over `rounds` of the whole, of each part, and of the ratio of the whole to the sum of its parts."""
+    """Medians over `rounds`: milliseconds of the whole and of each part, and whole / sum of parts with quartiles."""
     functions = {"whole": whole, **parts}
     for function in functions.values():
         seconds(function, 2)
@@ -40,7 +40,7 @@ def paired(whole: Callable[[], object], parts: dict[str, Callable[[], object]], 
 
 
 def show(rows: dict[str, dict]) -> None:
-    """Print the rows as JSON with the machine that they were measured on."""
+    """Print the rows as JSON, with a description of the machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     machine = {"device": device, "python": platform.python_version(), "torch": torch.__version__}
     print(json.dumps({"machine": machine, **rows}, indent=2))

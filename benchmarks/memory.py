@@ -1,11 +1,13 @@
-"""What a training run holds: copies of the weights by role, and the peak of a step beside that of a diffusion step.
+"""Memory of a training run: copies of the weights by role, and the peak relative to that of a diffusion step.
 
     python benchmarks/memory.py
 
-Copies are counted in bytes of distinct storages after three steps of the real loop, over the bytes of the network's
-weights; `other` is every further tensor of the process but the batch and the data. The peak is taken in a fresh
-process above what it held before the network was built. Batch 256, images of 28x28, float32, the preset `small`, or
-`jvp_small` for methods with tangents and the diffusion (`trigflow`) that they are compared with.
+- Copies: bytes of distinct storages after three steps of the real training loop, divided by the bytes of the network's
+  weights. `other` counts all further tensors of the process except the batch and data.
+- Peak: memory above that before the network was built, in a fresh process.
+
+Setting: batch 256, images of 28x28, float32, preset `small`. Methods with tangents, and the diffusion (`trigflow`)
+that they are compared with, use `jvp_small`.
 """
 
 import argparse
@@ -28,7 +30,7 @@ BATCH = 256
 
 
 def copies(trainer: Trainer, gradients: list[torch.Tensor]) -> dict[str, float]:
-    """Bytes of each role over those of the network's weights; a storage counts where it comes first."""
+    """Bytes of each role divided by those of the network's weights; a storage counts for its first role only."""
     objective = trainer.objective
     roles = {
         "network": list(objective.network.state_dict().values()),
@@ -49,7 +51,7 @@ def copies(trainer: Trainer, gradients: list[torch.Tensor]) -> dict[str, float]:
 
 
 def measure(name: str) -> dict:
-    """Copies of the weights by role, and the peak of three steps in MiB."""
+    """Copies of the weights by role, and the peak memory of three steps in MiB."""
     cuda = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         accelerator = Accelerator()
@@ -69,10 +71,10 @@ def measure(name: str) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: all")
     args = parser.parse_args()
     names = ["diffusion", "trigflow", *(name for name in args.methods if name not in ("diffusion", "trigflow"))]
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process for each method
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # one process per method
         rows = dict(zip(names, pool.map(measure, names, chunksize=1)))
     for name, row in rows.items():
         diffusion = rows["trigflow" if METHODS[name].tangent or name == "trigflow" else "diffusion"]

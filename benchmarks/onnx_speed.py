@@ -1,9 +1,9 @@
-"""An exported one-step sampler in onnxruntime beside the pipeline, as it is and with a compiled network.
+"""Speed of an exported one-step sampler in onnxruntime, against the pipeline with and without a compiled network.
 
     python benchmarks/onnx_speed.py
 
-The preset `small` of 28 x 28 pixels and ten classes, batches of 1 and 16; all take turns in one process, with as many
-threads as the machine has cores.
+Setting: preset `small`, 28 x 28 pixels, ten classes, batches of 1 and 16. All samplers take turns in one process, with
+as many threads as the machine has cores.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from cm_diffusers.models import build_unet
 
 @torch.no_grad()
 def measure(batch: int, rounds: int, session: onnxruntime.InferenceSession, pipelines: dict) -> dict:
+    """Median milliseconds of each sampler for one batch, and the ratio onnxruntime / compiled pipeline."""
     noise, labels = torch.randn(batch, 1, 28, 28), torch.arange(batch) % 10
     inputs = {"noise": noise.numpy(), "class_labels": labels.numpy()}
     functions = {"onnxruntime": lambda: session.run(None, inputs)}
@@ -44,7 +45,7 @@ def measure(batch: int, rounds: int, session: onnxruntime.InferenceSession, pipe
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of five calls each (default: 15)")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)

@@ -1,10 +1,10 @@
-"""The same training step in two public repositories, beside ours: step times as ratios, and numbers from equal inputs.
+"""Compare our training step with that of two public repositories: ratios of times, and numbers from equal inputs.
 
     python benchmarks/peers.py --openai <checkout of openai/consistency_models> --diffusers <checkout of diffusers>
 
-Runs on the CPU. Their code is imported from the checkouts and run as it is; packages that it imports and these
-comparisons do not use (MPI, LPIPS, torchvision and the like) are replaced by empty ones. All have networks of the same
-class, shape and weights, a stock `UNet2DModel`: preset `small`, images of 28x28, batch 64. See peers.md.
+The script runs on the CPU. It imports their code from the checkouts, unchanged. Packages that their code imports but
+these comparisons do not need (MPI, LPIPS, torchvision and others) are replaced by empty modules. All networks are a
+stock `UNet2DModel` of the same shape and weights: preset `small`, images of 28x28, batch 64. See peers.md.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SCRIPT = "examples/research_projects/consistency_training"
 
 
 def import_peer(folder: Path, module: str, absent: list[str]) -> ModuleType:
-    """A module of the checkout, with empty modules for what it imports and this script does not use."""
+    """Import `module` from the checkout `folder`, with empty modules in place of those named in `absent`."""
     sys.path.insert(0, str(folder))
     sys.modules.update({name: mock.MagicMock() for name in absent})
     try:
@@ -53,7 +53,7 @@ def import_peer(folder: Path, module: str, absent: list[str]) -> ModuleType:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """The largest difference of `a` from `b`, relative to `b`."""
+    """The largest difference between `a` and `b`, relative to `b`."""
     return ((a - b).abs() / b.abs()).max().item()
 
 
@@ -61,7 +61,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 class Given:
-    """Stands for `Draws`: given noise, and uniform numbers that fall into the given bins of `law`."""
+    """A stand-in for `Draws`: given noise, and uniform numbers that fall into the given bins of `law`."""
 
     def __init__(self, law: Tensor, bins: Tensor, noise: Tensor, step: int = 0):
         self.law, self.bins, self.noise, self.step = law, bins, noise, step
@@ -94,7 +94,7 @@ def gradient(network: nn.Module, loss: Tensor) -> Tensor:
 
 
 class Wrapped(nn.Module):
-    """A `UNet2DModel`, called as that repository calls its networks."""
+    """A `UNet2DModel` with the call signature of that repository's networks."""
 
     def __init__(self, unet: nn.Module):
         super().__init__()
@@ -121,12 +121,12 @@ class OpenAI:
         )
 
     def curricula(self, name: str):
-        """Their mu(k) and N(k): growing for ct, fixed for cd, as in their launch script."""
+        """Their mu(k) and N(k), as in their launch script: growing for ct, fixed for cd."""
         modes = ("adaptive", 0.95, "progressive", 2, 150) if name == "ct" else ("fixed", 0.95, "fixed", 40, 40)
         return self.script.create_ema_and_scales_fn(*modes, STEPS, 0)
 
     def step(self, name: str, network: nn.Module, sigma_data: float):
-        """A function that makes one step of their loop."""
+        """A function that takes one step of their training loop."""
         teacher = Wrapped(copy.deepcopy(network)) if name == "cd" else None
         batch = torch.rand(BATCH, 1, 28, 28) * 2 - 1
         loop = self.loop.CMTrainLoop(
@@ -150,20 +150,20 @@ class OpenAI:
         pairs = list(loop.target_model.parameters()), list(loop.model.parameters())
 
         @torch.no_grad()
-        def update_target() -> None:  # their own pairs flat with shaped tensors outside float16, and fails
+        def update_target() -> None:  # outside float16 theirs pairs flat tensors with shaped ones, and fails
             self.loop.update_ema(*pairs, rate=loop.ema_scale_fn(loop.global_step)[0])
 
         loop._update_target_ema = update_target
         return lambda: loop.run_step(batch, {"y": torch.arange(BATCH) % 10})
 
     def numbers(self, name: str, network: nn.Module, dtype: torch.dtype, weights: str = "uniform") -> dict:
-        """Loss and gradient from equal inputs: theirs times the number of pixels over ours, less one."""
+        """Relative differences of loss and gradient from equal inputs; theirs times the number of pixels."""
         network, batch = inputs(network, dtype)
         distilled = {"pretrained_teacher_model": "given", "num_scales": 18} if name == "cd" else {}
         cls: type[Objective] = {"ct": CT, "cd": CD}[name]
         teacher = EDMDenoiser(inputs(network, dtype)[0].requires_grad_(False), SIGMA_DATA) if name == "cd" else None
         ours = cls(network, ModelSpec(SIGMA_DATA), cls.Options(weighting=weights, **distilled), STEPS, teacher=teacher)
-        with torch.no_grad():  # three networks that differ
+        with torch.no_grad():  # makes the three networks differ
             torch._foreach_mul_(list(ours.target.parameters()), 0.9)
             torch._foreach_mul_(list(teacher.network.parameters()) if teacher else [torch.ones(())], 1.1)
         step = 100  # CT's grid has 16 levels there
@@ -188,7 +188,7 @@ class OpenAI:
         finally:
             torch.set_default_dtype(previous)
         sigmas = karras_sigmas(scales).flip(0)
-        bins = scales - 2 - indices  # theirs count from the noisy end
+        bins = scales - 2 - indices  # their indices count from the noisy end
         loss = ours.loss(batch, Given(uniform_bins(sigmas), bins, noise, step))
         pixels = batch.samples[0].numel()
         a, b = gradient(network, pixels * theirs.mean()), gradient(network, loss.total)
@@ -200,7 +200,7 @@ class OpenAI:
         }
 
     def curricula_differ(self) -> dict:
-        """In how many of all steps N(k) differs, and by how much mu(k)."""
+        """The number of training steps in which N(k) differs, and the largest relative difference of mu(k)."""
         theirs = [self.curricula("ct")(k) for k in range(STEPS)]
         ours = [ct_scales(k, STEPS) for k in range(STEPS)]
         decays = [abs(mu - ct_target_decay(n)) / mu for (mu, _), n in zip(theirs, ours)]
@@ -211,7 +211,7 @@ class OpenAI:
 
 
 class Images:
-    """Stands for a dataset: rows come in order, whichever is asked for, and the generator is seeded at each batch."""
+    """A stand-in for a dataset: it returns rows in order, whatever the index, and seeds torch after each batch."""
 
     def __init__(self, batch: Batch):
         self.batch, self.count = batch, 0
@@ -230,7 +230,7 @@ class Images:
 
 
 class Script:
-    """The script's `main` in a thread of its own, which waits after each step until the next one is asked for."""
+    """The script's `main` in a separate thread, which waits after each step for the next call of `step`."""
 
     def __init__(self, folder: Path, network: nn.Module, batch: Batch, scratch: str):
         self.module = import_peer(folder / SCRIPT, "train_cm_ct_unconditional", ["torchvision"])
@@ -260,7 +260,7 @@ class Script:
 
 
 def ict_loss(network, batch, noise, u, t, c, c_in_without_root=False, their_boundary=False, by_pixel=False) -> Tensor:
-    """iCT's loss with any of the script's three deviations from the paper."""
+    """iCT's loss, optionally with the script's three deviations from the paper."""
 
     def denoise(sigma: Tensor) -> Tensor:
         sigma = sigma[:, None, None, None]
@@ -280,7 +280,7 @@ def ict_loss(network, batch, noise, u, t, c, c_in_without_root=False, their_boun
 
 
 def script_numbers(script: Script, network: nn.Module, batch: Batch) -> dict:
-    """The script's first loss, ours from equal inputs, and ours with its deviations put in one after the other."""
+    """Compare the script's first loss with ours from equal inputs, and with ours after each deviation is added."""
     levels = script.module.get_karras_sigmas(11)
     weights = script.module.get_discretized_lognormal_weights(levels)
     torch.manual_seed(2)
@@ -342,8 +342,8 @@ def main(openai: Path | None, diffusers: Path | None, rounds: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--openai", type=Path, help="Checkout of openai/consistency_models.")
-    parser.add_argument("--diffusers", type=Path, help="Checkout of huggingface/diffusers.")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--openai", type=Path, help="checkout of openai/consistency_models")
+    parser.add_argument("--diffusers", type=Path, help="checkout of huggingface/diffusers")
+    parser.add_argument("--rounds", type=int, default=20, help="number of paired timings (default: 20)")
     args = parser.parse_args()
     main(args.openai, args.diffusers, args.rounds)

@@ -1,11 +1,12 @@
-"""What sampling costs beyond the network.
+"""Cost of sampling beyond the network.
 
-    python benchmarks/sampling_cost.py              # pipeline calls over bare forward passes
-    python benchmarks/sampling_cost.py --overhead   # pipeline calls around a network that computes nothing
+    python benchmarks/sampling_cost.py              # pipeline calls / bare forward passes
+    python benchmarks/sampling_cost.py --overhead   # pipeline calls with a network that computes nothing
 
-The first: batch 64, images of 28x28, the preset `small`, float32, 1 and 2 steps. The second: one image of 8x8, the CPU
-time of one thread; beside this build an earlier one (--before) and diffusers' own `ConsistencyModelPipeline`, which
-take turns in one process, all with the progress bar off.
+Setting of the first: batch 64, images of 28x28, preset `small`, float32, 1 and 2 steps.
+
+Setting of the second: one image of 8x8, CPU time of one thread, progress bar off. The current build, an earlier build
+(--before) and diffusers' own `ConsistencyModelPipeline` take turns in one process.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from cm_diffusers.models import build_unet
 
 
 BATCH = 64
-KINDS = {  # of a build
+KINDS = {  # for a build of the library: pipeline class, scheduler, options
     "ConsistencyPipeline": lambda build: (build.ConsistencyPipeline, build.MultistepConsistencyScheduler(), {}),
     "CTMPipeline": lambda build: (build.CTMPipeline, build.CTMScheduler(), {}),
     "TrigFlowPipeline": lambda build: (build.TrigFlowPipeline, build.TrigFlowScheduler(), {}),
@@ -48,7 +49,7 @@ KINDS = {  # of a build
 
 @torch.no_grad()
 def measure(steps: int, rounds: int) -> dict:
-    """Medians of a pipeline call and of as many bare forward passes, and their ratio."""
+    """Medians of a pipeline call and of the same number of bare forward passes, and their ratio."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = ConsistencyPipeline(build_unet("small", (28, 28), 1, 10), MultistepConsistencyScheduler(sigma_min=0.0))
     pipeline.to(device).set_progress_bar_config(disable=True)
@@ -66,7 +67,7 @@ def measure(steps: int, rounds: int) -> dict:
 
 
 class Nothing(ModelMixin, ConfigMixin):
-    """A network that gives back its input."""
+    """A network that returns its input."""
 
     @register_to_config
     def __init__(self, sample_size: int = 8, in_channels: int = 1, num_class_embeds: int = 10):
@@ -78,7 +79,7 @@ class Nothing(ModelMixin, ConfigMixin):
 
 
 def earlier_build(commit: str) -> ModuleType:
-    """The library as it was at `commit`, beside the one that is imported."""
+    """Import the library at `commit`, in addition to the current one."""
     root = Path(cm_diffusers.__file__).parents[1]
     archive = subprocess.run(
         ["git", "-C", root, "archive", commit, "cm_diffusers", "pipelines"], check=True, capture_output=True
@@ -92,7 +93,7 @@ def earlier_build(commit: str) -> ModuleType:
 
 
 def overhead(commit: str, rounds: int) -> None:
-    """Print a table of microseconds for each kind of pipeline, by number of steps."""
+    """Print a table of microseconds per call, for each kind of pipeline and number of steps."""
     torch.set_num_threads(1)
     builds = {"now": cm_diffusers, "before": earlier_build(commit)}
     stock = ConsistencyModelPipeline(Nothing(), CMStochasticIterativeScheduler())
@@ -117,15 +118,16 @@ def overhead(commit: str, rounds: int) -> None:
 
 
 def call(pipeline, steps: int, **more) -> Callable[[], object]:
+    """A function that calls the pipeline once."""
     pipeline.set_progress_bar_config(disable=True)
     return lambda: pipeline(class_labels=3, num_inference_steps=steps, output_type="pt", **more)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--overhead", action="store_true", help="around a network that computes nothing")
-    parser.add_argument("--before", default="2c827e7", help="commit of the earlier build (2c827e7)")
+    parser.add_argument("--rounds", type=int, default=20, help="number of paired timings (default: 20)")
+    parser.add_argument("--overhead", action="store_true", help="use a network that computes nothing")
+    parser.add_argument("--before", default="2c827e7", help="commit of the earlier build (default: 2c827e7)")
     args = parser.parse_args()
     if args.overhead:
         overhead(args.before, args.rounds)

@@ -1,9 +1,9 @@
-"""How long the first pass over a folder of PNG images takes and how much memory, and a second start of the same run.
+"""Time and memory of the first pass over a folder of PNG images, and of a second start of the same run.
 
     python benchmarks/scan.py [--against CHECKOUT] [--images 5000] [--side 64] [--runs 5]
 
-Every run is a fresh process, and has a folder of its own for what is remembered (the run's, and the cache of the
-datasets library). With --against the two checkouts take turns, and the ratios of their medians are printed.
+Every start is a fresh process. Every run has a separate folder for its scan results and for the cache of the datasets
+library. With --against, the two checkouts take turns, and the script prints the ratios of their medians.
 """
 
 import argparse
@@ -37,7 +37,7 @@ print(json.dumps([seconds, used, peak / 1024, len(data.images), data.num_classes
 
 
 def make_images(folder: Path, number: int, side: int) -> None:
-    """Noise over a ramp, in ten class folders."""
+    """Write images of noise over a ramp, in ten class folders."""
     rng = np.random.default_rng(0)
     ramp = np.indices((side, side)).sum(0)[..., None] * (128 / side)
     for i in range(number):
@@ -48,7 +48,7 @@ def make_images(folder: Path, number: int, side: int) -> None:
 
 
 def read(checkout: Path, folder: Path, home: Path) -> list[float]:
-    """Seconds of the pass, those of the processor, and the peak of memory in MiB of the process."""
+    """Wall-clock seconds and CPU seconds of one pass, and the peak memory of the process in MiB."""
     env = {**os.environ, "PYTHONPATH": str(checkout), "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", READ, str(folder), str(home / "images_checked")]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=checkout)
@@ -59,10 +59,10 @@ def read(checkout: Path, folder: Path, home: Path) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", type=Path, help="another checkout of the project, to compare with")
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--side", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--against", type=Path, help="another checkout of the project, for comparison")
+    parser.add_argument("--images", type=int, default=5000, help="number of images (default: 5000)")
+    parser.add_argument("--side", type=int, default=64, help="height and width in pixels (default: 64)")
+    parser.add_argument("--runs", type=int, default=5, help="measured runs per checkout (default: 5)")
     args = parser.parse_args()
     checkouts = {"this": ROOT, **({"other": args.against.resolve()} if args.against else {})}
     found = {(name, start): [] for name in checkouts for start in ("first", "second")}
@@ -75,20 +75,21 @@ def main() -> None:
                 home.mkdir()
                 for start in ("first", "second"):
                     figures = read(checkout, folder, home)
-                    if run:  # the first one warms the machine's cache of files
+                    if run:  # the first run only fills the machine's file cache
                         found[name, start].append(figures)
     medians = {}
     for (name, start), figures in found.items():
         wall, used, peak = medians[name, start] = [statistics.median(column) for column in zip(*figures)]
-        print(f"{name:>5}, {start:>6} start: {wall:.2f} s, {used:.2f} s of the processor, {peak:.0f} MiB")
+        print(f"{name:>5}, {start:>6} start: {wall:.2f} s, CPU time {used:.2f} s, {peak:.0f} MiB")
     compare("second start / first start", medians["this", "second"], medians["this", "first"])
     if args.against:
         compare("first start, this / other", medians["this", "first"], medians["other", "first"])
 
 
 def compare(what: str, a: list[float], b: list[float]) -> None:
+    """Print the ratios of two measurements."""
     wall, used, peak = (x / y for x, y in zip(a, b))
-    print(f"{what}: time {wall:.2f}, of the processor {used:.2f}, memory {peak:.2f}")
+    print(f"{what}: time {wall:.2f}, CPU time {used:.2f}, memory {peak:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What it takes to begin: imports, `--help`, and the first image of a saved model, each in a new process.
+"""Time to start: imports, `--help`, and the first image of a saved model, each in a new process.
 
     python benchmarks/start_cost.py [--against CHECKOUT] [--rounds 5]
 
-The model is a stock `ConsistencyModelPipeline` with a U-Net of the preset `small`, saved once; diffusers' own class
-and ours load it and make one image in one step. With --against the same by another checkout of the project. All take
-turns.
+The model is a stock `ConsistencyModelPipeline` with a U-Net of the preset `small`, saved once. diffusers' own class
+and ours load it and make one image in one step. With --against, another checkout of the project does the same. All
+tasks take turns.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tasks(folder: str) -> dict[str, list[str]]:
-    """Arguments of Python by what they do; those of `ours` are run in each checkout."""
+    """Command-line arguments of Python for each task."""
     stock = "ConsistencyModelPipeline"
     return {
         "import diffusers": ["-c", "import diffusers"],
@@ -40,6 +40,7 @@ def tasks(folder: str) -> dict[str, list[str]]:
 
 
 def seconds(words: list[str], checkout: Path) -> float:
+    """Seconds that Python takes with these arguments in a checkout."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     begin = time.perf_counter()
     subprocess.run([sys.executable, *words], cwd=checkout, env=environment, check=True, capture_output=True)
@@ -48,8 +49,8 @@ def seconds(words: list[str], checkout: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", type=Path, help="another checkout of the project, to compare with")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each kind (5)")
+    parser.add_argument("--against", type=Path, help="another checkout of the project, for comparison")
+    parser.add_argument("--rounds", type=int, default=5, help="measured processes per task (default: 5)")
     args = parser.parse_args()
     checkouts = {"this": ROOT, **({"other": args.against.resolve()} if args.against else {})}
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +60,7 @@ def main() -> None:
         for turn in range(args.rounds + 1):
             for name, build in times:
                 taken = seconds(tasks(folder)[name], checkouts[build])
-                if turn:  # the first one fills the caches of the disk
+                if turn:  # the first round only fills the disk's caches
                     times[name, build].append(taken)
     middle = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
     rows = {}

@@ -1,12 +1,13 @@
-"""What a training step costs beyond its floor: a whole step of the real loop over the bare parts that it can't avoid.
+"""Cost of a training step beyond its floor: a step of the real training loop / its unavoidable parts.
 
     python benchmarks/step_cost.py
 
-The floor is one forward with backward pass, the method's further forward passes, its tangent, and the optimiser's
-step, each timed by itself in the same run (CTM's teacher takes one step of Heun here). Reading the batch, drawing
-noise, the distance, and moving averages of the weights are what comes on top. Batch 64, images of 28x28, float32, the
-preset `small`; `jvp_small` for methods with tangents, whose step is also compared with the forward, backward and
-optimiser step of diffusion (`over_diffusion`).
+- The floor: forward passes with a backward pass, the method's further forward passes, its tangent, and the optimiser
+  step. Each part is timed separately in the same run. CTM's teacher takes one Heun step here.
+- Beyond the floor: reading the batch, drawing noise, the distance, and the EMA of the weights.
+
+Setting: batch 64, images of 28x28, float32, preset `small`. Methods with tangents use `jvp_small`. Their step is also
+compared with the forward pass, backward pass and optimiser step of diffusion (`over_diffusion`).
 """
 
 import argparse
@@ -33,10 +34,17 @@ from cm_diffusers.objectives import OBJECTIVES
 
 @dataclass(frozen=True)
 class Method:
-    """Forward passes without gradient in a step, flags, whether there are a teacher and a tangent, the real name.
+    """Parts of a method's training step.
 
-    Then how many forward passes there are with a backward pass, and such through frozen weights; and the network,
-    which is a new one where there is a teacher as well.
+    Args:
+        forwards: number of forward passes without gradient.
+        flags: further flags of the training.
+        teacher: whether the method has a teacher.
+        tangent: whether the step computes a tangent.
+        method: name of the method, if it differs from the key in `METHODS`.
+        trained: number of forward passes with a backward pass.
+        frozen: number of forward passes with a backward pass through frozen weights.
+        preset: network preset; the network is new, even with a teacher.
     """
 
     forwards: int
@@ -50,9 +58,9 @@ class Method:
 
 
 JVP = "jvp_small"
-METHODS = {  # solvers are Heun's, which asks the teacher twice
+METHODS = {  # the solver is Heun's method, which calls the teacher twice
     "diffusion": Method(0),
-    "cdm": Method(8, trained=3),  # four steps of two rollouts, whose first ones take the denoiser's own output
+    "cdm": Method(8, trained=3),  # four steps of two rollouts; their first steps reuse the denoiser's output
     "ect": Method(1, ("--pretrain_steps", "0")),
     "ct": Method(1),
     "ict": Method(1),
@@ -71,7 +79,7 @@ BATCH = 64
 
 
 def build_trainer(name: str, folder: str, accelerator: Accelerator, batch: int = BATCH) -> Trainer:
-    """A trainer of the method `name` on noise images. A teacher is a copy of the network."""
+    """A trainer for the entry `name` of `METHODS`, on images of noise. A teacher is a copy of the network."""
     method = METHODS[name]
     name = method.method or name
     Path(folder, "data").mkdir()
@@ -95,7 +103,7 @@ def build_trainer(name: str, folder: str, accelerator: Accelerator, batch: int =
 
 
 def measure(name: str, rounds: int) -> dict:
-    """Medians of the whole step and of its parts, and their ratio."""
+    """Medians of the whole step and of its parts, and their ratio, see `paired`."""
     with tempfile.TemporaryDirectory() as folder:
         accelerator = Accelerator()
         trainer = build_trainer(name, folder, accelerator)
@@ -152,7 +160,7 @@ def measure(name: str, rounds: int) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=20, help="number of paired timings (default: 20)")
     args = parser.parse_args()
     show({method: measure(method, args.rounds) for method in args.methods})

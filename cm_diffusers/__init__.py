@@ -1,10 +1,11 @@
 """Consistency models and their relatives for diffusers: train them, share them, sample them in one to four steps.
 
-Importing it takes no time: classes are loaded when they are asked for, and diffusers learns of them when somebody
-imports it, so that `DiffusionPipeline.from_pretrained` reads saved models without `trust_remote_code`.
+Importing the library takes no time, because each class is loaded at its first use. The classes are registered with
+diffusers as soon as diffusers is imported, so `DiffusionPipeline.from_pretrained` reads saved models without
+`trust_remote_code`.
 """
 
-import cm_diffusers.parent  # noqa: F401  (first: it is to see what is there before the imports that take seconds)
+import cm_diffusers.parent  # noqa: F401  (first: it must see the parent process before imports that take seconds)
 
 
 # isort: split
@@ -56,8 +57,8 @@ HOMES = {
     **dict.fromkeys(PIPELINES, "cm_diffusers.pipelines"),
     **dict.fromkeys(("CTMScheduler", "MultistepConsistencyScheduler", "TrigFlowScheduler"), "cm_diffusers.schedulers"),
     **dict.fromkeys(("DiTModel", "EDMUNet2DModel", "JVPUNet2DModel", "TwoTimeModel"), "cm_diffusers.models"),
-    **dict.fromkeys(("RawSigmaUNet2DModel", "ShuffleUNet2DModel"), "cm_diffusers.models"),  # of published checkpoints
-    # diffusers looks its bases up in this namespace
+    **dict.fromkeys(("RawSigmaUNet2DModel", "ShuffleUNet2DModel"), "cm_diffusers.models"),  # for published checkpoints
+    # diffusers looks up its base classes in this namespace
     **dict.fromkeys(("DiffusionPipeline", "ModelMixin", "SchedulerMixin"), "diffusers"),
 }
 

@@ -1,10 +1,10 @@
-"""The command `cm-diffusers`: everything that can be done with the library, by words.
+"""The command `cm-diffusers`, with one subcommand ("word") for each task of the library.
 
     cm-diffusers train --config digits_ect --max_train_steps 60 --output_dir runs/mine
     cm-diffusers sample --pretrained_model_name_or_path runs/mine/pipeline --num_samples 16
     cm-diffusers train --num_processes 2 --method ect ...
 
-`cm-diffusers WORD --help` explains each. The scripts in the folder `training/` of the source tree are the same.
+`cm-diffusers WORD --help` explains a word. The scripts in the folder `training/` of the source tree do the same.
 """
 
 import difflib
@@ -21,31 +21,32 @@ from cm_diffusers.scripts import CALLED_BY, CONSOLE, LAUNCHED_BY, SCRIPTS, WORDS
 
 
 COMMANDS = {
-    "train": "train a model that jumps: ect, ct, ict, cd, ecd, sct, scd, mean_flow, ctm",
-    "diffuse": "train a diffusion model, the start or the teacher of others",
-    "recipes": "list the recipes that --config knows by name",
+    "train": "train a model for few-step sampling: ect, ct, ict, cd, ecd, sct, scd, mean_flow, ctm",
+    "diffuse": "train a diffusion model, as a start or a teacher for other methods",
+    "recipes": "list the recipe names for --config",
     "sample": "make images with a saved model",
-    "edit": "inpaint, outpaint, colorize, enlarge, denoise, change pictures",
+    "edit": "inpaint, outpaint, colorize, enlarge, denoise or change pictures",
     "evaluate": "measure a model, or the checkpoints of a run",
-    "diagnose": "draw what a model makes of noise at each level",
-    "report": "make a page of runs",
-    "prepare": "bring images into the form that trains fastest",
-    "convert": "read checkpoints of other projects",
+    "diagnose": "draw a model's denoised images at each noise level",
+    "report": "make a web page about runs",
+    "prepare": "convert images to the format that trains fastest",
+    "convert": "convert checkpoints of other projects",
     "export": "write samplers for ONNX and torch.export, and a page that samples in the browser",
     "push": "publish a model, and its demo, on the Hub",
     "demo": "open a saved model in the browser",
-    "toy": "train on a problem of one or two dimensions whose answer is known",
+    "toy": "train on a problem of one or two dimensions with a known solution",
 }
-BY_SEVERAL = ("train", "diffuse", "evaluate")  # processes
+BY_SEVERAL = ("train", "diffuse", "evaluate")  # words that can run in several processes
 
 
 def usage() -> str:
+    """The help page that lists all words."""
     lines = [f"  {word:10s} {text}" for word, text in COMMANDS.items()]
-    return f"usage: {CONSOLE} WORD ...\n\n" + "\n".join(lines) + f"\n\n`{CONSOLE} WORD --help` explains each.\n"
+    return f"usage: {CONSOLE} WORD ...\n\n" + "\n".join(lines) + f"\n\n`{CONSOLE} WORD --help` explains a word.\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a word of the command line; an unknown one ends the program with code 2."""
+    """Run a word of the command line. An unknown word ends the program with code 2."""
     word, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if word in ("-h", "--help", "help"):
         print(usage(), end="")
@@ -55,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if word not in COMMANDS:
         near = difflib.get_close_matches(word, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"error: {word!r} is no word of {CONSOLE}{hint}\n\n{usage()}", file=sys.stderr, end="")
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"error: {word!r} is not a word of {CONSOLE}.{hint}\n\n{usage()}", file=sys.stderr, end="")
         raise SystemExit(2)
     os.environ[CALLED_BY] = CONSOLE
     if {"-h", "--help"} & set(rest) and (page := help_of(word, rest)) is not None:
@@ -67,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(word, rest)
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `cm-diffusers recipes | head`
+    except BrokenPipeError:  # for example by `cm-diffusers recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 
 
 def run(word: str, argv: list[str]) -> None:
-    """What a word does, in this process."""
+    """Run a word in this process with the arguments `argv`."""
     if word == "train":
         methods = [method for name in scripts_of(word) for method in script(name).METHODS]
         importlib.import_module("cm_diffusers.engine.training.run").main(argv, methods, TRAIN)
@@ -94,29 +95,33 @@ TRAIN = """Train a model that makes images in one to four steps.
     cm-diffusers train --method ect --train_data_dir my_images --resolution 32 \\
         --model_preset base --max_train_steps 100000 --output_dir runs/mine
 
-`cm-diffusers recipes` lists what --config knows by name. --num_processes N trains on N GPUs of this machine (or by N
-processes on its CPU); --accelerate_config NAME or FILE launches by Accelerate. The same command resumes a run that was
-stopped.
+`cm-diffusers recipes` lists the recipe names for --config. --num_processes N trains on N GPUs of this machine, or with
+N processes on its CPU. --accelerate_config NAME or FILE launches with Accelerate. The same command resumes a run that
+was stopped.
 """
 
 
 def help_of(word: str, argv: list[str]) -> str | None:
-    """The help that is kept for a word, as writing it anew takes seconds; None where none is."""
+    """The stored help page of a word, because composing it takes seconds; None if no page is stored."""
     scripts, pages = scripts_of(word), importlib.import_module("cm_diffusers.engine.help_pages")
     return pages.page_of(scripts[0] if scripts else word, argv, TRAIN if word == "train" else None)
 
 
 def scripts_of(word: str) -> list[str]:
-    """The scripts that a word stands for; `train` has one for each kind of method."""
+    """Names of the scripts behind a word; `train` has one for each kind of method."""
     return [name for name, its_word in WORDS.items() if its_word == word]
 
 
 def script(name: str):
+    """The module of a script."""
     return importlib.import_module(f"cm_diffusers.scripts.{name}")
 
 
 def launched(word: str, argv: list[str]) -> list[str]:
-    """The command line without what says how to launch; where something does, a launcher takes this process' place."""
+    """Remove the launch options from the command line; if there are any, run a launcher in this process instead.
+
+    A launcher ends the program.
+    """
     rest, launch = [], {}
     words = iter(argv)
     for text in words:
@@ -128,11 +133,11 @@ def launched(word: str, argv: list[str]) -> list[str]:
     if not launch:
         return argv
     if len(launch) > 1:
-        end("num_processes stands in the file of --accelerate_config; give one of the two.")
+        end("the file of --accelerate_config also sets num_processes; give one of the two flags.")
     count, file = launch.get("--num_processes"), launch.get("--accelerate_config")
     if count is not None:
         if not count.isdecimal() or int(count) < 1:
-            end(f"num_processes must be an integer of at least 1, got {count!r}.")
+            end(f"num_processes must be an integer of at least 1; got {count!r}.")
         if int(count) == 1:
             return rest
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
@@ -142,7 +147,10 @@ def launched(word: str, argv: list[str]) -> list[str]:
 
 
 def run_launcher(launcher: str, *words: str) -> NoReturn:
-    """Run a launcher's module in this process. What fails in its processes speaks for itself, and the launcher not."""
+    """Run a launcher's module in this process, and end with the exit code of the first failed process.
+
+    The launcher's own errors are silenced, because the failed process reports its error.
+    """
     os.environ[LAUNCHED_BY] = CONSOLE
     logging.disable(logging.ERROR)
     sys.argv = [launcher, *words]
@@ -157,7 +165,7 @@ def run_launcher(launcher: str, *words: str) -> NoReturn:
 
 
 def exit_code(error: Exception) -> int | None:
-    """How the first process that failed has ended, by the error that its launcher raised; None of other errors."""
+    """Exit code of the first failed process, from the launcher's `error`; None for other errors."""
     kind = type(error).__name__
     if kind == "ChildFailedError":
         _, failure = error.get_first_failure()  # type: ignore[attr-defined]
@@ -168,16 +176,17 @@ def exit_code(error: Exception) -> int | None:
 
 
 def accelerate_file(name: str) -> str:
-    """A file of Accelerate's settings, or one of the library's by its name; else the program ends."""
+    """Path of an Accelerate settings file: `name` itself, or the library's file of that name; else end."""
     known = settings_files(SCRIPTS / "accelerate")
     if Path(name).is_file():
         return name
     if name in known:
         return str(known[name])
-    end(f"accelerate_config {name!r} is no file, and none of {', '.join(known)}.")
+    end(f"accelerate_config {name!r} is neither a file nor one of {', '.join(known)}.")
 
 
 def end(message: str) -> NoReturn:
+    """Print an error and end the program with code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

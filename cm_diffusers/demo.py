@@ -1,4 +1,4 @@
-"""A saved model in the browser: its steps, noise levels, seeds and classes; edits of pictures; jumps and inversion.
+"""Open a saved model in the browser: sample, edit pictures, and follow trajectories.
 
     cm-diffusers demo runs/mine/pipeline
     cm-diffusers demo user/my-model
@@ -42,35 +42,37 @@ except ModuleNotFoundError:
     print('error: the demo needs gradio: pip install "cm-diffusers[demo]"', file=sys.stderr)
     raise SystemExit(2) from None
 
-EDITS = {  # what a page calls the edits, and what it says of them
-    "Inpaint": ("inpaint", "What you paint over is made anew."),
-    "Outpaint": ("outpaint", "The picture at half its size, and what may lie around it."),
-    "Colorize": ("colorize", "The picture in grey, and colours for it."),
-    "Enlarge": ("super_resolve", "The picture at half its size, and what it may have been."),
-    "Denoise": ("denoise", "The picture with noise of the level, and the noise taken away by one jump."),
-    "Change": (None, "Begins with the picture, your strokes on it, and noise: the higher its level, the more is new."),
-    "Interpolate": ("interpolate", "From the image of one noise to that of another; no picture is needed."),
+EDITS = {  # names of the edits on the page: pipeline method, explanation
+    "Inpaint": ("inpaint", "The area that you paint over is replaced."),
+    "Outpaint": ("outpaint", "The picture is shown at half its size, and the model adds its surroundings."),
+    "Colorize": ("colorize", "The picture is turned grey, and the model adds colours."),
+    "Enlarge": ("super_resolve", "The picture is shrunk to half its size, and the model restores the details."),
+    "Denoise": ("denoise", "Noise of the given level is added, and the model removes it in one jump."),
+    "Change": (None, "Sampling starts from the picture, your strokes and noise. A higher noise level changes more."),
+    "Interpolate": ("interpolate", "Images between two random images of the model. No picture is needed."),
 }
 ODE = ("heun", "euler")
-SIDE = 480  # of the grid, in pixels, about; pictures in a row have half of it
+SIDE = 480  # approximate side of the grid in pixels; pictures in a row have half of it
 LAST_SEED = 2**31
 
 
 class Demo:
-    """What the page does with a model. Its methods take what the controls hold; their ValueErrors are shown there.
+    """The page's functions for one model.
+
+    The methods take the values of the page's controls. The page shows their ValueErrors.
 
     Args:
         pipeline: the model.
-        name: how the page calls it.
+        name: name of the model on the page.
 
     Raises:
-        ValueError: the model makes no pictures.
+        ValueError: the model's images have neither 1 nor 3 channels.
     """
 
     def __init__(self, pipeline: ImagePipeline, name: str):
         channels = pipeline.image_shape[0]
         if channels not in (1, 3):
-            raise ValueError(f"model {name!r} makes {channels} channels; the demo shows 1 (grey) or 3 (RGB).")
+            raise ValueError(f"model {name!r} makes {channels} channels; the demo can show 1 (grey) or 3 (RGB).")
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
         self.pipeline, self.name = pipeline, name
         self.options = inspect.signature(pipeline.__call__).parameters
@@ -78,15 +80,16 @@ class Demo:
     def sample(
         self, steps: int, sigmas: str, gamma: float, label: int, seed: int, count: int, guidance: float = 1.0
     ) -> tuple:
-        """A grid of `count` images, and the noise levels from which their steps started.
+        """Sample a grid of `count` images, and list the noise levels at which the steps started.
 
         Args:
-            steps: number of steps, unless there are
-            sigmas: levels, for example "80, 0.8".
-            gamma: for trajectory models.
-            label: 0 for all classes in turn, else the place of the class among those that have images, from 1 on.
-            seed: of the first image, the next has the next; the image of a seed does not depend on the others.
-            guidance: scale of classifier-free guidance; 1 is none.
+            steps: number of steps, used if `sigmas` is empty.
+            sigmas: falling noise levels as text, for example "80, 0.8".
+            gamma: share of fresh noise at each step, in [0, 1], for trajectory models.
+            label: 0 for all classes in turn, else the position, from 1 on, among the classes that have images.
+            seed: seed of the first image; the others have the next seeds. An image depends on its own seed alone.
+            count: number of images.
+            guidance: scale of classifier-free guidance; 1 means none.
         """
         arguments = {"sigmas": _numbers(sigmas)} if sigmas.strip() else {"num_inference_steps": steps}
         if "gamma" in self.options:
@@ -103,17 +106,24 @@ class Demo:
         return image_grid(images, columns, SIDE // columns, captions), levels
 
     def jump(self, picture: Image.Image | None, label: int, seed: int, start: float, end: float) -> tuple:
-        """A picture (else the sample of `seed`), with noise of level `start`, and after a jump from there to `end`."""
+        """Show a picture (default: the sample of `seed`), then with noise of level `start`, then jumped to `end`.
+
+        `label` is the position of the class among those that have images, from 0 on.
+        """
         _check_filled(seed=seed, from_noise_level=start, to_noise_level=end)
         images, labels = self._images(picture, label, seed)
         generator = torch.Generator().manual_seed(seed)
-        _, noise = torch.randn((2, *images.shape), generator=generator)  # the first is that of the sample
+        _, noise = torch.randn((2, *images.shape), generator=generator)  # the first one is the noise of the sample
         noisy = 2 * images - 1 + start * noise
         moved = self.pipeline.jump(noisy, start, end, labels)
         return _shown(2 * images - 1), _shown(noisy, start), _shown(moved, end)
 
     def invert(self, picture: Image.Image | None, label: int, seed: int, steps: int) -> tuple:
-        """A picture (else the sample of `seed`), its noise, the image of that noise, and by how much this differs."""
+        """Show a picture (default: the sample of `seed`), its noise, the image of this noise, and the error.
+
+        `label` is the position of the class among those that have images, from 0 on; `steps` is the number of jumps
+        from noise to image.
+        """
         _check_filled(seed=seed)
         images, labels = self._images(picture, label, seed)
         noise = self.pipeline.invert(images, labels)
@@ -126,15 +136,15 @@ class Demo:
     def edit(
         self, kind: str, drawn: dict | None, label: int, seed: int, steps: int, noise_level: float | None, count: int
     ) -> tuple:
-        """What is known of a picture (of no picture, interpolating), and a grid of `count` images made of it.
+        """Show the known part of a picture (none for interpolation) and a grid of `count` edited images.
 
         Args:
-            kind: one of `EDITS`.
-            drawn: the picture and what is painted on it, as an editor has them; without one the sample of `seed`.
-            label: of the class, from 0 on.
-            seed: of the first image.
-            steps: number of steps, of all but denoising.
-            noise_level: where a change begins, or of the noise that is taken away.
+            kind: a key of `EDITS`.
+            drawn: the picture and the strokes on it, as gradio's editor gives them; by default the sample of `seed`.
+            label: position of the class among those that have images, from 0 on.
+            seed: seed of the first image; the others have the next seeds.
+            steps: number of steps, for all edits but denoising.
+            noise_level: noise level that a change starts from, or of the noise to remove.
             count: number of images.
         """
         _check_filled(seed=seed, noise_level=noise_level)
@@ -157,7 +167,7 @@ class Demo:
             images = (images * torch.tensor(LUMA).reshape(3, 1, 1)).sum(1, keepdim=True)
         elif kind == "Denoise":
             noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-            images = images + noise_level / 2 * noise  # whose level is that of images in [-1, 1]
+            images = images + noise_level / 2 * noise  # the noise level refers to images in [-1, 1], not [0, 1]
         known = torch.where(call["mask"] > 0, 0.5, images) if kind == "Inpaint" else images
         begin = getattr(self.pipeline, method) if method else self.pipeline
         seeds = list(range(seed, seed + count))
@@ -165,10 +175,10 @@ class Demo:
         return _shown(2 * known.clamp(0, 1) - 1), image_grid(made, columns, SIDE // columns)
 
     def _edits(self) -> list[str]:
-        """The edits that the model can do."""
+        """Names of the edits that the model supports."""
         names = list(EDITS)
         if not isinstance(self.pipeline, EditingPipeline) or self.pipeline.scheduler.config.get("solver") in ODE:
-            return ["Change"]  # of diffusion models and mean flows
+            return ["Change"]  # diffusion models and mean flows
         if self.pipeline.image_shape[0] != 3:
             names.remove("Colorize")
         if self.pipeline.vae is not None:
@@ -178,7 +188,7 @@ class Demo:
         return names
 
     def _images(self, picture: Image.Image | None, label: int, seed: int) -> tuple[torch.Tensor, list[int] | None]:
-        """The picture, or else the sample of `seed`, as images (1, C, H, W) in [0, 1], and its class labels."""
+        """The picture (default: the sample of `seed`) as images (1, C, H, W) in [0, 1], and its class labels."""
         channels, height, width = self.pipeline.image_shape
         labels = None if self.pipeline.num_classes is None else [self.pipeline.classes[label]]
         if picture is None:
@@ -191,7 +201,7 @@ class Demo:
     # --- the page ----------------------------------------------------------------------------------------------
 
     def page(self) -> gr.Blocks:
-        """The page, to be launched."""
+        """Build the page; call `launch` on it."""
         channels, height, width = self.pipeline.image_shape
         classes = f", {self.pipeline.num_classes} classes" if self.pipeline.num_classes is not None else ""
         about = f"Images of {width} x {height} pixels, {'grey' if channels == 1 else 'RGB'}{classes}."
@@ -217,7 +227,7 @@ class Demo:
                 sigmas = gr.Textbox(
                     value="",
                     label="Noise levels (sigma)",
-                    info="instead of a number of steps; they fall",
+                    info="falling levels, used instead of the number of steps",
                     placeholder=f"{config.get('sigma_max', 80.0):g}, 0.8",
                     visible="sigmas" in self.options,
                 )
@@ -226,7 +236,7 @@ class Demo:
                     1,
                     config.get("gamma", 0.0),
                     label="Gamma",
-                    info="0: a chain of jumps; 1: noise drawn anew at each step",
+                    info="0: deterministic jumps; 1: fresh noise at each step",
                     visible="gamma" in self.options,
                 )
                 guidance = gr.Slider(
@@ -235,7 +245,7 @@ class Demo:
                     1,
                     step=0.1,
                     label="Guidance",
-                    info="1: none; more: further away from what the model makes of no class",
+                    info="1: none; more: images follow the class more strongly",
                     visible=null_class(self.pipeline.unet) is not None,
                 )
                 label, seed = self._class_and_seed("all in turn")
@@ -249,7 +259,7 @@ class Demo:
 
     def _edit_tab(self) -> None:
         names = self._edits()
-        gr.Markdown("Pictures are cut to the model's size. Without one, the sample of the seed is edited.")
+        gr.Markdown("Pictures are cropped to the model's size. Without a picture, the sample of the seed is edited.")
         with gr.Row():
             with gr.Column(scale=1):
                 kind = gr.Radio(names, value=names[0], label="What to do")
@@ -263,11 +273,11 @@ class Demo:
                 )
                 label, seed = self._class_and_seed()
                 steps = gr.Slider(1, 40, EDITING_STEPS, step=1, label="Steps")
-                level = gr.Number(1.0, label="Noise level (sigma)", info="of Change and Denoise")
+                level = gr.Number(1.0, label="Noise level (sigma)", info="for Change and Denoise only")
                 count = gr.Slider(2, 16, 4, step=1, label="Number of images")
                 button = gr.Button("Edit", variant="primary")
             with gr.Column(scale=2):
-                known = _picture("What is known", buttons=[])
+                known = _picture("Known part", buttons=[])
                 grid = _picture("Edited", buttons=["download", "fullscreen"])
         kind.change(lambda name: EDITS[name][1], kind, about, api_name="about", api_visibility="private")
         _on([button.click], self.edit, [kind, drawn, label, seed, steps, level, count], [known, grid])
@@ -277,7 +287,7 @@ class Demo:
         gr.Markdown(
             "One network call along the trajectory through a noisy picture, from one noise level to a"
             f" {'lower or a higher' if config.upward else 'lower'} one, in"
-            f" [{config.sigma_min:g}, {config.sigma_max:g}]. Noisy pictures are dimmed to be shown."
+            f" [{config.sigma_min:g}, {config.sigma_max:g}]. The page shows noisy pictures with less contrast."
         )
         with gr.Row():
             with gr.Column(scale=1):
@@ -292,7 +302,7 @@ class Demo:
 
     def _invert_tab(self) -> None:
         way = "one jump up" if self.pipeline.scheduler.config.upward else "18 steps of Heun's method"
-        gr.Markdown(f"The noise that the model makes a picture of, found by {way}, and the picture made of it again.")
+        gr.Markdown(f"Find the noise from which the model makes a picture, by {way}, then make the picture again.")
         with gr.Row():
             with gr.Column(scale=1):
                 picture, label, seed = self._start()
@@ -300,23 +310,23 @@ class Demo:
                 button = gr.Button("Invert", variant="primary")
             with gr.Column(scale=2):
                 shown = _row("Picture", "Its noise", "Made again")
-                lost = gr.Textbox(label="Lost (root mean square of pixels in [-1, 1])")
+                lost = gr.Textbox(label="Error (root mean square of pixels in [-1, 1])")
         _on([button.click], self.invert, [picture, label, seed, steps], [*shown, lost])
 
     def _start(self) -> tuple[gr.Image, gr.Dropdown, gr.Number]:
-        """The controls for a picture to start from."""
-        label = "Your picture (none: the sample of the seed)"
+        """The controls for the picture, class and seed to start from."""
+        label = "Your picture (default: the sample of the seed)"
         picture = gr.Image(label=label, type="pil", image_mode=None, sources=["upload", "clipboard"], height=200)
         return picture, *self._class_and_seed()
 
     def _class_names(self) -> list[str]:
-        """The classes that have images, by their names where they have some; names that are not unique get numbers."""
+        """Names of the classes that have images, or their numbers; repeated names also get their numbers."""
         names = self.pipeline.id2label or {label: str(label) for label in self.pipeline.classes or [0]}
         often = Counter(names.values())
         return [name if often[name] == 1 else f"{name} ({label})" for label, name in names.items()]
 
     def _class_and_seed(self, *more: str) -> tuple[gr.Dropdown, gr.Number]:
-        """A choice of `more` and of the classes, by index, hidden where there are none; and a seed."""
+        """A dropdown of `more` and the classes, by index, hidden for unconditional models; and a seed."""
         known = self.pipeline.num_classes is not None
         choices = [*more, *self._class_names()]
         with gr.Row():
@@ -326,20 +336,20 @@ class Demo:
 
 
 def _picture(label: str, **settings) -> gr.Image:
-    """A picture to look at; the label is not shown, as it would cover a corner of it."""
+    """A picture for display; its label is hidden, because it would cover a corner."""
     return gr.Image(label=label, show_label=False, format="png", interactive=False, **settings)
 
 
 def _painted(layers: list[Image.Image], size: tuple[int, int]) -> torch.Tensor:
-    """What was painted on a picture, (H, W) of `size`, 1 there and 0 elsewhere, cut as the picture is."""
+    """Mask (H, W) of `size`, cropped like the picture: 1 where something is painted, 0 elsewhere."""
     if not any(np.asarray(layer)[..., 3].any() for layer in layers):
-        raise ValueError("Nothing is painted; paint over what is to be made anew.")
+        raise ValueError("Nothing is painted. Paint over the area to replace.")
     masks = [ImageOps.fit(layer.getchannel("A"), size[::-1], Image.Resampling.BOX) for layer in layers]
     return torch.from_numpy(np.max([np.asarray(mask) > 0 for mask in masks], 0)).float()
 
 
 def _row(*titles: str) -> list[gr.Image]:
-    """Pictures side by side, each under its title."""
+    """Pictures in a row, each under its title."""
     pictures = []
     with gr.Row():
         for title in titles:
@@ -350,7 +360,7 @@ def _row(*titles: str) -> list[gr.Image]:
 
 
 def _on(triggers: list[Callable], function: Callable, inputs: list, outputs: list) -> None:
-    """Call `function` on the page's events, one call at a time, as a machine makes no two faster."""
+    """Call `function` on the page's events, one call at a time, because parallel calls would not be faster."""
 
     @functools.wraps(function)
     def shown(*values):
@@ -363,7 +373,7 @@ def _on(triggers: list[Callable], function: Callable, inputs: list, outputs: lis
 
 
 def _numbers(text: str) -> list[float]:
-    """The numbers of a list, separated by commas or spaces."""
+    """Parse numbers separated by commas or spaces."""
     try:
         return [float(word) for word in text.replace(",", " ").split()]
     except ValueError:
@@ -377,27 +387,32 @@ def _check_filled(**values: float | None) -> None:
 
 
 def _shown(sample: torch.Tensor, sigma: float = 0.0) -> Image.Image:
-    """x0 + sigma noise (1, C, H, W), dimmed to what a picture holds of it."""
+    """Picture of x0 + sigma noise (1, C, H, W), with the contrast reduced to fit the range."""
     image = (sample / (1 + 2 * sigma)).cpu().permute(0, 2, 3, 1).numpy() / 2 + 0.5
     return image_grid(image, 1, SIDE // 2)
 
 
 def load_page(name_or_path: str, revision: str | None = None) -> gr.Blocks:
-    """The page of a saved model. Raises ValueError where there is none, or none that the page can show."""
+    """Build the page of a saved model, from a folder or the Hub.
+
+    Raises:
+        ValueError: there is no such model, or the page can't show it.
+    """
     disable_progress_bar()
     return Demo(load_pipeline(name_or_path, revision), name_or_path).page()
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and serve the page."""
     parser = argparse.ArgumentParser(
         prog="cm-diffusers demo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="FOLDER_OR_REPO", help="folder or Hub id of a model")
-    parser.add_argument("--revision", help="revision on the Hub")
-    parser.add_argument("--port", type=int, help="port of the page (the first free one from 7860 on)")
-    parser.add_argument("--share", action="store_true", help="a public link for a week, through gradio's servers")
+    parser.add_argument("model", metavar="FOLDER_OR_REPO", help="folder or Hub id of the model")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860 on)")
+    parser.add_argument("--share", action="store_true", help="make a public link for a week, through gradio's servers")
     args = parser.parse_args(argv)
     try:
         load_page(args.model, args.revision).launch(server_port=args.port, share=args.share, show_error=True)

@@ -1,4 +1,4 @@
-"""Which process started this one: asked at the first import, as that process may end during those that follow."""
+"""The process that started this one, read at the first import, as it can end during the imports that follow."""
 
 import os
 
@@ -7,6 +7,6 @@ _SEEN = os.getpid(), os.getppid()
 
 
 def parent() -> int:
-    """The process that started this one, whether it is still there or not."""
+    """Id of the process that started this one, even if it has ended."""
     process, its_parent = _SEEN
-    return its_parent if os.getpid() == process else os.getppid()  # forked since
+    return its_parent if os.getpid() == process else os.getppid()  # this process was forked after the import

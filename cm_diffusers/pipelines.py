@@ -1,6 +1,6 @@
-"""The pipelines of the top-level folder `pipelines/`, as `cm_diffusers.pipelines`.
+"""The package `cm_diffusers.pipelines`, whose files are in the top-level folder `pipelines/`.
 
-They live in one place only: beside this package in the source tree, inside it once installed from a wheel.
+A wheel installs that folder inside this package.
 """
 
 from pathlib import Path

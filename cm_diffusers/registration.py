@@ -1,7 +1,7 @@
-"""diffusers finds our classes: `save_pretrained` writes ["cm_diffusers", <class>], and `from_pretrained` reads it.
+"""Registration of our classes with diffusers: `save_pretrained` writes ["cm_diffusers", <class>].
 
-Pipelines are found by their names in the namespace of diffusers, components in `diffusers.pipelines.cm_diffusers`,
-which downloads from the Hub take for a known library as well.
+`from_pretrained` finds pipelines by their names in the namespace of diffusers, and components in
+`diffusers.pipelines.cm_diffusers`. Downloads from the Hub therefore also accept it as a known library.
 """
 
 import sys
@@ -16,13 +16,13 @@ LIBRARY = "cm_diffusers"
 
 
 def of_the_library(*classes: type) -> None:
-    """Say of classes that they are the library's, as saved models name them, and not of the file that holds them."""
+    """Set the module of `classes` to the library, as saved models name it, instead of the file that defines them."""
     for cls in classes:
         cls.__module__ = LIBRARY
 
 
 def when_diffusers_is_imported(library: ModuleType, pipelines: Sequence[str]) -> None:
-    """Register pipelines by their names, and `library`, with diffusers: now, or as soon as somebody imports it."""
+    """Register `library` and its `pipelines` (by name) with diffusers: now, or as soon as diffusers is imported."""
     if "diffusers" in sys.modules:
         register(sys.modules["diffusers"], library, pipelines)
     else:
@@ -30,7 +30,7 @@ def when_diffusers_is_imported(library: ModuleType, pipelines: Sequence[str]) ->
 
 
 def register(diffusers: ModuleType, library: ModuleType, pipelines: Sequence[str]) -> None:
-    """Let the names of `pipelines` be attributes of `diffusers` where it has none of its own."""
+    """Add `library`, and the names of `pipelines` that diffusers lacks, to the attributes of `diffusers`."""
     kind = type(diffusers)
     if not issubclass(kind, _FindsOurs):
         diffusers.__class__ = type(kind.__name__, (_FindsOurs, kind), {"_library": library, "_ours": tuple(pipelines)})
@@ -38,7 +38,7 @@ def register(diffusers: ModuleType, library: ModuleType, pipelines: Sequence[str
 
 
 class _FindsOurs:
-    """The type of the module `diffusers`, which loads its own names when they are asked for, and then ours."""
+    """Type of the module `diffusers`: it looks a name up among diffusers' lazy attributes first, then among ours."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -50,7 +50,7 @@ class _FindsOurs:
 
 
 class _Finder(MetaPathFinder):
-    """Finds diffusers as others do; its loader registers after it has loaded."""
+    """Finds diffusers through the other finders and wraps the loader, which then registers our classes."""
 
     def __init__(self, library: ModuleType, pipelines: Sequence[str]):
         self.library, self.pipelines = library, pipelines
@@ -66,7 +66,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Another loader, after whose work our classes are registered."""
+    """Wraps another loader and registers our classes after it has run."""
 
     def __init__(self, loader: Any, finder: _Finder):
         self.loader, self.finder = loader, finder

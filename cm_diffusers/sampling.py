@@ -1,4 +1,4 @@
-"""Saved models, images from them, and pictures of these: what the engine, the scripts and the demo share."""
+"""Loading saved models, sampling images and drawing grids, for the engine, the scripts and the demo."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,28 +20,28 @@ from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
 OURS = (ConsistencyPipeline, DenoisingPipeline, TrigFlowPipeline, MeanFlowPipeline, CTMPipeline)
-CAPTION = 12  # pixels of height
+CAPTION = 12  # height of a caption in pixels
 PIPELINES = {"ConsistencyModelPipeline": ConsistencyPipeline, **{cls.__name__: cls for cls in OURS}}
 
 
 def load_pipeline(
     name_or_path: str, revision: str | None = None, kinds: Mapping[str, type] = PIPELINES, **kwargs
 ) -> ImagePipeline:
-    """A saved model of the library, from a folder or the Hub; consistency models of stock classes get our pipeline.
+    """Load a saved model from a folder or the Hub; stock consistency models get our pipeline.
 
     Args:
-        name_or_path: the folder or the Hub id.
-        revision: on the Hub.
-        kinds: the classes to load, by the names that saved models give theirs.
-        kwargs: for `from_pretrained`.
+        name_or_path: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+        kinds: pipeline classes to load, by the class names in saved models.
+        kwargs: arguments of `from_pretrained`.
 
     Raises:
-        ValueError: there is no such model, or it is of a kind that the library can't read.
+        ValueError: there is no such model, its class is not in `kinds`, or it can't be loaded.
     """
     if Path(name_or_path).exists() and not (Path(name_or_path) / "model_index.json").is_file():
         inside = Path(name_or_path) / "pipeline"
         hint = f" Its model is {str(inside)!r}." if (inside / "model_index.json").is_file() else ""
-        raise ValueError(f"{name_or_path!r} is not a model: it holds no model_index.json.{hint}")
+        raise ValueError(f"{name_or_path!r} is not a model: it has no model_index.json.{hint}")
     _check_links(Path(name_or_path))
     try:
         with looked_up(name_or_path, revision=revision) as cached:
@@ -62,36 +62,43 @@ def load_pipeline(
 
 
 def _check_links(folder: Path) -> None:
-    """Raise ValueError for a link that leads out of `folder`, other than to the Hub's cache that it is part of."""
+    """Check that no link leads out of `folder`, except to the Hub's cache around it.
+
+    Raises:
+        ValueError: a link leads elsewhere.
+    """
     home = folder.resolve()
     allowed = (home, home.parent.parent / "blobs")
     for path in folder.rglob("*"):
         target = path.resolve()
         if path.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
             raise ValueError(
-                f"model {str(folder)!r}: {path} is a link out of the folder, to {target}; put a copy there."
+                f"model {str(folder)!r}: {path} is a link out of the folder, to {target}. Replace it by a copy."
             )
 
 
 def with_our_interface(pipeline: DiffusionPipeline) -> ImagePipeline:
-    """The pipeline itself, or ours over the parts of the stock one."""
+    """Return `pipeline` itself, or a `ConsistencyPipeline` with the parts of a stock consistency pipeline."""
     if isinstance(pipeline, ConsistencyModelPipeline):
         return ConsistencyPipeline(pipeline.unet, pipeline.scheduler)
     return pipeline
 
 
 def labels_in_turn(pipeline: ImagePipeline, seeds: Sequence[int]) -> list[int] | None:
-    """A label for each seed, going round the classes that have images; None for an unconditional model."""
+    """One label for each of `seeds`, cycling through the classes of `pipeline` that have images.
+
+    None for an unconditional model.
+    """
     return None if pipeline.num_classes is None else [pipeline.classes[s % len(pipeline.classes)] for s in seeds]
 
 
 def label_of(pipeline: ImagePipeline, word: str) -> int:
-    """The label that a word is, or the name of; a number is always a label."""
+    """The class label that `word` gives as a number or by its name in `pipeline`; a number is always a label."""
     return int(word) if word.removeprefix("-").isdecimal() else pipeline.get_label_ids(word)[0]
 
 
 def captions_of(pipeline: ImagePipeline, labels: Sequence[int] | None) -> list[str] | None:
-    """The names of these labels, or their numbers, for pictures of them; None for an unconditional model."""
+    """Captions for `labels`: their names in `pipeline`, else their numbers. None if `labels` is None."""
     return None if labels is None else [(pipeline.id2label or {}).get(label, str(label)) for label in labels]
 
 
@@ -102,14 +109,14 @@ def sample_images(
     batch_size: int = 250,
     **kwargs,
 ) -> np.ndarray:
-    """Images (N, H, W, C) in [0, 1], one per seed: an image depends on its own seed only, not on the batch.
+    """Sample images (N, H, W, C) in [0, 1], one per seed; an image depends on its own seed only, not on the batch.
 
     Args:
         pipeline: the model.
         seeds: one seed per image.
-        class_labels: one label per image; by default they go round the classes that have images.
-        batch_size: how many are made at once.
-        kwargs: steps of the sampler, `num_inference_steps`, `sigmas`, `solver`.
+        class_labels: one label per image; by default labels cycle through the classes that have images.
+        batch_size: maximum number of images in a batch.
+        kwargs: further arguments of the pipeline, such as `num_inference_steps`, `sigmas` or `solver`.
     """
     images = []
     for start in range(0, len(seeds), batch_size):
@@ -122,14 +129,18 @@ def sample_images(
 
 
 def levels_used(pipeline: ImagePipeline) -> list[float]:
-    """The noise levels from which the steps of the pipeline's last call started."""
-    return list(dict.fromkeys(pipeline.noise_levels[:-1]))  # Heun's method has some twice
+    """The noise levels at which the steps of the last call of `pipeline` started."""
+    return list(dict.fromkeys(pipeline.noise_levels[:-1]))  # Heun's method repeats some levels
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """A picture from an image (H, W, C) in [0, 1], C 1 or 3. Raises ValueError for other numbers of channels."""
+    """Convert `image` (H, W, C) in [0, 1] to a Pillow image.
+
+    Raises:
+        ValueError: C is neither 1 nor 3.
+    """
     if image.shape[-1] not in (1, 3):
-        raise ValueError(f"An image of {image.shape[-1]} channels can't be shown.")
+        raise ValueError(f"An image of {image.shape[-1]} channels can't be shown; it must have 1 or 3.")
     pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
@@ -137,9 +148,13 @@ def to_pil(image: np.ndarray) -> Image.Image:
 def image_grid(
     images: Sequence[np.ndarray], columns: int, min_side: int = 64, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """Images (N, H, W, C) in [0, 1], C 1 or 3, as one picture; small images are enlarged without smoothing.
+    """Draw images as a grid in one picture.
 
-    With captions, one for each image, its caption stands below it, cut to its width.
+    Args:
+        images: (N, H, W, C) in [0, 1], all of one size, C 1 or 3.
+        columns: number of images per row.
+        min_side: smaller images are enlarged, by a whole factor and without smoothing, to at least this many pixels.
+        captions: one text per image, drawn below it and cut to its width.
     """
     pictures = [to_pil(image).convert("RGB") for image in images]
     line = 0 if captions is None else CAPTION
@@ -158,8 +173,8 @@ def image_grid(
 
 
 def _cut(text: str, font: ImageFont.ImageFont, width: int) -> str:
-    """As much of the text's first line as `width` pixels hold."""
-    text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")  # what every default font can draw
+    """Shorten the text, on one line, to `width` pixels."""
+    text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")  # every default font has these
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text

@@ -1,6 +1,6 @@
-"""The scripts of the top-level folder `training/`, with their recipes, as `cm_diffusers.scripts`, and their words.
+"""The scripts and recipes of the top-level folder `training/`, importable as `cm_diffusers.scripts`.
 
-They live in one place only: beside this package in the source tree, inside it once installed from a wheel.
+They exist once: beside this package in the source tree, or inside it after installation from a wheel.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ _here = Path(__file__).resolve().parent
 __path__ = [str(folder) for folder in (_here / "scripts", _here.parent / "training") if folder.is_dir()][:1]
 
 CONSOLE = "cm-diffusers"
-WORDS = {  # of the scripts; training has one for all methods
+WORDS = {  # the word of `cm-diffusers` for each script; all methods share one for training
     "train_consistency": "train",
     "train_continuous": "train",
     "train_trajectory": "train",
@@ -19,11 +19,11 @@ WORDS = {  # of the scripts; training has one for all methods
     "prepare_data": "prepare",
     **{name: name for name in ("convert", "diagnose", "edit", "evaluate", "export", "push", "report", "sample")},
 }
-CALLED_BY = "CM_DIFFUSERS_CALLED_BY"  # of the environment: set by the command for itself and what it starts
-LAUNCHED_BY = "CM_DIFFUSERS_LAUNCHED_BY"  # the same, where it starts several processes
+CALLED_BY = "CM_DIFFUSERS_CALLED_BY"  # environment variable that the command sets for itself and its child processes
+LAUNCHED_BY = "CM_DIFFUSERS_LAUNCHED_BY"  # the same, set if it starts several processes
 SCRIPTS = Path(__path__[0])
 
 
 def settings_files(folder: Path) -> dict[str, Path]:
-    """The YAML files of a folder by their names."""
+    """The YAML files of `folder`, by their names without the suffix."""
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -1,4 +1,4 @@
-"""`accelerate launch -m cm_diffusers.train ...` and `torchrun -m cm_diffusers.train ...`: the word `train`."""
+"""The word `train` for `accelerate launch -m cm_diffusers.train ...` and `torchrun -m cm_diffusers.train ...`."""
 
 import sys
 

@@ -247,8 +247,8 @@ def test_what_is_no_image_is_refused(values, message):
 @pytest.mark.parametrize(
     "values, message",
     [
-        (np.float32([[0, 0.5, np.nan]]), "float32 values hold NaN or infinity"),
-        (np.float32([[0, 0.5, np.inf]]), "float32 values hold NaN or infinity"),
+        (np.float32([[0, 0.5, np.nan]]), "float32 values include NaN or infinity"),
+        (np.float32([[0, 0.5, np.inf]]), "float32 values include NaN or infinity"),
         (np.float32([[-1, 0.5, 1]]), "float32 values from -1 to 1"),
         (np.int16([[-1000, 0, 3000]]), "int16 values from -1000 to 3000"),
         (np.int32([[0, 65536]]), "int32 values from 0 to 65536"),
@@ -264,13 +264,13 @@ def test_values_that_no_range_holds_are_refused_with_what_is_allowed(values, mes
 
 @pytest.mark.parametrize("high", [1.2, 1.99, 256.5, 400.5])
 def test_a_little_more_than_a_known_range_is_refused(high):
-    with pytest.raises(ValueError, match=rf"from 0 to {high} \(image 1\).*clip or scale"):
+    with pytest.raises(ValueError, match=rf"from 0 to {high} \(image 1\).*Clip or scale"):
         scales_of(from_array([[0.0, 1.0]]), from_array([[0.5, high]]))
 
 
 def test_a_mix_of_ranges_is_refused_with_an_image_of_each():
     images = [from_array(np.random.default_rng(i).random(SHAPE) * high) for i, high in enumerate([1, 1, 255, 255])]
-    with pytest.raises(ValueError, match=r"in image 0, up to 2\d\d.* in image \d: .*0 to 1.*one range"):
+    with pytest.raises(ValueError, match=r"in image 0 but 2\d\d.* in image \d: .*0 to 1.*one range"):
         scales_of(*images)
 
 

@@ -1,11 +1,15 @@
-"""CDM against EDM: for as many images, and for as much time, from the same start; MNIST, small nets, several seeds.
+"""Compare CDM with EDM at equal numbers of images and at equal time, on MNIST with small networks.
 
     OMP_NUM_THREADS=1 python benchmarks/experiments/cdm_vs_edm.py --output_dir runs/cdm_vs_edm
 
-Each seed trains a diffusion model, from which go on: edm and cdm for as many steps, and edm_long for as long as cdm by
-the CPU time that a step of either took. Prints a table of Fréchet distances to the test images, in the features of a
-small classifier trained on those or by a judge of yours, and leaves results.json. What was trained is not trained
-again. About 45 minutes on one core; --pretrain_steps 0 compares from scratch.
+Each seed trains a diffusion model, from which three runs continue:
+
+- edm and cdm: the same number of steps;
+- edm_long: as much CPU time as cdm, by the measured CPU time per step.
+
+The script prints a table of Fréchet distances to the test images, and writes results.json. The features come from a
+small classifier trained on the test images; --judge replaces it. Finished runs are not repeated. Everything takes
+about 45 minutes on one core. --pretrain_steps 0 trains from scratch.
 """
 
 import argparse
@@ -33,16 +37,16 @@ TRAINING = Path(__file__).parents[2] / "training"
 
 
 def cpu_seconds() -> float:
-    """Of the processes that this one has waited for."""
+    """CPU seconds of all finished child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def train(folder: Path, method: str, steps: int, seed: int, *flags: object) -> float:
-    """CPU seconds of a whole run, start-up and export included; those of its first time where it is there already."""
+    """Train, and return the CPU seconds of the whole run with start-up and export; a finished run is not repeated."""
     note = folder / "cpu_seconds.json"
     if not note.exists():
-        shutil.rmtree(folder, ignore_errors=True)  # half a run has no time
+        shutil.rmtree(folder, ignore_errors=True)  # the time of a partial run is unknown
         command = [sys.executable, TRAINING / "train_diffusion.py", "--output_dir", folder, *flags]
         command += ["--config", TRAINING / "configs" / f"mnist_{method}_small.yaml"]
         command += ["--max_train_steps", steps, "--seed", seed, "--validation_steps", 0]
@@ -53,7 +57,7 @@ def train(folder: Path, method: str, steps: int, seed: int, *flags: object) -> f
 
 
 def train_arms(args: argparse.Namespace, seed: int, overhead: float) -> dict[str, dict[str, float]]:
-    """Steps, and CPU seconds without start-up and export, of each arm of a seed."""
+    """Steps, and CPU seconds without start-up and export, of each run of a seed."""
     root, rows, flags = args.output_dir / f"seed{seed}", {}, ["--dataset_name", args.dataset_name]
 
     def run(arm: str, method: str, steps: int) -> None:
@@ -71,7 +75,7 @@ def train_arms(args: argparse.Namespace, seed: int, overhead: float) -> dict[str
 
 
 def make_judge(args: argparse.Namespace) -> Callable[[Path], float]:
-    """What gives the Fréchet distance of a file of samples, uint8 (N, H, W)."""
+    """A function from a file of samples, uint8 (N, H, W), to their Fréchet distance."""
     if args.judge is not None:
         words = shlex.split(args.judge)
 
@@ -90,7 +94,7 @@ def make_judge(args: argparse.Namespace) -> Callable[[Path], float]:
 
 
 def draw(pipeline: Path, count: int, steps: int) -> Path:
-    """A file of samples of a model by Heun's method."""
+    """Sample a model by Heun's method, and return the file of the samples."""
     model = load_pipeline(str(pipeline))
     model.set_progress_bar_config(disable=True)
     images = sample_images(model, range(count), num_inference_steps=steps)
@@ -100,8 +104,8 @@ def draw(pipeline: Path, count: int, steps: int) -> Path:
 
 
 def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
-    """A table of means over seeds with standard deviations, and of differences from cdm within a seed."""
-    print("| run | steps | CPU seconds | Fréchet distance | less cdm's, by seed | p |\n|---|---|---|---|---|---|")
+    """Print means and standard deviations over seeds, and differences from cdm for each seed."""
+    print("| run | steps | CPU seconds | Fréchet distance | minus cdm's, by seed | p |\n|---|---|---|---|---|---|")
     for arm in next(iter(results.values())):
         table = {key: np.array([row[arm][key] for row in results.values()]) for key in results[min(results)][arm]}
         distances = table["frechet"]
@@ -110,19 +114,19 @@ def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
         cells += [f"{distances.mean():.2f} +- {distances.std(ddof=1):.2f}", ", ".join(f"{d:+.2f}" for d in less)]
         cells += [f"{stats.ttest_1samp(less, 0).pvalue:.3f}" if less.any() else ""]
         print(f"| {' | '.join(cells)} |")
-    print("p: of a difference as large by chance (t-test, paired by seed). Below 0.05 it exceeds the noise.")
+    print("p: probability of such a difference by chance (t-test, paired by seed). Below 0.05 it exceeds the noise.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset_name", default="ylecun/mnist", help="MNIST, with its splits train and test (ylecun/mnist)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="two or more; one run of each arm for each (0 1 2)")
-    add("--pretrain_steps", type=int, default=600, help="steps of the diffusion model to start from (600)")
-    add("--max_train_steps", type=int, default=160, help="steps of edm and of cdm after it (160)")
-    add("--num_samples", type=int, default=1000, help="samples of each model (1000)")
-    add("--num_inference_steps", type=int, default=9, help="of Heun's method, 2 N - 1 calls (9)")
-    add("--judge", help="a command that prints JSON with `frechet`, given {samples}, a .npy file (ours)")
+    add("--dataset_name", default="ylecun/mnist", help="MNIST, with splits train and test (default: ylecun/mnist)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="two or more seeds (default: 0 1 2)")
+    add("--pretrain_steps", type=int, default=600, help="steps of the diffusion model to start from (default: 600)")
+    add("--max_train_steps", type=int, default=160, help="further steps of edm and of cdm (default: 160)")
+    add("--num_samples", type=int, default=1000, help="samples of each model (default: 1000)")
+    add("--num_inference_steps", type=int, default=9, help="N steps of Heun's method, 2 N - 1 calls (default: 9)")
+    add("--judge", help="command that prints JSON with `frechet` for the .npy file {samples} (default: a classifier)")
     add("--output_dir", type=Path, required=True, help="folder of the runs")
     args = parser.parse_args()
     torch.set_num_threads(1)

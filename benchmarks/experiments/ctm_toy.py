@@ -1,10 +1,10 @@
-"""Trajectory models of the toys, from a teacher and from scratch, with the same number of steps in all.
+"""Train trajectory models on the toys, from a teacher and from scratch, with the same total number of steps.
 
     python benchmarks/experiments/ctm_toy.py --output_dir runs/ctm_toy
 
-Prints a table of Wasserstein-1 distances to the data by sampler, mean and standard deviation over seeds, and leaves
-ctm_toy.json and ctm_toy.png. With the defaults 40 runs of one to two minutes on one core; those that are there already
-are not repeated.
+The script prints a table of Wasserstein-1 distances to the data by sampler: mean and standard deviation over seeds. It
+writes ctm_toy.json and ctm_toy.png. The defaults mean 40 runs of one to two minutes on one core. Finished runs are
+not repeated.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TITLES = {name: title for name, (_, title) in SAMPLERS.items()} | {"data": "the 
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Distances of the runs by task, teacher and sampler, a number for each seed; runs that are there count."""
+    """Distances by task, teacher and sampler, with one number per seed; finished runs are not repeated."""
     found = {task: {teacher: {name: [] for name in TITLES} for teacher in TEACHERS} for task in args.tasks}
     for task in args.tasks:
         for teacher in TEACHERS:
@@ -39,13 +39,13 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, dict[str, list[floa
 
 
 def summary(values: list[float]) -> str:
-    """Mean and standard deviation over seeds, of one seed the number alone."""
+    """Mean and standard deviation over seeds; for one seed only the number."""
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{spread}"
 
 
 def table(found: dict) -> str:
-    """Markdown: a row for each task and teacher, a column for each sampler."""
+    """A Markdown table with a row for each task and teacher, and a column for each sampler."""
     rows = [["task", "", *TITLES.values()], ["---"] * (2 + len(TITLES))]
     for task, by_teacher in found.items():
         for teacher, by_sampler in by_teacher.items():
@@ -54,7 +54,7 @@ def table(found: dict) -> str:
 
 
 def draw(found: dict, file: Path) -> None:
-    """A panel for each task: each run a point over its sampler, both kinds side by side, and the data as a line."""
+    """Draw a panel for each task: a point for each run and sampler, and a line for the data."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -79,10 +79,10 @@ def draw(found: dict, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=list(toys.TASKS), default=list(TASKS), help="the four of the line")
-    add("--seeds", type=int, default=5, help="runs of each kind (5)")
-    add("--max_train_steps", type=int, default=3000, help="half of the steps of a run (3000)")
-    add("--output_dir", type=Path, default=Path("runs/ctm_toy"), help="runs that are there already are not repeated")
+    add("--tasks", nargs="+", choices=list(toys.TASKS), default=list(TASKS), help=f"default: {' '.join(TASKS)}")
+    add("--seeds", type=int, default=5, help="runs of each kind (default: 5)")
+    add("--max_train_steps", type=int, default=3000, help="half the steps of a run (default: 3000)")
+    add("--output_dir", type=Path, default=Path("runs/ctm_toy"), help="folder; finished runs in it are not repeated")
     args = parser.parse_args()
     found = measure(args)
     print(table(found))

@@ -1,11 +1,11 @@
-"""Pictures of edits of handwritten digits by a model of them, and how many keep their class.
+"""Edit handwritten digits with a model, draw the results, and count how many keep their class.
 
     make quickstart
     python benchmarks/experiments/editing_digits.py runs/quickstart/pipeline --picture hub_cards/images/editing.png
 
-Each row of the picture: what is known of a digit, six images made of it, and the digit itself. A support-vector
-machine, trained on the digits, reads the class of what is made of 500 of them, with the true class told to the model.
-The digits are among those that both were trained with.
+Each row of the picture shows the known part of a digit, six edited images, and the digit itself. A support-vector
+machine, trained on the digits, classifies the edits of 500 digits. The model is conditioned on the true class. The
+edited digits are among the training data of the model and of the support-vector machine.
 """
 
 import argparse
@@ -25,7 +25,7 @@ COLUMNS, COUNT, NOISE = 6, 500, 0.8
 
 
 def edits(pipe, images: torch.Tensor, seed: int) -> dict:
-    """By name: what is known of images (n, 1, 8, 8), and a function of further arguments that gives what is made."""
+    """For each edit by name: the known part of images (n, 1, 8, 8), and a function that makes the edited images."""
     half = torch.zeros(8, 8)
     half[:, 4:] = 1
     inner, coarse = images[..., 1:7, 1:7], F.avg_pool2d(images, 2)
@@ -43,9 +43,9 @@ def edits(pipe, images: torch.Tensor, seed: int) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a model of the digits")
-    parser.add_argument("--picture", type=Path, default=Path("runs/editing.png"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("model", help="folder of a model trained on the digits")
+    parser.add_argument("--picture", type=Path, default=Path("runs/editing.png"), help="default: runs/editing.png")
+    parser.add_argument("--seed", type=int, default=0, help="seed of digits and noise (default: 0)")
     args = parser.parse_args()
 
     digits = load_digits()
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     for k, (name, (known, edit)) in enumerate(edits(pipe, images, args.seed).items()):
         made = edit(class_labels=labels, generator=args.seed, output_type="np").images
         found = judge.predict(made.reshape(len(made), -1) * 16)
-        print(f"{name}: {(found == labels).mean():.3f} of the class that was told", flush=True)
+        print(f"{name}: {(found == labels).mean():.3f} of the images have the requested class", flush=True)
         one = edits(pipe, images[k : k + 1].expand(COLUMNS, -1, -1, -1), args.seed)[name]
         shown = one[1](class_labels=[labels[k]] * COLUMNS, generator=args.seed + 1, output_type="np").images
         rows += [known[k].numpy().transpose(1, 2, 0), *shown, images[k].numpy().transpose(1, 2, 0)]
@@ -70,7 +70,7 @@ if __name__ == "__main__":
     draw, side = ImageDraw.Draw(sheet), grid.height // len(names)
     for i, name in enumerate(names):
         draw.text((4, 16 + side * i + side // 2 - 5), name, fill="black")
-    for x, text in ((110, "known"), (110 + side, "made anew"), (110 + side * (COLUMNS + 1), "the digit")):
+    for x, text in ((110, "known"), (110 + side, "edited"), (110 + side * (COLUMNS + 1), "the digit")):
         draw.text((x + 4, 2), text, fill="black")
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(args.picture)

@@ -1,17 +1,18 @@
-"""What zero-shot editing gives where the posterior is known: a Gaussian, with its exact consistency function.
+"""Compare zero-shot editing with a known posterior: a Gaussian, with its exact consistency function.
 
     python benchmarks/experiments/editing_gaussian.py
 
-Images of 1 x 8 x 8 with a mean and the covariance exp(-distance / 3) / 16. The network is the exact consistency
-function; `ConsistencyPipeline` samples it with inpaint and super_resolve. Each row is a choice of levels:
+Images have 1 x 8 x 8 pixels, a mean m and the covariance C = exp(-distance / 3) / 16. The network is the exact
+consistency function. `ConsistencyPipeline` samples it with inpaint and super_resolve. A table has one row for each
+choice of noise levels, and these columns:
 
-- bias: the distance of the samples' mean from the posterior's, by that of the prior's mean from it;
-- variance: of the samples by the posterior's, in what the measurement leaves open (1 is right);
-- error of the closed form: the largest difference of the samples' mean and covariance from those by which algorithm 4
-  acts on a Gaussian, in standard errors of the mean and of an entry of the covariance.
+- bias: distance of the samples' mean from the posterior mean, divided by that of the prior mean;
+- variance: variance of the samples divided by that of the posterior, in the unknown part (1 is right);
+- error of the closed form: largest difference of the samples' mean, and of their covariance, from the closed form of
+  algorithm 4 for a Gaussian. The units are standard errors of the mean and of an entry of the covariance.
 
-The closed form: with A = C^1/2 (C + s^2)^-1/2 a jump takes mean and covariance (u, V) of clean images with noise s to
-m + A (u - m) and A (V + s^2) A, of which the part I - P that is not known is kept.
+Closed form of a jump: let A = C^1/2 (C + s^2)^-1/2. Clean images with mean u and covariance V, plus noise of level s,
+become images with mean m + A (u - m) and covariance A (V + s^2) A. Only the unknown part, I - P, is kept.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def gaussian(size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
 
 
 class GaussianModel(ModelMixin, ConfigMixin):
-    """F of EDM's scalings with which f(x, s) = m + C^1/2 (C + s^2)^-1/2 (x - m), exact for N(m, C)."""
+    """Network F under EDM's scalings that gives f(x, s) = m + C^1/2 (C + s^2)^-1/2 (x - m), exact for N(m, C)."""
 
     @register_to_config
     def __init__(self, sample_size: int = SIZE, in_channels: int = 1, num_class_embeds: int | None = None):
@@ -49,7 +50,7 @@ class GaussianModel(ModelMixin, ConfigMixin):
         mean, covariance = gaussian(sample_size)
         variances, axes = np.linalg.eigh(covariance)
         self.variances, self.axes, self.mean = (torch.from_numpy(array).float() for array in (variances, axes, mean))
-        self.factor = torch.nn.Parameter(torch.ones(()))  # ModelMixin finds dtype and device by a parameter
+        self.factor = torch.nn.Parameter(torch.ones(()))  # ModelMixin reads dtype and device off a parameter
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
         sigma = math.exp(float(timestep) / 250)
@@ -61,6 +62,7 @@ class GaussianModel(ModelMixin, ConfigMixin):
 
 
 def pipeline(size: int = SIZE) -> ConsistencyPipeline:
+    """A pipeline with the exact consistency function."""
     scheduler = MultistepConsistencyScheduler(sigma_min=0.0, sigma_max=SIGMA_MAX, clip_denoised=False)
     pipe = ConsistencyPipeline(GaussianModel(size), scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -68,13 +70,13 @@ def pipeline(size: int = SIZE) -> ConsistencyPipeline:
 
 
 def posterior(mean: np.ndarray, covariance: np.ndarray, known: np.ndarray, told: np.ndarray) -> tuple:
-    """Mean and covariance of x ~ N(mean, covariance) of which P x is `told`, for the matrix `known` of P."""
+    """Mean and covariance of x ~ N(mean, covariance), given P x = `told`, where `known` is the matrix of P."""
     gain = covariance @ known @ np.linalg.pinv(known @ covariance @ known)
     return mean + gain @ (told - known @ mean), covariance - gain @ known @ covariance
 
 
 def algorithm(mean: np.ndarray, covariance: np.ndarray, known: np.ndarray, start: np.ndarray, sigmas: list) -> tuple:
-    """Mean and covariance of what algorithm 4 gives, that begins with `start` (n,), of which P is known."""
+    """Mean and covariance after algorithm 4, which begins with `start` (n,); `known` is the matrix of P."""
     variances, axes = np.linalg.eigh(covariance)
     free = np.eye(len(mean)) - known
     now, spread = start, np.zeros_like(covariance)
@@ -92,6 +94,7 @@ def matrix(project: Projection, size: int = SIZE) -> np.ndarray:
 
 
 def karras(n: int) -> list[float]:
+    """The first n of n + 1 Karras levels down to 0."""
     return karras_sigma(np.arange(n) / n, 0.0, SIGMA_MAX, 7.0).tolist()
 
 
@@ -103,7 +106,7 @@ LEVELS = {
 
 
 def edits(pipe: ConsistencyPipeline, truth: torch.Tensor) -> dict[str, tuple]:
-    """By name: the edit of `truth` (1, 1, H, W) in [-1, 1], its projection, and the image that it begins with."""
+    """For each edit of `truth` (1, 1, H, W) in [-1, 1] by name: the function, its projection and its start image."""
     image, mask = truth / 2 + 0.5, torch.zeros(SIZE, SIZE)
     mask[:, SIZE // 2 :] = 1
     coarse = F.avg_pool2d(image, 2)
@@ -118,7 +121,7 @@ def edits(pipe: ConsistencyPipeline, truth: torch.Tensor) -> dict[str, tuple]:
 
 
 def show(name: str, edit: Callable, project: Projection, start: torch.Tensor, count: int, seed: int) -> None:
-    """Print a table of `edit`."""
+    """Print the table of one edit."""
     (mean, covariance), known, begin = gaussian(), matrix(project), start.double().flatten().numpy()
     wanted, spread = posterior(mean, covariance, known, known @ begin)
     free = np.eye(len(mean)) - known
@@ -127,7 +130,7 @@ def show(name: str, edit: Callable, project: Projection, start: torch.Tensor, co
         pipe, generator = edit.func.__self__, torch.Generator().manual_seed(seed)
         made = edit(**arguments, batch_size=count, generator=generator, output_type="latent").images
         x = made.flatten(1).double().numpy()
-        assert np.abs((x - begin) @ known).max() < 1e-5  # it agrees with what is known
+        assert np.abs((x - begin) @ known).max() < 1e-5  # the samples agree with the known part
         found, found_spread = x.mean(0), np.cov(x.T)
         bias = np.linalg.norm(found - wanted) / np.linalg.norm(free @ (mean - wanted))
         foretold, around = algorithm(mean, covariance, known, begin, pipe.scheduler.sigmas[:-1].tolist())
@@ -145,8 +148,8 @@ def show(name: str, edit: Callable, project: Projection, start: torch.Tensor, co
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=20000, help="samples of each row (20000)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=20000, help="samples per row (default: 20000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the image and of the samples (default: 0)")
     args = parser.parse_args()
     drawn = np.random.default_rng(args.seed).multivariate_normal(*gaussian()).clip(-1, 1)
     truth = torch.from_numpy(drawn).float().reshape(1, 1, SIZE, SIZE)

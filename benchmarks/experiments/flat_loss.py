@@ -1,9 +1,10 @@
-"""Why the loss says nothing: ECT of the quickstart's digits, its loss beside the distance of its samples to the data.
+"""Show that the loss does not measure quality: ECT on the quickstart's digits.
 
     python benchmarks/experiments/flat_loss.py --output_dir runs/flat_loss
 
-Trains as `make quickstart` does, with more checkpoints (about five minutes on two cores), samples each of them, and
-leaves flat_loss.json and flat_loss.png. A run that is there already is not repeated.
+The script trains like `make quickstart`, with more checkpoints, in about five minutes on two cores. It samples every
+checkpoint, and writes the loss and the distance of the samples to the data as flat_loss.json and flat_loss.png. A
+finished run is not repeated.
 """
 
 import argparse
@@ -26,7 +27,7 @@ NAMES = {n: f"{n} step{'s' if n > 1 else ''}" for n in STEPS}
 
 
 def measure(folder: Path) -> dict[str, dict[str, float]]:
-    """Distances by number of network calls, of each checkpoint, by its step."""
+    """Distances for each checkpoint (by training step) and each number of network calls."""
     data = ImageData(DataArguments(dataset_name="digits"), class_conditional=True, show_progress=False)
     pipeline = load_pipeline(str(folder / "pipeline"))
     pipeline.set_progress_bar_config(disable=True)
@@ -45,7 +46,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def draw(log: list[dict], found: dict, pretraining: int, stage: int, file: Path) -> None:
-    """The loss above, the distances below, over the same steps; grey is pretraining, lines are stages."""
+    """Draw the loss above the distances, over the same training steps; grey marks pretraining, lines mark stages."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -72,7 +73,7 @@ def draw(log: list[dict], found: dict, pretraining: int, stage: int, file: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/flat_loss"), help="the run's folder")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/flat_loss"), help="folder of the run")
     folder = parser.parse_args().output_dir
     words = ["--config", str(CONFIG), "--output_dir", str(folder), "--validation_steps", "0"]
     words += ["--checkpointing_steps", "200", "--checkpoints_total_limit", "1000"]

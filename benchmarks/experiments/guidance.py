@@ -1,11 +1,11 @@
-"""What guidance does to samples of digits: how many are of the class that was asked for, by scale.
+"""Measure the effect of guidance on digits: the share of samples with the requested class, by guidance scale.
 
     python training/train_diffusion.py --dataset_name digits --class_conditional --model_preset ddpmpp_tiny \\
         --label_dropout 0.1 --max_train_steps 3000 --learning_rate 1e-3 --output_dir runs/guided
     python benchmarks/experiments/guidance.py runs/guided/pipeline
 
-A support-vector machine, trained on the digits themselves, reads the class of each sample. Image i is made from seed i
-for every scale. Leaves a picture: a row for each scale, of the same ten noises and classes.
+A support-vector machine, trained on the digits, classifies each sample. Image i has seed i at every scale. The script
+also writes a picture with one row for each scale, from the same ten seeds and classes.
 """
 
 import argparse
@@ -23,10 +23,10 @@ SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a model of the digits")
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=18)
-    parser.add_argument("--picture", type=Path, default=Path("runs/guidance.png"))
+    parser.add_argument("model", help="folder of a model trained on the digits with label dropout")
+    parser.add_argument("--count", type=int, default=2000, help="samples per scale (default: 2000)")
+    parser.add_argument("--steps", type=int, default=18, help="sampling steps (default: 18)")
+    parser.add_argument("--picture", type=Path, default=Path("runs/guidance.png"), help="default: runs/guidance.png")
     args = parser.parse_args()
 
     digits = load_digits()
@@ -36,8 +36,8 @@ if __name__ == "__main__":
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
     labels, rows = np.array(labels_in_turn(pipeline, range(args.count))), []
-    print(f"the judge's accuracy on digits that it has not seen: {held_out:.3f}")
-    print("| w | of the class asked for | standard deviation within a class |\n|---|---|---|")
+    print(f"accuracy of the support-vector machine on held-out digits: {held_out:.3f}")
+    print("| scale | share with the requested class | standard deviation within a class |\n|---|---|---|")
     for scale in SCALES:
         images = sample_images(pipeline, range(args.count), num_inference_steps=args.steps, guidance_scale=scale)
         found = judge.predict(images.reshape(args.count, -1) * 16)

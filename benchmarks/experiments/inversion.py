@@ -1,10 +1,11 @@
-"""What is lost on the way from images to noise and back, by the number of jumps back.
+"""Measure the loss on the way from images to noise and back, by the number of jumps back.
 
     python benchmarks/experiments/inversion.py --pretrained_model_name_or_path runs/mnist_ctm_small/pipeline \
         --dataset_name ylecun/mnist --split test
 
-Images go up to the model's highest level by the ODE of its denoiser (Heun, --inverse_steps), and come back by 1, 2, 4
-... jumps without randomness, or by the same ODE. Root mean square distances from the images, pixels in [-1, 1].
+The ODE of the model's denoiser (Heun's method, --inverse_steps) takes images to the highest noise level. They return
+by 1, 2, 4 ... deterministic jumps, or by the same ODE. The script prints root mean square distances from the original
+images, with pixels in [-1, 1].
 """
 
 import argparse
@@ -22,7 +23,7 @@ from cm_diffusers.sampling import image_grid, load_pipeline
 
 
 def measure(args: argparse.Namespace) -> tuple[dict, Image.Image]:
-    """Distances by the number of jumps, the size of the noise found (1 if it is what the model expects), a picture."""
+    """Distances by the number of jumps, the size of the noise (1 if as the model expects), and a picture."""
     pipeline = load_pipeline(args.pretrained_model_name_or_path).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     settings = DataArguments(args.dataset_name, split=args.split, resolution=list(pipeline.sample_shape[1:]))
@@ -44,14 +45,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", required=True, help="a consistency trajectory model")
-    add("--dataset_name", required=True, help="real images")
-    add("--split", default="test", help="split of the dataset (test)")
-    add("--num_samples", type=int, default=500, help="how many (500)")
-    add("--jumps", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of jumps back (1 2 4 8)")
-    add("--inverse_steps", type=int, default=40, help="steps of Heun up (40)")
-    add("--seed", type=int, default=0, help="which images (0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--picture", type=Path, help="save some images before and after here")
+    add("--dataset_name", required=True, help="dataset of real images")
+    add("--split", default="test", help="split of the dataset (default: test)")
+    add("--num_samples", type=int, default=500, help="number of images (default: 500)")
+    add("--jumps", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of jumps back (default: 1 2 4 8)")
+    add("--inverse_steps", type=int, default=40, help="steps of Heun's method to the noise (default: 40)")
+    add("--seed", type=int, default=0, help="determines the images (default: 0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available")
+    add("--picture", type=Path, help="file for a picture of some images before and after")
     args = parser.parse_args()
     report, picture = measure(args)
     print(json.dumps(report, indent=2))

@@ -1,15 +1,16 @@
-"""How far the gradient of each method turns where its networks compute in lower precision.
+"""Measure how much lower precision of the networks changes the gradient of each method.
 
     python benchmarks/experiments/precision.py
     python benchmarks/experiments/precision.py --device cuda --size 16 --preset small \\
         --pretrain 2000 --tune 100 --batch 512
 
-A small network is trained as a diffusion model on smooth random images, then as each method trains it, in float32 and
-through the method's stages. At each of the places in the table the gradient of one batch is taken anew in lower
-precision, with the same draws, and compared with that of float32: the cosine of the two, and the two losses. The
-networks of students, targets and teachers run under autocast, as in training; `tangent` says in what precision the
-tangents of a method are taken. With fp16 the loss is scaled as by a gradient scaler. TF32 needs CUDA. Without a GPU
-all takes some three minutes, most of them for fp16.
+A small network is trained in float32 on smooth random images: first as a diffusion model, then by each method through
+its stages. At each place in the table, the gradient of one batch is computed in float32 and in lower precision, with
+the same draws. The table has the cosine of both gradients, and both losses.
+
+Student, target network and teacher run under autocast, as in training. The column `tangent` is the precision of a
+method's tangents. With fp16, the loss is scaled like by a gradient scaler. TF32 needs CUDA. Without a GPU the script
+takes about three minutes, most of them for fp16.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec, Objective
 SIGMA_DATA = 0.5
 LABELS = {"edm": "log_sigma", "trigflow": "angle", "flow": "flow_time"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ROWS = [  # networks, tangents
+ROWS = [  # precision of the networks, and of the tangents
     ("bf16", "low"),
     ("bf16", "fp32"),
     ("fp16", "low"),
@@ -44,7 +45,15 @@ ROWS = [  # networks, tangents
 
 @dataclass(frozen=True)
 class Case:
-    """A method: its settings, the places of its run that are measured, by name, and what its network predicts."""
+    """A method to measure.
+
+    Args:
+        places: training steps at which the gradient is measured, by name.
+        options: settings of the method.
+        steps: training steps of the whole run, for schedules.
+        prediction: what the network predicts, a key of `LABELS`.
+        method: name of the method, if it differs from the key in `CASES`.
+    """
 
     places: dict[str, int]
     options: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +63,7 @@ class Case:
 
 
 TEACHER = {"pretrained_teacher_model": "a copy of the start"}
-STAGES = {f"stage {stage}": 100 * stage for stage in (0, 3, 5, 7, 8, 9)}  # 7 is the last one of a default run
+STAGES = {f"stage {stage}": 100 * stage for stage in (0, 3, 5, 7, 8, 9)}  # 7 is the last stage of a default run
 WARMUP = {"tangent_warmup_steps": 100}
 ENDS = {"without tangent": 0, "full tangent": 100}
 CASES = {
@@ -75,7 +84,7 @@ CASES = {
 
 
 def smooth_images(count: int, size: int) -> Tensor:
-    """Grey images (count, 1, size, size) in [-1, 1] of three soft spots each."""
+    """Grey images (count, 1, size, size) in [-1, 1] with three soft spots each."""
     generator = torch.Generator().manual_seed(0)
     grid = torch.linspace(-1, 1, size)
     x, y, width, height = torch.rand(4, count, 3, 1, 1, generator=generator)
@@ -92,13 +101,13 @@ class Data:
         self.images = (images * SIGMA_DATA / images.square().mean().sqrt()).to(device)
 
     def batch(self, size: int, seed: int) -> Batch:
-        """`size` images drawn by `seed`."""
+        """A batch of `size` images, chosen by `seed`."""
         rows = torch.randint(len(self.images), (size,), generator=torch.Generator().manual_seed(seed))
         return Batch(self.images[rows.to(self.images.device)])
 
 
 def train(objective: Objective, data: Data, place: int, steps: int, batch: int, rate: float, seed: int) -> None:
-    """`steps` steps in float32, all as the method trains at its step `place`."""
+    """Take `steps` training steps in float32, all with the method's schedules at its step `place`."""
     optimizer = torch.optim.Adam(objective.network.parameters(), rate)
     for step in range(steps):
         draws = Draws(seed + step, place, range(batch), data.images.device)
@@ -110,7 +119,7 @@ def train(objective: Objective, data: Data, place: int, steps: int, batch: int, 
 
 
 def diffusion_model(prediction: str, data: Data, args: argparse.Namespace) -> nn.Module:
-    """The network of a trained diffusion model that predicts this."""
+    """Train a diffusion model with this prediction, and return its network."""
     torch.manual_seed(0)
     preset = args.preset if prediction == "edm" else f"jvp_{args.preset}"
     network = build_unet(preset, (args.size, args.size), 1).to(args.device)
@@ -124,7 +133,7 @@ def diffusion_model(prediction: str, data: Data, args: argparse.Namespace) -> nn
 
 
 def build(name: str, start: nn.Module) -> Objective:
-    """The method of a case on a copy of `start`, and with a frozen copy of it as teacher."""
+    """The method of a case, with a copy of `start` as network and a frozen copy as teacher."""
     case = CASES[name]
     method = OBJECTIVES[case.method or name]
     spec = ModelSpec(SIGMA_DATA, LABELS[case.prediction], prediction=case.prediction)
@@ -137,7 +146,7 @@ def build(name: str, start: nn.Module) -> Objective:
 
 @contextmanager
 def precision(objective: Objective, kind: str, tangent: str) -> Iterator[None]:
-    """Inside, the networks compute in `kind`, and tangents as well if `tangent` is "low"."""
+    """Let the networks compute in the precision `kind`, and the tangents as well if `tangent` is "low"."""
     flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
     for flag in flags:
         flag.allow_tf32 = kind == "tf32"
@@ -161,7 +170,7 @@ def precision(objective: Objective, kind: str, tangent: str) -> Iterator[None]:
 
 
 def gradient(objective: Objective, batch: Batch, place: int, kind: str, tangent: str) -> tuple[float, Tensor]:
-    """The loss, and the gradient as one vector in float64."""
+    """The loss, and the gradient as one vector (n,) in float64."""
     scale = 2.0**16 if kind == "fp16" else 1.0
     while True:
         draws = Draws(1 << 30, place, range(len(batch.samples)), batch.samples.device)
@@ -177,7 +186,7 @@ def gradient(objective: Objective, batch: Batch, place: int, kind: str, tangent:
 
 
 def measure(name: str, start: nn.Module, data: Data, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each place of a method and each lower precision."""
+    """Yield a row for each place of a method and each lower precision."""
     case = CASES[name]
     objective = build(name, start)
     tangents = objective.needs_tangents
@@ -197,15 +206,16 @@ def measure(name: str, start: nn.Module, data: Data, args: argparse.Namespace) -
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--methods", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
-    parser.add_argument("--preset", default="tiny", help="of the networks, without jvp_")
-    parser.add_argument("--size", type=int, default=8, help="of the images")
-    parser.add_argument("--pretrain", type=int, default=200, help="steps of the diffusion model")
-    parser.add_argument("--tune", type=int, default=10, help="steps at each place before it is measured")
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of these")
-    parser.add_argument("--batch", type=int, default=64, help="images in the gradients that are compared")
-    parser.add_argument("--train_batch", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    methods = list(OBJECTIVES)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="default: all methods")
+    parser.add_argument("--preset", default="tiny", help="network preset, without jvp_ (default: tiny)")
+    parser.add_argument("--size", type=int, default=8, help="height and width of the images (default: 8)")
+    parser.add_argument("--pretrain", type=int, default=200, help="steps of the diffusion model (default: 200)")
+    parser.add_argument("--tune", type=int, default=10, help="steps before each measurement (default: 10)")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of these steps (default: 2e-4)")
+    parser.add_argument("--batch", type=int, default=64, help="images per compared gradient (default: 64)")
+    parser.add_argument("--train_batch", type=int, default=64, help="images per training step (default: 64)")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     began, cuda = time.perf_counter(), args.device.startswith("cuda")

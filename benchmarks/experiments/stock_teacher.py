@@ -1,11 +1,17 @@
-"""A diffusion model of images as users of diffusers have it: its schedulers, its pipelines, none of our training.
+"""Train a diffusion model with diffusers' schedulers and pipelines alone, without our training code.
 
     python benchmarks/experiments/stock_teacher.py --kind v_prediction --dataset_name ylecun/mnist \\
         --output_dir runs/teacher_v
 
-Kinds: epsilon and v_prediction on a cosine VP schedule, flow (flow matching), latent (v in the latents of an
-AutoencoderKL) and dit (the same by a transformer). Class-conditional. Leaves a pipeline of diffusers, which
---pretrained_teacher_model and --pretrained_model_name_or_path take.
+| kind | model |
+|---|---|
+| epsilon, v_prediction | pixels, on a cosine VP schedule |
+| flow | pixels, by flow matching |
+| latent | v-prediction in the latents of an AutoencoderKL |
+| dit | the same with a transformer |
+
+All models are class-conditional. The script saves a diffusers pipeline for --pretrained_teacher_model and
+--pretrained_model_name_or_path.
 """
 
 import argparse
@@ -38,7 +44,7 @@ LATENT_CHANNELS = 4
 
 
 def optimise(parameters, loss: Callable[[], Tensor], steps: int, learning_rate: float, after=lambda: None) -> None:
-    """Adam, after a short warm-up with a cosine to 0."""
+    """Minimise `loss` with Adam; the learning rate has a short warm-up and a cosine decay to 0."""
     optimizer = torch.optim.Adam(parameters, learning_rate, betas=(0.9, 0.99))
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -53,7 +59,7 @@ def optimise(parameters, loss: Callable[[], Tensor], steps: int, learning_rate: 
 
 
 def train_autoencoder(images: Callable[[], tuple[Tensor, Tensor]], channels: int, steps: int) -> AutoencoderKL:
-    """An autoencoder that halves the sides once; its scaling factor brings latents to unit variance."""
+    """Train an autoencoder that halves the sides once; its scaling factor brings latents to unit variance."""
     vae = AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
@@ -78,6 +84,7 @@ def train_autoencoder(images: Callable[[], tuple[Tensor, Tensor]], channels: int
 
 
 def train_teacher(args: argparse.Namespace) -> None:
+    """Train the model and save its pipeline."""
     torch.manual_seed(args.seed)
     data = ImageData(
         DataArguments(dataset_name=args.dataset_name, resolution=[args.resolution]), class_conditional=True
@@ -139,14 +146,14 @@ def train_teacher(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--kind", choices=KINDS, required=True, help="what the network predicts, and where")
-    add("--dataset_name", required=True, help="as of the training scripts")
-    add("--resolution", type=int, default=16, help="side of the images (16)")
-    add("--max_train_steps", type=int, default=1450, help="steps (1450: MNIST at 16x16, 4 minutes on two cores)")
-    add("--autoencoder_steps", type=int, default=1500, help="steps of the autoencoder before that (1500)")
-    add("--batch_size", type=int, default=32, help="images per step (32)")
-    add("--seed", type=int, default=0, help="of weights, order and noise (0)")
-    add("--output_dir", type=Path, required=True, help="folder of the pipeline")
+    add("--kind", choices=KINDS, required=True, help="prediction and space of the network")
+    add("--dataset_name", required=True, help="dataset, as in the training scripts")
+    add("--resolution", type=int, default=16, help="side of the images (default: 16)")
+    add("--max_train_steps", type=int, default=1450, help="default: 1450, for MNIST at 16x16 4 minutes on two cores")
+    add("--autoencoder_steps", type=int, default=1500, help="steps of the autoencoder before that (default: 1500)")
+    add("--batch_size", type=int, default=32, help="images per step (default: 32)")
+    add("--seed", type=int, default=0, help="seed of weights, order and noise (default: 0)")
+    add("--output_dir", type=Path, required=True, help="folder for the pipeline")
     train_teacher(parser.parse_args())
 
 

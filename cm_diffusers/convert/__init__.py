@@ -1,4 +1,4 @@
-"""Checkpoints of other projects as folders of diffusers, without running their code."""
+"""Conversion of other projects' checkpoints to diffusers folders, without running their code."""
 
 from cm_diffusers.convert.families import FAMILIES, Converted, convert_checkpoint
 from cm_diffusers.convert.source import Options

@@ -1,4 +1,4 @@
-"""Strict book-keeping from a checkpoint's tensors to a network's: nothing missing, nothing left over."""
+"""Strict mapping of a checkpoint's tensors to a network's weights: nothing missing, nothing left over."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,11 +10,11 @@ SHOWN = 8  # names in an error
 
 
 class Ledger:
-    """The tensors of a checkpoint, each to be used once, and the weights they become.
+    """A checkpoint's tensors, each of which must be used once, and the network's weights made from them.
 
     Args:
-        tensors: by their names in the checkpoint.
-        prefix: of all of them.
+        tensors: the tensors (of any shape) by their names in the checkpoint.
+        prefix: common start of these names.
     """
 
     def __init__(self, tensors: dict[str, Tensor], prefix: str = ""):
@@ -23,7 +23,7 @@ class Ledger:
         self.weights: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor | None:
-        """The tensor `name`, which is then used up; None, and noted as missing, where there is none."""
+        """Take the tensor `name` out; if it is not there, note it as missing and return None."""
         tensor = self.left.pop(self.prefix + name, None)
         if tensor is None:
             self.missing.append(self.prefix + name)
@@ -36,14 +36,24 @@ class Ledger:
         change: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         parts: Sequence[str] = ("weight", "bias"),
     ) -> None:
-        """The tensors of the layer `source` for the layer `target`, each through `change`."""
+        """Use the tensors of the layer `source` for the layer `target`.
+
+        Args:
+            source: name of the layer in the checkpoint, without the prefix.
+            target: name of the layer in the network.
+            change: applied to each tensor.
+            parts: the tensors of the layer.
+        """
         for part in parts:
             tensor = self.take(f"{source}.{part}")
             if tensor is not None:
                 self.weights[f"{target}.{part}"] = change(tensor)
 
     def join(self, first: str, second: str, target: str) -> None:
-        """Two linear layers, whose outputs are summed, as one of both inputs."""
+        """Join two linear layers with summed outputs into one layer, `target`, of the concatenated inputs.
+
+        `first` and `second` are the layers' names in the checkpoint, without the prefix.
+        """
         self.copy(first, target)
         self.copy(second, ".second")
         second_weight, second_bias = (self.weights.pop(f".second.{part}", None) for part in ("weight", "bias"))
@@ -53,7 +63,9 @@ class Ledger:
             self.weights[f"{target}.bias"] = self.weights[f"{target}.bias"] + second_bias
 
     def fill(self, network: nn.Module, family: str) -> None:
-        """Give `network` the weights, in float32, and switch it to eval mode.
+        """Load the weights into `network`, in float32, and switch it to eval mode.
+
+        `family` describes the checkpoint in messages.
 
         Raises:
             ValueError: tensors are missing, left over, of another shape, or not finite.
@@ -76,7 +88,7 @@ class Ledger:
             lists = "; ".join(f"{len(names)} {what}: {_shown(names)}" for what, names in problems.items())
             raise ValueError(
                 f"This looks like {family}, but its tensors don't add up. {lists}. Nothing was written: the file is"
-                " damaged, or its network has options that are not known here."
+                " damaged, or its network has unsupported options."
             )
         network.load_state_dict({name: tensor.float() for name, tensor in self.weights.items()})
         network.eval()
@@ -88,14 +100,15 @@ def _shown(names: list[str]) -> str:
 
 
 def ordered_qkv(tensor: Tensor, head_dim: int, order: str) -> Tensor:
-    """The rows (3 C, ...) of a layer that gives queries, keys and values, as q, k, v of all heads one after another.
+    """Reorder the rows of a layer that outputs queries, keys and values: all q, then all k, then all v.
 
     Args:
+        tensor: weight or bias of the layer, of any shape (3 C, ...).
         head_dim: channels per head.
-        order: of the rows given: "new" is that one, "legacy" has q, k, v of each head in turn, "interleaved" of each
-            channel of each head.
+        order: order of the given rows. "new" needs no change; "legacy" has q, k, v of each head in turn;
+            "interleaved" has q, k, v of each channel of each head in turn.
     """
-    if order == "new" or len(tensor) % (3 * head_dim):  # an odd size is found where shapes are compared
+    if order == "new" or len(tensor) % (3 * head_dim):  # `fill` reports a wrong size
         return tensor
     if order == "legacy":
         parts = tensor.reshape(-1, 3, head_dim, *tensor.shape[1:]).transpose(0, 1)

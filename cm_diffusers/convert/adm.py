@@ -1,6 +1,7 @@
-"""The U-Net of OpenAI's code (ADM, arXiv:2105.05233), of consistency models and their EDM teachers, as a stock one.
+"""OpenAI's U-Net (ADM, arXiv:2105.05233) as diffusers' `UNet2DModel`: consistency models and their EDM teachers.
 
-Its names: input_blocks.4.0.in_layers.2, time_embed.0. What is here of shapes and places serves `ctm.py`, too.
+Names of its tensors look like input_blocks.4.0.in_layers.2 and time_embed.0. `ctm.py` also uses the functions for
+shapes and places.
 """
 
 from collections.abc import Iterator
@@ -33,14 +34,17 @@ STOCK_RESNET = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What the names and shapes of an ADM U-Net tell.
+    """Settings of an ADM U-Net that the names and shapes of its tensors reveal.
 
     Args:
-        widths: channels by level.
+        model_channels: number of time features.
+        in_channels, out_channels: number of channels of the input and output images.
+        widths: channels of each level.
         layers: residual blocks per level on the way down.
         attends: whether each level has attention.
-        resnet_resampling: whether residual blocks change the resolution, or else convolutions.
-        scale_shift: whether the embedding scales and shifts, or else shifts.
+        resnet_resampling: True if residual blocks change the resolution, False if convolutions do.
+        scale_shift: True if the embedding scales and shifts, False if it only shifts.
+        num_classes: number of class labels; None for an unconditional network.
     """
 
     model_channels: int
@@ -55,25 +59,31 @@ class Shape:
 
 
 def shape_of(tensors: dict[str, Tensor]) -> Shape:
-    """Read the shape off the tensors. Raises ValueError where they are not those of such a network."""
+    """Read the settings off the names and shapes of `tensors` (any shapes).
+
+    Raises:
+        ValueError: tensors of an ADM U-Net are missing.
+    """
     try:
         return _shape_of(tensors)
     except (KeyError, StopIteration) as error:
-        raise ValueError(f"This looks like a network of OpenAI's code, but tensors are missing: {error}.") from None
+        raise ValueError(
+            f"This looks like a network of OpenAI's code, but tensors are missing: {error}. Is the file complete?"
+        ) from None
 
 
 def _shape_of(tensors: dict[str, Tensor]) -> Shape:
     outputs = len({name.split(".")[1] for name in tensors if name.startswith("output_blocks.")})
 
     def upsampler(i: int) -> str | None:
-        """What the output block `i` ends with, if that is an upsampler."""
+        """Name of the layer in the upsampler at the end of output block `i`; None without an upsampler."""
         for place in (1, 2):
             for part in ("in_layers.2", "conv"):
                 if f"output_blocks.{i}.{place}.{part}.weight" in tensors:
                     return part
         return None
 
-    first = next(i for i in range(outputs) if upsampler(i))  # a U-Net of one level has none, and is none of theirs
+    first = next(i for i in range(outputs) if upsampler(i))  # only a U-Net of one level has none; none is published
     per_level = first + 1
     lasts = range(first, outputs, per_level)
     widths = [tensors[f"output_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in lasts][::-1]
@@ -93,7 +103,15 @@ def _shape_of(tensors: dict[str, Tensor]) -> Shape:
 
 
 class Block(NamedTuple):
-    """Where a block of the U-Net is: in the file, and as one of the list `place` of those of its role."""
+    """Place of a U-Net block in the file and in diffusers.
+
+    Args:
+        source: name of the residual block or resampler in the file.
+        attention: name of its attention layer in the file, if any.
+        role: a key of `STOCK_PLACES`.
+        place: index of the level's list among those of the role.
+        i: index of the block in that list.
+    """
 
     source: str
     attention: str | None
@@ -103,7 +121,7 @@ class Block(NamedTuple):
 
 
 def walk(shape: Shape) -> Iterator[Block]:
-    """The blocks of the U-Net, which the file counts through and diffusers by levels."""
+    """Iterate over the blocks of a U-Net of this `shape`: the file numbers them in one row, diffusers by level."""
     last, index = len(shape.widths) - 1, 1
     for level in range(last + 1):
         for i in range(shape.layers):
@@ -124,28 +142,47 @@ def walk(shape: Shape) -> Iterator[Block]:
 
 
 def check(shape: Shape, head_dim: int, image_size: int) -> None:
-    """Raise ValueError for settings that can't be."""
+    """Check settings that the tensors don't reveal against the `shape` of the network.
+
+    `head_dim` is the number of channels per attention head, `image_size` the side of the images in pixels.
+
+    Raises:
+        ValueError: `head_dim` doesn't divide the channels, or `image_size` can't be halved often enough.
+    """
     for width, attends in zip(shape.widths, [*shape.attends[:-1], True]):
         if attends and (head_dim < 1 or width % head_dim):
-            raise ValueError(f"num_head_channels {head_dim} doesn't divide {width} channels; set --num_head_channels.")
+            raise ValueError(
+                f"num_head_channels {head_dim} doesn't divide {width} channels. Set --num_head_channels to the value"
+                " that the model was trained with."
+            )
     if image_size < 1 or image_size % 2 ** (len(shape.widths) - 1):
-        raise ValueError(f"image_size {image_size} can't be halved {len(shape.widths) - 1} times; set --image_size.")
+        raise ValueError(
+            f"image_size {image_size} can't be halved {len(shape.widths) - 1} times. Set --image_size to the side of"
+            " the images that the model was trained with."
+        )
 
 
 def build_stock_network(
     tensors: dict[str, Tensor], head_dim: int, image_size: int, qkv_order: str, family: str
 ) -> UNet2DModel:
-    """The network of one time as diffusers' own class, which reads 250 ln(sigma).
+    """Build the one-time network as diffusers' `UNet2DModel`, whose timestep is 250 ln(sigma).
+
+    Args:
+        tensors: the tensors of the checkpoint (of any shape), by name.
+        head_dim: channels per attention head.
+        image_size: side of the images in pixels.
+        qkv_order: order of queries, keys and values in the file, see `ordered_qkv`.
+        family: description of the checkpoint in messages.
 
     Raises:
-        ValueError: tensors are missing or left over, or the stock class can't be this network.
+        ValueError: tensors are missing or left over, or `UNet2DModel` can't represent this network.
     """
     shape, ledger = shape_of(tensors), Ledger(tensors)
     check(shape, head_dim, image_size)
     if shape.model_channels != shape.widths[0]:
         raise ValueError(
-            f"This is a U-Net whose first level has {shape.widths[0]} channels and whose time features have"
-            f" {shape.model_channels}; diffusers' UNet2DModel has equal numbers, so it can't be converted."
+            f"This U-Net can't be converted: its first level has {shape.widths[0]} channels but its time features have"
+            f" {shape.model_channels}. In diffusers' UNet2DModel both numbers are equal."
         )
     kind = "Resnet{}sampleBlock2D" if shape.resnet_resampling else "{}Block2D"
     blocks = ["Attn{}Block2D" if attends else kind for attends in shape.attends]
@@ -188,7 +225,7 @@ def build_stock_network(
 
 
 def _map_attention(ledger: Ledger, source: str, target: str, head_dim: int, qkv_order: str) -> None:
-    """Its layers are 1x1 convolutions, of one or two dimensions, in the file and linear ones in diffusers."""
+    """Map an attention block: 1x1 convolutions (1-D or 2-D) in the file, linear layers in diffusers."""
     ledger.copy(f"{source}.norm", f"{target}.group_norm")
     ledger.copy(f"{source}.qkv", ".qkv", lambda t: ordered_qkv(t, head_dim, qkv_order).flatten(1 if t.ndim > 1 else 0))
     ledger.copy(f"{source}.proj_out", f"{target}.to_out.0", lambda t: t.flatten(1 if t.ndim > 1 else 0))

@@ -1,6 +1,6 @@
-"""For each family what is made of its weights: the network, the scheduler that means what its code does, the pipeline.
+"""A builder for each family: it makes the network, a scheduler equivalent to the original code, and the pipeline.
 
-All give the result and the options of `training/sample.py` that sample it as its authors do.
+Each returns the result and the options of `training/sample.py` that sample it as its authors do.
 """
 
 from diffusers import (
@@ -23,7 +23,7 @@ from cm_diffusers.schedulers import CTMScheduler, MultistepConsistencyScheduler,
 
 
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.002, 80.0, 0.5
-ASSUMED_LEVELS = f"assumed: sigma_data {SIGMA_DATA}, sigma from {SIGMA_MIN} to {SIGMA_MAX}, as {{}}'s code has"
+ASSUMED_LEVELS = f"assumed: sigma_data {SIGMA_DATA}, sigma from {SIGMA_MIN} to {SIGMA_MAX}, as in {{}}'s code"
 ECT_FLOOR = 0.003
 PRECONDITIONINGS = {
     "EDMPrecond": "edm",
@@ -36,25 +36,34 @@ VP_SETTINGS = {"beta_d": 19.9, "beta_min": 0.1, "M": 1000}
 
 
 def _scheduler(sigma_min: float, sigma_max: float, sigma_data: float) -> EDMEulerScheduler:
-    """EDM's sampler stays within what the network knows, and between 0.002 and 80."""
+    """EDM's sampler, within the noise levels that the network was trained on and within [0.002, 80]."""
     low, high = max(SIGMA_MIN, sigma_min), min(SIGMA_MAX, sigma_max)
     return EDMEulerScheduler(sigma_min=low, sigma_max=high, sigma_data=sigma_data)
 
 
 def precond_of(source: ForeignCheckpoint) -> str:
-    """The name that EDM's code has for the preconditioning; where weights alone are known, by the kind of model."""
+    """Name of the preconditioning of `source` in EDM's code, such as "EDMPrecond".
+
+    If the file holds weights alone, the kind of model (consistency or diffusion) decides.
+    """
     if source.module is not None:
         return source.module.kind
     return "ECMPrecond" if source.options.kind == "consistency" else "EDMPrecond"
 
 
 def edm(source: ForeignCheckpoint) -> tuple[DiffusionPipeline | ModelMixin, str]:
-    """Of EDM, ECT and CDM."""
+    """Build a model of EDM, ECT or CDM from `source`.
+
+    Raises:
+        ValueError: the preconditioning or one of its settings is unsupported.
+    """
     precond = precond_of(source)
     if source.module is None:
-        source.assumed("kind", "diffusion", "which weights alone don't tell")
+        source.assumed("kind", "diffusion", "because weights alone don't show it")
     if precond not in PRECONDITIONINGS:
-        raise ValueError(f"{source.path} has the preconditioning {precond}; known are {', '.join(PRECONDITIONINGS)}.")
+        raise ValueError(
+            f"{source.path} has the unknown preconditioning {precond}; known are {', '.join(PRECONDITIONINGS)}."
+        )
     preconditioning = PRECONDITIONINGS[precond]
     for name, value in VP_SETTINGS.items() if preconditioning == "vp" else ():
         if source.setting(name, value) != value:
@@ -62,7 +71,7 @@ def edm(source: ForeignCheckpoint) -> tuple[DiffusionPipeline | ModelMixin, str]
     if preconditioning == "none":
         return _network_of_iddpm(source), ""
     network = _edm_network(source, preconditioning)
-    # the noise that networks of VP and VE predict is what EDM's F is read from at sigma_data 1
+    # for VP and VE, EDM's F at sigma_data 1 follows from the predicted noise
     sigma_data = source.setting("sigma_data", SIGMA_DATA) if preconditioning == "edm" else 1.0
     if precond == "ECMPrecond":
         floor = source.setting("sigma_min", ECT_FLOOR)
@@ -75,18 +84,18 @@ def edm(source: ForeignCheckpoint) -> tuple[DiffusionPipeline | ModelMixin, str]
 
 
 def _network_of_iddpm(source: ForeignCheckpoint) -> EDMUNet2DModel:
-    """The network alone: no pipeline here has its table of levels u_j."""
+    """Build the network alone, because no pipeline here supports its table of noise levels u_j."""
     if source.tensors.pop("u", None) is not None:
-        source.notes.append("left out: the table of levels u, which the network itself does not read")
+        source.notes.append("left out: the table of noise levels u, which the network itself does not read")
     source.notes.append(
-        "the network alone, without a pipeline: at the level u_j it takes the timestep 999 - j and"
-        " x / sqrt(u_j^2 + 1); the first half of its channels is the noise in x"
+        "the network alone, without a pipeline: at the noise level u_j it takes the timestep 999 - j and"
+        " x / sqrt(u_j^2 + 1); the first half of its output channels is the noise in x"
     )
     return _edm_network(source, "none")
 
 
 def _edm_network(source: ForeignCheckpoint, preconditioning: str) -> EDMUNet2DModel:
-    """With the dropout of the file, which training goes on with."""
+    """Build an EDM network with the file's dropout, so that training can continue with it."""
     config = {}
     if source.module is not None:
         model = (source.module.state.get("_modules") or {}).get("model")
@@ -98,8 +107,9 @@ def _edm_network(source: ForeignCheckpoint, preconditioning: str) -> EDMUNet2DMo
 
 
 def ctm_of_edm(source: ForeignCheckpoint) -> tuple[CTMPipeline, str]:
+    """Build CTM's CIFAR-10 model, which extends EDM's code, from `source`."""
     source.notes.append(ASSUMED_LEVELS.format("CTM"))
-    steps = source.assumed("num_train_timesteps", 18, "as CTM's CIFAR-10 models have")
+    steps = source.assumed("num_train_timesteps", 18, "as in CTM's CIFAR-10 models")
     scheduler = CTMScheduler(num_train_timesteps=steps, gamma_rule="official")
     return CTMPipeline(_edm_network(source, "edm"), scheduler), "--num_inference_steps 1"
 
@@ -108,37 +118,42 @@ def _adm_options(source: ForeignCheckpoint) -> dict:
     return {
         "head_dim": source.assumed("num_head_channels", 64),
         "image_size": source.assumed("image_size", 64),
-        "qkv_order": source.assumed("qkv_order", "new", "as OpenAI's consistency models and CTM have"),
+        "qkv_order": source.assumed("qkv_order", "new", "as in OpenAI's consistency models and CTM"),
         "family": "a network of OpenAI's code",
     }
 
 
 def ctm(source: ForeignCheckpoint) -> tuple[CTMPipeline, str]:
+    """Build CTM's ImageNet model, which extends OpenAI's code, from `source`."""
     source.notes.append(ASSUMED_LEVELS.format("CTM"))
-    steps = source.assumed("num_train_timesteps", 40, "as CTM's ImageNet models have")
+    steps = source.assumed("num_train_timesteps", 40, "as in CTM's ImageNet models")
     network = build_two_time_network(source.tensors, **_adm_options(source))
     scheduler = CTMScheduler(num_train_timesteps=steps, gamma_rule="official")
     return CTMPipeline(network, scheduler), "--num_inference_steps 1"
 
 
 def openai(source: ForeignCheckpoint) -> tuple[DiffusionPipeline, str]:
+    """Build OpenAI's consistency model (CD or CT) or EDM teacher from `source`."""
     source.notes.append(ASSUMED_LEVELS.format("OpenAI"))
     network = build_stock_network(source.tensors, **_adm_options(source))
     named = "diffusion" if source.path.name.startswith("edm") else "consistency"
-    if source.assumed("kind", named, "by the file's name, as the networks are the same") == "diffusion":
+    if source.assumed("kind", named, "from the file's name, because the networks are the same") == "diffusion":
         return DenoisingPipeline(network, _scheduler(SIGMA_MIN, SIGMA_MAX, SIGMA_DATA)), "--num_inference_steps 40"
-    steps = source.assumed("num_train_timesteps", 40, "as CD has; CT on ImageNet 201, on LSUN 151")
+    steps = source.assumed("num_train_timesteps", 40, "as in CD; CT has 201 on ImageNet, 151 on LSUN")
     scheduler = CMStochasticIterativeScheduler(num_train_timesteps=steps)
     return ConsistencyModelPipeline(network, scheduler), "--num_inference_steps 1"
 
 
 def scm(source: ForeignCheckpoint) -> tuple[TrigFlowPipeline, str]:
-    """Its images are in [-1/2, 1/2], ours in [-1, 1]; F is the same for data of any scale."""
+    """Build the sCM of MNIST, or its diffusion model, from `source`.
+
+    The original images lie in [-1/2, 1/2], ours in [-1, 1]. F does not depend on the scale of the data.
+    """
     source.notes.append("left out: logvar_linear, the log-variance, which only training needs")
-    source.notes.append("images twice as large as its own, in [-1, 1]: sigma_data 1 for 0.5, sigma_max 160 for 80")
+    source.notes.append("images in [-1, 1] instead of [-1/2, 1/2]: sigma_data 1 instead of 0.5, sigma_max 160 not 80")
     network = build_shuffle_network(source.tensors, source.assumed("image_size", 28), "the sCM of MNIST")
     named = "consistency" if "consistency" in source.path.name else "diffusion"
-    kind = source.assumed("kind", named, "by the file's name, as the networks are the same")
+    kind = source.assumed("kind", named, "from the file's name, because the networks are the same")
     solver = "consistency" if kind == "consistency" else "heun"
     scheduler = TrigFlowScheduler(
         sigma_data=2 * SIGMA_DATA, sigma_max=2 * SIGMA_MAX, sigma_min=2 * SIGMA_MIN, solver=solver
@@ -147,7 +162,8 @@ def scm(source: ForeignCheckpoint) -> tuple[TrigFlowPipeline, str]:
 
 
 def simo(source: ForeignCheckpoint) -> tuple[ConsistencyPipeline, str]:
+    """Build cloneofsimo's consistency model from `source`."""
     network = build_raw_sigma_network(source.tensors, source.assumed("image_size", 32), "cloneofsimo's model")
-    source.notes.append("its c_out is half of what it should be at sigma_data 0.5: the last layer is halved for it")
+    source.notes.append("the original c_out is half the right value at sigma_data 0.5: the last layer was halved")
     scheduler = MultistepConsistencyScheduler(num_train_timesteps=150, clip_denoised=False)
     return ConsistencyPipeline(network, scheduler), "--sigmas 80 2"

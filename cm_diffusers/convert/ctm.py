@@ -1,7 +1,7 @@
-"""The U-Net of two times of CTM's code (Kim et al. 2023, arXiv:2310.02279) on ImageNet: OpenAI's with `time_embed_s`.
+"""CTM's two-time U-Net for ImageNet (Kim et al. 2023, arXiv:2310.02279): OpenAI's U-Net with `time_embed_s`.
 
-The second time has layers of its own in each block, `emb_layers_s`, whose output is added to that of the first. CTM on
-CIFAR-10 builds on EDM's code: `edm.py`.
+Each block has separate layers for the second time, `emb_layers_s`, whose output is added to that of the first. CTM
+for CIFAR-10 builds on EDM's code, see `edm.py`.
 """
 
 from torch import Tensor
@@ -23,17 +23,24 @@ RESNET = {
 def build_two_time_network(
     tensors: dict[str, Tensor], head_dim: int, image_size: int, qkv_order: str, family: str
 ) -> EDMUNet2DModel:
-    """The network of `tensors`, which reads both times as 250 ln(sigma).
+    """Build the two-time network; both times are 250 ln(sigma).
+
+    Args:
+        tensors: the tensors of the checkpoint (of any shape), by name.
+        head_dim: channels per attention head.
+        image_size: side of the images in pixels.
+        qkv_order: order of queries, keys and values in the file, see `ordered_qkv`.
+        family: description of the checkpoint in messages.
 
     Raises:
-        ValueError: tensors are missing or left over, or it has options that CTM's published models have not.
+        ValueError: tensors are missing or left over, or the network has options that no published CTM has.
     """
     shape, ledger = shape_of(tensors), Ledger(tensors)
     check(shape, head_dim, image_size)
     if not (shape.resnet_resampling and shape.scale_shift and min(shape.widths) >= 4 * GROUPS):
         raise ValueError(
-            "This is a CTM network without resblock_updown or use_scale_shift_norm, or with fewer than"
-            f" {4 * GROUPS} channels at a level, unlike the published ones; it can't be converted."
+            "This CTM network can't be converted: unlike the published ones, it lacks resblock_updown or"
+            f" use_scale_shift_norm, or a level has fewer than {4 * GROUPS} channels."
         )
     network = EDMUNet2DModel(
         sample_size=image_size,
@@ -56,7 +63,7 @@ def build_two_time_network(
     ledger.copy("input_blocks.0.0", "conv_in")
     for source, attention, role, place, i in walk(shape):
         target = {
-            "down": f"down_blocks.{place}.{i + (place > 0)}",  # which begin with the downsampler of the level above
+            "down": f"down_blocks.{place}.{i + (place > 0)}",  # block 0 is the downsampler of the level above
             "downsampler": f"down_blocks.{place + 1}.0",
             "mid": f"mid_blocks.{i}",
             "up": f"up_blocks.{place}.{i}",
@@ -77,5 +84,5 @@ def build_two_time_network(
 
 
 def _as_2d(tensor: Tensor) -> Tensor:
-    """A 1x1 convolution of one dimension as one of two."""
+    """Turn the weight of a 1-D 1x1 convolution into that of a 2-D one; leave other tensors alone."""
     return tensor[..., None] if tensor.ndim == 3 else tensor

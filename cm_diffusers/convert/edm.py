@@ -1,7 +1,7 @@
-"""The networks of EDM (Karras et al. 2022, arXiv:2206.00364) and what builds on its code: ECT, CDM, CTM on CIFAR-10.
+"""The networks of EDM (Karras et al. 2022, arXiv:2206.00364) and of code built on it: ECT, CDM, CTM for CIFAR-10.
 
-Their names: enc.16x16_block0, dec.16x16_up, map_layer0; CTM's second time has `_s` behind them. Whatever a shape or a
-name can tell is read from there and not from the settings in the file.
+Names of their tensors look like enc.16x16_block0, dec.16x16_up and map_layer0; those for CTM's second time end in
+`_s`. Settings come from the names and shapes of the tensors where possible, not from the settings in the file.
 """
 
 import re
@@ -20,10 +20,14 @@ BLOCK = {"norm0": "norm1", "conv0": "conv1", "norm1": "norm2", "conv1": "conv2",
 def build_network(
     tensors: dict[str, Tensor], prefix: str, preconditioning: str, family: str, **config
 ) -> EDMUNet2DModel:
-    """The network of `tensors`, whose names start with `prefix`.
+    """Build the network from the tensors whose names start with `prefix`.
 
     Args:
-        config: what shapes don't tell: dropout, label_dropout.
+        tensors: the tensors of the checkpoint (of any shape), by name.
+        prefix: start of the names, possibly empty.
+        preconditioning: see `EDMUNet2DModel`.
+        family: description of the checkpoint in messages.
+        config: settings that the tensors don't reveal: `dropout` and `label_dropout`.
 
     Raises:
         ValueError: tensors are missing or left over.
@@ -39,21 +43,23 @@ def build_network(
 
 
 def _resolutions(names: list[str]) -> list[int]:
-    """Of the levels, falling."""
+    """Resolutions of the levels, from high to low."""
     return sorted({int(found[1]) for name in names if (found := re.match(r"enc\.(\d+)x\d+_", name))}, reverse=True)
 
 
 def _count(names: list[str], start: str) -> int:
-    """How many blocks called `start` + number there are."""
+    """Number of blocks called `start` + number."""
     return len({found[1] for name in names if (found := re.match(re.escape(start) + r"(\d+)\.", name))})
 
 
 def _shape(tensors: dict[str, Tensor], prefix: str, names: list[str]) -> dict:
-    """The config of the network, by names and shapes."""
+    """Read the config of the network off the names and shapes."""
 
     def size(name: str, dim: int) -> int:
         if prefix + name not in tensors:
-            raise ValueError(f"This looks like a network of EDM's code, but {prefix + name} is missing.")
+            raise ValueError(
+                f"This looks like a network of EDM's code, but {prefix + name} is missing. Is the file complete?"
+            )
         return tensors[prefix + name].shape[dim]
 
     levels = _resolutions(names)
@@ -87,7 +93,7 @@ def _shape(tensors: dict[str, Tensor], prefix: str, names: list[str]) -> dict:
 
 
 def _taps(kernel: Tensor) -> list[int]:
-    """The filter along one axis, in whole numbers, whose outer product is `kernel` (1, 1, n, n)."""
+    """The integer filter along one axis whose outer product is proportional to `kernel` (1, 1, n, n)."""
     row = kernel.flatten(0, -2).sum(0)
     return (row / row.min().clamp(min=1e-6)).round().int().tolist()
 
@@ -112,7 +118,7 @@ def _map_blocks(ledger: Ledger, names: list[str], config: dict) -> None:
     kernel = taps.outer(taps) / taps.sum().square()
 
     def take_filter(name: str) -> None:
-        """Filters are settings here; one that is another counts as left over."""
+        """Take the filter `name` if it equals the network's; another filter remains and counts as left over."""
         found = ledger.left.get(f"{ledger.prefix}{name}.resample_filter", kernel[None, None])
         if found.shape[2:] == kernel.shape and torch.allclose(found[0, 0].float(), kernel):
             ledger.take(f"{name}.resample_filter")
@@ -150,7 +156,7 @@ def _map_blocks(ledger: Ledger, names: list[str], config: dict) -> None:
     for place, (level, r) in enumerate(reversed(list(enumerate(levels)))):
         for i in range(layers + 1):
             block(f"dec.{r}x{r}_block{i}", f"up_blocks.{place}.{i}")
-        if level > 0:  # the way to the level above begins there in the file
+        if level > 0:  # in the file, the upsampler belongs to the level above
             above = levels[level - 1]
             block(f"dec.{above}x{above}_up", f"up_blocks.{place}.{layers + 1}", resamples=True)
             if config["decoder_type"] == "skip":

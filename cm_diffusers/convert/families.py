@@ -1,4 +1,4 @@
-"""From a checkpoint of another project to a pipeline: which family it is of, by names of tensors and classes."""
+"""Conversion of another project's checkpoint: its family is recognised by the names of tensors and classes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Converted:
 
     Args:
         family: a key of `FAMILIES`.
-        result: a pipeline; or a network, where there is no pipeline for its preconditioning.
-        notes: what was found, assumed and left out.
+        result: a pipeline, or a network alone if no pipeline supports its preconditioning.
+        notes: the choices, assumptions and omissions of the conversion.
         sampling: options of `training/sample.py` that sample it as its authors do.
     """
 
@@ -39,11 +39,19 @@ class Converted:
 
 
 def convert_checkpoint(path: Path | str, options: Options = Options()) -> Converted:
-    """Read the file `path` and convert it; nothing in it is run.
+    """Read the file `path` and convert it, without running any code in it.
+
+    Args:
+        path: a checkpoint file.
+        options: settings that the file may lack, see `Options`.
 
     Raises:
-        ValueError: it can't be read safely, is of no known family or of another than was asked for, or its tensors are
-            not exactly those of its family; or an option was given that does not concern it.
+        ValueError: one of these conditions:
+
+            - the file can't be read safely;
+            - its family is unknown, or not the requested one;
+            - its tensors differ from those of its family;
+            - an option is given that this family does not use or that the file determines.
     """
     source = read_source(Path(path), options)
     family, build = _recognise(source)
@@ -53,17 +61,19 @@ def convert_checkpoint(path: Path | str, options: Options = Options()) -> Conver
         result, sampling = build(source)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{path} looks like {FAMILIES[family]}, but its tensors have shapes that no such network has"
-            f" ({type(error).__name__}: {error}). Is the file whole?"
+            f"{path} looks like {FAMILIES[family]}, but its tensors have shapes that do not fit such a network"
+            f" ({type(error).__name__}: {error}). Is the file complete?"
         ) from error
     unused = [name for name in vars(options) if getattr(options, name) is not None and name not in source.used]
     if unused:
-        raise ValueError(f"{unused[0]} says nothing of {FAMILIES[family]}, or the file tells it: leave it out.")
+        raise ValueError(
+            f"--{unused[0]} does not apply to {FAMILIES[family]}, or the file determines it. Leave it out."
+        )
     return Converted(family, result, source.notes, sampling)
 
 
 def _recognise(source: ForeignCheckpoint) -> tuple[str, Callable[[ForeignCheckpoint], tuple]]:
-    """The family, by names of tensors and classes, and what builds it."""
+    """Recognise the family by the names of tensors and classes; return it with its builder."""
     names = source.tensors.keys()
     if any(name.removeprefix("model.").startswith("enc.") for name in names):
         if any("map_layer0_s." in name for name in names):
@@ -79,11 +89,11 @@ def _recognise(source: ForeignCheckpoint) -> tuple[str, Callable[[ForeignCheckpo
         return "simo", builders.simo
     known = "; ".join(f"{name} ({what})" for name, what in FAMILIES.items())
     some = ", ".join(list(names)[:4]) or "no tensors at all"
-    raise ValueError(f"{source.path} is of no family known here: it holds {some}. Known are {known}.")
+    raise ValueError(f"{source.path} belongs to no known family: it holds {some}. Known are {known}.")
 
 
 def _other_family(path: Path | str, found: str, asked: str) -> str:
     reason = ""
     if asked == "ctm" and found == "openai":
-        reason = " It has no time_embed_s, so it can't be told where to jump to: CD and CT models are no CTM models."
-    return f"{path} is not of the family {asked}. It is {FAMILIES[found]}: give --family {found}, or none.{reason}"
+        reason = " It has no time_embed_s, hence no target time: CD and CT models are not CTM models."
+    return f"{path} is not of the family {asked}. It is {FAMILIES[found]}: use --family {found}, or omit it.{reason}"

@@ -11,7 +11,12 @@ from cm_diffusers.models.shuffle_unet import ShuffleUNet2DModel
 
 
 def build_shuffle_network(tensors: dict[str, Tensor], image_size: int, family: str) -> ShuffleUNet2DModel:
-    """The sCM's network. Its log-variance, which only training needs, is left out.
+    """Build the sCM's network, without the log-variance head, which only training needs.
+
+    Args:
+        tensors: the tensors of the checkpoint (of any shape), by name.
+        image_size: side of the images in pixels.
+        family: description of the checkpoint in messages.
 
     Raises:
         ValueError: tensors are missing or left over.
@@ -25,7 +30,7 @@ def build_shuffle_network(tensors: dict[str, Tensor], image_size: int, family: s
         in_channels=in_channels,
         out_channels=_size(tensors, "final_conv.weight")[0],
         base_channels=base,
-        channel_mult=[2 * width // base for width in below],  # a stage ends at half its width
+        channel_mult=[2 * width // base for width in below],  # a stage's units end at half its width
         time_channels=_size(tensors, "logvar_linear.weight")[1],
     )
 
@@ -56,13 +61,20 @@ def build_shuffle_network(tensors: dict[str, Tensor], image_size: int, family: s
     expected = 10 ** torch.linspace(0, -1, network.config.time_channels // 2)
     frequencies = tensors.get("time_embedding.freqs", expected)
     if frequencies.shape == expected.shape and torch.allclose(frequencies, expected):
-        ledger.take("time_embedding.freqs")  # others than these count as left over
+        ledger.take("time_embedding.freqs")  # other frequencies count as left over
     ledger.fill(network, family)
     return network
 
 
 def build_raw_sigma_network(tensors: dict[str, Tensor], image_size: int, family: str) -> RawSigmaUNet2DModel:
-    """cloneofsimo's network. Its c_out is half of what sigma_data = 0.5 asks for; its last layer makes up for it.
+    """Build cloneofsimo's network.
+
+    The original c_out is half the right value for sigma_data = 0.5. The last layer is halved to compensate.
+
+    Args:
+        tensors: the tensors of the checkpoint (of any shape), by name.
+        image_size: side of the images in pixels.
+        family: description of the checkpoint in messages.
 
     Raises:
         ValueError: tensors are missing or left over.
@@ -85,5 +97,5 @@ def build_raw_sigma_network(tensors: dict[str, Tensor], image_size: int, family:
 
 def _size(tensors: dict[str, Tensor], name: str) -> torch.Size:
     if name not in tensors:
-        raise ValueError(f"This looks like a small public model, but {name} is missing.")
+        raise ValueError(f"This looks like a small public model, but {name} is missing. Is the file complete?")
     return tensors[name].shape

@@ -1,8 +1,8 @@
-"""Reading checkpoints of other projects without running anything of them.
+"""Reading checkpoints of other projects without running any of their code.
 
-`.pt` and `.pth` go through torch's `weights_only` reader, `.safetensors` through safetensors. EDM and its descendants
-pickle whole modules together with the text of their source. Those go through an unpickler that knows a short list of
-names and rebuilds the tensors itself; everything else that the file names is refused, and no text in it is run.
+- `.pt` and `.pth` go through torch's `weights_only` reader, `.safetensors` through safetensors.
+- EDM and its descendants pickle whole modules together with their source text. An unpickler with a short list of
+  allowed names rebuilds their tensors. It refuses every other name and runs no source text.
 """
 
 import collections
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
-TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before it wrote zip files
+TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of torch.save files before it wrote zip files
 STORAGES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -31,15 +31,15 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 CONTAINERS = ("ModuleDict", "ModuleList", "Sequential")
-SCALARS = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "b1": "<?"}  # numpy's codes by those of struct
+SCALARS = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "b1": "<?"}  # numpy's codes to those of struct
 HELP = (
-    "Nothing of it was run. If you trust where it comes from, load it with the code that wrote it, on a machine that"
-    " holds nothing of value, save its weights by torch.save(network.state_dict(), 'weights.pt'), and convert those."
+    "Nothing of it was run. If you trust where it comes from, load it with the code that wrote it, on a machine"
+    " without valuable data. Save its weights by torch.save(network.state_dict(), 'weights.pt') and convert that file."
 )
 
 
 class Stub:
-    """An inert stand-in for an object: what it was made of, and its state."""
+    """An inert stand-in for an object: its constructor's arguments and its state."""
 
     def __init__(self, *args: Any):
         self.args, self.state = args, None
@@ -49,20 +49,20 @@ class Stub:
 
 
 class Module(Stub):
-    """An inert stand-in for a module; `state` is its `__dict__`, `kind` the name of its class."""
+    """An inert stand-in for a torch module: `state` is its `__dict__`, `kind` the name of its class."""
 
     kind = "container"
 
 
 def read_checkpoint(path: Path | str) -> Any:
-    """What `path` holds: tensors on the CPU, numbers, text, containers, and stand-ins for modules.
+    """Read the content of `path`: tensors on the CPU, numbers, text, containers, and stand-ins for modules.
 
     Raises:
-        ValueError: no such file, damaged, of another kind, or one that asks to run something.
+        ValueError: the file is missing, damaged, of another kind, or asks to run code.
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the file of the checkpoint in it.")
+        raise ValueError(f"{path} is a folder; give the file of the checkpoint in that folder.")
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -82,14 +82,16 @@ def read_checkpoint(path: Path | str) -> Any:
         raise ValueError(f"{path} is refused: {error} {HELP}") from None
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))  # of torch's reader
-        reason = f"it asks for {asked[1]}, which no weights need" if asked else _first_sentence(error)
+        reason = f"it asks for {asked[1]}, which weights never need" if asked else _first_sentence(error)
         raise ValueError(f"{path} is refused: {reason}. {HELP}") from None
     except SafetensorError as error:
-        raise ValueError(f"{path} is no sound safetensors file: {error}. Fetch it anew, or save it again.") from None
+        raise ValueError(
+            f"{path} is not a valid .safetensors file: {error}. Fetch it anew or save it again."
+        ) from None
     except Exception as error:  # a hostile or torn file can fail anywhere in the readers
         reason = f"{type(error).__name__}: {_first_sentence(error)}"
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason}). Fetch it anew.") from None
-    raise ValueError(f"{path} is neither a file of torch.save, nor a pickle, nor .safetensors. Is it the right file?")
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}). Fetch it anew.") from None
+    raise ValueError(f"{path} is neither a torch.save file, nor a pickle, nor .safetensors. Is it the right file?")
 
 
 def _first_sentence(error: Exception) -> str:
@@ -97,11 +99,11 @@ def _first_sentence(error: Exception) -> str:
 
 
 class Refused(Exception):
-    """A file asks for what no checkpoint needs."""
+    """The file asks for something that no checkpoint needs."""
 
 
 def _read_zip(path: Path) -> Any:
-    """A file of torch.save: weights, or else (a training state of EDM) modules."""
+    """Read a torch.save file: weights, or modules in a training state of EDM."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         root = names[0].split("/")[0]
@@ -110,7 +112,7 @@ def _read_zip(path: Path) -> Any:
         extra = [n for n in names if n not in known and not n.removeprefix(f"{root}/data/").isdecimal()]
         if extra or f"{root}/data.pkl" not in names:
             what = f"it holds {extra[0]!r}" if extra else "it holds no data.pkl"
-            raise Refused(f"{what}, so it is not, or not only, a file of torch.save.")
+            raise Refused(f"{what}, so it is not a plain torch.save file.")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
@@ -118,13 +120,13 @@ def _read_zip(path: Path) -> Any:
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Builds tensors, plain containers and stand-ins; refuses every other name.
+    """An unpickler that builds tensors, plain containers and stand-ins, and refuses every other name.
 
-    What it calls in place of functions are methods of its own: a pickle can set attributes of functions and classes.
+    It calls its own bound methods in place of functions, because a pickle can set attributes of functions and classes.
 
     Args:
-        file: the pickle.
-        archive, root: the zip file of torch.save that it lies in, whose members hold the storages.
+        file: the open pickle.
+        archive, root: zip file of torch.save around the pickle, and its top folder `root`; members hold the storages.
     """
 
     def __init__(self, file: Any, archive: zipfile.ZipFile | None = None, root: str = ""):
@@ -132,9 +134,14 @@ class RestrictedUnpickler(pickle.Unpickler):
         self._archive, self._root = archive, root
 
     def find_class(self, module: str, name: str) -> Any:
+        """The replacement for `module`.`name`.
+
+        Raises:
+            Refused: the name is not on the list of allowed names.
+        """
         allowed = {
             "collections.OrderedDict": collections.OrderedDict,
-            "builtins.getattr": Stub,  # the loss of ECT keeps a method of its own
+            "builtins.getattr": Stub,  # ECT's loss object stores one of its methods
             "builtins.set": set,
             "__builtin__.set": set,
             "_codecs.encode": self._bytes,
@@ -150,16 +157,21 @@ class RestrictedUnpickler(pickle.Unpickler):
         allowed |= {f"torch.nn.modules.container.{kind}": Module for kind in CONTAINERS}
         allowed |= {f"torch.{storage}": storage for storage in STORAGES}
         if f"{module}.{name}" not in allowed:
-            raise Refused(f"it asks for {module}.{name}, which no weights need.")
+            raise Refused(f"it asks for {module}.{name}, which weights never need.")
         return allowed[f"{module}.{name}"]
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
+        """The storage that `pid` names, as a flat tensor (n,).
+
+        Raises:
+            Refused: `pid` names something outside the zip file, or a compressed member.
+        """
         kind, storage, key, _, numel = pid
         if kind != "storage" or self._archive is None:
             raise Refused("it refers to something outside itself.")
         member = self._archive.getinfo(f"{self._root}/data/{key}")
         if member.compress_type != zipfile.ZIP_STORED:
-            raise Refused(f"its member {member.filename!r} is compressed, as torch.save's are not.")
+            raise Refused(f"its member {member.filename!r} is compressed; torch.save never compresses.")
         return _flat(self._archive.read(member), STORAGES[storage])
 
     def _module(self, meta: dict) -> Module:
@@ -173,11 +185,11 @@ class RestrictedUnpickler(pickle.Unpickler):
     def _storage(self, data: bytes) -> torch.Tensor:
         storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(storage, (torch.UntypedStorage, torch.storage.TypedStorage)):
-            raise Refused("what should be numbers of a tensor is something else.")
+            raise Refused("a tensor's storage is something else than numbers.")
         return torch.empty(0, dtype=storage.dtype).set_(storage)
 
     def _tensor(self, numbers: torch.Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> torch.Tensor:
-        """A tensor out of the flat `numbers` of its storage, each of which it may use once."""
+        """A tensor from the flat `numbers` of its storage; it can't have more entries than the storage."""
         if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) or len(size) != len(stride):
             raise Refused("a tensor has an impossible shape.")
         if math.prod(size) > numbers.numel():
@@ -185,7 +197,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         return numbers.as_strided(size, stride, offset).clone()
 
     def _bytes(self, text: str, encoding: str) -> bytes:
-        """How protocol 2, which torch.save uses, writes bytes."""
+        """Decode bytes as written by pickle protocol 2, which torch.save uses."""
         if encoding != "latin1":
             raise Refused(f"it holds text in the encoding {encoding!r}.")
         return text.encode("latin1")
@@ -195,20 +207,28 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Builds plain containers, and stand-ins for numpy's arrays; refuses every other name."""
+    """An unpickler that builds plain containers and stand-ins for numpy arrays, and refuses every other name."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """A stand-in for `module`.`name`.
+
+        Raises:
+            Refused: the name has nothing to do with numpy arrays.
+        """
         makers = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
         if f"{module}.{name}" not in (*makers, "numpy.ndarray", "numpy.dtype"):
-            raise Refused(f"it asks for {module}.{name}, which no array needs.")
+            raise Refused(f"it asks for {module}.{name}, which arrays never need.")
         return Stub
 
 
 def read_arrays(pickled: bytes) -> dict[str, Any]:
-    """A pickled dictionary of plain values and arrays of bytes, such as a batch of CIFAR-10; uint8 tensors for arrays.
+    """Read a pickled dictionary of plain values and byte arrays, such as a CIFAR-10 batch.
+
+    Args:
+        pickled: content of the pickle file. Its arrays become uint8 tensors of the same shape.
 
     Raises:
-        ValueError: damaged, of another kind, or one that asks to run something.
+        ValueError: the pickle is damaged, of another kind, or asks to run code.
     """
     try:
         values = ArrayUnpickler(io.BytesIO(pickled), encoding="bytes").load()  # the texts of Python 2 stay bytes
@@ -235,16 +255,18 @@ def _flat(data: bytes, dtype: torch.dtype) -> torch.Tensor:
 
 
 def flatten(module: Module) -> dict[str, torch.Tensor]:
-    """The tensors of a stand-in, by the names that `state_dict()` gives them.
+    """The tensors (of any shape) of the stand-in `module`, under the names of `state_dict()`.
 
     Raises:
-        ValueError: it is no module, or contains itself.
+        ValueError: `module` or a part of it is not a module, or contains itself.
     """
     tensors, waiting, seen = {}, [("", module)], set()
     while waiting:
         prefix, module = waiting.pop()
         if not isinstance(module, Module) or not isinstance(module.state, dict) or id(module) in seen:
-            raise ValueError(f"What the file calls {prefix.rstrip('.') or 'its network'!r} is no module. {HELP}")
+            name = prefix.rstrip(".")
+            entry = f"The entry {name!r} of the network" if name else "The network"
+            raise ValueError(f"{entry} is not a module, or contains itself. {HELP}")
         seen.add(id(module))
         parts = {}
         for group in ("_parameters", "_buffers", "_modules"):

@@ -1,4 +1,4 @@
-"""How far samples are from data."""
+"""Metrics of the distance between samples and data."""
 
 from cm_diffusers.evaluation.agreement import label_agreement, labels_told_apart
 from cm_diffusers.evaluation.classifier import SmallClassifier, train_classifier

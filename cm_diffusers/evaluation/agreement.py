@@ -1,4 +1,4 @@
-"""Whether samples are of the classes that were asked for, as their nearest neighbours among real images have it."""
+"""Agreement of samples with their requested classes, judged by their nearest neighbours among real images."""
 
 import torch
 from torch import Tensor
@@ -10,20 +10,21 @@ BLOCK = 1 << 22  # distances at once: 32 MB
 
 
 def label_agreement(real: Tensor, real_labels: Tensor, made: Tensor, made_labels: Tensor, k: int = 5) -> float:
-    """The share of `made` whose k nearest of `real` are, most of them, of the class that was asked for, in [0, 1].
+    """Share of samples that the k-nearest-neighbour rule assigns to their requested class, in [0, 1].
 
-    This is the rule of nearest neighbours (Cover & Hart 1967, https://doi.org/10.1109/TIT.1967.1053964); of classes
-    with as many neighbours it takes that of the nearest one. `labels_told_apart` says how much it can be trusted.
+    The rule (Cover & Hart 1967, https://doi.org/10.1109/TIT.1967.1053964) takes the most frequent class among the k
+    nearest real images. Of equally frequent classes it takes the one with the smaller sum of ranks.
+    `labels_told_apart` measures the accuracy of the rule.
 
     Args:
         real: features (N, d) of real images.
-        real_labels: their classes, int64 (N,), from 0 on.
+        real_labels: classes of the real images, int64 (N,), from 0 on.
         made: features (M, d) of samples.
-        made_labels: the classes that were asked for, int64 (M,).
+        made_labels: requested classes of the samples, int64 (M,).
         k: number of neighbours.
 
     Raises:
-        ValueError: other shapes, non-finite features, or fewer than k images of either.
+        ValueError: other shapes, non-finite features, or fewer than k images in either set.
     """
     real, made = checked(real, made, at_least=k)
     _check_labels("real_labels", real_labels, real)
@@ -32,9 +33,15 @@ def label_agreement(real: Tensor, real_labels: Tensor, made: Tensor, made_labels
 
 
 def labels_told_apart(real: Tensor, labels: Tensor, k: int = 5) -> float:
-    """`label_agreement` of the real images themselves, each of which is no neighbour of its own, in [0, 1].
+    """Accuracy of the k-nearest-neighbour rule on the real images, in [0, 1]; no image is its own neighbour.
 
-    Args and raises: as `label_agreement`; there must be more than k images.
+    Args:
+        real: features (N, d) of real images.
+        labels: classes of the real images, int64 (N,), from 0 on.
+        k: number of neighbours.
+
+    Raises:
+        ValueError: other shapes, non-finite features, or not more than k images.
     """
     real, _ = checked(real, real, at_least=k + 1)
     _check_labels("labels", labels, real)
@@ -44,12 +51,12 @@ def labels_told_apart(real: Tensor, labels: Tensor, k: int = 5) -> float:
 def _check_labels(name: str, labels: Tensor, features: Tensor) -> None:
     if labels.shape != (len(features),) or labels.is_floating_point():
         raise ValueError(
-            f"{name} must be integers ({len(features)},), one per image, got {labels.dtype} {tuple(labels.shape)}."
+            f"{name} must be integers ({len(features)},), one per image; got {labels.dtype} {tuple(labels.shape)}."
         )
 
 
 def _nearest(real: Tensor, made: Tensor, k: int, among_themselves: bool = False) -> Tensor:
-    """The places (M, k) of the nearest of `real`, the nearest first."""
+    """Indices (M, k) of the nearest images of `real`, the nearest first."""
     places = []
     for rows in torch.arange(len(made), device=made.device).split(max(1, BLOCK // len(real))):
         distances = torch.cdist(made[rows], real)
@@ -60,10 +67,10 @@ def _nearest(real: Tensor, made: Tensor, k: int, among_themselves: bool = False)
 
 
 def _right(places: Tensor, labels: Tensor, asked: Tensor) -> float:
-    """The share of rows of neighbours whose class is the one asked for."""
+    """Share of the rows of `places` (M, k) whose neighbours vote for the requested class in `asked` (M,)."""
     k = places.shape[1]
     votes = labels.to(places.device)[places]
-    # what the order adds stays below one vote
+    # the bonus for near neighbours stays below one vote in sum, so it only breaks ties
     weights = 1 + torch.arange(k, 0, -1, dtype=torch.float64, device=places.device) / (2 * k * k)
     count = int(max(labels.max(), asked.max())) + 1
     counts = torch.zeros(len(places), count, dtype=torch.float64, device=places.device)

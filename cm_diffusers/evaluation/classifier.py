@@ -1,6 +1,6 @@
-"""A small classifier whose features judge samples where no standard extractor is to be had.
+"""A small classifier whose features judge samples when no standard extractor is available.
 
-Distances in its features compare runs on the same data, by the same classifier; they are not FID.
+Distances in its features compare runs on the same data with the same classifier. They are not FID.
 """
 
 import torch
@@ -14,8 +14,8 @@ class SmallClassifier(nn.Module):
     """Two convolutions, 32 features, one linear layer.
 
     Args:
-        channels: of the images.
-        size: (height, width) of the images, at least 4.
+        channels: number of image channels.
+        size: (height, width) of the images.
         num_classes: number of classes.
     """
 
@@ -34,17 +34,24 @@ class SmallClassifier(nn.Module):
         self.head = nn.Linear(32, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) for images (B, C, H, W) in [0, 1]."""
+        """Logits (B, num_classes) for `images` (B, C, H, W) in [0, 1]."""
         return self.head(self.body(images))
 
     @torch.no_grad()
     def features(self, images: Tensor, batch_size: int = 1000) -> Tensor:
-        """Features (B, 32) of images (B, C, H, W) in [0, 1]."""
+        """Features (B, 32) of `images` (B, C, H, W) in [0, 1], computed `batch_size` images at a time."""
         return torch.cat([self.body(part) for part in images.split(batch_size)])
 
 
 def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, epochs: int = 20) -> SmallClassifier:
-    """A classifier of `images` (N, C, H, W) in [0, 1] with `labels` (N,); the same seed gives the same one."""
+    """Train a classifier; the same data and seed give the same classifier.
+
+    Args:
+        images: (N, C, H, W) in [0, 1].
+        labels: classes, int64 (N,), from 0 on.
+        seed: determines the initial weights and the order of the images.
+        epochs: number of passes over the images, in batches of 64.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "classifier"))
         classifier = SmallClassifier(images.shape[1], tuple(images.shape[2:]), int(labels.max()) + 1)

@@ -1,4 +1,4 @@
-"""Features by which images are compared: which extractors there are, and what tells one from another."""
+"""Feature extractors for comparing images, and the fingerprints that identify them."""
 
 import hashlib
 import importlib
@@ -13,8 +13,8 @@ from cm_diffusers.evaluation.hub_networks import load_dinov2, load_hub_classifie
 from cm_diffusers.evaluation.inception import load_inception
 
 
-BATCH = 100  # images that a network gets at once
-CLASSIFIER_IMAGES = 200_000  # about so many the classifier is shown, or 20 times all that there are
+BATCH = 100  # images per forward pass of a network
+CLASSIFIER_IMAGES = 200_000  # training images shown to the classifier: about this many, at most 20 epochs
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Extractor:
     """A network that turns images into features.
 
     Args:
-        name: `inception`, `dinov2`, `classifier`, a Hub id, or what a module is called.
-        network: takes images (B, C, H, W) in [0, 1], gives features (B, d).
-        fingerprint: a hash of the weights and of what is done to the images.
-        shape: (C, H, W) of the images, where only those will do.
-        device: where the network is.
+        name: `inception`, `dinov2`, `classifier`, a Hub id, or the name of a module.
+        network: maps images (B, C, H, W) in [0, 1] to features (B, d).
+        fingerprint: a hash of the weights and the preprocessing of the images.
+        shape: (C, H, W) of the images, if the network accepts only this shape.
+        device: device of the network.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (B, d), float32, on `device`, of images (B, C, H, W) in [0, 1].
+        """Features (B, d), float32, on `device`, of `images` (B, C, H, W) in [0, 1].
 
-        Images are rounded to 8 bits, so that a model has the features of its images in files; float32 stays float32 on
-        a GPU.
+        Images are rounded to 8 bits, so that samples in memory have the same features as in files. On a GPU,
+        convolutions compute in float32, not TF32.
 
         Raises:
-            ValueError: images of another shape or range, features of another shape or not finite.
+            ValueError: images of another shape or range, or features of another shape or not finite.
         """
         if images.ndim != 4 or not len(images) or not (images.min() >= 0 and images.max() <= 1):
             raise ValueError(f"images must be (B, C, H, W) with finite values in [0, 1]; got {tuple(images.shape)}.")
@@ -57,9 +57,11 @@ class Extractor:
         features = torch.cat(parts).float()
         if features.ndim != 2 or len(features) != len(images):
             shape = tuple(features.shape)
-            raise ValueError(f"extractor {self.name!r} must give (B, d) for (B, C, H, W); for {len(images)}: {shape}.")
+            raise ValueError(
+                f"extractor {self.name!r} must give (B, d) for (B, C, H, W); it gave {shape} for {len(images)} images."
+            )
         if not features.isfinite().all():
-            raise ValueError(f"extractor {self.name!r} gives features that are not finite.")
+            raise ValueError(f"extractor {self.name!r} gives features that are not finite. Are its weights broken?")
         return features
 
 
@@ -70,22 +72,27 @@ def load_extractor(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Extractor:
-    """An extractor by its name.
+    """Load the extractor `name`, one of:
+
+    - `inception`: the network of FID;
+    - `dinov2`: the network of FD-DINOv2;
+    - `classifier`: a small classifier trained on `reference`, for when nothing else is available;
+    - `module:name`: an nn.Module, or a function that makes one, to be imported;
+    - a folder or Hub id of an image classifier;
+    - an nn.Module itself.
 
     Args:
-        name: `inception`, the network of FID; `dinov2`; `classifier`, a small one trained on `reference`, for where
-            nothing else is to be had; `module:name`, an nn.Module, or what makes one, to be imported; a folder or Hub
-            id of an image classifier; or an nn.Module itself.
-        weights: of `inception`, the path of its published file; of `dinov2`, a folder or Hub id of another size.
+        name: see above.
+        weights: for `inception`, the path of its published file. For `dinov2`, a folder or Hub id of another size.
         reference: images (N, C, H, W) in [0, 1] with labels (N,), for `classifier`.
-        device: where the network goes.
-        seed: of `classifier`'s training.
+        device: device for the network.
+        seed: seed of the training of `classifier`.
 
     Raises:
-        ValueError: there is no such extractor, or its weights, network or labels are missing.
+        ValueError: the extractor is unknown, or its weights, network or labels are missing.
     """
     if weights is not None and name not in ("inception", "dinov2"):
-        raise ValueError(f"weights can be given for the extractors 'inception' and 'dinov2', not for {name!r}.")
+        raise ValueError(f"weights can be set for the extractors 'inception' and 'dinov2' only, not for {name!r}.")
     shape = None
     if isinstance(name, nn.Module):
         name, network = type(name).__name__, name
@@ -99,8 +106,8 @@ def load_extractor(
         images, labels = reference or (None, None)
         if labels is None:
             raise ValueError(
-                "extractor 'classifier' is trained on labelled images, and these have no labels. Name the column of"
-                " labels, or another extractor: 'inception', 'dinov2', an image classifier of the Hub or module:name."
+                "extractor 'classifier' is trained on labelled images, but these have no labels. Name the column of"
+                " labels, or another extractor: 'inception', 'dinov2', an image classifier on the Hub or module:name."
             )
         epochs = min(20, -(-CLASSIFIER_IMAGES // len(images)))
         shape, network = tuple(images.shape[1:]), train_classifier(images, labels, seed, epochs).body
@@ -120,15 +127,15 @@ def _import(name: str) -> nn.Module:
     try:
         network = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"extractor {name!r} can't be imported: {error}. PYTHONPATH says where it is.") from None
+        raise ValueError(f"extractor {name!r} can't be imported: {error}. Add its folder to PYTHONPATH.") from None
     network = network if isinstance(network, nn.Module) else network()
     if not isinstance(network, nn.Module):
-        raise ValueError(f"extractor {name!r} must be an nn.Module or make one; it is a {type(network).__name__}.")
+        raise ValueError(f"extractor {name!r} must be an nn.Module or return one; got a {type(network).__name__}.")
     return network
 
 
 def _sources(network: nn.Module) -> str:
-    """The code of a network's classes, as far as there is any: features change with it."""
+    """Source code of the network's classes where available, because features change with it."""
     texts = []
     for kind in sorted({type(module) for module in network.modules()}, key=str):
         try:

@@ -11,7 +11,10 @@ from cm_diffusers.evaluation.checks import checked
 class Moments:
     """Mean (d,) and covariance (d, d) of features that come in batches, in float64.
 
-    Deviations from the mean so far are summed (Chan, Golub, LeVeque 1983), so that nothing cancels.
+    Deviations from the running mean are summed (Chan, Golub, LeVeque 1983), which avoids cancellation.
+
+    Args:
+        features: the first batch (B, d), if any.
     """
 
     def __init__(self, features: Tensor | None = None):
@@ -20,7 +23,11 @@ class Moments:
             self.add(features)
 
     def add(self, features: Tensor) -> None:
-        """Take in features (B, d). Raises ValueError if they are not finite."""
+        """Update the moments with `features` (B, d).
+
+        Raises:
+            ValueError: other shapes, or non-finite features.
+        """
         (features,) = checked(features, at_least=1)
         total = self.count + len(features)
         mean = features.mean(0)
@@ -30,26 +37,32 @@ class Moments:
         self.count = total
 
     def to(self, device: torch.device | str) -> Moments:
-        """The same on `device`."""
+        """A copy of the moments on `device`."""
         moved = Moments()
         moved.count, moved.mean, moved.scatter = self.count, self.mean.to(device), self.scatter.to(device)
         return moved
 
     @property
     def covariance(self) -> Tensor:
+        """Unbiased covariance (d, d) of the features so far, float64."""
         return self.scatter / (self.count - 1)
 
 
 def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, d), fitted by Gaussians in float64.
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), with means m and covariances C of two sets of features.
 
-    It is at least 0. It is biased upwards for few samples, by about a constant over N: compare at equal numbers, and
-    beside two halves of real data. With C = F F^T, the trace of the root is the sum of the singular values of
-    F_a^T F_b, which loses no digits where features are 0 for all images and covariances singular.
+    The distance is at least 0. For few samples it is biased upwards, by about a constant over N. Compare at equal
+    numbers of samples, and with the distance between two halves of the real data.
+
+    With C = F F^T, the trace of the root is the sum of the singular values of F_a^T F_b. This loses no digits if some
+    features are 0 for all images and covariances are therefore singular.
+
+    Args:
+        a, b: features (N, d) and (M, d), or the `Moments` of `a` and `b`; float64 inside.
 
     Raises:
-        ValueError: other shapes, non-finite features, or no more samples than features, where a covariance is singular
-            whatever the images are.
+        ValueError: other shapes, non-finite features, or N or M at most d, which makes a covariance singular for any
+            images.
     """
     a, b = (f if isinstance(f, Moments) else Moments(f) for f in (a, b))
     if len(a.mean) != len(b.mean):
@@ -61,23 +74,27 @@ def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
 
 
 def check_count(count: int, dims: int) -> None:
-    """Raise ValueError if `count` samples are too few for a covariance of `dims` features."""
+    """Check that `count` samples suffice for a covariance of `dims` features.
+
+    Raises:
+        ValueError: `count` is at most `dims`.
+    """
     if count <= dims:
         raise ValueError(
             f"{count} images are too few for the covariance of {dims} features: at least {dims + 1} are needed, and"
-            " several times as many for a distance that says something. Use more images, or an extractor of fewer"
-            " features."
+            " several times as many for a meaningful distance. Use more images, or an extractor with fewer features."
         )
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """F (d, d) with F F^T the covariance, which is checked."""
+    """A checked factor F (d, d) with F F^T = `covariance`."""
     values, vectors = torch.linalg.eigh(covariance)
-    noise = values[-1] * len(values) * torch.finfo(values.dtype).eps  # what rounding makes of 0 has a large root
+    # eigenvalues below this are rounding errors of 0, whose roots would be large
+    noise = values[-1] * len(values) * torch.finfo(values.dtype).eps
     factor = vectors * torch.where(values > noise, values, 0).sqrt()
     error, size = (factor @ factor.T - covariance).norm(), covariance.norm()
     if not error <= 1e-8 * size:
         raise ValueError(
-            f"no square root of the covariance of {len(values)} features was found: error {error / size}."
+            f"no square root of the covariance of {len(values)} features was found (relative error {error / size})."
         )
     return factor

@@ -1,4 +1,4 @@
-"""A quick judgement of samples where there are few real images: their distances to one half of these."""
+"""A quick evaluation of samples with few real images: their distances to one half of these images."""
 
 import torch
 from torch import Tensor
@@ -11,15 +11,17 @@ HALVES = "real half against real half"
 
 
 def distances_to_half(samples: dict[str, Tensor], images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Fréchet distances to one half of the real images, in the features of a small classifier trained on all of them.
+    """Fréchet distances of samples to one half of the real images.
+
+    The features are those of a small classifier trained on all real images.
 
     Args:
-        samples: images (N, C, H, W) in [0, 1], by what they are called.
+        samples: images (N, C, H, W) in [0, 1], by name.
         images: all real images (M, C, H, W), uint8.
-        labels: their classes (M,).
+        labels: classes of the real images, int64 (M,), from 0 on.
 
     Returns:
-        Distances by the same names, rounded to three digits, and as `HALVES` that of the other half.
+        Distances under the same names, rounded to three decimals. The key `HALVES` has that of the other half.
     """
     real = images.float() / 255
     classifier = train_classifier(real, labels)

@@ -1,7 +1,7 @@
-"""Feature networks that transformers loads: DINOv2, and any image classifier of the Hub.
+"""Feature networks loaded by transformers: DINOv2, and any image classifier on the Hub.
 
-Images are resized as a whole (bilinear or bicubic, as the model's own processor does, antialiased), as tensors. Its
-cropping is left out: it would hide their borders.
+Whole images are resized as tensors, with antialiasing, bilinear or bicubic as in the model's processor. The
+processor's cropping is left out, because it would hide the borders.
 """
 
 from typing import Any
@@ -14,17 +14,17 @@ from cm_diffusers.evaluation.checks import as_rgb
 from cm_diffusers.lookup import looked_up
 
 
-DINOV2 = "facebook/dinov2-large"  # of FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675)
-MODES = {2: "bilinear", 3: "bicubic"}  # by PIL's numbers
+DINOV2 = "facebook/dinov2-large"  # the network of FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675)
+MODES = {2: "bilinear", 3: "bicubic"}  # keys are PIL's numbers
 
 
 class HubFeatures(nn.Module):
-    """Images (B, 1 or 3, H, W) in [0, 1] to features (B, d).
+    """A transformers model that maps images (B, 1 or 3, H, W) in [0, 1] to features (B, d).
 
     Args:
-        model: of transformers.
-        processor: the settings of its image processor.
-        head: the layer whose input is taken; None takes the model's pooled output.
+        model: a transformers model.
+        processor: settings of the model's image processor.
+        head: layer whose input is the features; None takes the model's pooled output.
     """
 
     def __init__(self, model: nn.Module, processor: dict[str, Any], head: nn.Linear | None):
@@ -36,6 +36,11 @@ class HubFeatures(nn.Module):
         self.std = processor["image_std"] if normalised else [1.0] * 3
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features (B, d) of `images` (B, 1 or 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: the images have neither 1 nor 3 channels.
+        """
         images = F.interpolate(as_rgb(images), self.size, mode=self.mode, antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         pixels = (images - mean) / std
@@ -50,29 +55,37 @@ class HubFeatures(nn.Module):
         return entered[0]
 
     def extra_repr(self) -> str:
+        """Preprocessing settings, part of the extractor's fingerprint."""
         return f"{type(self.model).__name__}, size={self.size}, {self.mode}, mean={self.mean}, std={self.std}"
 
 
 def load_dinov2(name: str | None = None) -> HubFeatures:
-    """DINOv2 and its pooled output, the class token after the last norm. Raises ValueError if it is not to be had.
+    """Load DINOv2; its features are the pooled output, the class token after the last norm.
 
-    Args:
-        name: a folder or Hub id in place of the large model, which is the one of FD-DINOv2.
+    `name` is a folder or Hub id; the default is the large model of FD-DINOv2.
+
+    Raises:
+        ValueError: transformers or the model is not available.
     """
     model, processor = _load("AutoModel", name or DINOV2)
     return HubFeatures(model, processor, None)
 
 
 def load_hub_classifier(name: str) -> HubFeatures:
-    """An image classifier, and what enters the linear layer that gives its logits.
+    """Load an image classifier; its features are the input of the linear layer that outputs the logits.
+
+    `name` is a folder or Hub id.
 
     Raises:
-        ValueError: it is not to be had, or no linear layer gives its logits.
+        ValueError: transformers or the model is not available, or no linear layer has as many outputs as classes.
     """
     model, processor = _load("AutoModelForImageClassification", name)
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
     if not heads:
-        raise ValueError(f"extractor {name!r} has no linear layer that gives its {model.config.num_labels} logits.")
+        raise ValueError(
+            f"extractor {name!r} has no linear layer that outputs its {model.config.num_labels} logits. Use another"
+            " image classifier."
+        )
     return HubFeatures(model, processor, heads[-1])
 
 
@@ -88,7 +101,7 @@ def _load(kind: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
             model = getattr(transformers, kind).from_pretrained(name, **load)
             processor, _ = ImageProcessingMixin.get_image_processor_dict(name, local_files_only=cached)
         if not {"image_mean", "image_std"} <= processor.keys() and processor.get("do_normalize", True):
-            raise ValueError("its image processor tells no image_mean and image_std")
+            raise ValueError("its image processor lacks image_mean and image_std")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"extractor {name!r} can't be loaded: {error}\n"
@@ -98,7 +111,7 @@ def _load(kind: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _size(processor: dict[str, Any]) -> tuple[int, int]:
-    """(height, width) of what the model gets."""
+    """(height, width) of the model's input images."""
     size = processor.get("crop_size") if processor.get("do_center_crop") else None
     size = size or processor.get("size") or 224
     if isinstance(size, int):

@@ -1,8 +1,9 @@
-"""The Inception v3 of FID: what it computes and how its published weights are named.
+"""The Inception v3 of FID, with the layer names of its published weights.
 
-Szegedy et al. 2015 (arXiv:1512.00567), in the variant of the file of 2015-12-05 that FID was defined by (Heusel et al.
-2017): average pooling leaves out the padding, and the last block pools by the maximum. Its weights go round under two
-names, `pt_inception-2015-12-05-6726825d.pth` and `weights-inception-2015-12-05-6726825d.pth`.
+The network is that of Szegedy et al. 2015 (arXiv:1512.00567), in the variant of the file of 2015-12-05, which defines
+FID (Heusel et al. 2017). In this variant, average pooling leaves out the padding, and the last block pools by the
+maximum. The weights are published under two names, `pt_inception-2015-12-05-6726825d.pth` and
+`weights-inception-2015-12-05-6726825d.pth`.
 """
 
 import hashlib
@@ -17,9 +18,9 @@ from cm_diffusers.evaluation.checks import as_rgb
 
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-SHA256 = "6726825d"  # how the digest of the file begins
+SHA256 = "6726825d"  # start of the file's digest
 
-# a block is branches side by side; a branch a chain of convolutions (channels, kernel); the last may fork into two
+# a block has parallel branches; a branch is a chain of convolutions (channels, kernel), the last of which can fork
 ROW, COLUMN = (1, 7), (7, 1)
 FORK = ((1, 3), (3, 1))
 
@@ -69,7 +70,7 @@ class _Convolution(nn.Module):
 
 
 class _Mixed(nn.Module):
-    """Branches side by side, one of which pools; where it has no convolution, the block halves the size."""
+    """Parallel branches, one of which pools; if that branch has no convolution, the block halves the size."""
 
     def __init__(self, channels: int, branches: dict, last: bool):
         super().__init__()
@@ -103,7 +104,7 @@ class _Mixed(nn.Module):
 
 
 class FIDInception(nn.Module):
-    """Images (B, 1 or 3, H, W) in [0, 1] to the 2048 features (B, 2048) after the last pooling."""
+    """Inception v3 from images (B, 1 or 3, H, W) in [0, 1] to the features (B, 2048) after the last pooling."""
 
     def __init__(self):
         super().__init__()
@@ -118,6 +119,11 @@ class FIDInception(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features (B, 2048) of `images` (B, 1 or 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: the images have neither 1 nor 3 channels.
+        """
         x = (resize_as_tensorflow(as_rgb(images) * 255, 299) - 128) / 128
         for name, layer in self.named_children():
             if name in ("Conv2d_3b_1x1", "Mixed_5b"):
@@ -127,7 +133,10 @@ class FIDInception(nn.Module):
 
 
 def resize_as_tensorflow(images: Tensor, side: int) -> Tensor:
-    """Bilinear as the first TensorFlow had it: pixel i is read at i * (old side / new side), without antialiasing."""
+    """Resize `images` (B, C, H, W) to (B, C, `side`, `side`) with TensorFlow 1's bilinear interpolation.
+
+    Pixel i is read at i * (old side / new side), without antialiasing.
+    """
     down, across = (_weights(n, side).to(images) for n in images.shape[2:])
     return down @ images @ across.T
 
@@ -143,10 +152,13 @@ def _weights(old: int, new: int) -> Tensor:
 
 
 def load_inception(path: Path | str | None = None) -> FIDInception:
-    """The network with its published weights, from `path`, or from torch's cache, or downloaded into it.
+    """Load the network with its published weights.
+
+    The weights are read from the file `path`. By default they are read from torch's cache, and downloaded into it if
+    missing.
 
     Raises:
-        ValueError: no network, no such file, or another file than the published one.
+        ValueError: the download fails, or the file can't be read or is not the published one.
     """
     if path is None:
         path = Path(torch.hub.get_dir(), "checkpoints", URL.rsplit("/", 1)[1])
@@ -164,12 +176,12 @@ def load_inception(path: Path | str | None = None) -> FIDInception:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(
-            f"the weights of the FID Inception, {str(path)!r}, can't be read: {error.strerror}."
+            f"the weights of the FID Inception, {str(path)!r}, can't be read: {error.strerror}. Get them from {URL}."
         ) from None
     if not digest.startswith(SHA256):
         raise ValueError(
             f"{str(path)!r} is not the published file: its SHA-256 begins with {digest[:8]}, not {SHA256}. Distances"
-            f" by other weights are not FID. The file is at {URL}."
+            f" with other weights are not FID. Get the file from {URL}."
         )
     network = FIDInception()
     load_published(network, read_checkpoint(path))
@@ -177,7 +189,11 @@ def load_inception(path: Path | str | None = None) -> FIDInception:
 
 
 def load_published(network: FIDInception, state: dict[str, Tensor]) -> None:
-    """Load weights by their published names; the classifier (`fc`) on top is not needed."""
+    """Load weights `state` (any shapes), by their published names, into `network`; the classifier `fc` is left out.
+
+    Raises:
+        ValueError: weights are missing or unknown.
+    """
     counters = [key for key in network.state_dict() if key.endswith("num_batches_tracked")]
     missing, unexpected = network.load_state_dict(state, strict=False)
     unexpected = [key for key in unexpected if not key.startswith("fc.")]

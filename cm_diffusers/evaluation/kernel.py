@@ -11,18 +11,18 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Mean and standard deviation, over random subsets, of the squared MMD with the kernel (x·y / d + 1)^3.
 
-    It has no bias, whatever the number of samples: about 0 for equal distributions, and then negative half of the
-    time. The deviation is that of one subset, as it is published; the mean over subsets of N images is surer, by about
-    (subset_size / N)^(1/2).
+    The estimate is unbiased for any number of samples: about 0 for equal distributions, and then negative half of the
+    time. The standard deviation is that of one subset, as usually published. The mean over subsets of N images has a
+    smaller one, by a factor of about (subset_size / N)^(1/2).
 
     Args:
         a, b: features (N, d) and (M, d); float64 inside.
-        subsets: how many subsets are drawn.
-        subset_size: samples of each side in a subset, without replacement.
-        seed: which subsets.
+        subsets: number of subsets.
+        subset_size: samples from each set in a subset, drawn without replacement.
+        seed: determines the subsets.
 
     Raises:
-        ValueError: other shapes, non-finite features, or a set smaller than a subset.
+        ValueError: other shapes, non-finite features, no subsets, or a set smaller than a subset.
     """
     if subsets < 1 or subset_size < 2:
         raise ValueError(f"subsets must be >= 1 and subset_size >= 2; got {subsets} and {subset_size}.")
@@ -39,7 +39,7 @@ def kernel_distance(
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """The unbiased estimate (Gretton et al. 2012, eq. 3) for as many rows of x as of y."""
+    """Unbiased estimate of the squared MMD (Gretton et al. 2012, eq. 3) of x and y, both (n, d)."""
     n, d = x.shape
     one = torch.ones((), dtype=x.dtype, device=x.device)
     xx, yy, xy = (torch.addmm(one, p, q.T, alpha=1 / d).pow_(3) for p, q in ((x, x), (y, y), (x, y)))

@@ -1,4 +1,4 @@
-"""All metrics of a set of samples, by the names that metrics.json has."""
+"""All metrics of a set of samples, under their names in metrics.json."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +12,7 @@ from cm_diffusers.evaluation.manifold import neighbour_metrics
 from cm_diffusers.evaluation.reference import Reference
 
 
-FID_SAMPLES = 50_000  # what is called FID is by the Inception of FID and by at least so many samples
+FID_SAMPLES = 50_000  # results are called FID only with FID's Inception and at least this many samples
 
 
 def measure(
@@ -21,23 +21,29 @@ def measure(
     seed: int = 0,
     clock: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> dict[str, float]:
-    """`frechet_distance` and, where it may be called so, `fid`; `kernel_distance` and its `kernel_distance_std`;
-    `precision`, `recall`, `density`, `coverage`.
+    """Compute all metrics of samples against a reference.
 
-    Kernel distances are of subsets of 1,000, or of half of the samples where there are less than 2,000. Neighbours
-    (the last four) are looked for among equal numbers of both sides, a fixed choice of the larger.
+    | key | metric |
+    |---|---|
+    | `frechet_distance` | Fréchet distance |
+    | `fid` | the same number, only with FID's Inception and at least `FID_SAMPLES` samples |
+    | `kernel_distance`, `kernel_distance_std` | kernel distance and its deviation, from subsets of 1,000 samples |
+    | `precision`, `recall`, `density`, `coverage` | neighbour metrics, from equal numbers of both sets |
+
+    With fewer than 2,000 samples, subsets have half of them. For the neighbour metrics, a fixed choice is taken from
+    the larger set.
 
     Args:
-        made: features (N, d) of the samples, on any device: the metrics are computed there.
-        reference: of the same extractor.
-        seed: of the subsets of the kernel distance.
-        clock: entered around the Fréchet distance with its name.
+        made: features (N, d) of the samples, on any device. The metrics are computed there.
+        reference: features of real images by the same extractor.
+        seed: determines the subsets of the kernel distance.
+        clock: makes a context manager that is entered around the Fréchet distance, from the name of the metric.
 
     Raises:
-        ValueError: features of another extractor, not finite, or of too few images for a covariance.
+        ValueError: features of another size, not finite, or of too few images for a covariance.
     """
     check_samples(len(made), reference)
-    made = made.cpu() if made.device.type == "mps" else made  # it has no float64
+    made = made.cpu() if made.device.type == "mps" else made  # mps has no float64
     real = reference.features.to(made.device)
     with clock("frechet_distance"):
         distance = frechet_distance(made, reference.moments.to(made.device))
@@ -59,5 +65,9 @@ def measure(
 
 
 def check_samples(count: int, reference: Reference) -> None:
-    """Raise ValueError if `count` samples, or the reference's, are too few: to be asked before sampling."""
+    """Check, before sampling, that `count` samples and those of the `reference` suffice for a covariance.
+
+    Raises:
+        ValueError: either number is at most the number of features.
+    """
     check_count(min(count, reference.moments.count), len(reference.moments.mean))

@@ -1,4 +1,4 @@
-"""What samples are compared with: the features of a dataset, computed once and kept on disk."""
+"""Reference features of a dataset, to compare samples with; they are computed once and cached on disk."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from cm_diffusers.evaluation.features import Extractor
 from cm_diffusers.evaluation.frechet import Moments
 
 
-KEPT = 50_000  # features of so many images are kept; neighbours of more can't be found in useful time
+KEPT = 50_000  # maximum number of images whose features are kept; neighbours among more would take too long
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Reference:
     """Features of a dataset.
 
     Args:
-        moments: of the features of all images.
-        features: (n, d) float32 on the CPU, of all images or of a fixed choice of `KEPT`.
-        facts: `extractor` and `fingerprint`, `images`, `shape` and `data_hash`.
+        moments: mean and covariance of the features of all images.
+        features: (n, d) float32 on the CPU, for all images or for a fixed choice of `KEPT` images.
+        facts: `extractor` (name), `fingerprint`, `images` (their number), `shape` (C, H, W) and `data_hash`.
     """
 
     moments: Moments
@@ -38,20 +38,20 @@ class Reference:
 def reference_features(
     images: Tensor | Iterable[Tensor], extractor: Extractor, cache_dir: Path | str | None = None
 ) -> Reference:
-    """The features of `images`, from the cache where it has them, and otherwise put there.
+    """Load the features of `images` from the cache, or compute and cache them.
 
     Args:
-        images: (N, C, H, W) in [0, 1], or batches of them that can be gone through twice (not an iterator).
-        extractor: what computes features.
-        cache_dir: a folder for files named by hashes of the data and the extractor.
+        images: (N, C, H, W) in [0, 1], or a list of such batches, or another iterable that can be iterated twice.
+        extractor: computes the features.
+        cache_dir: folder for files named by hashes of the data and the extractor; None caches nothing.
 
     Raises:
-        ValueError: no images, images of several shapes, an iterator, or a file of the cache that is damaged or of
+        ValueError: no images, images of several shapes, an iterator, or a cached file that is damaged or belongs to
             another dataset or extractor.
     """
     batches = images.split(1000) if torch.is_tensor(images) else images
     if iter(batches) is batches:
-        raise ValueError("the reference's images are gone through twice: give a tensor or a list, not an iterator.")
+        raise ValueError("the reference's images are read twice: give a tensor or a list of batches, not an iterator.")
     count, shape, data_hash = _hash(batches)
     facts = {"extractor": extractor.name, "fingerprint": extractor.fingerprint}
     facts |= {"images": count, "shape": list(shape), "data_hash": data_hash}
@@ -73,22 +73,24 @@ def reference_features(
 
 
 def kept_places(count: int) -> Tensor:
-    """Of which of `count` images a reference keeps the features: bool (count,)."""
+    """Boolean mask (n,) of the n = `count` images: True for those whose features a reference keeps."""
     keep = torch.zeros(count, dtype=torch.bool)
     keep[permutation(count, "reference")[:KEPT]] = True
     return keep
 
 
 def _hash(batches: Iterable[Tensor]) -> tuple[int, tuple[int, ...], str]:
-    """Number, shape and a hash of images, by their 8-bit values in their order."""
+    """Number, shape and hash of the images; the hash covers their 8-bit values in order."""
     count, shape, digest = 0, None, hashlib.sha256()
     for batch in batches:
         if shape is not None and tuple(batch.shape[1:]) != shape:
-            raise ValueError(f"the reference's images differ in shape: {shape} and {tuple(batch.shape[1:])}.")
+            raise ValueError(
+                f"the reference's images differ in shape: {shape} and {tuple(batch.shape[1:])}. Resize them first."
+            )
         count, shape = count + len(batch), tuple(batch.shape[1:])
         digest.update((batch * 255).round().to(torch.uint8).cpu().contiguous().numpy().tobytes())
     if not count:
-        raise ValueError("the reference has no images.")
+        raise ValueError("the reference has no images. Give at least one batch.")
     return count, shape, hashlib.sha256(f"{shape} {digest.hexdigest()}".encode()).hexdigest()
 
 
@@ -102,13 +104,17 @@ def _save(reference: Reference, path: Path) -> None:
 
 
 def load_reference(path: Path | str, facts: dict[str, object]) -> Reference:
-    """A reference from a file. Raises ValueError if it can't be read or is not what `facts` say."""
+    """Load a reference from the file `path`.
+
+    Raises:
+        ValueError: the file can't be read, or its facts differ from `facts`.
+    """
     try:
         with safe_open(path, "pt") as file:
             found = json.loads((file.metadata() or {})["facts"])
             tensors = {key: file.get_tensor(key) for key in ("features", "mean", "scatter")}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no cached reference ({error}); delete it.") from None
+        raise ValueError(f"{path} is damaged or not a cached reference ({error}). Delete it.") from None
     wrong = [f"{key} {found.get(key)} (here: {value})" for key, value in facts.items() if found.get(key) != value]
     if wrong:
         raise ValueError(f"{path} holds the features of another dataset or extractor: {', '.join(wrong)}. Delete it.")

@@ -1,6 +1,7 @@
-"""Discriminators: networks that learn to tell made images from real ones, by one logit for each patch of an image.
+"""Discriminators: networks that learn to tell generated images from real ones, with one logit per image patch.
 
-Neither keeps running statistics or draws random numbers, and no sample sees another: two processes equal one.
+They keep no running statistics, draw no random numbers and treat each sample alone. Two processes therefore compute
+the same as one.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-GROUP = 8  # channels that are normalised together: several, so that a map of one pixel keeps something of itself
+GROUP = 8  # channels normalised together; with one channel per group, a map of one pixel would become zero
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -26,14 +27,14 @@ def _check_width(width: int, step: int) -> None:
 
 
 class ProjectionHead(nn.Module):
-    """One logit for each position of a feature map: w·h + b, and for classes + e(y)·h / sqrt(channels).
+    """One logit for each position of a feature map: w·h + b, plus e(y)·h / sqrt(channels) with classes.
 
-    The inner product with an embedding of the class is that of Miyato & Koyama (2018, arXiv:1802.05637, section 3),
-    here at each position.
+    Miyato & Koyama (2018, arXiv:1802.05637, section 3) introduced the inner product with the class embedding e(y).
+    It is taken here at each position.
 
     Args:
-        channels: of the feature map.
-        num_classes: None for a head without classes.
+        channels: number of channels of the feature map.
+        num_classes: number of classes; None for an unconditional head.
     """
 
     def __init__(self, channels: int, num_classes: int | None = None):
@@ -42,44 +43,45 @@ class ProjectionHead(nn.Module):
         self.embedding = None if num_classes is None else nn.Embedding(num_classes, channels)
 
     def forward(self, features: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """(B, channels, h, w), (B,) -> (B, h w).
+        """Map `features` (B, channels, h, w) and `class_labels` (B,), int64, to logits (B, h w).
 
         Raises:
-            ValueError: class labels are missing, or there are some and the head has no classes.
+            ValueError: `class_labels` are missing, or given to an unconditional head.
         """
         logits = self.linear(features)
         if self.embedding is None:
             if class_labels is not None:
-                raise ValueError("class_labels given, but the discriminator was made without num_classes.")
+                raise ValueError("class_labels are given, but the discriminator is unconditional (num_classes=None).")
             return logits.flatten(1)
         if class_labels is None:
-            raise ValueError(f"class_labels are missing: there are {self.embedding.num_embeddings} classes.")
+            count = self.embedding.num_embeddings
+            raise ValueError(f"class_labels are missing: the discriminator is conditional on {count} classes.")
         embedding = self.embedding(class_labels)[:, :, None, None] / features.shape[1] ** 0.5
         return (logits + (embedding * features).sum(1, keepdim=True)).flatten(1)
 
 
 class _ToldOfClasses:
-    """A part of a network that knows class labels and no other condition."""
+    """A mixin for networks that read class labels and no other condition."""
 
     def adapt_condition(self, condition: Any) -> dict[str, Tensor]:
-        """Of a condition the class labels."""
+        """The class labels (B,) of `condition`, if it has any."""
         return {name: entry for name, entry in condition.entries.items() if name == "class_labels"}
 
 
 class PatchDiscriminator(_ToldOfClasses, nn.Module):
-    """Strided convolutions, each halving the image and doubling the channels, on whose last map a logit is read.
+    """A small discriminator on pixels, after PatchGAN (Isola et al. 2016, arXiv:1611.07004).
 
-    A small discriminator on pixels, after Isola et al. (2016, arXiv:1611.07004, "PatchGAN"), with GroupNorm for its
-    BatchNorm, which would couple samples, and without spectral norm, whose running vectors are state.
+    Strided convolutions halve the image and double the channels; a head reads the logits off the last map. GroupNorm
+    replaces BatchNorm, which would couple samples. There is no spectral norm, because its running vectors are state.
 
     Args:
-        channels: of the images.
-        num_classes: None for a discriminator without classes.
-        width: channels of the first map, a multiple of 4; they double until eight times as many.
-        levels: how often the image is halved.
+        channels: number of image channels.
+        num_classes: number of classes; None for an unconditional discriminator.
+        width: channels of the first map, a multiple of 4. Each level doubles them, up to 8 `width`.
+        levels: number of times the image is halved.
 
     Raises:
-        ValueError: an impossible width or number of levels.
+        ValueError: `width` is not a positive multiple of 4, or `levels` is below 1.
     """
 
     def __init__(self, channels: int, num_classes: int | None = None, width: int = 64, levels: int = 3):
@@ -89,7 +91,7 @@ class PatchDiscriminator(_ToldOfClasses, nn.Module):
             raise ValueError(f"levels {levels} must be at least 1.")
         self.levels = levels
         widths = [width * min(2**level, 8) for level in range(levels)]
-        # no norm on the first map: brightness and contrast are for the discriminator to see
+        # no norm on the first map, so that the discriminator sees brightness and contrast
         layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for before, after in zip(widths, widths[1:]):
             layers += [nn.Conv2d(before, after, 4, 2, 1), _norm(after), nn.LeakyReLU(0.2)]
@@ -97,42 +99,47 @@ class PatchDiscriminator(_ToldOfClasses, nn.Module):
         self.head = ProjectionHead(widths[-1], num_classes)
 
     def forward(self, images: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] and class labels (B,) int64 -> logits (B, patches), high for real.
+        """Map `images` (B, C, H, W) in [-1, 1] and `class_labels` (B,), int64, to logits (B, patches).
 
-        There are floor(H / 2^levels) floor(W / 2^levels) patches, and their fields of view overlap.
+        Logits are high for real images. There are floor(H / 2^levels) floor(W / 2^levels) patches, whose fields of
+        view overlap.
 
         Raises:
-            ValueError: images smaller than 2^levels, or class labels missing or not expected.
+            ValueError: the images are smaller than 2^levels, or class labels are missing or not expected.
         """
         if min(images.shape[2:]) < 2**self.levels:
             height, width = images.shape[2:]
-            raise ValueError(f"images of {height}x{width} are too small: {self.levels} levels need {2**self.levels}.")
+            raise ValueError(
+                f"images of {height}x{width} are too small: {self.levels} levels need {2**self.levels} pixels a side."
+            )
         return self.head(self.features(images), class_labels)
 
 
 class ProjectedDiscriminator(_ToldOfClasses, nn.Module):
-    """Small trained heads on the frozen features of a pretrained network, one head on each of its feature maps.
+    """Small trained heads on the frozen feature maps of a pretrained network, one head per map.
 
-    Projected GANs (Sauer et al. 2021, arXiv:2111.01007) and StyleGAN-XL (Sauer et al. 2022, arXiv:2202.00273), whose
-    discriminator CTM uses (Kim et al. 2023, arXiv:2310.02279). Left out: the fixed random mixing of channels and of
-    scales (a learned 1x1 convolution on each scale stands for it), spectral norm, and the second backbone. The
-    convolutions of the heads halve nothing; their maps are averaged down to 4 to 7 positions a side, so that fine
-    scales don't outnumber coarse ones.
+    The design is that of Projected GANs (Sauer et al. 2021, arXiv:2111.01007) and StyleGAN-XL (Sauer et al. 2022,
+    arXiv:2202.00273). CTM uses the discriminator of the latter (Kim et al. 2023, arXiv:2310.02279). Differences here:
 
-    The backbone is no submodule: it is in neither `parameters()` nor `state_dict()`, and `train()` and
-    `requires_grad_()` don't reach it; `to()` does. Its weights are frozen, in eval mode, and shared with the caller's.
+    - a learned 1x1 convolution on each scale replaces the fixed random mixing of channels and scales;
+    - there is no spectral norm and no second backbone;
+    - the convolutions of the heads keep the resolution. Their maps are averaged down to 4 to 7 positions a side, so
+      that fine scales don't outnumber coarse ones.
+
+    The backbone is not a submodule: `parameters()`, `state_dict()`, `train()` and `requires_grad_()` leave it out;
+    `to()` moves it. Its weights are frozen, in eval mode, and shared with the caller.
 
     Args:
-        backbone: gives `.feature_maps`, a sequence of (B, C_i, h_i, w_i), of images normalised as ImageNet's are, and
-            has `.channels`, the C_i. Backbones of transformers do.
-        channels: of the images, 1 or 3.
-        num_classes: None for a discriminator without classes.
+        backbone: a network such as the transformers backbones. It reads images with ImageNet's normalisation and
+            returns `.feature_maps`, a sequence of (B, C_i, h_i, w_i). Its attribute `.channels` lists the C_i.
+        channels: number of image channels, 1 or 3.
+        num_classes: number of classes; None for an unconditional discriminator.
         width: channels of a head, a multiple of 8.
-        image_size: side to which images are resized, also those that are not square. Default: `image_size` of the
-            backbone's config, else 224.
+        image_size: side of the square to which all images are resized. Default: `image_size` of the backbone's
+            config, else 224.
 
     Raises:
-        ValueError: another number of channels, or an impossible width.
+        ValueError: `channels` is neither 1 nor 3, or `width` is not a positive multiple of 8.
     """
 
     def __init__(
@@ -145,7 +152,7 @@ class ProjectedDiscriminator(_ToldOfClasses, nn.Module):
     ):
         super().__init__()
         if channels not in (1, 3):
-            raise ValueError(f"images of {channels} channels: a pretrained backbone sees those of 1 or 3.")
+            raise ValueError(f"images of {channels} channels don't fit a pretrained backbone. Use 1 or 3 channels.")
         _check_width(width, GROUP)
         self._frozen = (backbone.requires_grad_(False).eval(),)  # a tuple hides it from nn.Module
         size = image_size or getattr(getattr(backbone, "config", None), "image_size", None) or 224
@@ -160,7 +167,7 @@ class ProjectedDiscriminator(_ToldOfClasses, nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The frozen network."""
+        """The frozen pretrained network."""
         return self._frozen[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProjectedDiscriminator":
@@ -168,7 +175,7 @@ class ProjectedDiscriminator(_ToldOfClasses, nn.Module):
         return super()._apply(fn, recurse)
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> (B, 3, *image_size), normalised."""
+        """Resize images (B, C, H, W) in [-1, 1] and normalise them as ImageNet's: (B, 3, *image_size)."""
         if tuple(images.shape[2:]) != self.image_size:
             # only shrinking needs the filter
             shrinks = any(before > after for before, after in zip(images.shape[2:], self.image_size))
@@ -177,10 +184,12 @@ class ProjectedDiscriminator(_ToldOfClasses, nn.Module):
         return ((images + 1) / 2 - mean) / std  # one channel becomes three here
 
     def forward(self, images: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] and class labels (B,) int64 -> logits (B, n) of all heads, high for real.
+        """Map `images` (B, C, H, W) in [-1, 1] and `class_labels` (B,), int64, to the logits (B, n) of all heads.
+
+        Logits are high for real images.
 
         Raises:
-            ValueError: class labels missing or not expected.
+            ValueError: class labels are missing or not expected.
         """
         logits = []
         for features, stem, head in zip(self.backbone(self._prepare(images)).feature_maps, self.stems, self.heads):

@@ -1,4 +1,4 @@
-"""diffusers' class-conditional transformer (DiT, Peebles & Xie 2022, arXiv:2212.09748) called as the U-Nets are."""
+"""diffusers' class-conditional transformer (DiT, Peebles & Xie 2022, arXiv:2212.09748), called like the U-Nets."""
 
 import torch
 from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class DiTModel(ModelMixin, ConfigMixin):
-    """A `DiTTransformer2DModel` under the name and arguments of the library's networks. Make it by `from_transformer`.
+    """A `DiTTransformer2DModel` with the call signature of the library's networks. Make it with `from_transformer`.
 
-    Labels are not dropped at random: the label `num_class_embeds` is the one that stands for no class.
+    Labels are not dropped at random. The label `num_class_embeds` is the null class.
 
     Args:
         transformer_config: config of the transformer.
-        sample_size, in_channels, out_channels, num_class_embeds, dropout: where given they replace those of
-            `transformer_config`, so that all that reads or sets them on a network finds them here.
+        sample_size, in_channels, out_channels, num_class_embeds, dropout: replace the entries of
+            `transformer_config` where given. Thus this network's config has the same keys as the others'.
     """
 
     _supports_gradient_checkpointing = True
@@ -42,7 +42,7 @@ class DiTModel(ModelMixin, ConfigMixin):
         self.transformer = transformer
         for module in transformer.modules():
             if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0  # its draws would be no function of the seed
+                module.dropout_prob = 0.0  # its draws would not depend on the seed
         config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
         self.register_to_config(
             transformer_config=config,
@@ -52,11 +52,11 @@ class DiTModel(ModelMixin, ConfigMixin):
             num_class_embeds=config["num_embeds_ada_norm"],
             dropout=config["dropout"],
         )
-        self.register_to_config(_use_default_values=[])  # those named there would be left out by from_config(config)
+        self.register_to_config(_use_default_values=[])  # from_config(config) would leave out names listed there
 
     @classmethod
     def from_transformer(cls, transformer: DiTTransformer2DModel) -> "DiTModel":
-        """Wrap `transformer`, with its weights, dtype, device and mode."""
+        """Wrap `transformer` itself, without a copy, with its weights, dtype, device and mode."""
         config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
         with torch.device("meta"):
             model = cls(config)
@@ -73,8 +73,9 @@ class DiTModel(ModelMixin, ConfigMixin):
         """Apply the transformer to `sample` (B, C, H, W).
 
         Args:
-            timestep: a number, () or (B,), in the unit of the transformer.
-            class_labels: int64 (B,) in [0, num_class_embeds]; none stand for no class.
+            sample: noisy images or latents.
+            timestep: a number, () or (B,), in the unit of the transformer (a stock DiT: timesteps 0..999).
+            class_labels: int64 (B,) in [0, num_class_embeds]. The last label and None mean the null class.
             return_dict: False gives the tuple (sample,).
         """
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])

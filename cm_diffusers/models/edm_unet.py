@@ -1,8 +1,11 @@
-"""The U-Nets of score-based models and EDM: DDPM++, NCSN++ (Song et al. 2021, arXiv:2011.13456) and ADM.
+"""The U-Nets of EDM and score-based models: DDPM++, NCSN++ and ADM.
 
-ADM is that of Dhariwal & Nichol (2021, arXiv:2105.05233). What EDM makes of all three is in Karras et al. (2022,
-arXiv:2206.00364, table 1 and appendix F.2). Checkpoints of EDM, ECT, CDM and CTM are converted into these. As in
-`jvp_unet.py`, every operation has a forward-mode derivative, and time is never rounded below float32.
+- DDPM++ and NCSN++: Song et al. (2021, arXiv:2011.13456).
+- ADM: Dhariwal & Nichol (2021, arXiv:2105.05233).
+- All three under EDM: Karras et al. (2022, arXiv:2206.00364, table 1 and appendix F.2).
+
+Checkpoints of EDM, ECT, CDM and CTM are converted into these networks. As in `jvp_unet.py`, every operation has a
+forward-mode derivative, and time is never rounded below float32.
 """
 
 import math
@@ -28,13 +31,13 @@ CHOICES = {
     "decoder_type": ("standard", "skip"),
     "preconditioning": ("none", "edm", "vp", "ve"),
 }
-FOURIER_SCALE = 16  # of NCSN++
-BETA_D, BETA_MIN, VP_STEPS = 19.9, 0.1, 1000  # of VP
+FOURIER_SCALE = 16  # standard deviation of NCSN++'s frequencies, in units of 2 pi
+BETA_D, BETA_MIN, VP_STEPS = 19.9, 0.1, 1000  # noise schedule of VP (Karras et al. 2022, table 1)
 
 
 @dataclass
 class EDMUNet2DOutput(BaseOutput):
-    """What `EDMUNet2DModel` gives.
+    """Output of `EDMUNet2DModel`.
 
     Args:
         sample: the output image (B, C, H, W).
@@ -44,9 +47,13 @@ class EDMUNet2DOutput(BaseOutput):
 
 
 class FullLinear(nn.Linear):
-    """A linear layer in float32 or better, whatever autocast or its weights say: it carries the time."""
+    """A linear layer that computes in float32 or better, even under autocast or with weights of lower precision.
+
+    It carries the noise level: in bfloat16 neighbouring levels become one.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., in_features) to (..., out_features), in float32 or better."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -54,15 +61,21 @@ class FullLinear(nn.Linear):
 
 
 class FullGroupNorm(nn.GroupNorm):
-    """Group norm in float32 or better, answering in the dtype of its input; 32 groups, or fewer of 4 channels each.
+    """Group norm that computes in float32 or better and returns the dtype of its input.
 
-    Weight and bias are applied outside, as torch.compile can't trace the JVP of a group norm that has them.
+    There are 32 groups, or `channels` // 4 if that is fewer. Weight and bias are applied outside the stock group norm,
+    because torch.compile can't trace the JVP of a group norm that has them.
+
+    Args:
+        channels: number of channels.
+        eps: added to the variance.
     """
 
     def __init__(self, channels: int, eps: float):
         super().__init__(min(32, channels // 4), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` (B, C, H, W); the result has its dtype."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = (p.to(dtype)[:, None, None] for p in (self.weight, self.bias))
         with torch.autocast(x.device.type, enabled=False):
@@ -71,9 +84,12 @@ class FullGroupNorm(nn.GroupNorm):
 
 
 def resample(x: Tensor, taps: Sequence[float], up: bool, padding: int | None = None) -> Tensor:
-    """`x` (B, C, H, W) at twice or half the resolution, filtered by `taps` along both axes.
+    """Filter `x` (B, C, H, W) by `taps` along both axes, at twice or half the resolution.
 
-    [1, 1] repeats or averages pixels, [1, 3, 3, 1] is smoother.
+    Args:
+        taps: the filter: [1, 1] repeats or averages pixels, [1, 3, 3, 1] is smoother.
+        up: True doubles the resolution, False halves it.
+        padding: pixels of zeros on each side, (len(taps) - 1) // 2 by default.
     """
     channels, f = x.shape[1], x.new_tensor(taps)
     kernel = (f.outer(f) / f.sum().square()).expand(channels, 1, -1, -1)
@@ -84,10 +100,15 @@ def resample(x: Tensor, taps: Sequence[float], up: bool, padding: int | None = N
 
 
 class NoiseFeatures(nn.Module):
-    """cos and sin of a noise label: (B,) -> (B, channels).
+    """cos and sin of a noise label (B,) at geometric or random frequencies: (B, channels).
 
-    The frequencies are computed as each family does, in float32: at labels near 1000 another rounding of them turns
-    the phase by 1e-4.
+    The frequencies are computed in float32 by each family's own formula. At labels near 1000 a different rounding
+    turns the phase by 1e-4.
+
+    Args:
+        channels: number of features, even.
+        kind: "positional" for frequencies from 1 down to 1e-4, "fourier" for random ones, stored in the checkpoint.
+        endpoint: whether the lowest positional frequency is exactly 1e-4 ("score") or lies just above it (ADM).
     """
 
     def __init__(self, channels: int, kind: str, endpoint: bool):
@@ -97,6 +118,7 @@ class NoiseFeatures(nn.Module):
             self.register_buffer("frequencies", FOURIER_SCALE * torch.randn(self.half))
 
     def forward(self, label: Tensor) -> Tensor:
+        """Features (B, channels) of `label` (B,): first the cosines, then the sines."""
         steps = torch.arange(self.half, dtype=torch.float32, device=label.device)
         if self.kind == "fourier":
             frequencies = 2 * math.pi * self.frequencies.float()
@@ -109,19 +131,27 @@ class NoiseFeatures(nn.Module):
 
 
 class NoiseMLP(nn.Sequential):
-    """Two layers from features (B, features) to an embedding (B, channels)."""
+    """Two linear layers from features (B, `features`) to an embedding (B, `channels`), in float32 or better."""
 
     def __init__(self, features: int, channels: int):
         super().__init__(FullLinear(features, channels), nn.SiLU(), FullLinear(channels, channels))
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a modulation by the embedding, then attention where asked for.
+    """Two convolutions around a modulation by the embedding, then optional self-attention.
 
     Args:
-        scale_shift: the embedding gives a scale and a shift after the norm (ADM), else a shift before it.
-        skip_scale: factor of each sum of a branch and what it goes round.
-        taps: the filter of `up` and `down`.
+        in_channels, out_channels: number of channels before (`in_channels`) and after (`out_channels`) the block.
+        embedding: size of the embedding vector.
+        scale_shift: True scales and shifts after the norm (ADM); False shifts before the norm ("score").
+        skip_scale: factor on each sum of a branch and its skip connection.
+        eps: added to the variance in the group norms.
+        taps: the filter of `up` and `down`, see `resample`.
+        dropout: dropout probability.
+        head_dim: channels per attention head; None for one head.
+        attention: whether the block ends with self-attention.
+        up: doubles the resolution.
+        down: halves the resolution.
     """
 
     def __init__(
@@ -148,7 +178,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = FullGroupNorm(out_channels, eps)
         self.dropout = KeyedDropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # ADM resamples what goes round a block and leaves it so
+        # ADM only resamples the skip connection, without a convolution
         projects = in_channels != out_channels or self.resamples and not scale_shift
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if projects else nn.Identity()
         self.heads = out_channels // (head_dim or out_channels) if attention else 0
@@ -158,6 +188,10 @@ class ResidualBlock(nn.Module):
             self.proj = nn.Conv2d(out_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Apply the block to `x` (B, in_channels, H, W) with `embedding` (B, E).
+
+        `keys` (B,), int64, are the dropout keys; None draws ordinary dropout.
+        """
         h = F.silu(self.norm1(x))
         if self.resamples:
             h, x = (resample(y, self.taps, self.up) for y in (h, x))
@@ -180,39 +214,41 @@ class ResidualBlock(nn.Module):
 
 
 class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
-    """DDPM++, NCSN++ or ADM, called like diffusers' `UNet2DModel`, under EDM's preconditioning.
+    """DDPM++, NCSN++ or ADM under EDM's preconditioning, called like diffusers' `UNet2DModel`.
 
-    DDPM++ is the default; NCSN++ has time_embedding_type "fourier", resample_filter (1, 3, 3, 1) and encoder_type
-    "residual"; ADM has architecture "adm" and the other types as they are.
+    - DDPM++: the defaults.
+    - NCSN++: `time_embedding_type` "fourier", `resample_filter` (1, 3, 3, 1), `encoder_type` "residual".
+    - ADM: `architecture` "adm", the other types as by default.
 
     Args:
-        sample_size: height and width of the images, or (height, width); the network takes others as well.
-        in_channels, out_channels: of the images.
-        model_channels: the unit of `channel_mult`, and the number of time features (Fourier's are twice as many).
-        channel_mult: channels by level; each level halves the image.
+        sample_size: height and width of the images, or (height, width). The network accepts other sizes as well.
+        in_channels, out_channels: number of image channels.
+        model_channels: unit of `channel_mult`, and the number of positional time features (Fourier: twice as many).
+        channel_mult: channels of each level in units of `model_channels`. Each level after the first halves the image.
         layers_per_block: residual blocks per level (one more on the way up).
-        attention_levels: levels with self-attention (0 is the full resolution); the middle always has it.
-        attention_head_dim: channels per head, None for one head.
+        attention_levels: levels with self-attention (0 is the full resolution). The middle always has it.
+        attention_head_dim: channels per head; None for one head.
         dropout: dropout probability.
-        label_dropout: how often class labels were left out in training; above 0 the network knows the label
-            num_class_embeds, that of no class.
-        num_class_embeds: number of class labels, None for an unconditional model.
-        augment_channels: size of the augmentation labels (Karras et al. 2022, appendix F.2), 0 for none.
+        label_dropout: probability with which training replaced class labels by the null class. Above 0 the network
+            has been trained with the null class, the label `num_class_embeds`.
+        num_class_embeds: number of class labels; None for an unconditional model.
+        augment_channels: size of the augmentation labels (Karras et al. 2022, appendix F.2); 0 for none.
         architecture: "score" for DDPM++ and NCSN++, whose embedding shifts and whose sums are scaled by sqrt(1/2), or
             "adm", whose embedding scales and shifts.
-        time_embedding_type: "positional" or "fourier".
-        resample_filter: of the changes of resolution, (1, 1) or (1, 3, 3, 1).
-        encoder_type: "standard"; "skip" adds the shrunken image at each level, "residual" the previous level's state.
-        decoder_type: "standard"; "skip" sums the images that are read out at each level.
-        preconditioning: what the timestep is, and what the network's own formulation was. All but "none" are called
-            with 250 ln(sigma) and answer with EDM's F, those of VP and VE for sigma_data = 1.
-            "none": the timestep is the network's label as it is. "edm": the label is ln(sigma) / 4. "vp" and "ve":
-            the network predicts the noise, or its negative, as in table 1 of the paper.
-        two_times: whether there is a second time, to jump to, with layers of its own (Kim et al. 2023,
+        time_embedding_type: "positional" or "fourier", see `NoiseFeatures`.
+        resample_filter: taps of the filter that changes the resolution, (1, 1) or (1, 3, 3, 1).
+        encoder_type: side path of the encoder. "standard" has none, "skip" adds the shrunken image at each level, and
+            "residual" adds the shrunken state of the previous level.
+        decoder_type: "standard", or "skip" for the sum of images that are read out at each level.
+        preconditioning: meaning of the timestep and of the output. "none" passes both through unchanged. The others
+            take the timestep 250 ln(sigma) and return EDM's F. "edm": the network's label is ln(sigma) / 4. "vp" and
+            "ve": sigma_data is 1, and the network predicts the noise or its negative, as in table 1 of the paper.
+        two_times: whether the network also reads a target time, with separate layers (Kim et al. 2023,
             arXiv:2310.02279).
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an unknown `architecture`, `time_embedding_type`, `encoder_type`, `decoder_type` or
+            `preconditioning`.
     """
 
     _supports_gradient_checkpointing = True
@@ -305,12 +341,12 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._initialise()
         self._number_dropout()
-        # those named as defaults would be left out by from_config, later changes among them
+        # from_config would leave out names listed there, even if their values change later
         self.register_to_config(_use_default_values=[])
         self.gradient_checkpointing = False
 
     def _initialise(self) -> None:
-        """Branches start near 0, so that a block starts as the identity."""
+        """Start the branches near 0, so that each block starts as the identity."""
         if self.config.architecture == "score":
             for module in self.modules():
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -336,22 +372,23 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         """Apply the network to `sample` (B, C, H, W) at `timestep`, a number, () or (B,); see `preconditioning`.
 
         Args:
-            class_labels: int64 (B,) in [0, num_class_embeds]; the last one and None mean no class.
-            augment_labels: (B, augment_channels), how the image was augmented; None means not at all, and so do zeros.
-            target_timestep: like `timestep`, for a network of two times.
-            return_dict: False gives the tuple (sample,).
+            class_labels: int64 (B,) in [0, num_class_embeds]. The last label and None mean the null class.
+            augment_labels: (B, augment_channels), the parameters of the augmentation. Zeros and None mean none.
+            target_timestep: like `timestep`; required if `two_times`.
+            return_dict: False returns the tuple (sample,).
 
         Raises:
-            ValueError: labels for a network that has none, a second time that is missing or superfluous, or dropout
-                keys that are not those of this batch.
+            ValueError: labels that the network does not read, a `target_timestep` that is missing or not expected,
+                or dropout keys for another batch size.
         """
         given = {"class_labels": class_labels, "augment_labels": augment_labels}
         for name, module in (("class_labels", self.class_embedding), ("augment_labels", self.augment_embedding)):
             if module is None and given[name] is not None:
-                raise ValueError(f"{name} are not for this network.")
-        if (target_timestep is None) != (self.target_time_embedding is None):
-            problem = "missing" if target_timestep is None else "not for this network"
-            raise ValueError(f"target_timestep is {problem}.")
+                raise ValueError(f"{name} are not for this network: it has no embedding for them.")
+        if target_timestep is None and self.target_time_embedding is not None:
+            raise ValueError("target_timestep is missing: this network reads two times.")
+        if target_timestep is not None and self.target_time_embedding is None:
+            raise ValueError("target_timestep is not for this network: it reads one time.")
 
         sigma, label = self._noise(timestep, sample)
         kind = self.config.preconditioning
@@ -364,7 +401,7 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         return EDMUNet2DOutput(output) if return_dict else (output,)
 
     def _noise(self, timestep: Tensor | float, sample: Tensor) -> tuple[Tensor | None, Tensor]:
-        """sigma (B, 1, 1, 1), where it is needed, and the noise label (B,) that the network was trained with."""
+        """sigma (B, 1, 1, 1) for "vp" and "ve", else None, and the noise label (B,) of the network's training."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
@@ -388,7 +425,7 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         augment_labels: Tensor | None,
         sample: Tensor,
     ) -> Tensor:
-        """What modulates the blocks, (B, embedding)."""
+        """The embedding (B, E) that modulates the blocks; E is doubled with a target time."""
         adm, shared = self.config.architecture == "adm", 0
         one_hot = classes = None
         if self.class_embedding is not None:
@@ -399,7 +436,7 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
                 one_hot = F.one_hot(class_labels.long(), count + 1)[:, :count].to(label.dtype)
             classes = self.class_embedding(one_hot if adm else one_hot * math.sqrt(count))
         if self.augment_embedding is not None:
-            if augment_labels is None:  # with its weights in the graph, as distributed training asks for
+            if augment_labels is None:  # zeros keep the weights in the graph, as distributed training requires
                 augment_labels = label.new_zeros(sample.shape[0], self.config.augment_channels)
             shared = shared + self.augment_embedding(augment_labels)
         if classes is not None and not adm:
@@ -414,12 +451,12 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         return F.silu(embedding)
 
     def _features(self, label: Tensor) -> Tensor:
-        """(B,) -> (B, features), with sines first for "score"."""
+        """Features (B, F) of the noise label (B,); for "score" the sines come first."""
         features = self.time_features(label)
         return features if self.config.architecture == "adm" else torch.cat(features.chunk(2, 1)[::-1], 1)
 
     def _network(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
-        """The network's own output for `x` (B, C, H, W)."""
+        """Output of the U-Net for `x` (B, C, H, W), before the preconditioning is converted."""
         taps, encoder_type = self.config.resample_filter, self.config.encoder_type
         side, h = x, self.conv_in(x)
         skips = [h]
@@ -447,12 +484,12 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         return self._read_out(self.norm_out, self.conv_out, h, image)
 
     def _read_out(self, norm: nn.Module, conv: nn.Module, h: Tensor, image: Tensor | None) -> Tensor:
-        """The image that the state `h` holds, added to that of the level below."""
+        """Read an image out of the state `h` and add the enlarged `image` of the level below."""
         read = conv(F.silu(norm(h)))
         return read if image is None else read + resample(image, self.config.resample_filter, up=True)
 
     def _apply_block(self, block: ResidualBlock, h: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
-        # what carries a tangent can't be recomputed after the end of the JVP, as checkpointing does
+        # gradient checkpointing recomputes after the end of the JVP, when tangents are gone
         dual = any(forward_ad.unpack_dual(value).tangent is not None for value in (h, embedding))
         if self.gradient_checkpointing and torch.is_grad_enabled() and not dual:
             return self._gradient_checkpointing_func(block, h, embedding, keys)

@@ -1,6 +1,6 @@
-"""A plain U-Net that reads the image and sigma as they are: that of a public minimal consistency model.
+"""The plain U-Net of a public minimal consistency model, which reads the unscaled image and sigma.
 
-Its checkpoints (`ct_*.pth` of github.com/cloneofsimo/consistency_models) are converted into it.
+Checkpoints `ct_*.pth` of github.com/cloneofsimo/consistency_models are converted into it.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass
 class RawSigmaUNet2DOutput(BaseOutput):
-    """What `RawSigmaUNet2DModel` gives.
+    """Output of `RawSigmaUNet2DModel`.
 
     Args:
         sample: the output image (B, C, H, W).
@@ -26,7 +26,7 @@ class RawSigmaUNet2DOutput(BaseOutput):
 
 
 class TwoConvs(nn.Sequential):
-    """Norm, activation, convolution, twice."""
+    """Norm, activation and convolution, twice, from `in_channels` to `out_channels`, multiples of 32."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(
@@ -40,14 +40,15 @@ class TwoConvs(nn.Sequential):
 
 
 class RawSigmaUNet2DModel(ModelMixin, ConfigMixin):
-    """A U-Net that is called as consistency models are, with c_in x and 250 ln(sigma), and undoes both.
+    """A U-Net called like other consistency models, with c_in x and 250 ln(sigma); it undoes both scalings.
 
     Args:
-        sample_size: height and width of the images, or (height, width), multiples of 4; it takes others as well.
-        in_channels, out_channels: of the images.
-        base_channels: a multiple of 32; the lower level has twice as many.
-        sigma_data: of the c_in = 1 / sqrt(sigma^2 + sigma_data^2) that it undoes.
-        num_class_embeds: always None, as the network is unconditional.
+        sample_size: height and width of the images, or (height, width), multiples of 4. The network accepts other
+            multiples of 4 as well.
+        in_channels, out_channels: number of image channels.
+        base_channels: channels of the upper level, a multiple of 32. The lower level has twice as many.
+        sigma_data: standard deviation of the data in c_in = 1 / sqrt(sigma^2 + sigma_data^2), which is undone.
+        num_class_embeds: always None, because the network is unconditional.
     """
 
     @register_to_config
@@ -78,11 +79,13 @@ class RawSigmaUNet2DModel(ModelMixin, ConfigMixin):
     ) -> RawSigmaUNet2DOutput | tuple[Tensor]:
         """Apply the network to `sample` (B, C, H, W) at `timestep` = 250 ln(sigma), a number, () or (B,).
 
+        `return_dict` False returns the tuple (sample,).
+
         Raises:
-            ValueError: class labels, which the network does not know.
+            ValueError: `class_labels` is not None, although the network is unconditional.
         """
         if class_labels is not None:
-            raise ValueError("class_labels are not for this network.")
+            raise ValueError("class_labels are not for this network: it is unconditional.")
         dtype = torch.promote_types(self.dtype, torch.float32)
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, dtype=dtype)
@@ -107,7 +110,7 @@ class RawSigmaUNet2DModel(ModelMixin, ConfigMixin):
         return RawSigmaUNet2DOutput(sample) if return_dict else (sample,)
 
     def _features(self, sigma: Tensor) -> Tensor:
-        """sin and cos of sigma (B,) at frequencies from 1 down to 1e-4, (B, 2 base_channels)."""
+        """sin and cos of `sigma` (B,) at frequencies from 1 down to about 1e-4: (B, 2 base_channels)."""
         count = self.config.base_channels
         steps = torch.arange(count, dtype=torch.float32, device=sigma.device)
         angles = sigma[:, None] * (-math.log(10000) * steps / count).exp().to(sigma.dtype)

@@ -1,8 +1,8 @@
-"""A small U-Net of ShuffleNet units, that of the public sCM of MNIST, whose checkpoints are converted into it.
+"""The small U-Net of a public sCM for MNIST, built from ShuffleNet units.
 
-The units are those of ShuffleNet V2 (Ma et al. 2018, arXiv:1807.11164, section 3.2). Time enters as sCM advises (Lu &
-Song 2024, arXiv:2410.11081, section 4.1): slow positional features, and a scale that is normalised. Every operation
-has a forward-mode derivative.
+Checkpoints of that sCM are converted into it. The units come from ShuffleNet V2 (Ma et al. 2018, arXiv:1807.11164,
+section 3.2). The time conditioning follows sCM's advice (Lu & Song 2024, arXiv:2410.11081, section 4.1): slow
+positional features and a normalised scale. Every operation has a forward-mode derivative.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 @dataclass
 class ShuffleUNet2DOutput(BaseOutput):
-    """What `ShuffleUNet2DModel` gives.
+    """Output of `ShuffleUNet2DModel`.
 
     Args:
         sample: the output image (B, C, H, W).
@@ -42,9 +42,11 @@ def _depthwise(channels: int, stride: int) -> list[nn.Module]:
 
 
 class ShuffleUnit(nn.Module):
-    """Two branches of depthwise and 1x1 convolutions, whose channels are interleaved.
+    """Two branches of depthwise and 1x1 convolutions with interleaved output channels.
 
-    Each sees half the channels, or, where the unit halves the image, all of them.
+    Args:
+        in_channels, out_channels: number of channels before (`in_channels`) and after (`out_channels`) the unit.
+        stride: with 1, each branch reads half the channels. With 2, each reads all of them and halves the image.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
@@ -56,12 +58,21 @@ class ShuffleUnit(nn.Module):
         self.branch2 = nn.Sequential(_conv(seen, middle), *_depthwise(middle, stride), _conv(middle, half))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
         first, second = x.chunk(2, 1) if self.splits else (x, x)
         return torch.stack([self.branch1(first), self.branch2(second)], 2).flatten(1, 2)
 
 
 class Stage(nn.Module):
-    """Four units, of which the last changes the channels, a scale by the time, and a unit that ends the level."""
+    """Four units, a scale by the time, and a unit that ends the level.
+
+    Args:
+        in_channels: number of channels before the stage.
+        channels: number of channels after the last of the four units.
+        time_channels: number of time features.
+        hidden: width of the hidden layer between time features and scale.
+        end: unit that ends the level.
+    """
 
     def __init__(self, in_channels: int, channels: int, time_channels: int, hidden: int, end: ShuffleUnit):
         super().__init__()
@@ -71,7 +82,7 @@ class Stage(nn.Module):
         self.end = end
 
     def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """The level's end, and its state before the time came in."""
+        """The outputs of `end` and of the four units, for `x` (B, C, H, W) and features `time` (B, time_channels)."""
         state = self.units(x)
         scale = 1 + self.scale(time)
         scale = scale / (scale.square().mean(1, keepdim=True) + 1e-8).sqrt()
@@ -82,12 +93,12 @@ class ShuffleUNet2DModel(ModelMixin, ConfigMixin):
     """A U-Net without attention, of 1 to 2 million parameters, for TrigFlow's angles.
 
     Args:
-        sample_size: height and width of the images, or (height, width); the network takes others as well.
-        in_channels, out_channels: of the images.
-        base_channels: of the full resolution, a multiple of 4.
-        channel_mult: channels of the smaller levels by `base_channels`; each level halves the image.
-        time_channels: number of time features.
-        num_class_embeds: always None, as the network is unconditional.
+        sample_size: height and width of the images, or (height, width). The network accepts other sizes as well.
+        in_channels, out_channels: number of image channels.
+        base_channels: channels of the full resolution, a multiple of 4.
+        channel_mult: channels of the smaller levels in units of `base_channels`. Each level halves the image.
+        time_channels: number of time features, even.
+        num_class_embeds: always None, because the network is unconditional.
     """
 
     @register_to_config
@@ -117,13 +128,15 @@ class ShuffleUNet2DModel(ModelMixin, ConfigMixin):
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: None = None, return_dict: bool = True
     ) -> ShuffleUNet2DOutput | tuple[Tensor]:
-        """Apply the network to `sample` (B, C, H, W) at the angle `timestep`, a number, () or (B,).
+        """Apply the network to `sample` (B, C, H, W) at the angle `timestep`, in radians: a number, () or (B,).
+
+        `return_dict` False returns the tuple (sample,).
 
         Raises:
-            ValueError: class labels, which the network does not know.
+            ValueError: `class_labels` is not None, although the network is unconditional.
         """
         if class_labels is not None:
-            raise ValueError("class_labels are not for this network.")
+            raise ValueError("class_labels are not for this network: it is unconditional.")
         dtype = torch.promote_types(self.dtype, torch.float32)
         timestep = torch.as_tensor(timestep, device=sample.device).to(dtype).expand(sample.shape[0])
         count = self.config.time_channels // 2

@@ -1,8 +1,10 @@
-"""Presets over diffusers' `UNet2DModel`, so that what is trained loads with nothing but diffusers.
+"""Network presets.
 
-Those with `jvp_` before their name have the same shape as a `JVPUNet2DModel`, for methods that differentiate it. Those
-called `ddpmpp_` and `adm_` are EDM's own networks, of the class `EDMUNet2DModel`, that can be told how an image was
-augmented and that it is of no class.
+| preset | class | purpose |
+|---|---|---|
+| `tiny`, `small`, ... | diffusers' `UNet2DModel` | trained models load with diffusers alone |
+| `jvp_...` | `JVPUNet2DModel`, in the same shapes | methods that differentiate the network |
+| `ddpmpp_...`, `adm_...` | `EDMUNet2DModel` | EDM's networks, with augmentation labels and a null class |
 """
 
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ UNET_PRESETS: dict[str, dict] = {
 JVP = "jvp_"
 UNET_PRESETS |= {JVP + name: UNET_PRESETS[name] for name in ("tiny", "small", "base", "cifar10")}
 ADM = {"architecture": "adm", "model_channels": 192, "attention_head_dim": 64}
-# settings of `EDMUNet2DModel`; those for images of 32 and 64 pixels are in Karras et al. (2022), table 7
+# settings of `EDMUNet2DModel`; Karras et al. (2022), table 7, lists those for images of 32 and 64 pixels
 EDM_PRESETS: dict[str, dict] = {
     "ddpmpp_tiny": {"model_channels": 16, "channel_mult": (1, 2), "layers_per_block": 1},  # 0.2 M: tests, 8x8 digits
     "ddpmpp_32": {"channel_mult": (2, 2, 2), "layers_per_block": 4},  # 56 M: CIFAR-10
@@ -47,27 +49,26 @@ def build_unet(
     dropout: float = 0.0,
     augment_channels: int = 0,
 ) -> UNet2DModel | JVPUNet2DModel | EDMUNet2DModel:
-    """A network after a preset; the preset's name says of which class.
+    """Build a new network from a preset, whose name determines the class of the network.
 
     Args:
-        preset: a key of `UNET_PRESETS` or of `EDM_PRESETS`.
+        preset: a key of `UNET_PRESETS` or `EDM_PRESETS`.
         sample_size: (height, width) of the images.
-        channels: 1 for grey, 3 for RGB, or any other number.
-        num_classes: number of class labels, None for an unconditional model.
+        channels: number of image channels: 1 for grey, 3 for RGB, or any other number.
+        num_classes: number of class labels; None for an unconditional model.
         dropout: dropout probability.
-        augment_channels: size of the augmentation labels, for `EDM_PRESETS`; 0 for none.
+        augment_channels: size of the augmentation labels, for `EDM_PRESETS` only; 0 for none.
 
     Raises:
-        ValueError: unknown preset, one that takes no augmentation labels where some are asked for, or a size that
-            cannot be halved as often as the preset has levels.
+        ValueError: `preset` is unknown, `augment_channels` is set for a preset without augmentation labels, or
+            `sample_size` cannot be halved once for each level after the first.
     """
     presets = UNET_PRESETS | EDM_PRESETS
     if preset not in presets:
         raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(presets)}.")
     if augment_channels and preset not in EDM_PRESETS:
         raise ValueError(
-            f"preset {preset!r} can't be told how its images were augmented; those that can are"
-            f" {', '.join(EDM_PRESETS)}."
+            f"preset {preset!r} has no input for augmentation labels. Use one of {', '.join(EDM_PRESETS)}."
         )
     shape = presets[preset]
     widths = shape["channel_mult"] if preset in EDM_PRESETS else shape["channels"]
@@ -101,11 +102,17 @@ def build_unet(
 
 
 def check_halvings(sample_size: Sequence[int], levels: int, what: str) -> None:
-    """Raise ValueError where a U-Net of `levels` levels can't halve the images."""
+    """Check that a U-Net of `levels` levels can halve images of `sample_size` (height, width).
+
+    `what` names the network in the message.
+
+    Raises:
+        ValueError: a side is not a multiple of 2^(levels - 1).
+    """
     factor = 2 ** (levels - 1)
     if any(side % factor for side in sample_size):
         raise ValueError(
-            f"resolution {' x '.join(map(str, sample_size))} can't be halved {levels - 1} times, as {what} does:"
+            f"resolution {' x '.join(map(str, sample_size))} can't be halved {levels - 1} times, as {what} requires:"
             f" use multiples of {factor}, or a preset with fewer levels."
         )
 
@@ -119,10 +126,10 @@ class _Float32TimestepEmbedding(TimestepEmbedding):
 
 
 def keep_time_embedding_in_float32(unet: nn.Module) -> None:
-    """Run the time embedding outside autocast: in bfloat16 neighbouring noise levels become one.
+    """Run the time embedding of `unet` outside autocast: in bfloat16 neighbouring noise levels become one.
 
-    The module changes its class and not its `forward`, so that a copy of the network has an embedding of its own.
-    Only a `UNet2DModel` needs it; other networks stay as they are.
+    The function replaces the embedding's class instead of its `forward`, so that a copy of the network has an
+    independent embedding. Only a `UNet2DModel` needs the change; other networks stay unchanged.
     """
     if isinstance(unet, TwoTimeModel):
         unet = unet.network

@@ -1,13 +1,13 @@
-// A page that samples a model in the browser: sampler.json says which ONNX graphs there are and what they take.
+// A page that samples a model in the browser: sampler.json lists the ONNX graphs and their inputs.
 
-const RUNTIME = new URL("RUNTIME", import.meta.url).href;  // where onnxruntime-web's files are
+const RUNTIME = new URL("RUNTIME", import.meta.url).href;  // folder of onnxruntime-web's files
 const described = await (await fetch("sampler.json")).json();
 const ort = await import(RUNTIME + "ort.wasm.bundle.min.mjs");
 ort.env.wasm.numThreads = 1;  // more would need headers that a static page can't send
 ort.env.wasm.wasmPaths = { wasm: RUNTIME + "ort-wasm-simd-threaded.wasm" };
 
 const at = (id) => document.getElementById(id);
-const sessions = new Map();  // by the number of steps, each loaded when it is first asked for
+const sessions = new Map();  // by the number of steps; each is loaded at its first use
 
 // Uniform numbers in [0, 1) from a 32-bit seed (mulberry32).
 function uniform(seed) {
@@ -20,7 +20,7 @@ function uniform(seed) {
   };
 }
 
-// `count` unit normal numbers of a seed, by the transform of Box and Muller.
+// `count` unit normal numbers from a seed, by the Box-Muller transform.
 function normals(seed, count) {
   const next = uniform(seed), values = new Float32Array(count);
   for (let i = 0; i < count; i += 2) {
@@ -40,7 +40,7 @@ async function sessionOf(sampler) {
   return sessions.get(sampler.steps);
 }
 
-// The pixels (C, H, W) in [0, 1] of one image. `noise` and `renoise` may be given instead of a seed.
+// The pixels (C, H, W) in [0, 1] of one image. `noise` and `renoise` can be given instead of a seed.
 async function sample({ steps, seed = 0, label = 0, guidance = 1, noise = null, renoise = null }) {
   const sampler = described.samplers.find((one) => one.steps === steps);
   const session = await sessionOf(sampler), size = sizeOf(described.sample_shape);
@@ -79,12 +79,12 @@ async function show() {
     const pixels = await sample({
       steps, seed, label: Number(at("class").value), guidance: Number(at("guidance").value),
     });
-    if (mine !== asked) return;  // another one was asked for in the meantime
+    if (mine !== asked) return;  // another image was requested in the meantime
     draw(pixels);
     const took = performance.now() - start;
     at("said").textContent = `${steps} step${steps > 1 ? "s" : ""}, ${took.toFixed(took < 10 ? 1 : 0)} ms`;
   } catch (error) {
-    at("said").textContent = `This browser can't run the model: ${error.message}`;
+    at("said").textContent = `This browser can't run the model (${error.message}). Reload the page, or try a current browser.`;
     throw error;
   }
 }
@@ -103,6 +103,6 @@ at("for-guidance").hidden = !("guidance_scale" in inputs);
 at("form").addEventListener("change", show);
 at("form").addEventListener("submit", (event) => { event.preventDefault(); show(); });
 at("next").addEventListener("click", () => { at("seed").value = Number(at("seed").value) + 1; show(); });
-Object.assign(window, { sample, normals });  // for whoever wants the numbers
+Object.assign(window, { sample, normals });  // for use in the browser's console
 await show();
 document.body.dataset.ready = "yes";

@@ -1,4 +1,4 @@
-"""The page of one model, by the files of cm_diffusers beside this one."""
+"""Serve the demo page of one model, with the files of cm_diffusers in this folder."""
 
 from cm_diffusers.demo import load_page
 

@@ -208,7 +208,7 @@ def test_weights_alone_say_less_and_the_notes_say_what_is_assumed(tmp_path):
 def test_what_is_no_tensor_is_left_out_with_a_note(tmp_path):
     values = foreign.tensors(foreign.simo_layout()) | {"step": 3, "name": "a run"}
     notes = convert(foreign.save({"ema": values}, tmp_path / "a.pt")).notes
-    assert notes[:3] == ["weights: ema", *(f"left out: {name}, which is no tensor" for name in ("step", "name"))]
+    assert notes[:3] == ["weights: ema", *(f"left out: {name}, which is not a tensor" for name in ("step", "name"))]
 
 
 def test_assumptions_are_noted(tmp_path):
@@ -243,14 +243,14 @@ def test_cdm_is_told_by_its_loss(tmp_path):
 @pytest.mark.parametrize("case", ["cd", "ct"])
 def test_a_consistency_model_is_no_ctm(case, tmp_path):
     path, options = foreign.write(case, tmp_path)
-    with pytest.raises(ValueError, match="not of the family ctm.*CD or CT.*--family openai.*no CTM models"):
+    with pytest.raises(ValueError, match="not of the family ctm.*CD or CT.*--family openai.*not CTM models"):
         convert(path, **options, family="ctm")
     assert convert(path, **options, family="openai").family == "openai"
 
 
 def test_an_unknown_file_is_told_what_is_known(tmp_path):
     path = foreign.save({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pt")
-    with pytest.raises(ValueError, match=r"no family known here: it holds conv1.weight. Known are openai \(.*simo"):
+    with pytest.raises(ValueError, match=r"belongs to no known family: it holds conv1.weight. Known are openai \(.*simo"):
         convert(path)
     with pytest.raises(ValueError, match="no tensors at all"):
         convert(foreign.save({}, tmp_path / "empty.pt"))
@@ -338,9 +338,9 @@ def test_unknown_settings_of_a_pickle_are_refused(settings, message, tmp_path):
     [
         ("cd", {"image_size": 8, "num_head_channels": 24}, "num_head_channels 24 doesn't divide 64"),
         ("cd", {"image_size": 7, "num_head_channels": 16}, "image_size 7 can't be halved 1 times"),
-        ("ddpmpp", {"image_size": 8}, "image_size says nothing of"),
-        ("ddpmpp", {"kind": "consistency"}, "kind says nothing of"),
-        ("simo", {"num_head_channels": 8}, "num_head_channels says nothing of"),
+        ("ddpmpp", {"image_size": 8}, "image_size does not apply to"),
+        ("ddpmpp", {"kind": "consistency"}, "kind does not apply to"),
+        ("simo", {"num_head_channels": 8}, "num_head_channels does not apply to"),
     ],
 )
 def test_options_that_are_wrong_or_idle_are_refused(case, options, message, tmp_path):

@@ -48,8 +48,8 @@ def test_classes_that_no_real_image_has_are_never_found():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"real_labels": LABELS.float()}, r"real_labels must be integers \(5,\), one per image, got torch.float32"),
-        ({"made_labels": LABELS[:3]}, r"made_labels must be integers \(5,\), one per image, got torch.int64 \(3,\)"),
+        ({"real_labels": LABELS.float()}, r"real_labels must be integers \(5,\), one per image; got torch.float32"),
+        ({"made_labels": LABELS[:3]}, r"made_labels must be integers \(5,\), one per image; got torch.int64 \(3,\)"),
         ({"k": 6}, r"N and M >= 6"),
         ({"made": REAL * torch.inf}, "features of 5 of 5 images are not finite"),
     ],

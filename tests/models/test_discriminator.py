@@ -116,9 +116,9 @@ def test_logits_depend_on_the_class(build, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_missing_or_not_expected(build, kind):
-    with pytest.raises(ValueError, match="missing: there are 3 classes"):
+    with pytest.raises(ValueError, match="missing: the discriminator is conditional on 3 classes"):
         build(kind, num_classes=3)(images())
-    with pytest.raises(ValueError, match="without num_classes"):
+    with pytest.raises(ValueError, match="unconditional .num_classes=None"):
         build(kind)(images(), torch.zeros(4).long())
 
 

@@ -162,7 +162,7 @@ def test_keyed_dropout_does_not_depend_on_the_batch(kind):
     layers = [module.layer for module in network.modules() if isinstance(module, KeyedDropout)]
     assert layers == list(range(len(layers))) and len(layers) > 5
     network.key_dropout(keys[:2])
-    with pytest.raises(ValueError, match="dropout keys for 2 samples, the batch has 3"):
+    with pytest.raises(ValueError, match="dropout keys for 2 samples, but the batch has 3"):
         network(x, t)
 
 

@@ -190,7 +190,7 @@ def test_class_labels_are_missing_or_superfluous():
     "config, message",
     [
         ({"time_embedding_type": "learned"}, "'positional' or 'fourier', not 'learned'"),
-        ({"block_out_channels": (16, 36)}, "36 of block_out_channels"),
+        ({"block_out_channels": (16, 36)}, "36 in block_out_channels"),
         ({"block_out_channels": (48,)}, "attention_head_dim"),
     ],
 )
@@ -421,7 +421,7 @@ def test_dropout_at_its_limits(p, expected):
     [
         (torch.zeros(2), "int64"),
         (torch.zeros(3, 1, dtype=torch.int64), "int64"),
-        (torch.zeros(2, dtype=torch.int64), "2 samples, the batch has 3"),
+        (torch.zeros(2, dtype=torch.int64), "2 samples, but the batch has 3"),
     ],
 )
 def test_wrong_keys_are_refused(keys, message):

@@ -77,7 +77,7 @@ def test_sizes_that_cannot_be_halved_are_refused(preset, size, factor):
 def test_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'huge'; choose one of tiny, small.*ddpmpp_32"):
         build_unet("huge", (8, 8), 1)
-    with pytest.raises(ValueError, match="'tiny' can't be told how its images were augmented; .* ddpmpp_tiny"):
+    with pytest.raises(ValueError, match="'tiny' has no input for augmentation labels. .* ddpmpp_tiny"):
         build_unet("tiny", (8, 8), 1, augment_channels=9)
 
 
