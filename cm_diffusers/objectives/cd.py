@@ -61,7 +61,7 @@ class CDOptions(TeacherOptions):
 class CD(Objective):
     """E[ lambda(sigma_n) d(D(x, sigma_{n+1}), D-(ODE step of the teacher from x, sigma_n)) ], n uniform (eq. 7).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet

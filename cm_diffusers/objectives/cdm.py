@@ -45,7 +45,7 @@ class CDM(Objective):
     rollouts are independent, so the product's mean is |E[D1] - D0|^2, without a contribution of their noise. The mean
     of a single square would have one. All three passes of a row drop the same units.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet

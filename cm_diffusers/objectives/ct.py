@@ -60,7 +60,7 @@ class CTOptions(Options):
 class CT(Objective):
     """E[ lambda(sigma_n) d(D(x0 + sigma_{n+1} z, sigma_{n+1}), D-(x0 + sigma_n z, sigma_n)) ], n uniform.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet

@@ -39,7 +39,7 @@ class CTM(Objective):
     The network itself makes the target's first jump, as in the authors' code; in the paper the average does. A
     `discriminator` returns logits (B, n) for images; None builds a small one if `gan_weight` is above 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet

@@ -114,7 +114,7 @@ class Diffusion(Objective):
     lambda = 1 / c_out^2 makes it the plain square of the network's own error. If the network has a learned
     log-variance, this weighs the error by noise level.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet

@@ -38,7 +38,7 @@ class ECDOptions(ECTOptions, TeacherOptions):
 class ECD(ECT):
     """E[ w(t, r) d(D(x_t, t), sg D(ODE step of the teacher from x_t to r, r)) ].
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet

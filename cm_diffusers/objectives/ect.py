@@ -95,7 +95,7 @@ class ECTOptions(Options):
 class ECT(Objective):
     """E[ w(t, r) d(D(x_t, t), sg D(x_r, r)) ] with the same noise, and the same dropout masks, in x_t and x_r.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet

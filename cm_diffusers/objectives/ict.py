@@ -57,7 +57,7 @@ class ICTOptions(Options):
 class ICT(Objective):
     """E[ d(D(x0 + sigma_{i+1} z, sigma_{i+1}), sg D(x0 + sigma_i z, sigma_i)) / (sigma_{i+1} - sigma_i) ].
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet

@@ -58,7 +58,7 @@ class MeanFlowOptions(Options):
 class MeanFlow(Objective):
     """E[ w |u(x_t, t, r) - sg(v - (t - r) du/dt)|^2 ], v = noise - x0, w = sg 1 / (|.|^2 + c)^p (eq. 10, 22).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet

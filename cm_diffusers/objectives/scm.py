@@ -62,7 +62,7 @@ class SCTOptions(Options):
 class SCT(Objective):
     """E[ |F(x_t) - sg(F(x_t) + g)|^2 / D ], g = cos(t) df/dt normalised, weighted by a learned log-variance.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet
@@ -180,7 +180,7 @@ class SCDOptions(SCTOptions, TeacherOptions):
 class SCD(SCT):
     """sCT with the velocity of a teacher. It can be any denoiser, converted to TrigFlow.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers.core.draws import Draws
         >>> from cm_diffusers.models import build_unet
