@@ -1,4 +1,4 @@
-# `make help` lists the targets. Every one makes the virtual environment first. PYTHON is any Python 3.11 or newer.
+# `make help` lists the targets. Each target first creates the virtual environment. PYTHON is Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -11,16 +11,16 @@ TREE := build/types
 FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_lookup.py \
 	tests/engine/test_data.py tests/engine/test_tables.py tests/engine/test_card.py tests/pipelines/test_consistency.py
 
-# The oracles of a minute: closed forms, golden numbers, stock schedulers.
+# Oracles that run in less than a minute: closed forms, golden numbers, stock schedulers.
 FAST_TESTS := tests/core tests/schedulers tests/test_layout.py tests/test_results.py \
 	$(filter-out %/test_every_objective.py,$(wildcard tests/objectives/test_*.py))
 
 .PHONY: help venv quickstart check oracles test test-wide test-slow test-floors docs help-pages quality lint types style clean
 
-help:  ## what can be made
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-venv: $(STAMP)  ## the virtual environment, with what the tests need
+venv: $(STAMP)  ## create the virtual environment with all packages for the tests
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,21 +28,21 @@ $(STAMP): setup.py constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-quickstart: venv  ## train a consistency model on handwritten digits, sample it, judge it (some minutes on a CPU)
+quickstart: venv  ## train, sample and evaluate a model of handwritten digits (a few minutes on a CPU)
 	$(RUN) training/quickstart.py
 
-check: venv quality oracles  ## the linter, the types and the fast oracles, in less than a minute
+check: venv quality oracles  ## run the linter, the type checker and the fast oracles (less than a minute)
 
 oracles: venv
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL) $(FAST_TESTS)
 
-test: venv quality  ## the tests but for the wide and the slow ones, some minutes
+test: venv quality  ## run the linter, the type checker and all tests except wide and slow ones (a few minutes)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL)
 
-test-wide: venv  ## the further cases of the same tests, such as each method where some stand for all
+test-wide: venv  ## run further cases of the same tests, such as every method instead of representative ones
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL) -m "wide and not slow"
 
-test-slow: venv  ## all tests, the longer runs as well
+test-slow: venv  ## run all tests, including the slow ones
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(PARALLEL) -m "slow or not slow"
 
 $(FLOORS)/.installed: setup.py constraints-floors.txt
@@ -53,29 +53,29 @@ $(FLOORS)/.installed: setup.py constraints-floors.txt
 		-e ".[demo]" pytest pytest-timeout pytest-xdist
 	touch $@
 
-test-floors: $(FLOORS)/.installed  ## a part of the tests with the lowest versions that setup.py allows
+test-floors: $(FLOORS)/.installed  ## run some tests with the lowest package versions that setup.py allows
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q $(PARALLEL) $(FLOORS_TESTS)
 
 $(SITE)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(SITE)
 	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		mkdocs mkdocs-material "mkdocstrings[python]"
+		mkdocs mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
-docs: $(SITE)/.installed  ## the documentation as a site in build/docs, with all links checked
+docs: $(SITE)/.installed  ## build the documentation in build/docs and check its links
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
 	@echo "Open build/docs/index.html"
 
-help-pages: venv  ## what --help shows, from what the scripts say of themselves
+help-pages: venv  ## write the help pages in training/help from the parsers of the scripts
 	$(RUN) -m cm_diffusers.engine.help_pages
 
-quality: venv lint types  ## the linter and the types
+quality: venv lint types  ## run the linter and the type checker
 
 lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# The type checker looks for pipelines where a wheel has them, inside of the package.
+# The type checker needs the pipelines inside the package, where a wheel has them.
 types: venv
 	rm -rf $(TREE)
 	mkdir -p $(TREE)
@@ -85,9 +85,9 @@ types: venv
 	cd $(TREE) && $(abspath $(RUN)) -m mypy --config-file $(abspath pyproject.toml) --cache-dir $(abspath .mypy_cache) \
 		-p cm_diffusers.core -p cm_diffusers.objectives -p cm_diffusers.schedulers -p cm_diffusers.pipelines
 
-style: venv  ## let the linter mend what it can
+style: venv  ## fix the style as far as the linter can
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-clean:  ## take away the environments and what was built
+clean:  ## delete the environments and build folders
 	rm -rf $(VENV) $(FLOORS) $(SITE) build dist *.egg-info .mypy_cache
