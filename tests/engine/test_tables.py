@@ -18,7 +18,7 @@ from cm_diffusers.engine.data.labels import order_names, read_labels
 from cm_diffusers.engine.data.latents import LatentData
 from cm_diffusers.engine.data.records import open_image
 from cm_diffusers.engine.data.sources import open_source
-from cm_diffusers.engine.data.tables import split_of
+from cm_diffusers.engine.data.tables import split_of, stream_tables
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +99,19 @@ def test_tables_name_files_beside_them(tmp_path, ending):
     assert np.array_equal(np.asarray(open_image(next(iter(stream.source))[stream.column])), pixels(0))
 
 
+def test_tables_in_several_folders_name_files_relative_to_themselves(tmp_path):
+    (tmp_path / "images").mkdir()
+    tables = []
+    for i, (folder, up) in enumerate([("a", "../.."), ("b/c", "../../..")]):
+        (tmp_path / "images" / f"{i}.png").write_bytes(png(i))
+        tables.append(tmp_path / "tables" / folder / "train.parquet")
+        tables[i].parent.mkdir(parents=True)
+        pq.write_table(pa.table({"image": [f"{up}/images/{i}.png"]}), tables[i])
+    assert holds(read(tmp_path / "tables", conditional=False), 0, 1)
+    named = [row["image"]["path"] for row in stream_tables(tables, "train")]
+    assert named == [str(tmp_path / "images" / f"{i}.png") for i in range(2)]
+
+
 def test_a_missing_file_of_a_table_is_named(tmp_path):
     (tmp_path / "0.png").write_bytes(png(0))
     (tmp_path / "t.csv").write_text("image,label\n0.png,1\ngone.png,1\n")
@@ -121,7 +134,7 @@ def test_numbers_in_a_csv_are_numbers_and_other_words_names(tmp_path):
     "name, text, match",
     [
         ("t.jsonl", '{"file_name": "a.png"}\n{"file_', "t.jsonl can't be read"),
-        ("t.jsonl", "[1, 2]", "an object per line"),
+        ("t.jsonl", "[1, 2]", "a JSON object per line"),
         ("t.csv", "file_name,label\na.png,1,2\n", "line 2 has 3 values"),
         ("t.parquet", "PAR1", "t.parquet can't be read"),
         ("t.arrow", "x", "t.arrow can't be read"),
@@ -179,7 +192,7 @@ def test_more_tables_than_those_of_a_split_are_not_lost(tmp_path):
 def test_tables_beside_images_are_refused_unless_one_is_asked_for(tmp_path):
     pq.write_table(pa.table({"image": records(2)}), tmp_path / "t.parquet")
     (tmp_path / "preview.png").write_bytes(png(7))
-    with pytest.raises(ValueError, match="holds tables, as t.parquet, and images, as preview.png.*--train_data_dir"):
+    with pytest.raises(ValueError, match="tables, such as t.parquet, and images, .* preview.png.*--train_data_dir"):
         read(tmp_path, conditional=False)
     images = ImageData(DataArguments(train_data_dir=str(tmp_path)), False, show_progress=False)
     assert holds(images, 7) and holds(read(tmp_path / "t.parquet", conditional=False), 0, 1)

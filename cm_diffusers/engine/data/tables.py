@@ -1,10 +1,11 @@
-"""Datasets in files of tables: parquet, Arrow, CSV and JSON lines of any tool, and folders of `save_to_disk`.
+"""Datasets in tables: parquet, Arrow, CSV and JSON lines of any tool, and folders of `save_to_disk`.
 
-Their paths are taken as they are, whatever characters they hold. A table is of a split if its name says so, as in
-test.parquet or test-00000-of-00004.parquet, or else the folder that it lies in (test/0.parquet); of "train" otherwise.
+Paths are never read as patterns, so they can hold any characters. The split of a table comes from its name
+(test.parquet, test-00000-of-00004.parquet), else from its folder (test/0.parquet), and is "train" otherwise.
 """
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,15 @@ SHARD = re.compile(r"(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}")
 SPLITS = {name: name for name in ("train", "test", "validation")}
 SPLITS |= {"training": "train", "testing": "test", "eval": "test", "val": "validation", "valid": "validation"}
 SPLITS |= {"dev": "validation"}
-PATHS = ("file_name", "filename", "file", "path", "image", "img", "image_path")  # columns of text that may be files
+PATHS = (
+    "file_name",
+    "filename",
+    "file",
+    "path",
+    "image",
+    "img",
+    "image_path",
+)  # text columns that can hold paths of images
 
 
 def _kind(path: Path) -> str:
@@ -33,12 +42,12 @@ def _kind(path: Path) -> str:
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a folder is one of `save_to_disk`."""
+    """Return whether a folder was written by `save_to_disk` of the datasets library."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def split_of(name: str) -> str:
-    """The split of a table by its name (with "/") below the folder of a dataset."""
+    """Return the split of a table from its path (with "/") below the folder of a dataset."""
     *folders, file = name.split("/")
     stem = file.rsplit(".", 1)[0]
     shard = SHARD.fullmatch(stem)
@@ -48,12 +57,20 @@ def split_of(name: str) -> str:
 
 
 def split_names(spec: str) -> list[str]:
-    """The splits that a specification like "train[:10%]+test" names."""
+    """Return the splits that a specification like "train[:10%]+test" names: here "train" and "test"."""
     return re.findall(r"(?:^|\+)\s*([\w.]+)", spec)
 
 
 def choose_split(known: Sequence[str], name: str) -> str:
-    """The split of this name, or of one that means the same. Raises ValueError with those that there are."""
+    """Return the split of this name, or a synonym of it such as "val" for "validation".
+
+    Args:
+        known: names of the splits of the dataset.
+        name: the requested split.
+
+    Raises:
+        ValueError: there is no such split; the message lists the known ones.
+    """
     if name in known:
         return name
     for other in known:
@@ -63,7 +80,15 @@ def choose_split(known: Sequence[str], name: str) -> str:
 
 
 def select(splits: dict[str, datasets.Dataset], spec: str) -> datasets.Dataset:
-    """The rows that a specification like "train[:10%]+test" names. Raises ValueError for an unknown one."""
+    """Return the rows that a specification like "train[:10%]+test" names.
+
+    Args:
+        splits: the rows of each split.
+        spec: the specification.
+
+    Raises:
+        ValueError: an unknown split, or a malformed specification.
+    """
     names = {name: choose_split(list(splits), name) for name in split_names(spec)}
     lengths = {name: len(splits[known]) for name, known in names.items()}
     parts = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
@@ -73,47 +98,56 @@ def select(splits: dict[str, datasets.Dataset], spec: str) -> datasets.Dataset:
 
 
 def load_saved(path: Path) -> dict[str, datasets.Dataset]:
-    """The splits of a folder of `save_to_disk`."""
+    """Load the splits of a folder of `save_to_disk`."""
     found = datasets.load_from_disk(str(path))
     splits = found if isinstance(found, datasets.DatasetDict) else {str(found.split or "train"): found}
     return {name: rows.with_format(None) for name, rows in splits.items()}
 
 
 def load_tables(paths: Sequence[Path], split: str, image_column: str | None = None) -> datasets.Dataset:
-    """The rows of tables one after another, in natural order of their paths.
+    """Load and concatenate tables, in natural order of their paths; parquet files come last.
 
     Args:
-        paths: the files; paths of images in them are relative to their folders.
-        split: the name of what they make together.
-        image_column: which column holds the images; by default one called like those of `PATHS` may hold paths.
+        paths: the files. Paths of images are relative to the folder of their file.
+        split: name of the split that they form.
+        image_column: column with paths of images; None uses the first text column with a name of `PATHS`.
 
     Raises:
-        ValueError: a file that can't be read, or with other columns than the first.
+        ValueError: a file is unreadable, or its columns differ from the first one's.
     """
     paths = sorted(paths, key=lambda path: natural_key(str(path)))
-    parquet = [path for path in paths if _kind(path) == ".parquet"]
-    parts = [_read(path) for path in paths if _kind(path) != ".parquet"]
-    if parquet:
-        builder = _builder(parquet, split)
+    parts = [_with_paths(_read(path), path.parent, image_column) for path in paths if _kind(path) != ".parquet"]
+    for group in _by_folder([path for path in paths if _kind(path) == ".parquet"]):
+        builder = _builder(group, split)
         builder.download_and_prepare()
-        parts.append(builder.as_dataset(split))
-        paths = [path for path in paths if _kind(path) != ".parquet"] + parquet[:1]
-    parts = [_with_paths(part, path.parent, image_column) for part, path in zip(parts, paths)]
+        parts.append(_with_paths(builder.as_dataset(split), group[0].parent, image_column))
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
 def stream_tables(paths: Sequence[Path], split: str, image_column: str | None = None) -> datasets.IterableDataset:
-    """The same as a stream."""
+    """Load tables as a stream, with the arguments of `load_tables`.
+
+    Only parquet files are read row by row. If any other table is among `paths`, all are loaded first.
+    """
     if any(_kind(path) != ".parquet" for path in paths):
         return load_tables(paths, split, image_column).to_iterable_dataset()
-    paths = sorted(paths, key=lambda path: natural_key(str(path)))
-    stream = _builder(paths, split).as_streaming_dataset(split)
-    return _with_paths(stream, paths[0].parent, image_column)
+    groups = _by_folder(sorted(paths, key=lambda path: natural_key(str(path))))
+    streams = [(_builder(group, split).as_streaming_dataset(split), group[0].parent) for group in groups]
+    streams = [_with_paths(stream, folder, image_column) for stream, folder in streams]
+    return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
+
+
+def _by_folder(paths: Sequence[Path]) -> list[list[Path]]:
+    """Neighbours with the same folder, because a table names images relative to its own folder."""
+    return [list(group) for _, group in itertools.groupby(paths, key=lambda path: path.parent)]
 
 
 def _builder(paths: Sequence[Path], split: str) -> Parquet:
-    """Reads parquet by the datasets library, which is given the files themselves, as it would take their names for
-    patterns, and the types that it knows for those that it does not."""
+    """Reader of parquet files by the datasets library.
+
+    The library receives resolved files, because it would read paths as patterns. Types that it does not know are
+    replaced by ones that it knows.
+    """
     marks = [(str(path), str(path.stat().st_size), str(path.stat().st_mtime_ns)) for path in paths]
     files = DataFilesDict({split: DataFilesList([os.path.abspath(path) for path in paths], marks)})
     try:
@@ -124,7 +158,7 @@ def _builder(paths: Sequence[Path], split: str) -> Parquet:
 
 
 def features_of(schema: pa.Schema) -> datasets.Features:
-    """The features of a table by its types, with those that the datasets library has names for."""
+    """Return the features of a table. Types unknown to the datasets library become known ones."""
     fields = [field.with_type(_plain(field.type)) for field in schema]
     return datasets.Features.from_arrow_schema(pa.schema(fields, schema.metadata))
 
@@ -144,7 +178,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _read(path: Path) -> datasets.Dataset:
-    """The rows of an Arrow file, a CSV or JSON lines."""
+    """Read an Arrow, CSV, TSV or JSON file."""
     try:
         if _kind(path) == ".arrow":
             table = _read_arrow(path)
@@ -160,7 +194,11 @@ def _read(path: Path) -> datasets.Dataset:
 
 
 def read_rows(path: Path) -> pa.Table:
-    """A table of any kind in memory, for what describes images. Raises ValueError where it can't be read."""
+    """Read a table of any kind into memory, for the metadata of images.
+
+    Raises:
+        ValueError: the file is unreadable.
+    """
     if _kind(path) != ".parquet":
         return _read(path).data.table
     try:
@@ -179,7 +217,7 @@ def _read_arrow(path: Path) -> pa.Table:
 
 
 def _read_csv(path: Path) -> dict[str, list]:
-    """Columns whose values are all integers, or all numbers, become so; "01" and "NA" are text, "" is no value."""
+    """Read a CSV. A column becomes integers or floats if all values are; "01" and "NA" are text, and "" is None."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter="\t" if _kind(path) == ".tsv" else ",")
         names = next(rows, None)
@@ -188,7 +226,7 @@ def _read_csv(path: Path) -> dict[str, list]:
         values = []
         for row in rows:
             if row and len(row) != len(names):
-                raise ValueError(f"line {rows.line_num} has {len(row)} values, and the first line {len(names)}")
+                raise ValueError(f"line {rows.line_num} has {len(row)} values, but the first line has {len(names)}")
             values += [row] if row else []
     columns = zip(*values) if values else ([] for _ in names)
     return {name: _as_numbers(list(column)) for name, column in zip(names, columns)}
@@ -203,7 +241,7 @@ def _as_numbers(values: list[str]) -> list:
 
 
 def _read_json(path: Path) -> dict[str, list]:
-    """Columns of an object per line, or of one list of objects."""
+    """Read the columns of a file with an object per line, or with one list of objects."""
     text = path.read_text(encoding="utf-8-sig")
     rows = (
         json.loads(text)
@@ -211,13 +249,13 @@ def _read_json(path: Path) -> dict[str, list]:
         else [json.loads(line) for line in text.split("\n") if line.strip()]
     )
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it must hold an object per line")
+        raise ValueError("it must hold a JSON object per line, or one list of objects")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _with_paths(rows: Any, folder: Path, image_column: str | None) -> Any:
-    """The rows with paths of images, relative to `folder`, made images, where a column holds such paths."""
+    """The rows, in which a text column of image paths, relative to `folder`, becomes a column of images."""
     features = rows.features
     if features is None or any(isinstance(feature, datasets.Image) for feature in features.values()):
         return rows
