@@ -31,7 +31,15 @@ DEMO = ["gradio>=6.0"]
 EXPORT = ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"]
 ORACLES = ["prdc>=0.2", "torchmetrics>=1.9"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]
-TEST = ["pytest>=8.0", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "setuptools>=77", "tensorboard>=2.15", *ORACLES, *NOTEBOOK]
+TEST = [
+    "pytest>=8.0",
+    "pytest-timeout>=2.2",
+    "pytest-xdist>=3.5",
+    "setuptools>=77",
+    "tensorboard>=2.15",
+    *ORACLES,
+    *NOTEBOOK,
+]
 QUALITY = ["mypy==2.4.1", "ruff==0.17.5"]
 
 # subpackages and their folders in the source tree

@@ -84,7 +84,7 @@ def test_the_words_are_listed_and_a_wrong_one_is_told_the_right_one(capsys):
     assert all(f"  {word} " in listed for word in cli.COMMANDS)
     with pytest.raises(SystemExit, match="2"):
         cli.main(["sampel"])
-    assert "'sampel' is no word of cm-diffusers; did you mean sample?" in capsys.readouterr().err
+    assert "'sampel' is not a word of cm-diffusers. Did you mean sample?" in capsys.readouterr().err
     cli.main(["--version"])
     assert capsys.readouterr().out.strip() == __import__("cm_diffusers").__version__
 
@@ -108,7 +108,9 @@ def test_recipes_are_found_by_name_and_paths_by_path(tmp_path, monkeypatch):
     (tmp_path / "digits_ect").write_text("method: ect\n")
     assert recipe_file("digits_ect") == Path("digits_ect")  # a file of that name goes before
     assert recipe_file("nowhere/mine.yaml") == Path("nowhere/mine.yaml")
-    with pytest.raises(ValueError, match="'mnist_etc' is no file and no recipe of the library. Near it are mnist_ect"):
+    with pytest.raises(
+        ValueError, match="'mnist_etc' is neither a file nor a recipe of the library. Similar recipes: mnist_ect"
+    ):
         recipe_file("mnist_etc")
 
 
@@ -118,12 +120,15 @@ def test_recipes_are_listed_with_what_they_come_to(capsys):
     for path in (ROOT / "training" / "configs").glob("*.yaml"):
         settings = yaml.safe_load(path.read_text())
         assert f"\n{path.stem}: {settings['method']} on {settings['dataset_name']}, " in "\n" + listed
-    assert "digits_ect: ect on digits, 5,000 steps of 64, some minutes, network tiny, 0.191 M at 8 x 8" in listed
+    assert (
+        "digits_ect: ect on digits, 5,000 steps of 64, a few minutes on a CPU, network tiny, 0.191 M at 8 x 8"
+        in listed
+    )
     recipes.main(["digits_ect"])
     assert capsys.readouterr().out == (ROOT / "training/configs/digits_ect.yaml").read_text()
     with pytest.raises(SystemExit, match="2"):
         recipes.main(["digits"])
-    assert "'digits' is none of afhqv2_cdm" in capsys.readouterr().err
+    assert "'digits' is not a recipe. The recipes are: afhqv2_cdm" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_enough_is_no_fault():
@@ -166,10 +171,10 @@ def test_one_process_is_not_launched(started):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--num_processes", "0"], "num_processes must be an integer of at least 1, got '0'"),
-        (["--num_processes"], "num_processes must be an integer of at least 1, got ''"),
-        (["--accelerate_config", "four"], "accelerate_config 'four' is no file, and none of cpu, one_gpu"),
-        (["--num_processes", "2", "--accelerate_config", "cpu"], "give one of the two"),
+        (["--num_processes", "0"], "num_processes must be an integer of at least 1; got '0'"),
+        (["--num_processes"], "num_processes must be an integer of at least 1; got ''"),
+        (["--accelerate_config", "four"], "accelerate_config 'four' is neither a file nor one of cpu, one_gpu"),
+        (["--num_processes", "2", "--accelerate_config", "cpu"], "give one of the two flags"),
     ],
 )
 def test_launches_that_can_not_be_are_said(words, message, capsys, started):

@@ -26,10 +26,18 @@ def modules():
             yield importlib.import_module(f"{module.__name__}.{info.name}")
 
 
+def written_in(module, value):
+    """Whether the module's file holds it; `__module__` of public classes is the package."""
+    try:
+        return inspect.getsourcefile(value) == module.__file__
+    except TypeError:  # not a function or class
+        return False
+
+
 def functions_of(module):
     """(name, function, docstring of its class or "") of all public functions and methods that the module defines."""
     for name, value in vars(module).items():
-        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+        if name.startswith("_") or not written_in(module, value):
             continue
         if inspect.isfunction(value):
             yield name, value, inspect.getdoc(value) or ""
@@ -37,8 +45,7 @@ def functions_of(module):
             about = value.__doc__ or ""
             for method, member in vars(value).items():
                 function = getattr(member, "__func__", getattr(member, "fget", member))
-                written = inspect.isfunction(function) and function.__code__.co_filename == module.__file__
-                if not written:
+                if not inspect.isfunction(function) or function.__code__.co_filename != module.__file__:
                     continue
                 if "__init__" == method:
                     yield f"{name}()", function, about

@@ -1,4 +1,7 @@
-"""Edit pictures with a saved model that jumps to clean images; it need not have been trained for that.
+"""Edit pictures with a saved consistency or trajectory model, without training it for that.
+
+For users of saved models. `change` works with any model; the other tasks need a model that jumps to clean images.
+colorize, super_resolve and denoise need a model in pixel space.
 
     python training/edit.py inpaint --pretrained_model_name_or_path MODEL --images a.png b.png --mask mask.png
     python training/edit.py outpaint --pretrained_model_name_or_path MODEL --images small.png --top 0 --left 0
@@ -8,12 +11,20 @@
     python training/edit.py change --pretrained_model_name_or_path MODEL --images strokes.png --noise_level 5
     python training/edit.py interpolate --pretrained_model_name_or_path MODEL --num_images 8
 
-inpaint makes anew what is white in the mask. change begins with a picture and noise of a level: the higher, the more
-is new (any model can do it). interpolate goes from one image of the model to another; with a trajectory model, from
-one of two pictures (--images) to the other. Sample k of each picture is made from seed + k alone.
+Tasks:
+
+    inpaint        replace the white part of the mask
+    outpaint       extend a smaller picture to the size of the model
+    colorize       add colours to a grey picture
+    super_resolve  enlarge a smaller picture to the size of the model
+    denoise        remove noise of a known level
+    change         add noise to a picture and sample from there; more noise changes more
+    interpolate    go from one image of the model to another, or with a trajectory model between two --images
+
+Writes images/*.png and grid.png to the output folder. Sample k of a picture depends only on seed + k.
 """
 
-import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: answers --help before slow imports)
 
 
 # isort: split
@@ -37,7 +48,7 @@ from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import image_grid, label_of, load_pipeline, to_pil
 
 
-TASKS = {  # and the options that only they have
+TASKS = {  # with their own options
     "inpaint": ("images", "mask"),
     "outpaint": ("images", "top", "left"),
     "colorize": ("images",),
@@ -56,33 +67,68 @@ LEVELS = ("num_inference_steps", "sigmas", "noise_level")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line `argv`, by default that of this process."""
     parser = parser_of("edit", __doc__)
     add = parser.add_argument
-    add("task", choices=TASKS, help="what to do")
-    add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a model")
-    add("--revision", help="revision on the Hub")
-    add("--images", type=Path, nargs="+", metavar="FILE", help="the pictures, of the model's size or smaller")
-    add("--mask", type=Path, metavar="FILE", help="white where inpaint makes the pictures anew")
-    add("--top", type=int, help="rows that outpaint makes above (half of them)")
-    add("--left", type=int, help="columns that outpaint makes on the left (half of them)")
-    add("--num_images", type=int, help="images that interpolate makes, with both ends (8)")
+    add("task", choices=TASKS, help="Task, see above.")
+    add("--pretrained_model_name_or_path", required=True, help="Model to edit with (folder or Hub id).")
+    add("--revision", help="Branch, tag or commit of the model on the Hub. Default: the main branch.")
     add(
-        "--noise_level", type=float, help="where change begins; of the noise that denoise takes away; else the highest"
+        "--images", type=Path, nargs="+", metavar="FILE", help="Pictures to edit, of the size of the model or smaller."
     )
-    add("--num_inference_steps", type=int, help="number of steps (20; 1 of change and interpolate)")
-    add("--sigmas", type=float, nargs="+", help="noise levels, falling, instead of a number of steps")
-    add("--num_samples", type=int, default=1, help="images made of each picture (1)")
-    add("--class_labels", nargs="+", help="labels, or names of classes: one for all, or one per picture")
-    add("--guidance_scale", type=float, help="for models trained with --label_dropout (1: no guidance)")
-    add("--seed", type=int, default=0, help="seed of the first sample of each picture (0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--output_dir", type=Path, default=Path("runs/edits"), help="leaves grid.png and images/*.png here")
-    add("--overwrite", action="store_true", help="delete the images of an earlier call in output_dir first")
+    add("--mask", type=Path, metavar="FILE", help="Mask for inpaint; its white part is replaced.")
+    add("--top", type=int, help="Rows that outpaint adds above the picture. Default: half of the new rows.")
+    add("--left", type=int, help="Columns that outpaint adds on the left. Default: half of the new columns.")
+    add("--num_images", type=int, help="Number of images of interpolate with both ends, at least 2. Default: 8.")
+    add(
+        "--noise_level",
+        type=float,
+        help="Noise level sigma for images in [-1, 1]: the level that denoise removes, or the level where another task"
+        " starts (lower keeps more of the picture). Default: the highest level of the model.",
+    )
+    add(
+        "--num_inference_steps",
+        type=int,
+        help="Number of steps. Default: 20; the default of the model for change and interpolate.",
+    )
+    add("--sigmas", type=float, nargs="+", help="Decreasing noise levels, instead of --num_inference_steps.")
+    add("--num_samples", type=int, default=1, help="Number of results for each picture, at least 1. Default: 1.")
+    add(
+        "--class_labels",
+        nargs="+",
+        help="Class labels or names: one for all pictures, or one for each. Default: drawn from the seed.",
+    )
+    add(
+        "--guidance_scale",
+        type=float,
+        help="Scale of classifier-free guidance, at least 0; 1 is no guidance. Other scales need a model with a null"
+        " class. Default: 1.",
+    )
+    add("--seed", type=int, default=0, help="Seed of the first result of each picture. Default: 0.")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Device such as cpu or cuda:0. Default: cuda if available, else cpu.",
+    )
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/edits"),
+        help="Folder for grid.png and images/*.png. Default: runs/edits.",
+    )
+    add("--overwrite", action="store_true", help="Delete the images of an earlier call in --output_dir first.")
     return parser.parse_args(argv)
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise ValueError for options that the task needs, or that would change nothing."""
+    """Check that the task has all options that it needs, and none without effect.
+
+    Args:
+        args: the parsed command line.
+
+    Raises:
+        ValueError: an option is missing or has no effect.
+    """
     for name in NEEDED.get(args.task, ("images",)):
         if getattr(args, name) is None:
             raise ValueError(f"{args.task} needs --{name}.")
@@ -90,34 +136,46 @@ def check_options(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and name not in TASKS[args.task]:
             raise ValueError(f"{name} has no effect on {args.task}.")
     if args.task == "denoise" and (args.num_inference_steps or args.sigmas):
-        raise ValueError("denoise takes one step from --noise_level; leave num_inference_steps and sigmas out.")
+        raise ValueError("denoise takes one step from --noise_level. Leave num_inference_steps and sigmas out.")
     if args.task == "interpolate" and args.noise_level is not None:
         raise ValueError("noise_level has no effect on interpolate.")
     if args.num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {args.num_samples}.")
     if args.task == "interpolate" and args.num_samples > 1:
-        raise ValueError("num_samples has no effect on interpolate, whose number of images is --num_images.")
+        raise ValueError("num_samples has no effect on interpolate. Give --num_images for the number of images.")
     if args.revision is not None and Path(args.pretrained_model_name_or_path).exists():
-        raise ValueError(
-            "revision has no effect: revisions are those of a model on the Hub, and the model is a folder."
-        )
+        raise ValueError("revision has no effect: the model is a folder, and only models on the Hub have revisions.")
 
 
 def read_picture(file: Path) -> Image.Image:
-    """A picture. Raises ValueError, which names the file, where there is none."""
+    """Read a picture from `file`.
+
+    Raises:
+        ValueError: the file is missing or is not a readable picture.
+    """
     try:
         with Image.open(file) as picture:
             picture.load()
             return picture
     except (OSError, ValueError) as error:
-        raise ValueError(f"{str(file)!r} is no picture that can be read: {error}") from None
+        raise ValueError(f"{str(file)!r} can't be read as a picture: {error}") from None
 
 
 def editor(pipeline: ImagePipeline, args: argparse.Namespace, pictures: list[Image.Image]) -> Any:
-    """What makes images of a picture, given further arguments. Raises ValueError where the model can't."""
+    """Return the function that edits one picture, given further arguments of the pipeline.
+
+    Args:
+        pipeline: the model.
+        args: the parsed command line.
+        pictures: the pictures of --images.
+
+    Raises:
+        ValueError: the model can't do the task, or interpolate has the wrong number of pictures.
+    """
     if args.task != "change" and not isinstance(pipeline, EditingPipeline):
         raise ValueError(
-            f"{args.task} needs a model that jumps to clean images, and this is a {type(pipeline).__name__}."
+            f"{args.task} needs a model that jumps to clean images, such as a ConsistencyPipeline; this is a"
+            f" {type(pipeline).__name__}."
         )
     if args.task == "change":
         return lambda picture, **call: pipeline(image=picture, **call)
@@ -126,9 +184,10 @@ def editor(pipeline: ImagePipeline, args: argparse.Namespace, pictures: list[Ima
         pairs = isinstance(pipeline, CTMPipeline)
         if pairs != bool(pictures):
             raise ValueError(
-                "interpolate needs two --images with a trajectory model."
+                "interpolate with a trajectory model needs two --images."
                 if pairs
-                else "images has no effect: this model finds no noise of a picture, and interpolates between its own."
+                else "images has no effect: only trajectory models can find the noise of a picture. This model"
+                " interpolates between images of its own."
             )
         return lambda picture, **call: method(*([pictures] if pairs else []), **call)
     names = {"inpaint": ("mask",), "outpaint": ("top", "left")}.get(args.task, ())
@@ -139,7 +198,14 @@ def editor(pipeline: ImagePipeline, args: argparse.Namespace, pictures: list[Ima
 
 
 def edit(args: argparse.Namespace) -> None:
-    """Make the images that `args` ask for and write them. Raises ValueError for what can't be done."""
+    """Edit all pictures, and write the results and their grid.
+
+    Args:
+        args: the parsed command line.
+
+    Raises:
+        ValueError: the model can't be loaded or can't do the task, or an option or a picture is invalid.
+    """
     check_options(args)
     check_place(args.output_dir)
     files = args.output_dir / "images"
@@ -166,7 +232,7 @@ def edit(args: argparse.Namespace) -> None:
         told = {} if not labels else {"class_labels": labels[i % len(labels)]}
         images = make(picture, **call, **told, output_type="np").images
         make_folder(files)
-        while earlier:  # which stay until there are new ones
+        while earlier:  # deleted once new images exist
             earlier.pop().unlink()
         for k, image in enumerate(images):
             save_image(to_pil(image), files / f"{i * len(images) + k:06d}.png")
@@ -177,16 +243,17 @@ def edit(args: argparse.Namespace) -> None:
 
 
 def as_shown(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """A picture in a grid beside images (H, W, C) of `shape`, enlarged to their size."""
+    """Convert a picture to float32 (H, W, C) in [0, 1], enlarged to `shape`, to stand beside such images."""
     height, width, channels = shape
     picture = picture.convert("RGB" if channels == 3 else "L").resize((width, height), Image.Resampling.NEAREST)
     return np.asarray(picture, dtype=np.float32).reshape(shape) / 255
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the script with the command line `argv`, by default that of this process."""
     args = parse_args(argv)
     disable_progress_bar()
-    with ends_with_a_line(then="the same command with --overwrite makes them anew"):
+    with ends_with_a_line(then="give the same command again with --overwrite"):
         edit(args)
 
 

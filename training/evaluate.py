@@ -1,18 +1,24 @@
-"""Measure a model, a folder of images, or a training run while it goes on, against a dataset.
+"""Measure the quality of a model, a folder of images, or a running training against a dataset.
+
+For users who compare models or choose checkpoints, sampling steps, noise levels or guidance. The measures are Fréchet
+and kernel distance, precision, recall, density and coverage; with labels also the share of samples of the right class.
 
     python training/evaluate.py --pretrained_model_name_or_path runs/mine/pipeline --dataset_name ylecun/mnist \\
         --resolution 16 --num_samples 10000 --num_inference_steps 1 2 4 --output_dir runs/mine
-    torchrun --nproc_per_node 2 training/evaluate.py ...  the same by two processes, with the same result
-    python training/evaluate.py --images_dir folder ... images instead of a model
-    python training/evaluate.py --watch runs/mine ...   each checkpoint of a run, until it ends
-    python training/evaluate.py --search_sigmas 2 ...   the best noise levels of two steps, and a copy with them
-    python training/evaluate.py --search_guidance 2 ... the best scale of guidance of two steps, measured beside none
 
-Leaves metrics.json and quality.png in the output folder. Where that is the folder of a run, the numbers go on the card
-of its model. Image i is made from seed + i alone, so that the number of processes makes no difference.
+Other uses, with the same options for the dataset:
+
+    python training/evaluate.py --images_dir folder ... evaluate images instead of a model
+    python training/evaluate.py --watch runs/mine ...   evaluate each checkpoint of a run until it ends
+    python training/evaluate.py --search_sigmas 2 ...   find the best noise levels for two steps, and save a copy
+    python training/evaluate.py --search_guidance 2 ... find the best guidance scale for two steps
+    cm-diffusers evaluate --num_processes 2 ...         evaluate on two processes, with the same result
+
+Writes metrics.json and quality.png to the output folder. If that is the folder of a run, the numbers also go on its
+model card. Image i depends only on seed + i and its class label, so the number of processes does not matter.
 """
 
-import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: answers --help before slow imports)
 
 
 # isort: split
@@ -43,7 +49,7 @@ COLUMNS = {
 
 
 def table(report: dict[str, Any]) -> str:
-    """The results for people to read."""
+    """Format the results of a report as text with one line for each way of sampling."""
     names = [f"step {row['step']}, {row['name']}" if "step" in row else row["name"] for row in report["results"]]
     width = max(map(len, names)) + 2
     columns = [column for column in COLUMNS if any(column in row for row in report["results"])]
@@ -52,11 +58,11 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{name:{width}}" + "".join(f"{row.get(column, math.nan):11.4g}" for column in columns))
     extractor, count = report["extractor"]["name"], report["num_samples"]
     named = "FID-50k" if any("fid" in row for row in report["results"]) else "not FID-50k"
-    lines.append(f"\n{count} samples against {report['reference']['images']} images; features: {extractor} ({named}).")
+    lines.append(f"\n{count} samples against {report['reference']['images']} images. Features: {extractor} ({named}).")
     if "label_agreement" in columns:
         real = report["reference"]["label_agreement"]
         lines.append(
-            f"Labels: the share of samples of the class that was asked for; {real:.4g} among the real images."
+            f"Labels: share of samples whose nearest real images show their class; {real:.4g} for the real images."
         )
     spent = dict(report["time"])
     processes = spent.pop("processes")
@@ -66,9 +72,12 @@ def table(report: dict[str, Any]) -> str:
 
 
 def guidance_warnings(results: list[dict[str, Any]]) -> list[str]:
-    """Where guidance brings the Fréchet distance down, and the precision or the label agreement as well.
+    """Return a warning for each guidance scale that lowers the Fréchet distance and also precision or label agreement.
 
-    Such pictures are no better: in few steps the distance alone is a bad judge of guidance (arXiv:2603.14186).
+    Such images are not better: with few steps the distance alone misjudges guidance (arXiv:2603.14186).
+
+    Args:
+        results: the rows of a report.
     """
     plain = {(row.get("step"), row["name"]): row for row in results if "guidance_scale" not in row.get("how", {})}
     warnings = []
@@ -87,14 +96,14 @@ def guidance_warnings(results: list[dict[str, Any]]) -> list[str]:
         if fallen:
             warnings.append(
                 f"WARNING: {row['name']}: the Fréchet distance falls ({base['frechet_distance']:.4g} to"
-                f" {row['frechet_distance']:.4g}), and so does {' and '.join(fallen)}: look at the images before you"
+                f" {row['frechet_distance']:.4g}), and so does {' and '.join(fallen)}. Look at the images before you"
                 " choose this guidance."
             )
     return warnings
 
 
 def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str | None:
-    """What to do with the results; nothing for images without their model."""
+    """Return the command for the next step: push the model, or sample with the best result. None for mere images."""
     run = args.folder if args.watch is None else Path(args.watch)
     model = run / RunFiles.MODEL
     best_model = args.folder / RunFiles.BEST / RunFiles.MODEL
@@ -121,11 +130,12 @@ def next_command(args: EvaluationArguments, report: dict[str, Any]) -> str | Non
 
 
 def best_result(report: dict[str, Any]) -> dict[str, Any]:
-    """The result whose images are nearest to the dataset."""
+    """Return the result with the lowest Fréchet distance."""
     return min(report["results"], key=lambda row: row["frechet_distance"])
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the script with the command line `argv`, by default that of this process."""
     with ends_with_a_line(then="give the same command again"):
         argv = sys.argv[1:] if argv is None else argv
         args, data_args = parse_groups(argv, (EvaluationArguments, DataArguments), "evaluate", in_these_words(__doc__))

@@ -1,18 +1,26 @@
-"""Make a dataset of images of one size out of files: parquet that `--dataset_name OUTPUT` and the Hub read.
+"""Prepare a dataset: check all images, bring them to one size, and write parquet files.
+
+For users who train on images of their own or on downloaded archives. Both `--dataset_name OUTPUT` and the Hub read the
+result.
 
     python training/prepare_data.py ~/images data/mine --resolution 64
     python training/prepare_data.py cifar-10-python.tar.gz data/cifar10
     python training/prepare_data.py cifar-10-python.tar.gz data/cifar10 --split test
 
-SOURCE is a folder (with a folder per class, or EDM's dataset.json, for labels) or a zip of images, CIFAR-10's archive
-(python or binary), or a file of MNIST's images beside that of its labels. Nothing is unpacked, and nothing in it run.
-Every image is read before anything is written; those that can't be are listed, and the program ends with code 2.
-Images become 8-bit RGB, or grey where all are; they are turned upright, transparency is laid over white, pixels of
-more than 8 bits are scaled by the range that all images have, and of an animation the first picture is taken.
-Stopped, the same command goes on where it was.
+SOURCE is one of:
+
+    folder or zip of images    labels come from one subfolder for each class, or from EDM's dataset.json
+    archive of CIFAR-10        the python or the binary version
+    file of MNIST's images     with the file of the labels beside it
+
+Archives are read in place, and none of their code is run. All images are read before anything is written. Unreadable
+images are listed, and the program ends with code 2. The same command resumes a stopped call.
+
+Images become 8-bit RGB, or grey if all are grey. They are rotated upright by their EXIF data, and transparent parts
+become white. Deeper pixels are scaled by the common range of all images. Animations contribute their first frame.
 """
 
-import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: answers --help before slow imports)
 
 
 # isort: split
@@ -33,14 +41,21 @@ from cm_diffusers.engine.sharing.hub import Publisher, Push
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Whether all is where it should be. Raises ValueError for what can't be prepared, or not there."""
+    """Prepare the dataset, print a summary, and push it on request. Returns False if the push is incomplete.
+
+    Args:
+        args: the parsed command line.
+
+    Raises:
+        ValueError: an option is invalid, images can't be read, or the output folder can't be used.
+    """
     if not re.fullmatch(r"\w+", args.split):
         raise ValueError(f"split must be one word, got {args.split!r}.")
     if args.resolution is not None and (len(args.resolution) > 2 or min(args.resolution) < 1):
         raise ValueError(f"resolution takes one or two positive numbers, got {args.resolution}.")
     for name, default in (("hub_dataset_id", None), ("hub_private_repo", False), ("hub_timeout", 120)):
         if getattr(args, name) != default and not args.push_to_hub:
-            raise ValueError(f"{name} is for --push_to_hub, which is not given.")
+            raise ValueError(f"{name} has no effect without --push_to_hub. Add that or leave {name} out.")
     if args.transform != TRANSFORMS[0] and args.resolution is None:
         raise ValueError(f"transform {args.transform} has no effect without --resolution.")
     check_place(args.output, "OUTPUT")
@@ -50,7 +65,7 @@ def run(args: argparse.Namespace) -> bool:
             args.hub_dataset_id or args.output.resolve().name, args.hub_private_repo, tqdm.write, kind="dataset"
         )
         publisher.check()
-    datasets.disable_progress_bars()  # those of single files; the whole has one
+    datasets.disable_progress_bars()  # bars of single files; the whole call has its own
     resolution = args.resolution and (args.resolution * 2)[:2]
     print(*source.said, sep="\n", end="\n" if source.said else "")
     asked = Request(source.fingerprint, resolution, args.transform, args.channels)
@@ -63,18 +78,19 @@ def run(args: argparse.Namespace) -> bool:
     if publisher.finish(args.hub_timeout):
         print(f"Pushed to {publisher.url}: --dataset_name {publisher.repo_id}")
         return True
-    print("Not all of it is on the Hub; the same command sends it again.")
+    print("The push is incomplete. Run the same command again to send the rest.")
     return False
 
 
 def say_what_is_there(plan: Plan, args: argparse.Namespace) -> None:
+    """Print the facts of the prepared dataset and the command that trains on it."""
     channels, height, width = plan.shape
     classes = f" in {len(plan.classes)} classes" if plan.classes else ""
     print(f"{args.output / args.split}: {plan.count} images of {channels} x {height} x {width}{classes}")
     for line in plan.ranges:
         print(line)
     if plan.enlarged:
-        print(f"WARNING: {plan.enlarged} of them were smaller, and are enlarged.")
+        print(f"WARNING: {plan.enlarged} images are smaller than that and are enlarged.")
     split = "" if args.split == "train" else f" --split {args.split}"
     conditional = " --class_conditional" if plan.classes else ""
     folders = f"--dataset_name {quote(str(args.output))} --output_dir {quote(f'runs/{args.output.resolve().name}')}"
@@ -82,23 +98,44 @@ def say_what_is_there(plan: Plan, args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the script with the command line `argv`, by default that of this process."""
     parser = parser_of("prepare_data", __doc__)
     add = parser.add_argument
-    add("source", metavar="SOURCE", type=Path, help="folder, zip, archive or file of images")
-    add("output", metavar="OUTPUT", type=Path, help="folder of the dataset; each split gets a folder in it")
-    add("--split", default="train", help="name of the split, and which one where SOURCE holds several (train)")
-    add("--resolution", type=int, nargs="+", help="side, or height and width, in pixels (as the images are)")
+    add("source", metavar="SOURCE", type=Path, help="Folder, zip, archive or file of images, see above.")
+    add("output", metavar="OUTPUT", type=Path, help="Folder of the dataset, with a subfolder for each split.")
+    add(
+        "--split",
+        default="train",
+        help="Name of the split to write, and to read if SOURCE has several. Default: train.",
+    )
+    add(
+        "--resolution",
+        type=int,
+        nargs="+",
+        help="Size in pixels: one number for a square, or height and width. Default: as is.",
+    )
     add(
         "--transform",
         choices=TRANSFORMS,
         default="center_crop",
-        help="crop the middle, or stretch all of an image, to the shape of the resolution (center_crop)",
+        help="How images get the aspect ratio of --resolution: center_crop crops them in the centre, stretch distorts"
+        " them. Default: center_crop.",
     )
-    add("--channels", type=int, choices=(1, 3), help="1 for grey, 3 for RGB (grey where all images are)")
-    add("--push_to_hub", action="store_true", help="publish it as a dataset")
-    add("--hub_dataset_id", help="user/name, or name (that of OUTPUT)")
-    add("--hub_private_repo", action="store_true", help="if the repository has to be made, make it private")
-    add("--hub_timeout", type=float, default=120, help="seconds to keep trying while the Hub is out of reach (120)")
+    add(
+        "--channels",
+        type=int,
+        choices=(1, 3),
+        help="Number of channels: 1 for grey, 3 for RGB. Default: 1 if all images are grey.",
+    )
+    add("--push_to_hub", action="store_true", help="Publish the result as a Hub dataset.")
+    add("--hub_dataset_id", help="Hub repository, as user/name or name. Default: the name of the folder OUTPUT.")
+    add("--hub_private_repo", action="store_true", help="Make the Hub repository private if it is created.")
+    add(
+        "--hub_timeout",
+        type=float,
+        default=120,
+        help="Seconds to keep trying while the Hub is unreachable. Default: 120.",
+    )
     args = parser.parse_args(argv)
     with ends_with_a_line("OUTPUT"):
         done = run(args)

@@ -1,14 +1,17 @@
-"""Publish a saved model on the Hub: the folder `pipeline` of a run, with its card.
+"""Publish a saved model with its model card on the Hub, and on request a demo as a Space.
+
+For users who want to share the model of a run (its folder `pipeline`) after training.
 
     python training/push.py --model_dir runs/mine/pipeline --hub_model_id user/my-model
     python training/push.py --model_dir runs/mine/pipeline --hub_model_id user/my-model --space
 
-With --space its demo (`python -m cm_diffusers.demo`) is published as well, as the Space of the same name. The token
-comes from `hf auth login` or the environment's HF_TOKEN. Only what a model and its demo consist of is sent: no logs,
-no checkpoints. The same command again sends what is missing.
+The token comes from `hf auth login` or the environment variable HF_TOKEN. Only the files of the model and its demo are
+sent, no logs or checkpoints. If a push was incomplete, the same command sends the rest.
+
+--space also publishes the demo (`python -m cm_diffusers.demo`) as a Space with the name of the model.
 """
 
-import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: answers --help before slow imports)
 
 
 # isort: split
@@ -24,9 +27,19 @@ from cm_diffusers.engine.sharing.space import SPACE, write_space
 
 
 def push(args: argparse.Namespace) -> bool:
-    """Whether all has arrived. Raises ValueError for what can't be pushed, or not there."""
+    """Push the model, and its demo on request. Returns whether everything has arrived.
+
+    Args:
+        args: the parsed command line.
+
+    Raises:
+        ValueError: the folder holds no model, the Hub is unreachable, or it refuses the name or the token.
+    """
     if not (args.model_dir / "model_index.json").is_file():
-        raise ValueError(f"model_dir {str(args.model_dir)!r} is not a model: it holds no model_index.json.")
+        raise ValueError(
+            f"model_dir {str(args.model_dir)!r} is not a model: it has no model_index.json. Give"
+            " the folder pipeline of a run."
+        )
     publisher = Publisher(args.hub_model_id or args.model_dir.resolve().parent.name, args.hub_private_repo)
     publisher.check(now=True)
     renew_card(args.model_dir, publisher.repo_id)
@@ -38,7 +51,15 @@ def push(args: argparse.Namespace) -> bool:
 
 
 def push_space(args: argparse.Namespace, model: str) -> bool:
-    """The same for the Space of `model`, which is on the Hub."""
+    """Push the demo of a model as a Space. Returns whether everything has arrived.
+
+    Args:
+        args: the parsed command line.
+        model: the Hub id of the model, which is on the Hub already.
+
+    Raises:
+        ValueError: the Hub is unreachable, or it refuses the name or the token.
+    """
     publisher = Publisher(model, args.hub_private_repo, kind="space")
     publisher.check(now=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,26 +69,35 @@ def push_space(args: argparse.Namespace, model: str) -> bool:
             return False
     print(f"Pushed its demo to {publisher.url}.")
     if args.hub_private_repo:
-        print("It reads the private model once it has a secret HF_TOKEN (in the Space's settings).")
+        print(
+            "The model is private: add a secret HF_TOKEN in the settings of the Space, so that it can read the model."
+        )
     return True
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the script with the command line `argv`, by default that of this process."""
     parser = parser_of("push", __doc__)
     add = parser.add_argument
-    add("--model_dir", type=Path, required=True, help="folder with model_index.json")
-    add("--hub_model_id", help="user/name, or name (the name of the run's folder)")
-    add("--space", action="store_true", help="publish its demo, too, as a Space of the same name")
-    add("--hub_private_repo", action="store_true", help="repositories that have to be made are private")
-    add("--hub_timeout", type=float, default=120, help="seconds to keep trying while the Hub is out of reach (120)")
-    add("--tag", help="tag the revision, for example step-10000")
+    add("--model_dir", type=Path, required=True, help="Folder of the model, with model_index.json.")
+    add(
+        "--hub_model_id",
+        help="Hub repository, as user/name or name. Default: the name of the folder above --model_dir.",
+    )
+    add("--space", action="store_true", help="Also publish a demo as a Space of the same name.")
+    add("--hub_private_repo", action="store_true", help="Make Hub repositories private if they are created.")
+    add(
+        "--hub_timeout",
+        type=float,
+        default=120,
+        help="Seconds to keep trying while the Hub is unreachable. Default: 120.",
+    )
+    add("--tag", help="Git tag for the pushed revision, for example step-10000. Default: none.")
     args = parser.parse_args(argv)
     with ends_with_a_line("--model_dir", "give the same command again"):
         done = push(args)
     if not done:
-        print(
-            f"Not all of it is on the Hub after {args.hub_timeout:g} s. The same command again sends what is missing."
-        )
+        print(f"The push is incomplete after {args.hub_timeout:g} s. Run the same command again to send the rest.")
     raise SystemExit(0 if done else 1)
 
 

@@ -1,8 +1,17 @@
-"""The library in some minutes on a CPU: train, reload with nothing but diffusers, sample, judge.
+"""Train, reload, sample and evaluate a small consistency model in a few minutes on a CPU.
 
-Trains a class-conditional ECT model on the handwritten digits that ship inside scikit-learn and leaves in
-runs/quickstart: pipeline/ (the model), samples.png (samples beside real images) and metrics.json (distances, times).
-Run again, it goes on where it stopped.
+For newcomers who want to see the library work, without a GPU or a download:
+
+    python training/quickstart.py
+
+Trains a class-conditional ECT model on the 8x8 handwritten digits of scikit-learn, samples it in a process that
+imports only diffusers, and measures the samples. Writes to runs/quickstart:
+
+    pipeline/     the model
+    samples.png   samples beside real images
+    metrics.json  Fréchet distances and durations
+
+The same command resumes a stopped run.
 """
 
 import argparse
@@ -34,7 +43,7 @@ CONFIG = ROOT / "training" / "configs" / "digits_ect.yaml"
 FOLDER = ROOT / "runs" / "quickstart"
 STEPS = (1, 2, 4)
 
-# what a stranger runs: diffusers, and nothing of this library
+# samples with diffusers alone, as users without this library do
 SAMPLER = """
 import sys
 import numpy, torch
@@ -53,23 +62,25 @@ assert "cm_diffusers" not in sys.modules
 
 
 def step_name(n: int) -> str:
+    """The name of a result with `n` sampling steps."""
     return f"{n} step{'s' if n > 1 else ''}"
 
 
 def train() -> None:
+    """Train the model in a separate process. A failed training ends this program with the same code."""
     command = [sys.executable, str(ROOT / "training" / "train_consistency.py"), "--config", str(CONFIG)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     run = subprocess.Popen([*command, "--output_dir", str(FOLDER)], env=environment)
     try:
         code = run.wait()
-    except KeyboardInterrupt:  # the run has it as well, and saves
+    except KeyboardInterrupt:  # the run receives the signal as well and saves
         code = run.wait()
-    if code:  # it has said why
+    if code:  # its message is printed already
         raise SystemExit(code)
 
 
 def sample(count: int) -> dict[int, np.ndarray]:
-    """Images (count, 8, 8, 1) in [0, 1] by number of steps, made in a process that imports only diffusers."""
+    """Sample images (count, 8, 8, 1) in [0, 1] for each number of steps, in a process that imports only diffusers."""
     with tempfile.TemporaryDirectory() as out:
         arguments = [str(FOLDER / RunFiles.MODEL), out, str(count), *map(str, STEPS)]
         subprocess.run([sys.executable, "-I", "-c", SAMPLER, *arguments], check=True)
@@ -77,7 +88,12 @@ def sample(count: int) -> dict[int, np.ndarray]:
 
 
 def draw(samples: dict[int, np.ndarray], data: ImageData) -> None:
-    """Samples beside real images, one class per column."""
+    """Draw samples beside real images, with one class per column.
+
+    Args:
+        samples: images (n, 8, 8, 1) in [0, 1] by number of steps, with labels 0 to 9 in turn.
+        data: the real images.
+    """
     rows = [data.images[data.labels == label][:8] for label in range(10)]
     real = torch.stack(rows, 1).flatten(0, 1).permute(0, 2, 3, 1).numpy() / 255
     grids = {step_name(n): samples[n][:80] for n in STEPS} | {"real images": real}
@@ -88,13 +104,15 @@ def draw(samples: dict[int, np.ndarray], data: ImageData) -> None:
 
 
 def main() -> None:
+    """Run the script. It has no options besides --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()  # it has no options: for --help, and to refuse others
+    parser.parse_args()  # for --help, and to refuse options
     with ends_with_a_line(then="give the same command again"):
         quickstart()
 
 
 def quickstart() -> None:
+    """Train, sample and evaluate the model, and print the results."""
     data = ImageData(DataArguments(dataset_name="digits"), class_conditional=True, show_progress=False)
     clock = [time.perf_counter()]
     train()
@@ -125,7 +143,7 @@ def quickstart() -> None:
     (FOLDER / RunFiles.METRICS).write_text(json.dumps(report, indent=2) + "\n")
     renew_card(FOLDER / RunFiles.MODEL, FOLDER.name)
 
-    print("\nFréchet distance to real digits, in the features of a small classifier (less is better):")
+    print("\nFréchet distance to real digits, in the features of a small classifier (lower is better):")
     for name, distance in distances.items():
         print(f"  {name:28} {distance:8.3f}")
     folder = FOLDER.relative_to(ROOT)

@@ -1,12 +1,14 @@
-"""One page of one or several training runs: curves, samples over training, quality, settings side by side.
+"""Write one HTML page about one or several training runs, with curves, samples, quality and settings.
+
+For users who follow a run or compare runs.
 
     python training/report.py runs/mine runs/other --output report.html
 
-The page is one file that needs nothing else. It shows what there is: a run that goes on, too, and quality once
+The page is a single file. It also shows unfinished runs. Quality appears after
 `training/evaluate.py --output_dir runs/mine` has measured it.
 """
 
-import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: answers --help before slow imports)
 
 
 # isort: split
@@ -19,13 +21,18 @@ from cm_diffusers.engine.processes import ends_with_a_line
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the script with the command line `argv`, by default that of this process."""
     parser = parser_of("report", __doc__)
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of runs")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (report.html)")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="Folders of the runs to show.")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="File of the page. Default: report.html."
+    )
     args = parser.parse_args(argv)
     with ends_with_a_line("--output", "give the same command again"):
         if args.output.is_dir():
-            raise ValueError(f"output {str(args.output)!r} is a folder; give the name of the page.")
+            raise ValueError(
+                f"output {str(args.output)!r} is a folder. Give the name of the page, such as report.html."
+            )
         make_folder(args.output.parent, "output")
         runs = write_report(args.runs, args.output)
     for run in runs:

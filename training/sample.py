@@ -1,13 +1,17 @@
-"""Make images with a saved model: a grid, and a folder with one file per image.
+"""Sample images from a saved model: one file for each image, and a grid of the first 100.
+
+For users of any model of this library, from a folder or the Hub. More steps take longer and usually give better
+images. Consistency models need only one.
 
     python training/sample.py --pretrained_model_name_or_path runs/quickstart/pipeline --num_samples 64
     python training/sample.py --pretrained_model_name_or_path user/model --sigmas 80 0.8 --class_labels 3 7
     python training/sample.py --pretrained_model_name_or_path runs/mine/pipeline --class_labels cat "polar bear"
 
-Image i is made from seed + i alone: it does not depend on the batch size or on the number of images.
+Writes images/*.png and grid.png to the output folder. Image i depends only on seed + i and its class label, not on
+the batch size or the number of images.
 """
 
-import cm_diffusers.engine.help_pages  # noqa: F401  (first: it answers --help before what takes seconds)
+import cm_diffusers.engine.help_pages  # noqa: F401  (first: answers --help before slow imports)
 
 
 # isort: split
@@ -38,45 +42,91 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line `argv`, by default that of this process."""
     parser = parser_of("sample", __doc__)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="folder or Hub id of a model")
-    add("--revision", help="revision on the Hub")
-    add("--num_samples", type=int, default=64, help="number of images (64)")
-    add("--num_inference_steps", type=int, help="1 or more for consistency models (1), 2 or more for diffusion (18)")
-    add("--sigmas", type=float, nargs="+", help="noise levels, falling, instead of a number (inf: pure noise)")
+    add("--pretrained_model_name_or_path", required=True, help="Model to sample from (folder or Hub id).")
+    add("--revision", help="Branch, tag or commit of the model on the Hub. Default: the main branch.")
+    add("--num_samples", type=int, default=64, help="Number of images, at least 1. Default: 64.")
+    add(
+        "--num_inference_steps",
+        type=int,
+        help="Number of noise levels: 1 or more for consistency models (default 1), 2 or more for diffusion models"
+        " (default 18).",
+    )
+    add(
+        "--sigmas",
+        type=float,
+        nargs="+",
+        help="Decreasing noise levels, instead of --num_inference_steps; inf is pure noise.",
+    )
     solvers = ["gamma", "heun", "euler", "ddim", "sde", "sde_2m"]
-    add("--solver", choices=solvers, help="of diffusion (heun) and of trajectory models (gamma)")
-    add("--s_churn", type=float, help="noise to add and take away again on the way, of heun and euler (0)")
-    add("--s_tmin", type=float, help="lowest level that is churned (0)")
-    add("--s_tmax", type=float, help="highest level that is churned (inf)")
-    add("--s_noise", type=float, help="factor of the noise that churning adds (1)")
-    add("--gamma", type=float, help="share of new noise between a trajectory model's jumps, in [0, 1] (its own)")
+    add(
+        "--solver",
+        choices=solvers,
+        help="Solver of diffusion models (default heun) and trajectory models (default gamma).",
+    )
+    add(
+        "--s_churn",
+        type=float,
+        help="Amount of noise that the solvers heun and euler add before steps, at least 0. Default: 0.",
+    )
+    add("--s_tmin", type=float, help="Lowest noise level where --s_churn adds noise. Default: 0.")
+    add("--s_tmax", type=float, help="Highest noise level where --s_churn adds noise. Default: inf.")
+    add("--s_noise", type=float, help="Factor of the noise that --s_churn adds, above 0. Default: 1.")
+    add(
+        "--gamma",
+        type=float,
+        help="Share of fresh noise between the jumps of a trajectory model, in [0, 1]. Default: stored in the model.",
+    )
     add(
         "--guidance_scale",
         type=float,
-        help="for models trained with --label_dropout (1: no guidance)",
+        help="Scale of classifier-free guidance, at least 0; 1 is no guidance. Other scales need a null class (models"
+        " trained with --label_dropout) or --negative_class_label. Default: 1.",
     )
-    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels of guidance (all)")
-    add("--negative_class_label", help="a label or name of a class to be led away from instead of none")
-    add("--class_labels", nargs="+", help="labels, or names of classes, to go round (all classes)")
-    add("--seed", type=int, default=0, help="seed of the first image (0)")
-    add("--batch_size", type=int, default=250, help="images made at once (250)")
-    add("--dtype", choices=list(DTYPES), default="fp32", help="precision of the network (fp32)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--output_dir", type=Path, default=Path("runs/samples"), help="leaves grid.png and images/*.png here")
-    add("--overwrite", action="store_true", help="delete the images of an earlier call in output_dir first")
+    add(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="Lowest and highest noise level with guidance. Default: all levels.",
+    )
+    add("--negative_class_label", help="Class label or name that guidance moves away from, instead of the null class.")
+    add("--class_labels", nargs="+", help="Class labels or names, used in turn for the images. Default: all classes.")
+    add("--seed", type=int, default=0, help="Seed of the first image. Default: 0.")
+    add("--batch_size", type=int, default=250, help="Number of images sampled at once, at least 1. Default: 250.")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="Precision of the network. Default: fp32.")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Device such as cpu or cuda:0. Default: cuda if available, else cpu.",
+    )
+    add(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/samples"),
+        help="Folder for grid.png and images/*.png. Default: runs/samples.",
+    )
+    add("--overwrite", action="store_true", help="Delete the images of an earlier call in --output_dir first.")
     return parser.parse_args(argv)
 
 
 def check_effects(args: argparse.Namespace) -> None:
-    """Raise ValueError for options that would change nothing."""
+    """Check that every given option has an effect.
+
+    Args:
+        args: the parsed command line.
+
+    Raises:
+        ValueError: an option has no effect.
+    """
     if args.num_inference_steps is not None and args.sigmas is not None:
-        raise ValueError("num_inference_steps has no effect beside --sigmas, whose number of levels is that of steps.")
-    if args.revision is not None and Path(args.pretrained_model_name_or_path).exists():
         raise ValueError(
-            "revision has no effect: revisions are those of a model on the Hub, and the model is a folder."
+            "num_inference_steps has no effect with --sigmas, which set the number of steps. Leave one of them out."
         )
+    if args.revision is not None and Path(args.pretrained_model_name_or_path).exists():
+        raise ValueError("revision has no effect: the model is a folder, and only models on the Hub have revisions.")
     for name in ("guidance_interval", "negative_class_label"):
         if getattr(args, name) is not None and args.guidance_scale in (None, 1):
             raise ValueError(f"{name} has no effect without a --guidance_scale other than 1.")
@@ -86,9 +136,18 @@ def check_effects(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Make the images that `args` ask for and write them. Raises ValueError for what can't be done."""
+    """Sample the images, and write them and their grid.
+
+    Args:
+        args: the parsed command line.
+
+    Raises:
+        ValueError: the model can't be loaded, or an option is invalid or not an option of this model.
+    """
     if args.num_samples < 1 or args.batch_size < 1:
-        raise ValueError("num_samples and batch_size must be at least 1.")
+        raise ValueError(
+            f"num_samples and batch_size must be at least 1; got {args.num_samples} and {args.batch_size}."
+        )
     check_effects(args)
     check_place(args.output_dir)
     files = args.output_dir / "images"
@@ -117,7 +176,7 @@ def sample(args: argparse.Namespace) -> None:
             seeds = range(args.seed + numbers.start, args.seed + numbers.stop)
             labels = [chosen[i % len(chosen)] for i in numbers] if chosen else labels_in_turn(pipeline, seeds)
             images = sample_images(pipeline, seeds, labels, args.batch_size, **steps)
-            while earlier:  # which stay until there are new ones
+            while earlier:  # deleted once new images exist
                 earlier.pop().unlink()
             for i, image in zip(numbers, images):
                 save_image(to_pil(image), files / f"{i:06d}.png")
@@ -130,9 +189,10 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the script with the command line `argv`, by default that of this process."""
     args = parse_args(argv)
     disable_progress_bar()
-    with ends_with_a_line(then="the same command with --overwrite makes them anew"):
+    with ends_with_a_line(then="give the same command again with --overwrite"):
         sample(args)
 
 

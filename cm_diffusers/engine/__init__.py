@@ -1,0 +1,1 @@
+"""Training, evaluation, data, checkpoints and publication: everything behind the scripts in `training/`."""

@@ -1,8 +1,13 @@
-"""Checkpoints that survive a kill at any moment: safetensors and JSON, written aside, verified, never pickled.
+"""Checkpoints that survive a kill at any moment: safetensors and JSON files, verified and never pickled.
 
-A checkpoint is written to a hidden folder, each file is fsynced, a manifest with the SHA-256 of every file is added,
-and the folder is renamed to `checkpoint-<step>`; only then are older ones deleted. The newest checkpoint is the newest
-one that verifies.
+A checkpoint is written in these steps:
+
+1. Each file is written to a hidden folder and fsynced.
+2. A manifest with the SHA-256 of every file is added.
+3. The folder is renamed to `checkpoint-<step>`.
+4. Older checkpoints are deleted.
+
+Readers take the newest checkpoint that verifies.
 """
 
 import json
@@ -25,21 +30,27 @@ from cm_diffusers.engine.files import digest, fsync_folder, parse_json, read_pla
 
 
 FORMAT = 1
-MANIFEST_BYTES = 1 << 20  # at most; a manifest names a few files
+MANIFEST_BYTES = 1 << 20  # size limit; a manifest names a few files
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint whose files are not what was written."""
+    """A checkpoint whose files differ from those that were written."""
 
 
 class NotFinite(ValueError):
-    """Tensors that no run can go on from; nothing was written."""
+    """Tensors with values that are not finite, from which no run can continue. Nothing was written."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved: groups of tensors by name, and a JSON state."""
+    """A loaded checkpoint.
+
+    Args:
+        step: the training step after which it was saved.
+        tensors: groups of tensors by the name of the group, then by the name of the tensor.
+        state: the JSON state.
+    """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -49,24 +60,28 @@ class Checkpoint:
 def save_checkpoint(
     root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2
 ) -> Path:
-    """Write `checkpoint-<step>` under `root` and delete all but the newest `keep` and the newest sound one.
+    """Write `checkpoint-<step>` under `root`, then delete old ones: the newest `keep` and the newest sound one stay.
 
     Args:
-        root: the folder of checkpoints.
-        step: the training step that it was taken after.
-        tensors: groups of tensors; each group becomes a safetensors file.
-        state: values that JSON can hold; "sound" says whether a run that diverged can go on from it (by default yes).
-        keep: how many checkpoints stay, at least 2.
+        root: the folder of the checkpoints.
+        step: the training step after which it is saved.
+        tensors: groups of tensors (any shape); each group becomes a safetensors file.
+        state: values that JSON can hold. Its entry "sound" (default: true) tells whether a diverged run can continue
+            from this checkpoint.
+        keep: the number of checkpoints to keep, at least 2.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
-        NotFinite: a value is infinite or no number.
-        OSError: it can't be written; what was there before is as it was.
+        NotFinite: a value is infinite or NaN.
+        OSError: the checkpoint can't be written; earlier checkpoints are unchanged.
     """
     assert keep >= 2
     for group, values in tensors.items():
         numbers = {name: value for name, value in values.items() if value.is_floating_point()}
         if not numbers or all(norm.isfinite() for norm in torch._foreach_norm(list(numbers.values()))):
-            continue  # the norms are faster than the question to each value; their squares may overflow
+            continue  # norms are faster than a test of each value, but their squares can overflow
         for name, value in numbers.items():
             if not value.isfinite().all():
                 raise NotFinite(f"{name} of {group} is not finite")
@@ -99,7 +114,7 @@ def save_checkpoint(
 
 
 def newest_state(root: Path) -> dict[str, Any] | None:
-    """The JSON state of the newest checkpoint whose state verifies, its tensors not read; None where there is none."""
+    """The JSON state of the newest checkpoint under `root` whose state verifies, or None. Tensors are not read."""
     for _, path in list_checkpoints(root):
         try:
             return _read_state(path, _read_manifest(path))
@@ -133,9 +148,16 @@ def _seal(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def copy_checkpoint(source: Path, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Copy a checkpoint to `folder`, with `settings` in place of the run's own; tensors are linked if they can be.
+    """Copy a checkpoint with other settings; files of tensors are hard links if the file system allows that.
 
-    Raises DamagedCheckpoint, or FileNotFoundError where a file is missing, as when the run deletes it meanwhile.
+    Args:
+        source: the folder of the checkpoint.
+        folder: the folder of the copy, which must not exist yet.
+        settings: the settings in place of those of the run.
+
+    Raises:
+        DamagedCheckpoint: the manifest or the state does not verify.
+        FileNotFoundError: a file is missing, for example because the run is deleting the checkpoint.
     """
     manifest = _read_manifest(source)
     state = _read_state(source, manifest)
@@ -151,19 +173,23 @@ def copy_checkpoint(source: Path, folder: Path, settings: Mapping[str, Any]) -> 
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """Steps and folders of the checkpoints, newest first."""
+    """Steps and folders of the checkpoints under `root`, newest first."""
     found = [(int(m[1]), path) for path in root.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises DamagedCheckpoint, naming the file."""
+    """Read and verify the checkpoint in the folder `path`.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, changed, or of another format. The message names the file.
+    """
     manifest = _read_manifest(path)
     if manifest.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"format {manifest.get('format')} is not the format {FORMAT} of this version")
+        raise DamagedCheckpoint(f"its format is {manifest.get('format')}, but this version reads format {FORMAT}")
     named = _NAME.fullmatch(path.name)
     if not isinstance(manifest.get("step"), int) or named and int(named[1]) != manifest["step"]:
-        raise DamagedCheckpoint(f"the manifest is that of step {manifest.get('step')}")
+        raise DamagedCheckpoint(f"its manifest is that of step {manifest.get('step')}")
     state = _read_state(path, manifest)
     try:
         others = {name: expected for name, expected in manifest["files"].items() if name != "state.json"}
@@ -177,7 +203,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest without its digest, which it agrees with."""
+    """The verified manifest, without its digest."""
     if not path.is_dir():
         raise DamagedCheckpoint("it is missing" if not os.path.lexists(path) else "it is not a folder")
     try:
@@ -201,17 +227,17 @@ def _read_state(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedCheckpoint(f"state.json was not written by this library: {error!r}") from None
     if not isinstance(state, dict):
-        raise DamagedCheckpoint("state.json was not written by this library: it holds no names and values")
+        raise DamagedCheckpoint("state.json was not written by this library: it holds no names with values")
     return state
 
 
 def _check_name(name: str) -> None:
     if Path(name).name != name:
-        raise DamagedCheckpoint(f"the manifest names {name!r}, which is not a file of the checkpoint")
+        raise DamagedCheckpoint(f"its manifest names {name!r}, which is not a file of the checkpoint")
 
 
 def _read(folder: Path, name: str, size: int, sha256: str) -> bytes:
-    """A file of a checkpoint, verified."""
+    """The content of a file of a checkpoint, verified."""
     _check_name(name)
     try:
         data = read_plain(folder / name, size, follow=False)
@@ -225,7 +251,7 @@ def _read(folder: Path, name: str, size: int, sha256: str) -> bytes:
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, or None where none was ever written; and what is wrong with newer ones.
+    """The newest checkpoint under `root` that verifies (None without checkpoints), and the faults of newer ones.
 
     Raises:
         DamagedCheckpoint: there are checkpoints, but none verifies.
@@ -238,7 +264,7 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
             faults.append(f"{path}: {error}")
     if faults:
         raise DamagedCheckpoint(
-            "No checkpoint verifies, and the run is not restarted from nothing: "
+            "No checkpoint verifies, and the run is not restarted from step 0: "
             + "; ".join(faults)
             + ". Restore one of them, or choose another --output_dir."
         )
@@ -246,25 +272,25 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def go_back_to(root: Path, name: str) -> str:
-    """Set aside what is newer than the checkpoint called `name`; gives a line that says so.
+    """Rename all checkpoints under `root` that are newer than the one called `name`; return a line for the user.
 
     Raises:
-        ValueError: there is none of the name, or it is damaged.
+        ValueError: there is no checkpoint of this name, or it is damaged.
     """
     known = {path.name: step for step, path in list_checkpoints(root)}
     if name not in known:
         found = ", ".join(sorted(known, key=known.get)) or "none"
-        raise ValueError(f"resume_from_checkpoint {name!r} is no checkpoint of {root}, which has {found}.")
+        raise ValueError(f"resume_from_checkpoint {name!r} is not a checkpoint of {root}. Its checkpoints: {found}.")
     try:
         load_checkpoint(root / name)
     except DamagedCheckpoint as error:
-        raise ValueError(f"resume_from_checkpoint {name!r} can't be read: {error}") from None
+        raise ValueError(f"resume_from_checkpoint {name!r} can't be read: {error}. Give another checkpoint.") from None
     set_aside_newer(root, known[name], "left")
-    return f"The run goes back to {name}; newer checkpoints are kept as left-checkpoint-STEP."
+    return f"The run goes back to {name}. Newer checkpoints are renamed to left-checkpoint-STEP."
 
 
 def set_aside_newer(root: Path, step: int, why: str = "damaged") -> None:
-    """Rename the checkpoints after `step` to `<why>-checkpoint-<step>`, so that they never count as ones to keep."""
+    """Rename the checkpoints under `root` after `step` to `<why>-checkpoint-<step>`, so that readers ignore them."""
     for number, path in list_checkpoints(root):
         if number > step:
             aside = root / f"{why}-{path.name}"

@@ -1,4 +1,4 @@
-"""What the scripts are called where they are used: files of a source tree, or words of the command `cm-diffusers`."""
+"""Names of the scripts as the user calls them: files of a source tree, or words of the command `cm-diffusers`."""
 
 import argparse
 import difflib
@@ -10,7 +10,11 @@ from cm_diffusers.scripts import CALLED_BY, CONSOLE, SCRIPTS, WORDS, settings_fi
 
 
 def command(script: str) -> str:
-    """How a script is called here, for lines that say what comes next."""
+    """The command line that starts a script here, for messages about the next step.
+
+    Args:
+        script: the name of the file in `training/`, without its suffix.
+    """
     installed = SCRIPTS.name != "training"
     if installed or os.environ.get(CALLED_BY) == CONSOLE:
         return f"{CONSOLE} {WORDS[script]}"
@@ -18,30 +22,32 @@ def command(script: str) -> str:
 
 
 def in_these_words(text: str) -> str:
-    """A text, in which scripts are called as they are called here."""
+    """Replace paths of scripts such as `training/sample.py` in `text` with the commands that start them here."""
     return re.sub(r"(?:python )?training/(\w+)\.py", lambda found: command(found[1]), text)
 
 
 def parser_of(script: str, description: str) -> argparse.ArgumentParser:
-    """A parser for a script's command line, with its text above `--help`."""
+    """A parser for the command line of `script`, with `description` at the top of its `--help`."""
     return _Parser(prog=command(script), description=in_these_words(description), formatter_class=HelpFormatter)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and short names of values."""
+    """Keep the line breaks of descriptions, and show short names for values."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return {int: "N", float: "X", None: "NAME", str: "NAME", Path: "PATH"}.get(action.type, "N")
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose usage names what is needed, and not every option."""
+    """A parser whose usage line shows only the required arguments."""
 
     def format_usage(self) -> str:
+        """The usage line, with required arguments only."""
         self.usage = self._needed()
         return super().format_usage()
 
     def format_help(self) -> str:
+        """The text of `--help`."""
         self.usage = self._needed()
         return super().format_help()
 
@@ -55,10 +61,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def recipe_file(name: str) -> Path:
-    """The settings file that `--config` means: a path, or a recipe of the library by its name.
+    """The settings file that `--config` names.
+
+    Args:
+        name: a path, or the name of a recipe of the library. An existing file wins over a recipe.
 
     Raises:
-        ValueError: it is no path, and no recipe has the name.
+        ValueError: `name` looks like the name of a recipe, but there is no such recipe.
     """
     if Path(name).is_file() or Path(name).name != name or Path(name).suffix:
         return Path(name)
@@ -66,7 +75,7 @@ def recipe_file(name: str) -> Path:
     if name in recipes:
         return recipes[name]
     near = difflib.get_close_matches(name, recipes, n=3)
-    hint = f" Near it are {', '.join(near)}." if near else ""
+    hint = f" Similar recipes: {', '.join(near)}." if near else ""
     raise ValueError(
-        f"config {name!r} is no file and no recipe of the library.{hint} `{CONSOLE} recipes` lists the recipes."
+        f"config {name!r} is neither a file nor a recipe of the library.{hint} `{CONSOLE} recipes` lists all recipes."
     )

@@ -1,4 +1,4 @@
-"""Which settings of a training run have an effect: a rule for each that others can switch off."""
+"""Rules for settings that have no effect in some training runs, and for settings that flags replace."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from cm_diffusers.objectives.options import steps_of
 
 
-Values = Mapping[str, Any]  # all settings of a run by their flag names; a method's own only where it has them
+Values = Mapping[str, Any]  # settings of a run by their flag names, without the options of other methods
 
 SOURCES = ("dataset_name", "train_data_dir")
 OF_A_SOURCE = ("dataset_config_name", "dataset_revision", "split", "image_column", "label_column", "channels")
@@ -19,7 +19,7 @@ TEACHER = (
 )  # fmt: skip
 LENGTHS = ("max_train_steps", "num_train_epochs", "minutes")
 
-# what a flag takes the place of in a config file: the other settings that answer the same question, and theirs
+# for each flag, the settings of a config file that it replaces: those that answer the same question, and their details
 REPLACES = {
     **dict.fromkeys(SOURCES, SOURCES + OF_A_SOURCE),
     "pretrained_model_name_or_path": ("revision", "variant", "from_scratch", *NEW_NETWORK, "time_label", "sigma_data"),
@@ -37,26 +37,31 @@ REPLACES = {
 
 
 def replaced(flags: Values, in_file: Values) -> dict[str, str]:
-    """The settings of a config file that flags take the place of, each with the flag that does."""
+    """Return the settings of a config file that flags replace, each with the flag that replaces it.
+
+    Args:
+        flags: the settings given as flags.
+        in_file: the settings of the config file.
+    """
     found = {}
     for flag, names in REPLACES.items():
         if not flags.get(flag) or flags[flag] == in_file.get(flag) or flags[flag] == "teacher":
-            continue  # trajectory "teacher" needs the teacher
+            continue  # trajectory "teacher" keeps the teacher
         if flag in SOURCES and flag in in_file:
-            found[flag] = flag  # said, although key by key a flag wins anyway
+            found[flag] = flag  # reported, although a flag wins anyway
         found |= {name: flag for name in names if name in in_file and name not in flags}
     return found
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Settings that change nothing in some runs.
+    """A condition under which some settings have no effect.
 
     Args:
-        names: the settings.
-        causes: the settings that make it so.
-        when: whether it is so, of all settings.
-        why: the reason, and what to do; `{name}` stands for the value of a setting.
+        names: the settings without effect.
+        causes: the settings that switch them off; empty if the length of the run does.
+        when: the condition, a function of all settings.
+        why: the reason and the next step, for the user; `{name}` is replaced by the value of that setting.
     """
 
     names: tuple[str, ...]
@@ -86,7 +91,7 @@ def _local(name: str) -> Callable[[Values], bool]:
     return lambda values: values.get(name) is not None and Path(values[name]).exists()
 
 
-SHARE = "Give fewer steps, a share of the run (as 0.3), or a greater --max_train_steps"
+SHARE = "Give fewer steps, a share of the run such as 0.3, or a larger --max_train_steps"
 HUB = ("hub_model_id", "hub_private_repo", "hub_strategy", "hub_timeout")
 GAN = tuple(f"discriminator_{name}" for name in ("start_step", "period", "learning_rate", "backbone"))
 
@@ -107,7 +112,7 @@ RULES = (
         ("pretrain_steps",),
         (),
         _whole_run("pretrain_steps"),
-        "{pretrain_steps} steps of pretraining leave none for {method} in a run of {max_train_steps}. " + SHARE,
+        "{pretrain_steps} pretraining steps leave no steps for {method} in a run of {max_train_steps}. " + SHARE,
     ),
     Rule(
         ("lr_warmup_steps",),
@@ -119,13 +124,13 @@ RULES = (
         ("lr_num_cycles",),
         ("lr_scheduler",),
         lambda values: values["lr_num_cycles"] != 1 and values["lr_scheduler"] != "cosine_with_restarts",
-        "it is of --lr_scheduler cosine_with_restarts, and lr_scheduler is {lr_scheduler}",
+        "only --lr_scheduler cosine_with_restarts uses it, and lr_scheduler is {lr_scheduler}",
     ),
     Rule(
         ("lr_power",),
         ("lr_scheduler",),
         lambda values: values["lr_power"] != 1 and values["lr_scheduler"] != "polynomial",
-        "it is of --lr_scheduler polynomial, and lr_scheduler is {lr_scheduler}",
+        "only --lr_scheduler polynomial uses it, and lr_scheduler is {lr_scheduler}",
     ),
     Rule(
         ("optimizer",),
@@ -137,13 +142,13 @@ RULES = (
         ("lr_warmup_steps",),
         (),
         _whole_run("lr_warmup_steps"),
-        "a warm-up of {lr_warmup_steps} steps does not end in a run of {max_train_steps}. " + SHARE,
+        "a warm-up of {lr_warmup_steps} steps does not end in a run of {max_train_steps} steps. " + SHARE,
     ),
     Rule(
         ("tangent_warmup_steps",),
         (),
         _whole_run("tangent_warmup_steps"),
-        "a warm-up of {tangent_warmup_steps} steps does not end in a run of {max_train_steps}. " + SHARE,
+        "a warm-up of {tangent_warmup_steps} steps does not end in a run of {max_train_steps} steps. " + SHARE,
     ),
     Rule(
         ("discriminator_start_step",),
@@ -155,70 +160,73 @@ RULES = (
         NEW_NETWORK,
         START,
         _from_start,
-        "the network is that of --pretrained_model_name_or_path, {pretrained_model_name_or_path}. Leave one of them"
-        " out",
+        "--pretrained_model_name_or_path {pretrained_model_name_or_path} defines the network. Leave one of them out",
     ),
     Rule(
         (*NEW_NETWORK, "time_label"),
         ("pretrained_teacher_model",),
         _from_teacher,
-        "the network is that of the teacher, {pretrained_teacher_model}. Add --from_scratch for a new one",
+        "the network is the one of the teacher, {pretrained_teacher_model}. Add --from_scratch for a new network",
     ),
     Rule(
         ("model_preset",),
         ("model_config_name_or_path",),
         lambda values: values["model_config_name_or_path"] is not None,
-        "the network is that of --model_config_name_or_path. Leave one of them out",
+        "--model_config_name_or_path {model_config_name_or_path} defines the network. Leave one of them out",
     ),
     Rule(
         ("revision",),
         START,
         _local("pretrained_model_name_or_path"),
-        "{pretrained_model_name_or_path} is a folder, and revisions are those of a model on the Hub",
+        "{pretrained_model_name_or_path} is a folder, and only models on the Hub have revisions",
     ),
     Rule(
         ("teacher_revision",),
         TEACHER,
         _local("pretrained_teacher_model"),
-        "{pretrained_teacher_model} is a folder, and revisions are those of a teacher on the Hub",
+        "{pretrained_teacher_model} is a folder, and only models on the Hub have revisions",
     ),
     Rule(
         ("label_column", "label_dropout"),
         ("class_conditional",),
         _is("class_conditional", False),
-        "without --class_conditional no labels are read",
+        "labels are read only with --class_conditional. Add that or leave this out",
     ),
     Rule(
         ("split",),
         SOURCES,
         lambda values: values["dataset_name"] == "digits" and values["split"] != "train",
-        "the digits have one split, train",
+        "the digits have only one split, train",
     ),
     Rule(
         ("dataset_config_name", "dataset_revision", "image_column", "label_column", "dataloader_num_workers"),
         SOURCES,
         _is("dataset_name", "digits"),
-        "the digits come with scikit-learn: they have no configurations, revisions or other columns, and no files to"
-        " read",
+        "the digits come from scikit-learn, without configurations, revisions, columns or files",
     ),
     Rule(
         ("dataset_config_name", "dataset_revision"),
         SOURCES,
         lambda values: values["train_data_dir"] is not None,
-        "--train_data_dir is a folder of images, and those are of datasets on the Hub",
+        "--train_data_dir is a folder of images, and only datasets on the Hub have configurations and revisions",
     ),
     Rule(
         ("ema_rampup",),
         ("ema_decay",),
         lambda values: bool(values["ema_decay"]) and not values["ema_half_life"],
-        "a constant --ema_decay has no ramp. Give --ema_half_life instead",
+        "a constant --ema_decay has no ramp-up. Give --ema_half_life instead",
     ),
-    Rule(HUB, ("push_to_hub",), _is("push_to_hub", False), "nothing is published without --push_to_hub"),
+    Rule(
+        HUB,
+        ("push_to_hub",),
+        _is("push_to_hub", False),
+        "only --push_to_hub publishes the model. Add that or leave this out",
+    ),
     Rule(
         ("tracker_project_name", "logging_dir"),
         ("report_to",),
         _is("report_to", None, ["none"]),
-        "nothing is tracked without --report_to",
+        "only --report_to starts trackers. Add that or leave this out",
     ),
     Rule(
         ("hub_strategy",),
@@ -226,48 +234,55 @@ RULES = (
         lambda values: (
             values["hub_strategy"] == "every_save" and values["checkpointing_steps"] >= values["max_train_steps"]
         ),
-        "a run of {max_train_steps} steps has no checkpoint before its end. Give fewer --checkpointing_steps than"
-        " {checkpointing_steps}",
+        "a run of {max_train_steps} steps has no checkpoint before its end. Make --checkpointing_steps smaller than"
+        " {max_train_steps}",
     ),
     Rule(
         ("huber_c",),
         ("distance",),
         _is("distance", "l2", "lpips"),
-        "it is of --distance pseudo_huber, and distance is {distance}",
+        "only --distance pseudo_huber uses it, and distance is {distance}",
     ),
-    Rule(("b",), ("k",), _is("k", 0), "k is 0, which b stands beside as a factor"),
+    Rule(("b",), ("k",), _is("k", 0), "b shapes the term k sigmoid(-b t), which is 0 because k is 0"),
     Rule(
         ("tangent_c",),
         ("tangent_norm",),
         _is("tangent_norm", "clip", "none"),
-        "tangent_norm {tangent_norm} has no constant. Use --tangent_norm norm or rms",
+        "tangent_norm {tangent_norm} does not use the constant. Give --tangent_norm norm or rms",
     ),
     Rule(
         ("rollout_steps", "epsilon_min", "epsilon_max"),
         ("martingale_weight",),
         _is("martingale_weight", 0),
-        "martingale_weight 0 leaves out the rollouts",
+        "martingale_weight 0 disables the rollouts",
     ),
-    Rule(("weight_c",), ("power",), _is("power", 0), "power 0 weighs all alike"),
-    Rule(GAN, ("gan_weight",), _is("gan_weight", 0), "gan_weight 0 leaves out the discriminator"),
-    Rule(("solver",), ("trajectory",), _is("trajectory", "data"), "trajectory data solves no ODE"),
+    Rule(("weight_c",), ("power",), _is("power", 0), "power 0 gives all samples the same weight"),
+    Rule(GAN, ("gan_weight",), _is("gan_weight", 0), "gan_weight 0 disables the discriminator"),
+    Rule(
+        ("solver",),
+        ("trajectory",),
+        _is("trajectory", "data"),
+        "trajectory data follows the straight line from the data and solves no ODE",
+    ),
     Rule(
         ("balance",),
         ("dsm_weight", "gan_weight"),
         lambda values: values.get("dsm_weight") == 0 == values.get("gan_weight"),
-        "dsm_weight and gan_weight 0 leave no second loss",
+        "dsm_weight 0 and gan_weight 0 leave no second loss to balance",
     ),
 )
 
 
 def without_effect(values: Values, given: Mapping[str, bool]) -> tuple[dict[str, str], list[str]]:
-    """The given settings that change nothing in a run.
+    """Find the given settings that have no effect in a run.
 
     Args:
-        values: all settings.
-        given: by the names of the settings that somebody gave, whether as a flag (else in a config file).
+        values: all settings of the run.
+        given: for each setting that the user gave, True if as a flag, False if in the config file.
 
-    Gives those of the config file that a flag makes idle, each with that flag, and for the others a reason each.
+    Returns:
+        The settings of the config file that a flag switches off, each with that flag; and an error message for each
+        other setting without effect.
     """
     idle, faults = {}, []
     for rule in RULES:
@@ -287,12 +302,18 @@ def _shown(value: Any) -> str:
 
 
 def say_replaced(found: Mapping[str, str], in_file: Values, values: Values) -> list[str]:
-    """A line for every flag that took the place of settings of a config file."""
+    """Return a log line for each flag that replaced settings of a config file.
+
+    Args:
+        found: each replaced setting with the flag that replaced it, from `replaced` and `without_effect`.
+        in_file: the settings of the config file.
+        values: the resulting settings of the run.
+    """
     lines = []
     for flag in dict.fromkeys(found.values()):
         names = [name for name in found if found[name] == flag]
         parts = ", ".join(f"{name} {_shown(in_file[name])}" for name in names)
         kept = values.get("resolution") if flag in SOURCES and "resolution" in in_file else None
-        size = "" if kept is None else f" Its resolution stays: {_shown(kept)}; --resolution sets another."
+        size = "" if kept is None else f" Its resolution stays: {_shown(kept)}. --resolution sets another."
         lines.append(f"--{flag} {_shown(values[flag])} replaces the config file's {parts}.{size}")
     return lines

@@ -1,4 +1,4 @@
-"""Files: whole or not at all where they are written, plain and of a known size where they are read; a run's names."""
+"""Atomic writes, safe reads, messages about system errors, and the names of files in the folder of a run."""
 
 import errno
 import hashlib
@@ -19,9 +19,9 @@ import cm_diffusers
 
 LIBRARY = Path(cm_diffusers.__file__).parent
 HUB_CARDS = next(f for f in (LIBRARY / "hub_cards", LIBRARY.parent / "hub_cards") if f.is_dir())  # templates
-LIMIT = 64 << 20  # bytes of a JSON file; those of runs hold a few thousand
+LIMIT = 64 << 20  # bytes of a JSON file, at most; files of runs have a few thousand
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFLNK: "a link", stat.S_IFSOCK: "a socket"}
-_FULL = "Free some room (`df -h` shows it, `df -i` for numbers of files)"
+_FULL = "Free some space (`df -h` shows it; `df -i` shows the number of files)"
 _CLOSED = "Allow writing there"
 _TAKEN = "Move away what is there"
 ADVICE = {
@@ -36,37 +36,41 @@ ADVICE = {
     errno.ENOTEMPTY: _TAKEN,
     errno.EFBIG: "Allow larger files (`ulimit -f` shows the limit)",
 }
-GOES_ON = "the same command goes on from what is saved, which is whole"
-# how libraries wrap a fault of the system: Python's text, Rust's, C's
+GOES_ON = "give the same command again, which continues from the saved state"
+# texts of system errors in the exceptions of libraries: by Python, Rust and C
 _WRAPPED = re.compile(r"\[Errno (\d+)\] [^:\n]+(?:: '([^'\n]+)')?|\(os error (\d+)\)|left on device \((\d+)\)")
 
 
 class RunFiles:
-    """What lies in the folder of a run; the first few in that of an evaluation as well."""
+    """Names of files and folders in the folder of a run; an evaluation writes some of them to its output folder."""
 
-    MODEL = "pipeline"  # the model, saved at the end
-    FACTS = "card.json"  # all that the model's card says, but for what was measured
-    METRICS = "metrics.json"  # what evaluate.py has measured
-    QUALITY = "quality.png"  # a picture of that
-    BEST = "best"  # a folder with the best of the models that evaluate.py has watched
-    DATA = "data.json"  # what the images are; in the model's folder as well
+    MODEL = "pipeline"  # a folder with the model, saved at the end
+    FACTS = "card.json"  # the facts of the model's card, without measurements
+    METRICS = "metrics.json"  # the measurements of evaluate.py
+    QUALITY = "quality.png"  # a picture of the measurements
+    BEST = "best"  # a folder with the best checkpoint that evaluate.py --watch has found
+    DATA = "data.json"  # the description of the images; also in the folder of the model
     SETTINGS = "config.yaml"
     LOG = "log.jsonl"
     CURVES = "losses.png"
     PICTURES = "samples"
     TRACKERS = "tracker"
-    TRACKER = "tracker.json"  # under which name and ids trackers know the run
-    EXPORTED = "exported.json"  # what the saved model is an export of
-    DIVERGED = "diverged.json"  # at which step it has, with which settings
+    TRACKER = "tracker.json"  # the name and ids of the run in its trackers
+    EXPORTED = "exported.json"  # the step and settings of the last export
+    DIVERGED = "diverged.json"  # the step of a divergence and its settings
     SCANNED = "images_checked.safetensors"
     LATENTS = "latents.safetensors"
     FOR_HUB = ".hub"  # copies that are being pushed
-    LOCK = ".lock"  # held by the process that trains, while it lives
-    OWNER = ".owner"  # whose it is
+    LOCK = ".lock"  # locked by the process that trains
+    OWNER = ".owner"  # the process that holds the lock
 
 
 def save_image(image: Image.Image, file: Path) -> None:
-    """Save an image, or nothing where the disk is full."""
+    """Save `image` as `file`, and leave no file if that fails.
+
+    Raises:
+        OSError: the file can't be written. The error names the file.
+    """
     try:
         with naming(file):
             image.save(file)
@@ -76,7 +80,7 @@ def save_image(image: Image.Image, file: Path) -> None:
 
 
 def digest(*parts: bytes) -> str:
-    """The SHA-256 of all parts, one after the other, in hexadecimal digits."""
+    """The SHA-256 of the concatenated `parts`, in hexadecimal digits."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part)
@@ -88,9 +92,10 @@ def digest(*parts: bytes) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A fault of the system gets the name of the file that it is about, which writing and fsync leave out.
+    """A context that adds the file name `path` to system errors, because writing and fsync leave it out.
 
-    What a library made of one becomes an OSError again.
+    Raises:
+        OSError: a system error in the block, also in place of a library's exception that wraps one.
     """
     try:
         yield
@@ -104,7 +109,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write and fsync."""
+    """Write `data` to the file `path`, and fsync it."""
     with naming(path), open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -112,7 +117,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Have the names in a folder on the disk. Windows opens no folder, and keeps them by itself."""
+    """Fsync the folder `path`, so that its file names are on the disk. On Windows this does nothing."""
     if not OPENS_FOLDERS:
         return
     handle = os.open(path, os.O_RDONLY)
@@ -124,7 +129,10 @@ def fsync_folder(path: Path) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A name for a file to be written under; once it is whole it takes the place of `path`, else it is deleted."""
+    """A context for writing a file atomically: it gives a temporary name, which replaces `path` at the end.
+
+    If the block fails, the temporary file is deleted and `path` is unchanged.
+    """
     aside = path.with_name(f".tmp-{path.name}")
     remove(aside)
     try:
@@ -139,25 +147,25 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file that is at any moment the old one or the new one, whole."""
+    """Write `content` to `path` atomically: at any moment the file is completely the old one or the new one."""
     with written_aside(path) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link (and not what it leads to) or a folder; nothing where there is nothing."""
+    """Delete the file, link or folder `path`, if it exists. The target of a link is kept."""
     if path.is_dir() and not path.is_symlink():
         try:
             shutil.rmtree(path)
         except OSError as error:
-            error.filename = str(path)  # it names what is in there without its folder
+            error.filename = str(path)  # the error names an entry without its folder
             raise
     else:
         path.unlink(missing_ok=True)
 
 
 def free_name(path: Path) -> Path:
-    """damaged-NAME, or damaged-2-NAME and so on where that is taken."""
+    """The first free one of the paths damaged-NAME, damaged-2-NAME, ... beside `path`."""
     number, aside = 1, path.with_name(f"damaged-{path.name}")
     while os.path.lexists(aside):
         number += 1
@@ -166,7 +174,7 @@ def free_name(path: Path) -> Path:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename to damaged-NAME or, where that is taken, a numbered name; gives it."""
+    """Rename `path` to its `free_name`, and return that."""
     return path.rename(free_name(path))
 
 
@@ -174,28 +182,28 @@ def set_aside(path: Path) -> Path:
 
 
 def kind_of(mode: int) -> str | None:
-    """What there is instead of a file; None for a file."""
+    """What an entry with the file mode `mode` is, such as "a folder"; None for a regular file."""
     return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "a device")
 
 
 OPENS_FOLDERS = os.name != "nt"
-READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # Windows has the last one alone
+READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # only Windows has O_BINARY
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
 def read_plain(path: Path, size: int | None = None, limit: int = LIMIT, follow: bool = True) -> bytes:
-    """The content of a file. Waits for nothing, as for the writer of a pipe, and looks at the size before it reads.
+    """Read a regular file, after a check of its size. It never waits, for example for the writer of a pipe.
 
     Args:
-        path: its name.
-        size: bytes that it has to have.
-        limit: the most that it may have, where `size` is None.
-        follow: go where a link leads; else a link is no file.
+        path: the file.
+        size: the required number of bytes, or None.
+        limit: the largest number of bytes if `size` is None.
+        follow: follow links; otherwise a link is an error.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        OSError: it can't be read.
-        ValueError: it is not a file, or of another size; the message goes on after its name.
+        FileNotFoundError: the file does not exist.
+        OSError: the file can't be read.
+        ValueError: `path` is not a file or has another size. The message continues after the file's name.
     """
     try:
         handle = os.open(path, READ | (0 if follow else NO_LINKS))
@@ -219,7 +227,7 @@ def read_plain(path: Path, size: int | None = None, limit: int = LIMIT, follow: 
 
 
 def holds(path: Path, text: str) -> bool:
-    """Whether a file is there and holds this and nothing else."""
+    """Whether the file `path` exists and its content is exactly `text`."""
     try:
         return read_plain(path) == text.encode()
     except (OSError, ValueError):
@@ -227,7 +235,11 @@ def holds(path: Path, text: str) -> bool:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON. Raises ValueError, for what nests too deeply as well."""
+    """Parse JSON.
+
+    Raises:
+        ValueError: `data` is not JSON, or nests too deeply.
+    """
     try:
         return json.loads(data)
     except RecursionError:
@@ -235,7 +247,12 @@ def parse_json(data: bytes) -> Any:
 
 
 def read_json(path: Path, limit: int = LIMIT) -> Any:
-    """The JSON of a file. Raises OSError or ValueError, whose message goes on after the file's name."""
+    """Read the JSON file `path` of at most `limit` bytes.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: the file is too large or not JSON. The message continues after the file's name.
+    """
     data = read_plain(path, limit=limit)
     try:
         return parse_json(data)
@@ -244,27 +261,27 @@ def read_json(path: Path, limit: int = LIMIT) -> Any:
 
 
 def headline(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """The first line of the message of `error`, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def why(error: Exception) -> str:
-    """What is wrong with a file, to go on after its name."""
+    """The fault of a file as the end of a sentence after its name, from the `error` of reading it."""
     if isinstance(error, OSError):
         return f"can't be read ({error.strerror})"
-    return str(error) if isinstance(error, ValueError) else f"is not what this library writes ({error!r:.80})"
+    return str(error) if isinstance(error, ValueError) else f"was not written by this library ({error!r:.80})"
 
 
-# --- faults of the system ------------------------------------------------------------------------------------------
+# --- system errors -------------------------------------------------------------------------------------------------
 
 
 def explain(error: BaseException, flag: str = "--output_dir", then: str = GOES_ON) -> str | None:
-    """What a fault of the system (a full disk, a folder in a file's place) was, and what to do; None for other errors.
+    """A message about a system error, such as a full disk, with the next step; None for other errors.
 
     Args:
-        error: an OSError, or what a library made of it.
-        flag: what names the folder that is written to.
-        then: what can be done once the fault is repaired.
+        error: an OSError, or a library's exception that wraps one.
+        flag: the option that names the output folder.
+        then: what the user can do after the repair, as a clause.
     """
     number, file, reason = _fault(error)
     if number is None:
@@ -275,7 +292,7 @@ def explain(error: BaseException, flag: str = "--output_dir", then: str = GOES_O
 
 
 def _fault(error: BaseException | None) -> tuple[int | None, str | None, str | None]:
-    """Number, file, and text where there is no number, of a fault of the system."""
+    """The number and the file of a system error, or its text if it has no number."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno, error.filename2 or error.filename, None

@@ -1,6 +1,6 @@
-"""What `--help` shows, kept as text in the folder `help` beside the scripts, as torch alone takes longer to import.
+"""Pages of `--help`, stored as text in `training/help`, because importing torch alone takes longer than reading them.
 
-`make help-pages` writes the files; a test compares them with what the scripts say of themselves.
+`make help-pages` writes the files. A test compares them with the parsers of the scripts.
 """
 
 import ast
@@ -18,7 +18,7 @@ from cm_diffusers.scripts import SCRIPTS, WORDS, settings_files
 
 
 PAGES = SCRIPTS / "help"
-WIDTH = 100  # columns of the pages
+WIDTH = 100  # of the pages, in characters
 CHOICE = """usage: {prog} [options]
 
 {description}
@@ -26,24 +26,24 @@ CHOICE = """usage: {prog} [options]
 {own}
 
 what is trained:
-  --config NAME         YAML file with the same keys as the flags, or a recipe's name; flags win.
+  --config NAME         YAML file with the same keys as the flags, or the name of a recipe. Flags win.
   --method NAME         {choice}
 
 {shared}
 """
-SHARED = "training"  # the page of what all methods have; each has one of its own options as well
+SHARED = "training"  # the page of the options that all methods share; each method has a page of its own options
 
 
 def training_page(prog: str, description: str, methods: Sequence[str], method: str, own: str, shared: str) -> str:
-    """The help of a script that trains.
+    """Compose the help of a training script.
 
     Args:
-        prog: what it is called.
-        description: what it does.
-        methods: that it trains; the first is the default.
-        method: whose options are shown.
-        own: the section of these options.
-        shared: the sections of what all methods have.
+        prog: the command that starts the script.
+        description: the text at the top.
+        methods: the methods that the script trains; the first is the default.
+        method: the method whose options are shown.
+        own: the section with the options of `method`.
+        shared: the sections with the options that all methods share.
     """
     return CHOICE.format(
         prog=prog,
@@ -55,23 +55,23 @@ def training_page(prog: str, description: str, methods: Sequence[str], method: s
 
 
 def _choice(prog: str, methods: Sequence[str], method: str) -> str:
-    """What the help says of --method, in its column."""
+    """The help text of --method, indented to its column."""
     if len(methods) == 1:
-        return f"{method}, the only one."
+        return f"Method to train: {method}, the only one here."
     another = next(other for other in methods if other != method)
     return (
-        f"{methods[0]} where none is named, or {', '.join(methods[1:])}.\n{'':24}`{prog} --method {another} --help`"
-        " explains the options of another."
+        f"Method to train: {methods[0]} (default), {', '.join(methods[1:])}.\n{'':24}"
+        f"`{prog} --method {another} --help` shows the options of {another}."
     )
 
 
 def page_of(script: str, argv: Sequence[str], description: str | None = None) -> str | None:
-    """The help that a script keeps; None where it keeps none.
+    """The stored help of a script, or None if no page is stored.
 
     Args:
-        script: its name.
-        argv: its command line.
-        description: that of a word which stands for this script and others, whose methods it has.
+        script: the name of the script.
+        argv: its command line, which can name a method or a recipe.
+        description: the text at the top for a word of `cm-diffusers` that combines several scripts.
     """
     try:
         scripts = [script] if description is None else [name for name in WORDS if WORDS[name] == WORDS[script]]
@@ -93,7 +93,7 @@ def _source(script: str) -> ast.Module:
 
 
 def methods_of(script: str) -> list[str]:
-    """What a script says that it trains."""
+    """The methods that a script trains, from its constant `METHODS`; empty for other scripts."""
     for node in _source(script).body if script in WORDS else ():
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "METHODS":
             return ast.literal_eval(node.value)
@@ -101,7 +101,7 @@ def methods_of(script: str) -> list[str]:
 
 
 def _chosen(argv: Sequence[str]) -> str | None:
-    """The method that a command line names, or its recipe."""
+    """The method that a command line names, itself or through its recipe; None for neither."""
     values = {}
     for name, value in zip(argv, [*argv[1:], ""]):
         flag, has_value, text = name.partition("=")
@@ -115,7 +115,7 @@ def _chosen(argv: Sequence[str]) -> str | None:
 
 
 def answer() -> None:
-    """Show the help and end, where this process runs a script of the library that is asked for it."""
+    """Print the stored help and end the program, if this process runs a script of the library with --help."""
     called = Path(sys.argv[0])
     if {"-h", "--help"} & set(sys.argv[1:]) and called.suffix == ".py" and called.resolve().parent == SCRIPTS:
         page = page_of(called.stem, sys.argv[1:])
@@ -125,7 +125,7 @@ def answer() -> None:
 
 
 def pages() -> dict[str, str]:
-    """What the scripts and the methods say of themselves, by the names of their pages."""
+    """The current help texts of all scripts and methods by the names of their pages, from their parsers."""
     from cm_diffusers.engine.config import parser_of_training
     from cm_diffusers.objectives import OBJECTIVES
 

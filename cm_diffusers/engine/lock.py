@@ -1,4 +1,4 @@
-"""A folder for one process at a time."""
+"""Locks that give the folder of a run to one process at a time."""
 
 import os
 import socket
@@ -12,15 +12,21 @@ from cm_diffusers.engine.places import make_folder
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Take a folder for this process. The system frees it when the process ends, however it ends."""
+    """Lock `folder` for this process, and create it if it is missing.
+
+    The operating system releases the lock at the end of the process, even if the process is killed.
+
+    Raises:
+        ValueError: another process holds the lock, or the folder can't be created.
+    """
     make_folder(folder)
     lock, owner = FileLock(folder / RunFiles.LOCK), folder / RunFiles.OWNER
     _make_way(folder / RunFiles.LOCK)
     try:
-        lock.acquire(timeout=1)  # evaluate.py --watch holds it for a moment, to see whether it is free
+        lock.acquire(timeout=1)  # evaluate.py --watch holds it for a moment to test it
     except Timeout:
         raise ValueError(
-            f"output_dir {str(folder)!r} is in use by {_read_owner(owner)}; choose another, or stop that run."
+            f"output_dir {str(folder)!r} is in use by {_read_owner(owner)}. Choose another folder, or stop that run."
         ) from None
     _make_way(owner)
     replace_file(owner, f"process {os.getpid()} on {socket.gethostname()}")
@@ -28,9 +34,9 @@ def lock_folder(folder: Path) -> FileLock:
 
 
 def _make_way(path: Path) -> None:
-    """Set aside what is not a file."""
+    """Rename `path` if it is not a file, and print a warning."""
     if os.path.lexists(path) and (kind := kind_of(os.lstat(path).st_mode)):
-        tqdm.write(f"WARNING: {path} is {kind} instead of a file; it is renamed to {set_aside(path).name}.")
+        tqdm.write(f"WARNING: {path} is {kind} instead of a file. It is renamed to {set_aside(path).name}.")
 
 
 def _read_owner(file: Path) -> str:
@@ -41,7 +47,7 @@ def _read_owner(file: Path) -> str:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process has taken the folder."""
+    """Whether a process holds the lock of `folder`."""
     try:
         with FileLock(folder / RunFiles.LOCK).acquire(timeout=0):
             return False

@@ -1,4 +1,4 @@
-"""The log of a run: a line of JSON for the steps since the last one."""
+"""The log of a run: each line is JSON for the training steps since the previous line."""
 
 import json
 import shutil
@@ -10,12 +10,18 @@ from typing import Any
 from cm_diffusers.engine.files import free_name, holds, parse_json, read_plain, replace_file
 
 
-MOST_BYTES = 1 << 30
+MOST_BYTES = 1 << 30  # size limit of a log
 
 
 @dataclass(frozen=True)
 class Log:
-    """Rows in rising steps; how many other lines are damaged; whether the last line was cut off, as by a kill."""
+    """The content of a log file.
+
+    Args:
+        rows: the valid lines, in the order of their steps.
+        damaged: the number of other lines, without a last line that was cut off.
+        cut: whether the last line was cut off, for example by a kill.
+    """
 
     rows: list[dict[str, Any]]
     damaged: int
@@ -23,7 +29,12 @@ class Log:
 
 
 def read_log(file: Path, last: int = (1 << 53) - 1) -> Log:
-    """The log up to the step `last`. Raises OSError or ValueError as `read_plain` does."""
+    """Read the log in `file` up to the step `last`.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is not a regular file, or too large.
+    """
     rows, bad = [], []
     lines = read_plain(file, limit=MOST_BYTES).removesuffix(b"\n").split(b"\n")
     for i, line in enumerate(lines if lines != [b""] else []):
@@ -31,7 +42,7 @@ def read_log(file: Path, last: int = (1 << 53) - 1) -> Log:
             row = parse_json(line)
             step = row["step"]
             if type(step) is not int or not (rows[-1]["step"] if rows else 0) < step:
-                raise ValueError("no step after the last one")
+                raise ValueError("its step does not follow the last one")
             if step <= last:
                 rows.append(row)
         except (ValueError, TypeError, KeyError):
@@ -41,12 +52,14 @@ def read_log(file: Path, last: int = (1 << 53) - 1) -> Log:
 
 
 def cut_log(file: Path, step: int, expected: bool) -> Iterator[str]:
-    """Drop the lines after `step`, a line that a kill cut off, and damaged ones; gives what there is to say of it.
+    """Remove from a log the lines after `step` and damaged lines, and yield messages about that.
+
+    A last line that a kill cut off is removed without a message, unless there is no other line.
 
     Args:
-        file: the log, which may be missing.
-        step: where the run goes on.
-        expected: whether a run that has come so far has written a line.
+        file: the log, which can be missing.
+        step: the step from which the run continues.
+        expected: whether a run at `step` has written a line.
     """
     log = read_log(file, step) if file.exists() else Log([], 0, False)
     text = "".join(json.dumps(row) + "\n" for row in log.rows)
@@ -54,8 +67,8 @@ def cut_log(file: Path, step: int, expected: bool) -> Iterator[str]:
     if damaged:
         copy = free_name(file)
         shutil.copyfile(file, copy)
-        yield f"WARNING: {damaged} damaged line(s) of {file} are left out; {copy.name} is as it was."
+        yield f"WARNING: {damaged} damaged line(s) of {file} are removed. {copy.name} is a copy of the damaged log."
     if expected and not log.rows:
-        yield f"{file} holds no line up to step {step}: its curves begin there."
+        yield f"{file} holds no line up to step {step}, so its curves begin at that step."
     if file.exists() and not holds(file, text):
         replace_file(file, text)

@@ -1,4 +1,4 @@
-"""Accelerate's view of the processes, checked against the launcher's, and how they end."""
+"""Start and end the processes of a run: the accelerator, shared errors, and error messages."""
 
 import os
 import re
@@ -19,31 +19,36 @@ from cm_diffusers.parent import parent
 from cm_diffusers.scripts import LAUNCHED_BY
 
 
-PATIENCE = 20.0  # seconds, in which a launcher ends the other processes once one has failed
+PATIENCE = 20.0  # seconds in which a launcher ends the other processes after one has failed
 
 
 def start_accelerator(**settings: Any) -> Accelerator:
-    """An `Accelerator(**settings)` of all the processes that were launched, on the CPU where there is nothing else.
+    """Create `Accelerator(**settings)` for all launched processes, on the CPU if there is no other device.
 
     Raises:
-        ValueError: they would not know of each other, and each would do all.
+        ValueError: the launched processes do not form one group, for example with --multi_gpu on a machine without
+            GPUs. Each process would run the whole job.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     by_launcher = launched > 1 and "LOCAL_RANK" in os.environ
     accelerator = Accelerator(cpu=by_launcher and not torch.accelerator.is_available(), **settings)
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"{launched} processes were launched, and Accelerate knows of {accelerator.num_processes}. Start them by"
-            f" torchrun --nproc_per_node {launched}, or by cm-diffusers with --num_processes {launched}."
+            f"{launched} processes were launched, but Accelerate knows of {accelerator.num_processes}. Start them with"
+            f" torchrun --nproc_per_node {launched}, or with cm-diffusers --num_processes {launched}."
         )
     return accelerator
 
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Where the main process fails in what it does alone, the others end as well, instead of waiting for it.
+    """A context for work of the main process alone: if it fails, the others end as well instead of waiting for it.
 
-    Raises the error on the main process, and on the others a ValueError with its message.
+    All processes enter the context.
+
+    Raises:
+        Exception: the error of the block, on the process where it occurs.
+        ValueError: on the other processes, with the message of the main process's error.
     """
     fault = None
     try:
@@ -59,7 +64,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def agreed(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Each flag, true on all processes where it is on one."""
+    """The logical or of each flag over all processes, the same on every process."""
     if accelerator.num_processes == 1:
         return list(flags)
     return (accelerator.reduce(torch.tensor(flags, device=accelerator.device).float()) > 0).tolist()
@@ -67,36 +72,39 @@ def agreed(accelerator: Accelerator, *flags: bool) -> list[bool]:
 
 @contextmanager
 def ends_with_a_line(flag: str = "--output_dir", then: str = GOES_ON) -> Iterator[None]:
-    """Errors of the user, and faults of the system, end the program by a message and code 2.
+    """A context in which user errors (ValueError) and system errors end the program with a message and exit code 2.
 
-    The environment's CM_DIFFUSERS_TRACEBACK shows where they come from.
+    If the environment variable CM_DIFFUSERS_TRACEBACK is set, these errors are raised with their traceback instead.
 
     Args:
-        flag: what names the folder that the program writes to.
-        then: what can be done once the fault of the system is repaired.
+        flag: the option that names the output folder.
+        then: what the user can do after the repair of a system error, as a clause.
     """
     try:
         yield
     except Exception as error:
         text = str(error) if isinstance(error, ValueError) else explain(error, flag, then)
         if int(os.environ.get("RANK", 0)) > 0 and isinstance(error, RuntimeError) and "by peer" in str(error):
-            text = "another process has ended; its message says why."
+            text = "another process has ended, and its message tells the cause."
         if text is None or os.environ.get("CM_DIFFUSERS_TRACEBACK"):
             raise
         end_with(text)
 
 
 def end_with(error: Exception | str) -> NoReturn:
-    """End the program by a message and code 2; several processes print it once.
+    """End the program with the message `error` and exit code 2. Several processes print it once.
 
-    Others than the main process wait first, as the launcher ends them where the main one has failed as well.
+    All but the main process first wait `PATIENCE` seconds, because the launcher ends them if the main one has failed.
+
+    Raises:
+        SystemExit: always.
     """
     number = int(os.environ.get("RANK", 0))
     if number > 0:
         time.sleep(PATIENCE)
     line = f"error: {error}" + (f" (process {number})" if number > 0 else "")
     if not _says_it_behind_the_launcher(line):
-        with suppress(OSError):  # where stderr goes to a full disk as well
+        with suppress(OSError):  # stderr can go to a full disk
             print(line, file=sys.stderr, flush=True)
     raise SystemExit(2) from None
 
@@ -109,16 +117,16 @@ try:
     launcher = psutil.Process({pid})
     while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
         time.sleep(0.02)
-except psutil.Error:  # it is gone
+except psutil.Error:  # the launcher is gone
     pass
 print({line!r}, file=sys.stderr)
 """
 
 
 def _says_it_behind_the_launcher(line: str) -> bool:
-    """Let another process say a line once the launcher has ended, which itself has some 40 lines to say of it.
+    """Print a line from another process after the end of the launcher, which prints about 40 lines of its own.
 
-    False where there is no such launcher: that of `cm-diffusers --num_processes` is quiet.
+    False without such a launcher. The launcher of `cm-diffusers --num_processes` prints nothing itself.
     """
     try:
         launcher = psutil.Process(parent())

@@ -250,7 +250,9 @@ def test_a_consistency_model_is_no_ctm(case, tmp_path):
 
 def test_an_unknown_file_is_told_what_is_known(tmp_path):
     path = foreign.save({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pt")
-    with pytest.raises(ValueError, match=r"belongs to no known family: it holds conv1.weight. Known are openai \(.*simo"):
+    with pytest.raises(
+        ValueError, match=r"belongs to no known family: it holds conv1.weight. Known are openai \(.*simo"
+    ):
         convert(path)
     with pytest.raises(ValueError, match="no tensors at all"):
         convert(foreign.save({}, tmp_path / "empty.pt"))

@@ -89,13 +89,13 @@ def test_the_pipeline_stays_as_it_is():
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("denoising", "flow", "trigflow heun"))])
 def test_models_that_do_not_jump_are_refused(kind):
-    with pytest.raises(ValueError, match="models that jump. Distil it first"):
+    with pytest.raises(ValueError, match="models can be exported. Distil it first"):
         Sampler(pipeline_of(kind))
 
 
 def test_guidance_needs_a_null_class():
     pipe = ConsistencyPipeline(network_of("consistency", label_dropout=0.0), MultistepConsistencyScheduler())
-    with pytest.raises(ValueError, match="guidance needs a class that stands for none"):
+    with pytest.raises(ValueError, match="guidance needs a model with a null class"):
         Sampler(pipe, guidance=True)
 
 
@@ -207,7 +207,7 @@ def test_a_graph_that_differs_is_not_left(model, tmp_path, monkeypatch):
         (("--runtime_dir", "dist"), "runtime_dir has no effect without --page"),
         (("--sigmas", 1, 80), "fall strictly"),
         (("--gamma", 0.5), "gamma"),
-        (("--guidance",), "guidance needs a class that stands for none"),
+        (("--guidance",), "guidance needs a model with a null class"),
     ],
 )
 def test_what_can_not_be_exported_is_said(model, tmp_path, words, message):
@@ -217,7 +217,7 @@ def test_what_can_not_be_exported_is_said(model, tmp_path, words, message):
 
 def test_a_package_that_is_missing_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match="onnxruntime is not installed: pip install onnxruntime"):
+    with pytest.raises(ValueError, match="onnxruntime is not installed. Install it with: pip install onnxruntime"):
         export(model, tmp_path)
 
 

@@ -74,7 +74,7 @@ def test_the_snippet_of_every_precision_makes_pictures(model, tmp_path, variant)
     folder = tmp_path / "pipeline"
     save_pipeline(DiffusionPipeline.from_pretrained(model / "pipeline"), folder, variant=variant)
     card = card_of(model, export_variant=variant, repo=str(folder))
-    assert f"The weights in {variant} lie beside them" in card.text
+    assert f"The repository also has the weights in {variant}" in card.text
     for code, dtype in zip(code_of(card), ("float32", {"fp16": "float16", "bf16": "bfloat16"}[variant]), strict=True):
         made = {}
         exec(code, made)

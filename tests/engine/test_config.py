@@ -309,11 +309,14 @@ def expanded(values):
         (nested(settings_files.DEPTH + 3), "nests more than 20 levels deep .line 1"),
         (nested_by_lines(settings_files.DEPTH + 3), "nests more than 20 levels deep .line 21"),
         (nested_by_aliases(settings_files.DEPTH // 2 + 2), "nests more than 20 levels deep .line 2"),
-        (expanded(settings_files.NODES + 100), "holds more than 10000 values, with those that aliases repeat .line 2"),
+        (
+            expanded(settings_files.NODES + 100),
+            "holds more than 10000 values, including those that aliases repeat .line 2",
+        ),
         (f"q: [{'1, ' * (settings_files.NODES + 10)}]", "holds more than 10000 values"),
         ("# " + "x" * settings_files.BYTES, "has 262146 bytes, more than 262144"),
-        ("q: &a [*a]", "holds itself, by .a"),
-        ("q: &a {b: {c: *a}}", "holds itself, by .a"),
+        ("q: &a [*a]", "contains itself, through .a"),
+        ("q: &a {b: {c: *a}}", "contains itself, through .a"),
     ],
 )
 def test_files_beyond_the_limits_are_refused_before_anything_is_made_of_them(tmp_path, monkeypatch, text, reason):
@@ -351,7 +354,7 @@ def test_files_within_the_limits_are_read_as_before(tmp_path, text):
 )
 def test_a_key_that_is_given_twice_is_refused_by_name(tmp_path, text, key):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ValueError, match=f"c.yaml: gives '{key}' twice .the second time in line"):
+    with pytest.raises(ValueError, match=f"c.yaml: repeats the key '{key}' .line"):
         parse_digits("--config", tmp_path / "c.yaml")
 
 
@@ -401,7 +404,7 @@ def test_a_config_may_come_from_a_pipe(tmp_path, comment, message):
         ("config: other.yaml", "config names another file"),
         ("dataset_revision: 12", "dataset_revision 12 has no effect"),
         ("max_train_steps: 10\ntrain_data_dir: x", "dataset_name and train_data_dir"),
-        ("teacher_revision: x", "teacher_revision is that of"),
+        ("teacher_revision: x", "teacher_revision needs --pretrained_teacher_model"),
         ("checkpoints_total_limit: 1", r"checkpoints_total_limit must lie in \[2, 1e12\], got 1"),
     ],
 )

@@ -81,7 +81,7 @@ def test_the_saved_model_takes_the_names_of_its_classes(trained):
 
 def test_the_card_names_the_classes(trained):
     card = (trained[0] / "pipeline" / "README.md").read_text()
-    assert "| classes | 0 cat, 1 dog |" in card and "| images | 8 of 1 x 8 x 8, 2 classes" in card
+    assert "| classes | 0 cat, 1 dog |" in card and "| images | 8 images of 1 x 8 x 8, 2 classes" in card
 
 
 # --- other data ----------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_classes_that_no_image_has_are_said_and_never_drawn(tmp_path, capsys):
     folder = run(tmp_path / "run", dataset_name=tmp_path / "d.parquet", max_train_samples=None, max_train_steps=2)
     assert "no image has the label 0, 2: 2 of 5 classes are never trained" in capsys.readouterr().out
     card = (folder / "pipeline" / "README.md").read_text()
-    assert "| never trained | no image has the label 0, 2 |" in card and "class_labels=[1, 3, 4, 1]" in card
+    assert "| labels without images | 0, 2 |" in card and "class_labels=[1, 3, 4, 1]" in card
     pipe = load_pipeline(str(folder / "pipeline"))
     assert pipe.classes == [1, 3, 4]
     seen = []

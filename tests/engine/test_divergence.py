@@ -90,9 +90,9 @@ def test_a_weight_that_is_no_number_ends_the_run_before_anything_of_it_is_saved(
 
     monkeypatch.setattr(ECT, "after_step", broken)
     message = diverge(tmp_path / "often", checkpointing_steps=1)
-    assert "by step 4, which is not saved: 1 of " in message and "not finite, the first is conv_in.weight" in message
+    assert "by step 4, which is not saved: 1 of " in message and "not finite (the first is conv_in.weight)" in message
     message = diverge(tmp_path / "seldom", checkpointing_steps=3)  # found by the loss of the step after it
-    assert "diverged by step 4: 1 of " in message and "checkpoint-3 is sound" in message
+    assert "diverged by step 5: 1 of " in message and "checkpoint-3 is sound" in message
     for folder in (tmp_path / "often", tmp_path / "seldom"):
         assert steps_of(folder)[0] == 3 and not list(folder.glob("diverged-*"))
         for _, path in list_checkpoints(folder):
@@ -130,7 +130,7 @@ def test_a_bad_batch_is_told_apart_from_a_divergence(tmp_path, capsys, monkeypat
     monkeypatch.setattr(ECT, "loss", bad_batch)
     run(tmp_path, max_train_steps=5)
     said = capsys.readouterr().out
-    assert "WARNING: step 3 is left out" in said and "the weights are as they were" in said
+    assert "WARNING: step 3 is skipped" in said and "The weights are unchanged" in said
     assert read_log(tmp_path)[-1]["skipped"] == 1
 
 
@@ -177,7 +177,7 @@ def test_the_same_settings_after_a_divergence_are_said_to_be_those_that_diverged
 def test_without_a_sound_checkpoint_the_run_starts_anew_with_what_the_message_advises(tmp_path, capsys, explode):
     explode(0)
     message = diverge(tmp_path)
-    assert "No checkpoint is sound" in message and "starts anew, from step 0" in message
+    assert "No checkpoint is sound" in message and "starts again from step 0" in message
     assert steps_of(tmp_path) == []
     explode(None)
     run(tmp_path, **{**SHORT, "max_train_steps": 3, "learning_rate": 1e-4})
@@ -207,7 +207,7 @@ def test_where_no_step_was_finite_the_pace_is_not_blamed(tmp_path, monkeypatch):
     monkeypatch.setattr(ECT, "loss", broken)
     message = diverge(tmp_path)
     assert "learning_rate" not in message and "max_grad_norm" not in message
-    assert "look at the images, and at the model that it starts from" in message
+    assert "Check the images, and the model that the run starts from" in message
 
 
 @pytest.mark.parametrize(

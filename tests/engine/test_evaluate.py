@@ -161,7 +161,7 @@ def test_two_processes_measure_what_one_does(judged, words, tmp_path):
 
 def test_processes_that_do_not_know_of_each_other_are_told(judged, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were launched, and Accelerate knows of 1"):
+    with pytest.raises(ValueError, match="2 processes were launched, but Accelerate knows of 1"):
         judged()
 
 
@@ -171,8 +171,8 @@ def test_processes_that_do_not_know_of_each_other_are_told(judged, monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"resolution": [9]}, r"are 1 x 8 x 8, those of the dataset 1 x 9 x 9 .*--resolution 8 8 --channels 1"),
-        ({"channels": [3]}, "1 x 8 x 8, those of the dataset 3 x 8 x 8"),
+        ({"resolution": [9]}, r"1 x 8 x 8, but those of the dataset are 1 x 9 x 9 .*--resolution 8 8 --channels 1"),
+        ({"channels": [3]}, "1 x 8 x 8, but those of the dataset are 3 x 8 x 8"),
         ({"num_samples": [32]}, "32 images are too few for the covariance of 32 features"),
         ({"search_sigmas": 2, "search_samples": 20}, "20 images are too few"),
         ({"feature_extractor": "no_such:Network"}, "'no_such:Network' can't be imported"),
@@ -180,12 +180,12 @@ def test_processes_that_do_not_know_of_each_other_are_told(judged, monkeypatch):
         ({"sigmas": ["80,x"]}, "lists of numbers"),
         ({"sigmas": ["0.8,80"]}, "sigmas 0.8, 80: `sigmas` must fall"),
         ({"num_inference_steps": [0]}, r"num_inference_steps must lie in \[1, 1e12\], got 0"),
-        ({"streaming": True}, "streaming is for training"),
-        ({"augment": 0.5}, "augment is for training"),
+        ({"streaming": True}, "streaming applies to training only"),
+        ({"augment": 0.5}, "augment applies to training only"),
         ({"pretrained_model_name_or_path": "no/such/folder"}, "no/such/folder"),
-        ({"watch": "runs/none", "pretrained_model_name_or_path": None}, "is not a run"),
+        ({"watch": "runs/none", "pretrained_model_name_or_path": None}, "is not the folder of a run"),
         ({"watch": "runs/none", "images_dir": "images", "pretrained_model_name_or_path": None}, "exactly one"),
-        ({"images_dir": "images", "num_inference_steps": [1]}, "are for models"),
+        ({"images_dir": "images", "num_inference_steps": [1]}, "sigmas apply to models"),
         ({"num_sample": 3}, "Did you mean '--num_samples'"),
     ],
 )
@@ -199,7 +199,7 @@ def test_what_can_not_be_measured_is_said_before_sampling(judged, monkeypatch, s
 
 
 def test_the_search_needs_a_scheduler_that_keeps_levels(judged, flow_model):
-    with pytest.raises(ValueError, match="no place for noise levels"):
+    with pytest.raises(ValueError, match="needs a scheduler that stores noise levels"):
         judged(pretrained_model_name_or_path=flow_model, search_sigmas=2)
 
 
@@ -277,7 +277,7 @@ def test_a_watch_goes_on_with_the_run_and_not_by_other_rules(judged, model, tmp_
     assert [row["step"] for row in judged(watch=folder, num_inference_steps=[1])["results"]] == [3]
     assert "The run has stopped before its last step" in capsys.readouterr().out
     shutil.copytree(model.parent / "checkpoint-6", folder / "checkpoint-6")
-    with pytest.raises(ValueError, match="results of another seed: 0, and here it is 1"):
+    with pytest.raises(ValueError, match="results of another seed: 0 instead of 1"):
         judged(watch=folder, num_inference_steps=[1], seed=1)
     assert [row["step"] for row in judged(watch=folder, num_inference_steps=[1])["results"]] == [3, 6]
     assert "has stopped" not in capsys.readouterr().out
@@ -287,7 +287,7 @@ def test_a_series_is_not_overwritten_and_does_not_overwrite(judged, model, tmp_p
     for file, row, settings in (("one", {}, {"watch": model.parent}), ("series", {"step": 3}, {})):
         (tmp_path / file).mkdir()
         (tmp_path / file / "metrics.json").write_text(json.dumps({"results": [{"name": "1 step", **row}]}))
-        with pytest.raises(ValueError, match="metrics.json holds .* watched run; choose another output_dir"):
+        with pytest.raises(ValueError, match="metrics.json holds .* watched run. Choose another output_dir"):
             judged(output_dir=tmp_path / file, **settings)
 
 
@@ -353,7 +353,7 @@ def test_guidance_is_measured_beside_none(judged, labelled):
     [
         (
             {"guidance_scale": 2},
-            "1 step, guidance 2: guidance_scale 2 needs a model with a class that stands for none",
+            "1 step, guidance 2: guidance_scale 2 needs a model with a null class",
         ),
         ({"guidance_interval": [0, 1]}, "guidance_interval has no effect without a --guidance_scale"),
         ({"guidance_scale": [2, 3], "search_sigmas": 2}, "searches at one guidance_scale"),
@@ -366,7 +366,7 @@ def test_guidance_that_can_not_be_is_refused(judged, settings, message):
 
 
 def test_guidance_is_for_models(judged):
-    with pytest.raises(ValueError, match="guidance_scale is for models, and images_dir is given"):
+    with pytest.raises(ValueError, match="guidance_scale applies to models; leave it out with images_dir"):
         judged(images_dir="images", pretrained_model_name_or_path=None, guidance_scale=2)
 
 
@@ -377,7 +377,7 @@ def test_a_series_is_not_continued_in_another_way(judged, model, tmp_path):
     file, report = tmp_path / "out" / "metrics.json", judged(watch=folder, num_inference_steps=[1])
     shutil.copytree(model.parent / "checkpoint-6", folder / "checkpoint-6")
     file.write_text(json.dumps({**report, "sampling": [{"solver": "euler"}]}))
-    with pytest.raises(ValueError, match="holds results of another sampling: .*euler.*, and here it is None"):
+    with pytest.raises(ValueError, match="holds results of another sampling: .*euler.* instead of None"):
         judged(watch=folder, num_inference_steps=[1])
     del report["sampling"]  # as earlier versions left it
     file.write_text(json.dumps(report))
@@ -430,7 +430,7 @@ def test_samples_are_of_the_classes_that_were_asked_for_as_often_as_by_hand(judg
     assert row["label_agreement"] == label_agreement(extractor(images), data.labels, made, asked)
     real = labels_told_apart(extractor(images), data.labels)
     assert report["reference"]["label_agreement"] == pytest.approx(real, abs=1e-4) and real > 0.7
-    assert "labels" in (shown := load_script("evaluate").table(report)) and f"{real:.4g} among the real" in shown
+    assert "labels" in (shown := load_script("evaluate").table(report)) and f"{real:.4g} for the real images" in shown
 
 
 def test_labels_are_those_of_the_same_names():
@@ -484,11 +484,11 @@ def test_the_one_that_was_best_stays_where_a_later_one_is_no_better(judged, mode
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"keep_best": "recall"}, "keep_best is for --watch"),
+        ({"keep_best": "recall"}, "keep_best needs --watch"),
         ({"search_guidance": 2, "guidance_scale": 2}, "search_guidance finds the guidance_scale"),
-        ({"search_guidance": 2, "search_sigmas": 2}, "search_guidance and search_sigmas go one after the other"),
-        ({"search_guidance": 2, "search_samples": 60}, "needs a model with a class that stands for none"),
-        ({"images_dir": "x", "search_guidance": 2}, "search_guidance and revision are for --pretrained_model"),
+        ({"search_guidance": 2, "search_sigmas": 2}, "search_guidance and search_sigmas can't run together"),
+        ({"search_guidance": 2, "search_samples": 60}, "needs a model with a null class"),
+        ({"images_dir": "x", "search_guidance": 2}, "search_guidance and revision need --pretrained_model"),
     ],
 )
 def test_searches_and_choices_that_can_not_be_are_refused(judged, settings, message):
@@ -497,5 +497,5 @@ def test_searches_and_choices_that_can_not_be_are_refused(judged, settings, mess
 
 
 def test_the_best_by_labels_needs_labels(judged, unlabelled):
-    with pytest.raises(ValueError, match="the model has no classes, or others"):
+    with pytest.raises(ValueError, match="The model has no classes, or classes that the dataset lacks"):
         judged(watch=unlabelled.parent, num_inference_steps=[1], keep_best="label_agreement")

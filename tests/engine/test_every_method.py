@@ -172,7 +172,7 @@ def test_a_teacher_of_another_resolution_is_refused(train, tmp_path):
 
 def test_a_teacher_of_another_scale_than_the_model_to_start_from_is_refused(train, tmp_path):
     student = run(tmp_path / "ect", "ect", max_train_steps=1, sigma_data=0.7) / "pipeline"
-    with pytest.raises(ValueError, match=r"sigma_data is 0\.7, that of the teacher 0\.8"):
+    with pytest.raises(ValueError, match=r"sigma_data of the pretrained model is 0\.7, but the teacher's is 0\.8"):
         train(tmp_path / "cd", "cd", pretrained_model_name_or_path=student)
 
 
@@ -274,7 +274,7 @@ def test_a_student_starts_as_its_teacher(tmp_path, interpolant, time_label):
 
 
 def test_a_time_label_that_swings_is_refused_with_what_to_do(teacher, tmp_path):
-    with pytest.raises(ValueError, match=r"250 ln\(sigma\), which swings too hard.*--interpolant trigflow"):
+    with pytest.raises(ValueError, match=r"250 ln\(sigma\), which varies too fast.*--interpolant trigflow"):
         run(tmp_path, "scd", pretrained_teacher_model=teacher)
 
 
@@ -308,7 +308,7 @@ def test_cdm_tunes_a_diffusion_model_and_teaches(teacher, trigflow_teacher, tmp_
 
 
 def test_from_scratch_needs_a_teacher(trigflow_teacher, tmp_path):
-    with pytest.raises(ValueError, match="from_scratch is for methods with a teacher"):
+    with pytest.raises(ValueError, match="from_scratch needs --pretrained_teacher_model"):
         run(tmp_path / "a", "ect", from_scratch=True)
     settings = {"pretrained_teacher_model": trigflow_teacher, "pretrained_model_name_or_path": trigflow_teacher}
     with pytest.raises(ValueError, match="without --pretrained_model_name_or_path"):
@@ -321,7 +321,7 @@ def test_a_student_of_another_scale_is_refused(trigflow_teacher, tmp_path):
 
 
 def test_a_time_label_of_another_process_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="time_label 'log_sigma': a model that predicts 'trigflow' takes 'angle'"):
+    with pytest.raises(ValueError, match="time_label 'log_sigma' does not fit .* predicts 'trigflow': use 'angle'"):
         run(tmp_path, "sct", time_label="log_sigma")
 
 

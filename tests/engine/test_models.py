@@ -106,12 +106,12 @@ def test_mean_flow_starts_from_a_mean_flow(mean_flow):
 
 @pytest.mark.parametrize("method", ["diffusion", "ect", "sct"])
 def test_a_method_with_one_time_refuses_models_of_two(mean_flow, method):
-    with pytest.raises(ValueError, match="pretrained_model_.* two times, for MeanFlowPipeline; this method has one"):
+    with pytest.raises(ValueError, match="pretrained_model_.* two-time model, of MeanFlowPipeline, but this method"):
         start_from(mean_flow, OBJECTIVES[method], OBJECTIVES[method].Options())
 
 
 def test_a_method_with_one_time_refuses_trajectory_models(ctm):
-    with pytest.raises(ValueError, match="two times, for CTMPipeline; this method has one"):
+    with pytest.raises(ValueError, match="a two-time model, of CTMPipeline, but this method"):
         start_from(ctm, Objective)
 
 

@@ -246,7 +246,7 @@ def test_resolution_is_height_and_width_and_enlarging_is_said(tmp_path, capsys):
     folder(tmp_path / "in", 3, size=(8, 20))
     assert prepare(tmp_path / "in", tmp_path / "out", "--resolution", 10, 12) == 0
     assert read(tmp_path / "out")[1][0].shape == (10, 12, 3)
-    assert "WARNING: 3 of them were smaller" in capsys.readouterr().out
+    assert "WARNING: 3 images are smaller" in capsys.readouterr().out
 
 
 def test_every_kind_of_pixel_in_one_dataset(tmp_path):
@@ -332,7 +332,7 @@ PICKLES = {
 ANSWERS = {
     "call": "refused: it asks for (posix|nt).mkdir",
     "floats": "'f8', not of bytes",
-    "label": "none of CIFAR-10's",
+    "label": "1 labels; a batch of CIFAR-10",
 }
 
 
@@ -355,7 +355,7 @@ def test_archives_that_are_no_datasets_are_refused(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no images")
     (tmp_path / "a.bin").write_bytes(b"hello")
-    refused(tmp_path / "a.bin", "neither a folder")
+    refused(tmp_path / "a.bin", "its kind is unknown. Give a folder")
     refused(tar(tmp_path / "empty.tar.gz", {}), "no samples")
     refused(tar(tmp_path / "other.tar.gz", {"a.txt": b"text"}), "no column of images")
     refused(tar(tmp_path / "part.tar.gz", {"test_batch": b""}), "no data_batch_1.*unpack")
@@ -367,7 +367,7 @@ def test_archives_that_are_no_datasets_are_refused(tmp_path, monkeypatch):
     cut.write_bytes(tar(tmp_path / "whole.tar.gz", {"data_batch_1": bytes(np.random.bytes(9000))}).read_bytes()[:4000])
     refused(cut, "can't be read")
     monkeypatch.setattr(archives_module, "LARGEST_FILE", 1000)
-    refused(tar(tmp_path / "bomb.tar.gz", {"data_batch_1": bytes(5000)}), "more than an image needs")
+    refused(tar(tmp_path / "bomb.tar.gz", {"data_batch_1": bytes(5000)}), "is too large")
 
 
 def test_labels_that_can_t_be_used_are_refused(tmp_path):
@@ -395,18 +395,18 @@ def test_labels_that_can_t_be_used_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "images, labels, reason",
     [
-        (b"\0\0\x08\x01" + bytes(20), None, "no idx file of bytes in 3 dimensions"),
+        (b"\0\0\x08\x01" + bytes(20), None, "not an idx file of unsigned bytes in 3 dimensions"),
         (idx(pixels(0, 2, 28, 1)[None])[:-1], None, "cut off"),
         (idx(pixels(0, 2, 28, 1)[None]) + b"x", None, "cut off, or holds more"),
         (b"\0\0\x08\x03" + b"\xff" * 12, None, "claims"),
         (idx(np.zeros((2, 4, 4), np.uint8)), idx(np.zeros(3, np.uint8)), "2 images.*3 labels"),
-        (idx(np.zeros((2, 4, 4), np.uint8)), b"", "labels-idx1-ubyte.gz is no idx file"),
+        (idx(np.zeros((2, 4, 4), np.uint8)), b"", "labels-idx1-ubyte.gz is not an idx file"),
     ],
 )
 def test_bad_files_of_mnist_are_refused(tmp_path, images, labels, reason):
     file = tmp_path / "train-images-idx3-ubyte.gz"
     file.write_bytes(gzip.compress(images))
-    with pytest.raises(ValueError, match="its labels.*are not beside it"):
+    with pytest.raises(ValueError, match="the file of its labels is missing: put train-labels-idx1-ubyte, or"):
         open_source(file)
     labels = idx(np.zeros(1, np.uint8)) if labels is None else labels
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
@@ -418,7 +418,7 @@ def test_images_of_several_sizes_need_a_resolution(tmp_path, capsys):
     folder(tmp_path / "in", 2, size=(8, 8))
     (tmp_path / "in" / "dog" / "9.png").write_bytes(png(pixels(9, 8, 9)))
     assert prepare(tmp_path / "in", tmp_path / "out") == 2
-    assert "2 sizes, as 8 x 8 (cat/0.png) and 8 x 9 (dog/9.png); give --resolution" in capsys.readouterr().err
+    assert "2 sizes, for example 8 x 8 (cat/0.png) and 8 x 9 (dog/9.png); give --resolution" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_images_of_several_sizes_need_a_resolution(tmp_path, capsys):
         (["--resolution", 0], "resolution takes"),
         (["--resolution", 1, 2, 3], "resolution takes"),
         (["--split", "a/b"], "split must be one word"),
-        (["--hub_dataset_id", "a/b"], "hub_dataset_id is for --push_to_hub"),
+        (["--hub_dataset_id", "a/b"], "hub_dataset_id has no effect without --push_to_hub"),
     ],
 )
 def test_words_that_mean_nothing_are_refused(tmp_path, capsys, words, reason):
@@ -507,8 +507,8 @@ def test_a_full_disk_is_a_line_and_the_same_command_goes_on(tmp_path, capsys, mo
             prepare_module, "replace_file", lambda path, data: os.write(os.open("/dev/full", os.O_WRONLY), data)
         )
         assert prepare(tmp_path / "in", tmp_path / "out") == 2
-    assert "No space left on device. Free some room" in (said := capsys.readouterr().err)
-    assert "the same command goes on from what is saved" in said and "another OUTPUT" in said
+    assert "No space left on device. Free some space" in (said := capsys.readouterr().err)
+    assert "the same command again, which continues from the saved state" in said and "another OUTPUT" in said
     assert prepare(tmp_path / "in", tmp_path / "out") == prepare(tmp_path / "in", tmp_path / "whole") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -525,7 +525,7 @@ def test_other_settings_or_another_source_do_not_mix_with_what_is_there(tmp_path
     assert "begun with another source" in capsys.readouterr().err
     (tmp_path / "foreign" / "train").mkdir(parents=True)
     assert prepare(tmp_path / "in", tmp_path / "foreign") == 2
-    assert "nothing that was prepared here" in capsys.readouterr().err
+    assert "was not made by prepare_data.py" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
 
 

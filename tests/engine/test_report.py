@@ -121,7 +121,7 @@ def test_several_runs_are_side_by_side_with_their_differences_marked(tmp_path):
     rows = re.findall(r'<tr class="differs"><th scope="row">(.*?)</th>(.*?)</tr>', page.text)
     found = {name: re.findall("<td>(.*?)</td>", cells) for name, cells in rows}
     assert found == {"q": ["2.0", "2.000001"], "extra": ["", "1, 2"]}
-    assert page.says("2 of 5 differ.")
+    assert page.says("2 of 5 settings differ.")
     assert page.text.count("data:image/png") == 2 * (2 + 1 + 1)
 
 
@@ -216,7 +216,7 @@ def test_measurements_that_can_t_be_compared_are_said_to_be_so(tmp_path):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     measure(a, result(1, 5.0))
     measure(b, result(1, 4.0), num_samples=50_000)
-    assert page_of(a, b)[0].says("different numbers of samples: don't compare")
+    assert page_of(a, b)[0].says("different numbers of samples. Don't compare")
 
 
 # --- what is missing, damaged or hostile ---------------------------------------------------------------------------
@@ -227,7 +227,12 @@ def test_what_is_missing_is_said_in_the_page(tmp_path):
     folder.mkdir()
     (folder / "config.yaml").write_text("method: ect\nmax_train_steps: 100\n")
     page, _ = page_of(folder)
-    for words in ("nothing is logged yet", "no samples/step-*.png", "no metrics.json", "not finished: step 0 of 100"):
+    for words in (
+        "nothing is logged",
+        "step-*.png are missing",
+        "metrics.json is missing",
+        "not finished: step 0 of 100",
+    ):
         assert page.says(words), words
 
 
@@ -237,7 +242,7 @@ def test_a_log_that_is_cut_off_is_shown_up_to_there(tmp_path):
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"step": 2100, "loss": 0.')
     page, (record,) = page_of(folder)
-    assert record.step == 2000 and page.says("The last line of its log is cut off.")
+    assert record.step == 2000 and page.says("The last line of the log is cut off.")
     assert page.says("not finished: step 2000 of 2000")
 
 
@@ -258,7 +263,7 @@ def test_damaged_files_are_notes_and_not_errors(tmp_path):
     page, (record,) = page_of(folder)
     for words in ("card.json can't be read", "step-0001000.png can't be read", "step-0002000.png can't be read"):
         assert page.says(words), words
-    assert page.says("4 lines of its log are damaged") and record.samples == [] and page.says("x, x")
+    assert page.says("4 lines of the log are damaged") and record.samples == [] and page.says("x, x")
 
 
 def test_only_some_of_many_pictures_are_shown_with_the_first_and_the_last(tmp_path):
@@ -291,7 +296,7 @@ def test_a_folder_that_is_no_run_ends_the_script_with_code_2(tmp_path, capsys):
     for name in ("empty", "missing"):
         with pytest.raises(SystemExit, match="2"):
             report.main([str(make_run(tmp_path / f"good {name}")), str(tmp_path / name), "--output", str(output)])
-        assert f"{name}' is not a run: it holds neither" in capsys.readouterr().err and not output.exists()
+        assert f"{name}' is not the folder of a run" in capsys.readouterr().err and not output.exists()
     report.main([str(tmp_path / "good empty"), "--output", str(output)])
     said = capsys.readouterr().out
     assert f"Saved {output}." in said and "good empty: There are no metrics" in said and output.exists()

@@ -113,7 +113,7 @@ def test_a_run_leaves_its_values_and_goes_on_by_its_command_or_by_them(method, t
 def test_shares_and_defaults_move_with_the_length_of_a_run_as_before(tmp_path, capsys):
     folder = run(tmp_path / "run", **SHARES)
     run(folder, **SHARES, max_train_steps=12)
-    assert "max_train_steps was 6, is 12 now: schedules that are shares of the run move." in capsys.readouterr().out
+    assert "max_train_steps was 6, is 12 now. Schedules given as shares" in capsys.readouterr().out
     assert settings_of(folder)["pretrain_steps"] == 6 and newest_state(folder)["config"]["pretrain_steps"] == 0.5
 
 
@@ -170,10 +170,10 @@ REFUSED = {
         {"pretrained_teacher_model": "/no/where"},
         "there is no such file or folder",
     ),
-    "from scratch, untaught": ("ctm", None, {"from_scratch": True}, "from_scratch is for methods with a teacher"),
-    "guided, untaught": ("ect", None, {"teacher_guidance_scale": 2.0}, "teacher_guidance_scale is for methods with"),
-    "cached pixels": ("ect", None, {"cache_latents": True}, "cache_latents is for latents"),
-    "cached pixels of a start": ("ect", pixel_start, {"cache_latents": True}, "cache_latents is for latents"),
+    "from scratch, untaught": ("ctm", None, {"from_scratch": True}, "from_scratch needs --pretrained_teacher_model"),
+    "guided, untaught": ("ect", None, {"teacher_guidance_scale": 2.0}, "teacher_guidance_scale 2 needs --pretrained"),
+    "cached pixels": ("ect", None, {"cache_latents": True}, "cache_latents needs an autoencoder"),
+    "cached pixels of a start": ("ect", pixel_start, {"cache_latents": True}, "cache_latents needs an autoencoder"),
     "lpips, autoencoder": ("ect", autoencoder, {"distance": "lpips"}, "distance lpips is not for latents"),
     "lpips, latent teacher": ("cd", latent_teacher, {"distance": "lpips"}, "distance lpips is not for latents"),
     "a stream": ("ect", autoencoder, {"streaming": True}, "streaming is not for latents"),

@@ -67,7 +67,7 @@ def test_a_label_that_a_later_sample_lacks_is_an_error_and_no_guess(tmp_path):
 
 
 def test_a_pattern_without_files_is_refused(shards):
-    with pytest.raises(ValueError, match="no file has such a name"):
+    with pytest.raises(ValueError, match="no file matches"):
         read(f"{shards}/t-*.tar")
 
 
@@ -116,13 +116,13 @@ def test_images_that_are_held_in_another_way_are_refused(tmp_path, shards):
 
     rows = datasets.Dataset.from_dict({"image": [[[0, 1], [2, 3]]]})
     rows.to_parquet(str(tmp_path / "arrays.parquet"))
-    with pytest.raises(ValueError, match="held in another way.*prepare_data.py"):
+    with pytest.raises(ValueError, match="stores its images as .*, but .* stores them as .*prepare_data.py"):
         read(shards, extra_datasets=[str(tmp_path / "arrays.parquet")])
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0]])
 def test_weights_are_as_many_as_datasets(weights):
-    with pytest.raises(ValueError, match="one for the dataset and one for each"):
+    with pytest.raises(ValueError, match="one for the first dataset and one for each"):
         DataArguments(dataset_name="a", extra_datasets=["b"], dataset_weights=weights)
 
 
@@ -310,5 +310,5 @@ def test_a_network_that_can_not_halve_the_shapes_is_refused(shapes, tmp_path):
 
 @pytest.mark.parametrize("other", [{"streaming": True}, {"random_crop": True}])
 def test_buckets_and_what_contradicts_them_are_refused(other):
-    with pytest.raises(ValueError, match="don't go together"):
+    with pytest.raises(ValueError, match="can't be combined"):
         DataArguments(dataset_name="a", aspect_ratio_buckets=True, **other)

@@ -280,9 +280,9 @@ LINES = {
     "sample": "predicts sample on",
     "edm": "predicts EDM's F, time label quarter_log_sigma, sigma_data 0.6, unconditional",
     "edm, v": "predicts EDM's F, time label quarter_log_sigma, sigma_data 0.5",
-    "flow": "predicts the velocity of linear flow, is told 1000 times the flow time, 10 classes, 1 x 8 x 8 pixels",
+    "flow": "predicts the velocity of linear flow, time input 1000 times the flow time, 10 classes, 1 x 8 x 8 pixels",
     "dit": "DiTTransformer2DModel, 0.0 M parameters, predicts epsilon on a linear VP schedule of 1000 steps, sigma"
-    " 0.01 to 157, 10 classes and none, 4 x 4 x 4 latents of AutoencoderKL",
+    " 0.01 to 157, 10 classes and a null class, 4 x 4 x 4 latents of AutoencoderKL",
     "ldm": "unconditional, 3 x 4 x 4 latents of VQModel",
 }
 
@@ -337,7 +337,10 @@ def changed(scheduler, **config):
             lambda: DDPMPipeline(unet(), changed(DDPMScheduler(), prediction_type="score")),
             "epsilon, v_prediction, sample",
         ),
-        (lambda: DDPMPipeline(unet(out_channels=3), DDPMScheduler()), "3 channels for 1; as many or twice as many"),
+        (
+            lambda: DDPMPipeline(unet(out_channels=3), DDPMScheduler()),
+            "3 output channels for 1 .* as many, or twice as many",
+        ),
         (
             lambda: DDPMPipeline(unet(time_embedding_type="learned", num_train_timesteps=1000), DDPMScheduler()),
             "time_embedding_type 'positional'",
@@ -366,7 +369,7 @@ def test_what_can_t_be_read_is_refused_with_what_can(make, message, tmp_path):
 )
 def test_what_jumps_to_clean_data_is_no_teacher_and_may_be_where_a_student_starts(scheduler, tmp_path):
     DDPMPipeline(unet(), scheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"must be a diffusion model.*consistency model, by its {scheduler.__name__}"):
+    with pytest.raises(ValueError, match=f"must be a diffusion model.*consistency model, as its {scheduler.__name__}"):
         load_teacher(str(tmp_path), ModelArguments())
     if scheduler in (LCMScheduler, TCDScheduler):
         assert read_stock(DDPMPipeline(unet(), scheduler())).spec.prediction == "epsilon"
@@ -405,9 +408,7 @@ class FlowMatchShiftedTwice(FlowMatchEulerDiscreteScheduler):
     ids=lambda value: type(value).__name__,
 )
 def test_levels_that_are_not_those_of_the_settings_are_refused_with_both(scheduler, theirs, ours):
-    with pytest.raises(
-        ValueError, match=f"its {type(scheduler).__name__} has the noise level {theirs}.* gives {ours}"
-    ):
+    with pytest.raises(ValueError, match=f"its {type(scheduler).__name__} has the noise level {theirs}.* give {ours}"):
         read_scheduler(scheduler)
 
 

@@ -255,7 +255,7 @@ def test_what_is_wrong_with_the_first_rows_is_found_before_training(tmp_path):
 def test_a_row_without_the_column_is_named():
     rows = StreamedRows(DecodedImages([], "image", 1, (8, 8)))
     fault = rows.__getitems__([(7, {"picture": None})])
-    assert isinstance(fault, StreamFault) and str(fault) == "row 7 has no column 'image', only picture."
+    assert isinstance(fault, StreamFault) and str(fault) == "row 7 has no column 'image'. Its columns are picture."
 
 
 @pytest.mark.parametrize("workers", [0, 2])

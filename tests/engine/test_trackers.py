@@ -84,7 +84,7 @@ def test_an_installed_tracker_that_can_not_be_imported_is_refused_with_the_reaso
     (tmp_path / "wandb.py").write_text("raise RuntimeError('protobuf is too old')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.WANDB])
-    with pytest.raises(ValueError, match="importing it fails: protobuf is too old"):
+    with pytest.raises(ValueError, match="its import fails: protobuf is too old"):
         check_trackers(["wandb"])
 
 
@@ -125,7 +125,7 @@ def test_the_project_is_that_of_the_command(tmp_path, install):
     start(tmp_path / "a", "wandb")
     start(tmp_path / "b", "wandb", tracker_project_name="faces")
     assert [call.kwargs["project"] for call in begin.call_args_list] == ["cm_diffusers", "faces"]
-    with pytest.raises(ValueError, match="tracker_project_name faces has no effect: nothing is tracked without"):
+    with pytest.raises(ValueError, match="tracker_project_name faces has no effect: only --report_to starts trackers"):
         parse_config(flags(tmp_path, tracker_project_name="faces"), ["ect"], "")
 
 
@@ -157,7 +157,7 @@ def test_a_damaged_note_of_the_tracker_is_set_aside_and_a_new_run_begun(tmp_path
     _, begin = install("trackio")
     run(tmp_path, max_train_steps=3, report_to="trackio")
     (tmp_path / RunFiles.TRACKER).write_text('{"name"')
-    with pytest.raises(ValueError, match="tracker.json is not JSON .*Delete it, and a new run of the"):
+    with pytest.raises(ValueError, match="tracker.json is not JSON .*Delete it to start a new run in the"):
         start(tmp_path, "trackio")
     run(tmp_path, max_train_steps=6, report_to="trackio")
     assert begin.call_count == 2 and (tmp_path / f"damaged-{RunFiles.TRACKER}").read_text() == '{"name"'

@@ -267,7 +267,7 @@ def test_levels_in_other_forms(make, kind):
         ({"output_type": None}, "output_type must be .* got None"),
         ({"output_type": ["np"]}, "output_type must be"),
         ({"callback_on_step_end": 1}, "callback_on_step_end must be a function or None, got 1"),
-        ({"callback_on_step_end_tensor_inputs": "latents"}, "can be given a list of .* not .'latents'"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list with some of .* got .'latents'"),
     ],
 )
 def test_arguments_that_can_not_be_meant_are_named(pipe, arguments, message):
@@ -341,11 +341,11 @@ def test_a_foreign_scheduler_is_refused_by_its_name_when_given_and_when_assigned
 
 def test_a_hint_says_who_samples_with_a_scheduler_of_the_library(make):
     network = make("consistency").unet
-    with pytest.raises(ValueError, match="this is a diffusion or flow model, which DenoisingPipeline samples"):
+    with pytest.raises(ValueError, match="It belongs to a diffusion or flow model: use DenoisingPipeline"):
         ConsistencyPipeline(network, EDMEulerScheduler())
-    with pytest.raises(ValueError, match="this is a TrigFlow model, which TrigFlowPipeline samples"):
+    with pytest.raises(ValueError, match="It belongs to a TrigFlow model: use TrigFlowPipeline"):
         DenoisingPipeline(network, TrigFlowScheduler())
-    with pytest.raises(ValueError, match="takes one only.*DenoisingPipeline with prediction='flow'"):
+    with pytest.raises(ValueError, match="takes only one.*DenoisingPipeline with prediction='flow'"):
         MeanFlowPipeline(network, FlowMatchEulerDiscreteScheduler())
 
 

@@ -542,7 +542,7 @@ def test_every_argument_of_the_other_methods_is_documented():
 
 
 def test_networks_with_one_time_are_named_as_such(tiny_unet, tmp_path):
-    with pytest.raises(ValueError, match="UNet2DModel takes one only.*ConsistencyPipeline"):
+    with pytest.raises(ValueError, match="UNet2DModel takes only one.*ConsistencyPipeline"):
         CTMPipeline(tiny_unet(), CTMScheduler())
     for stock in (False, True):
         pipeline, scheduler = (
@@ -551,7 +551,7 @@ def test_networks_with_one_time_are_named_as_such(tiny_unet, tmp_path):
             else (ConsistencyPipeline, MultistepConsistencyScheduler())
         )
         pipeline(tiny_unet(), scheduler).save_pretrained(tmp_path)
-        message = f"By its {type(scheduler).__name__} this is a consistency model, which ConsistencyPipeline samples"
+        message = f"Its {type(scheduler).__name__} belongs to a consistency model: use ConsistencyPipeline"
         with pytest.raises(ValueError, match=message):
             CTMPipeline.from_pretrained(tmp_path)
 
@@ -559,7 +559,7 @@ def test_networks_with_one_time_are_named_as_such(tiny_unet, tmp_path):
 def test_another_scheduler_is_refused(random_network):
     with pytest.raises(ValueError, match="needs a CTMScheduler, not a MultistepConsistencyScheduler.$"):
         CTMPipeline(random_network(), MultistepConsistencyScheduler())
-    with pytest.raises(ValueError, match="not a FlowMatchEulerDiscreteScheduler.*MeanFlowPipeline samples them"):
+    with pytest.raises(ValueError, match="not a FlowMatchEulerDiscreteScheduler.*use MeanFlowPipeline"):
         CTMPipeline(random_network(), FlowMatchEulerDiscreteScheduler())
 
 
@@ -569,7 +569,7 @@ def test_another_scheduler_is_refused(random_network):
         ({"gamma": 1.5}, r"\[0, 1\], got 1.5"),
         ({"gamma": -0.5}, r"\[0, 1\], got -0.5"),
         ({"solver": "dpm"}, "gamma, euler, heun; got 'dpm'"),
-        ({"solver": "heun", "gamma": 0.5}, "gamma=0.5 means nothing to the solver 'heun'"),
+        ({"solver": "heun", "gamma": 0.5}, "gamma=0.5 has no effect on the solver 'heun'"),
         ({"num_inference_steps": 2, "sigmas": [80, 1]}, "exactly one"),
         ({"num_inference_steps": 2, "sigmas": [80, 1], "solver": "heun"}, "exactly one"),
         ({"num_inference_steps": 0, "solver": "euler"}, "at least 1, got 0"),

@@ -245,7 +245,7 @@ def test_an_unconditional_network_is_given_no_labels(make):
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"\(1, 1, 8, 8\), got \(1, 3, 8, 8\)"),
         ({"latents": torch.zeros(1, 1, 4, 8)}, r"latents must have the shape"),
         ({"output_type": "jpg"}, "output_type must be 'pil', 'np', 'pt' or 'latent', got 'jpg'"),
-        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "latents.*not.*prompt"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "latents.*got.*prompt"),
         ({"batch_size": 3, "class_labels": [1, 2]}, "batch_size is 3, the number of class_labels is 2"),
         ({"batch_size": 3, "generator": [generator()]}, "the number of generators is 1"),
         ({"class_labels": [1, 2], "latents": torch.zeros(3, 1, 8, 8)}, "the batch of latents is 3"),

@@ -141,7 +141,7 @@ def test_what_can_not_be_meant_is_refused_before_a_call(images, calls, arguments
 def test_a_model_without_a_null_class_says_so():
     pipe = ConsistencyPipeline(network_of("", label_dropout=0), MultistepConsistencyScheduler())
     pipe.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match="this one was trained with classes alone. Give negative"):
+    with pytest.raises(ValueError, match="this one was trained without label dropout. Give negative"):
         pipe(class_labels=1, guidance_scale=2)
     assert pipe(class_labels=1, guidance_scale=2, negative_class_labels=2, output_type="pt").images.shape == (
         1,

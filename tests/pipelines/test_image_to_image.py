@@ -99,8 +99,8 @@ def test_the_number_of_images_is_that_of_the_batch(make):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"noise_level": 1.0}, "noise_level 1 is that of an image to begin with, and no image is given"),
-        ({"image": torch.rand(1, 1, 8, 8)}, "An image needs a noise_level to begin with, or sigmas"),
+        ({"noise_level": 1.0}, "noise_level 1 has no effect without an image to start from; give image"),
+        ({"image": torch.rand(1, 1, 8, 8)}, "image needs a noise_level, or sigmas"),
         ({"image": torch.rand(1, 1, 8, 8), "noise_level": 100.0}, r"noise_level must be finite and in \(.*80\]"),
         ({"image": torch.rand(1, 1, 8, 8), "noise_level": 0.0}, "noise_level must be finite and in"),
         ({"image": torch.rand(1, 1, 8, 8), "noise_level": "much"}, "noise_level must be a number"),
@@ -108,7 +108,7 @@ def test_the_number_of_images_is_that_of_the_batch(make):
         ({"image": torch.rand(1, 1, 9, 8), "noise_level": 1.0}, r"image must have the shape \(n, 1, 8, 8\), got"),
         ({"image": torch.rand(1, 1, 8, 8) * 3, "noise_level": 1.0}, r"image must lie in \[0, 1\]"),
         ({"image": torch.ones(1, 1, 8, 8, dtype=torch.uint8), "noise_level": 1.0}, "image must be a tensor or an arr"),
-        ({"image": Image.new("L", (9, 8)), "noise_level": 1.0}, "image must be of 8 x 8 pixels, .* got 9 x 8"),
+        ({"image": Image.new("L", (9, 8)), "noise_level": 1.0}, "image must be of 8 x 8 pixels, got 9 x 8"),
         ({"image": "cat.png", "noise_level": 1.0}, "image must be a tensor or an array of floats, got str"),
     ],
 )
@@ -153,7 +153,7 @@ def test_heun_and_the_sde_take_levels_and_times(gaussian_denoiser):
         ({"sigmas": [100, 2]}, r"`sigmas` must be levels in \(0, 80\], falling, got"),
         ({"sigmas": [1, 0]}, r"`sigmas` must be levels in \(0, 80\]"),
         ({"sigmas": []}, "`sigmas` must be levels"),
-        ({"timesteps": [2.0, 1.0]}, r"`timesteps` must be levels in \(0, 80\], falling, got .*, which are \[2980"),
+        ({"timesteps": [2.0, 1.0]}, r"`timesteps` must be levels in \(0, 80\], .*, which mean the levels \[2980"),
         ({"timesteps": [1.0], "sigmas": [1.0]}, "Pass exactly one of"),
         ({"num_inference_steps": 3, "sigmas": [1.0]}, "Pass exactly one of"),
         ({"num_inference_steps": 1}, "num_inference_steps must be an integer of at least 2"),

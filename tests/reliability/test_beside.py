@@ -107,7 +107,7 @@ def test_a_run_goes_on_whatever_its_files_hold(kind, whole, stopped, capsys):
     before = (stopped / "card.json").read_bytes()
     said = assert_goes_on(stopped, whole, capsys)
     for name in CHECKED:
-        assert f"{stopped / name} " in said and f"it is renamed to damaged-{name}," in said
+        assert f"{stopped / name} " in said and f"It is renamed to damaged-{name}," in said
         assert (stopped / f"damaged-{name}").read_bytes() == before
     assert ("damaged line(s) of" in said) == (kind != "empty") and "holds no line up to step 3" in said
     assert f"{stopped / 'images_checked.safetensors'} is damaged" in said
@@ -178,7 +178,7 @@ def test_damaged_lines_in_the_middle_of_a_log_are_dropped_and_said(whole, stoppe
     before = log.read_bytes()
     said = assert_goes_on(stopped, whole, capsys)
     assert read_log(stopped) == read_log(whole)
-    assert (f"{damaged} damaged line(s) of {log} are left out" in said) == bool(damaged)
+    assert (f"{damaged} damaged line(s) of {log} are removed" in said) == bool(damaged)
     assert damaged == 0 or (stopped / "damaged-log.jsonl").read_bytes() == before
 
 
@@ -231,7 +231,7 @@ def test_other_json_than_a_run_leaves_is_set_aside(tmp_path, name, value):
     (tmp_path / name).write_text(json.dumps(value))
     (tmp_path / f"damaged-{name}").write_text("of an earlier time")
     (line,) = look_over(tmp_path)
-    assert f"{tmp_path / name} " in line and f"it is renamed to damaged-2-{name}," in line and len(line) < 400
+    assert f"{tmp_path / name} " in line and f"It is renamed to damaged-2-{name}," in line and len(line) < 400
     assert (tmp_path / f"damaged-{name}").read_text() == "of an earlier time"
     assert json.loads((tmp_path / f"damaged-2-{name}").read_text()) == value
     assert look_over(tmp_path) == []
@@ -299,7 +299,7 @@ def test_what_a_stranger_has_left_in_the_folder_is_not_written_over(tmp_path, na
     else:
         kept = tmp_path / name
     kept.write_text("theirs")
-    with pytest.raises(ValueError, match=f"not the folder of a run and holds {name}, which a run would write over"):
+    with pytest.raises(ValueError, match=f"not the folder of a run, but holds {name}, which a run would overwrite"):
         run(tmp_path)
     assert kept.read_text() == "theirs" and [path.name for path in tmp_path.iterdir()] == [name]
 

@@ -39,7 +39,7 @@ def assert_one_line(said, *words):
     errors = [line for line in said.err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in said.err, said.err
     assert all(word in errors[0] for word in words), errors[0]
-    assert "the same command goes on" in errors[0] and "--output_dir" in errors[0]
+    assert "the same command again, which continues" in errors[0] and "--output_dir" in errors[0]
 
 
 def assert_whole(folder, whole):
@@ -203,7 +203,8 @@ def test_a_process_whose_peer_has_gone_says_so(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         with ending, ends_with_a_line():
             raise lost
-    assert capsys.readouterr().err == "error: another process has ended; its message says why. (process 1)\n"
+    said = capsys.readouterr().err
+    assert said == "error: another process has ended, and its message tells the cause. (process 1)\n"
 
 
 # --- single files --------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def test_a_folder_in_use_is_said_to_be_whatever_the_owner_has_left(tmp_path, mak
     lock = lock_folder(tmp_path)
     (tmp_path / ".owner").unlink()
     make(tmp_path / ".owner")
-    with pytest.raises(ValueError, match="is in use by another process; choose another"):
+    with pytest.raises(ValueError, match="is in use by another process. Choose another"):
         lock_folder(tmp_path)
     lock.release()
 
@@ -310,4 +311,4 @@ def test_a_conversion_on_a_full_disk_ends_in_a_line(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(script, "convert_checkpoint", full)
     with pytest.raises(SystemExit, match="2"):
         script.main([str(tmp_path), str(tmp_path / "out")])
-    assert capsys.readouterr().err.startswith("error: No space left on device. Free some room")
+    assert capsys.readouterr().err.startswith("error: No space left on device. Free some space")

@@ -409,7 +409,7 @@ def test_every_scheduler_of_diffusers_is_mapped_or_refused(kind):
     if mapped:
         MultistepConsistencyScheduler.from_config({**config, "_class_name": name})
     else:
-        with pytest.raises(ValueError, match=f"Multistep.* can't take the place of a {name}: it takes that of"):
+        with pytest.raises(ValueError, match=f"Multistep.* can't take the place of a {name}: it can replace"):
             MultistepConsistencyScheduler.from_config({**config, "_class_name": name})
     if not mapped and "Inverse" not in name:  # DDIM's settings, for the way from images to noise
         with pytest.raises(ValueError, match="can't take the place of a scheduler with the settings"):
@@ -425,19 +425,19 @@ def test_every_scheduler_of_diffusers_is_mapped_or_refused(kind):
     "scheduler, message",
     [
         (DDIMScheduler(**DDIM, prediction_type="flow"), "one of epsilon, v_prediction, sample; it is 'flow'"),
-        (DDIMScheduler(**DDIM, thresholding=True), "nothing like thresholding=True"),
+        (DDIMScheduler(**DDIM, thresholding=True), "no counterpart of thresholding=True"),
         (DDIMScheduler(clip_sample_range=2.0), "clip_sample_range of 2.0"),
-        (DDPMScheduler(variance_type="learned_range"), "nothing like variance_type='learned_range'"),
-        (EulerDiscreteScheduler(**V, timestep_type="continuous"), "nothing like timestep_type='continuous'"),
+        (DDPMScheduler(variance_type="learned_range"), "no counterpart of variance_type='learned_range'"),
+        (EulerDiscreteScheduler(**V, timestep_type="continuous"), "no counterpart of timestep_type='continuous'"),
         (
             UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
-            "nothing like use_flow_sigmas=True",
+            "no counterpart of use_flow_sigmas=True",
         ),
         (DDIMScheduler(**DDIM, **ZERO_SNR), "prediction must not be 'epsilon' on a table that ends with pure noise"),
         (DDIMScheduler(1000, trained_betas=[0.1, 0.2]), "number of trained_betas, 2; it is 1000"),
         (HeunDiscreteScheduler(beta_schedule="exp"), "exp is not implemented"),
-        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "nothing like invert_sigmas=True"),
-        (FlowMatchLCMScheduler(scale_factors=[0.5]), r"nothing like scale_factors=\[0.5\]"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "no counterpart of invert_sigmas=True"),
+        (FlowMatchLCMScheduler(scale_factors=[0.5]), r"no counterpart of scale_factors=\[0.5\]"),
         (EDMEulerScheduler(), "place of a EDMEulerScheduler"),
     ],
 )
@@ -506,7 +506,7 @@ def test_levels_that_can_not_be_are_refused(scheduler, call, message):
 
 @pytest.mark.parametrize("told", [{"original_inference_steps": 50}, {"strength": 0.5}, {"mu": 1.0}])
 def test_other_schedulers_are_not_told_what_only_stock_ones_know(told):
-    with pytest.raises(ValueError, match="are for schedulers in the place of a stock one"):
+    with pytest.raises(ValueError, match="need a scheduler with in_place_of"):
         MultistepConsistencyScheduler().set_timesteps(2, **told)
 
 

@@ -111,7 +111,7 @@ def test_interpolation_is_between_noises_or_with_trajectories_between_pictures(e
     assert made.shape == (8, 8, 8, 3)
     with pytest.raises(ValueError, match="needs two --images"):
         edit("interpolate", kind="ctm")
-    with pytest.raises(ValueError, match="finds no noise of a picture"):
+    with pytest.raises(ValueError, match="only trajectory models can find the noise"):
         edit("interpolate", "--images", "a.png", "b.png")
 
 
@@ -122,9 +122,9 @@ def test_interpolation_is_between_noises_or_with_trajectories_between_pictures(e
         (("denoise", "--images", "a.png"), "denoise needs --noise_level"),
         (("colorize",), "colorize needs --images"),
         (("colorize", "--images", "grey.png", "--mask", "mask.png"), "mask has no effect on colorize"),
-        (("inpaint", "--images", "none.png", "--mask", "mask.png"), "none.png' is no picture"),
-        (("inpaint", "--images", "missing.png", "--mask", "mask.png"), "missing.png' is no picture"),
-        (("inpaint", "--images", "small.png", "--mask", "mask.png"), "8 x 8 pixels, as the model's are, got 4 x 4"),
+        (("inpaint", "--images", "none.png", "--mask", "mask.png"), "none.png' can't be read as a picture"),
+        (("inpaint", "--images", "missing.png", "--mask", "mask.png"), "missing.png' can't be read as a picture"),
+        (("inpaint", "--images", "small.png", "--mask", "mask.png"), "8 x 8 pixels, got 4 x 4"),
         (("change", "--images", "a.png"), "needs a noise_level"),
         (("interpolate", "--num_samples", 2), "num_samples has no effect"),
         (("interpolate", "--noise_level", 2), "noise_level has no effect"),

@@ -44,7 +44,7 @@ def sample(model, folder, *words):
 def test_samples_are_not_mixed_with_those_of_an_earlier_call(model, tmp_path):
     made = sample(model, tmp_path / "s", "--num_samples", 5)
     before = {name: (tmp_path / "s" / "images" / name).read_bytes() for name in made}
-    with pytest.raises(ValueError, match=r"images holds 5 files of an earlier call; .*--overwrite"):
+    with pytest.raises(ValueError, match=r"images holds 5 files of an earlier call\. .*--overwrite"):
         sample(model, tmp_path / "s", "--num_samples", 2, "--seed", 100)
     assert {name: (tmp_path / "s" / "images" / name).read_bytes() for name in made} == before
     names = sample(model, tmp_path / "s", "--num_samples", 2, "--seed", 100, "--overwrite")
@@ -56,7 +56,7 @@ def test_files_that_sample_did_not_make_are_never_deleted(model, tmp_path):
     folder = tmp_path / "s" / "images"
     folder.mkdir(parents=True)
     Image.new("L", (8, 8)).save(folder / "holiday.png")
-    with pytest.raises(ValueError, match="other files, as holiday.png"):
+    with pytest.raises(ValueError, match="files that this script did not write, such as holiday.png"):
         sample(model, tmp_path / "s", "--num_samples", 1, "--overwrite")
     assert [path.name for path in folder.iterdir()] == ["holiday.png"]
 
@@ -71,7 +71,7 @@ def test_older_samples_stay_where_the_new_ones_can_not_be_made(model, tmp_path):
 
 def test_evaluate_does_not_count_the_grid_of_sample(model, tmp_path):
     sample(model, tmp_path / "s", "--num_samples", 3)
-    with pytest.raises(ValueError, match=re.escape(f"give {tmp_path / 's' / 'images'}")):
+    with pytest.raises(ValueError, match=re.escape(f"Give {tmp_path / 's' / 'images'}")):
         _check_images(EvaluationArguments(images_dir=str(tmp_path / "s")))
     _check_images(EvaluationArguments(images_dir=str(tmp_path / "s" / "images")))
 
@@ -79,7 +79,7 @@ def test_evaluate_does_not_count_the_grid_of_sample(model, tmp_path):
 def test_a_run_is_not_asked_to_end_before_where_it_is(tmp_path):
     run(tmp_path / "r", max_train_steps=6)
     before = tensors(tmp_path / "r")
-    with pytest.raises(ValueError, match="holds a run of 6 steps, and max_train_steps is 4: give 6 or more"):
+    with pytest.raises(ValueError, match="holds a run at step 6, but max_train_steps is 4. Give 6 or more"):
         run(tmp_path / "r", max_train_steps=4)
     assert all(value.equal(before[key]) for key, value in tensors(tmp_path / "r").items())
 
@@ -138,7 +138,7 @@ def test_no_script_writes_into_a_file(file, model):
 def test_a_page_can_not_be_a_folder(model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         load_script("report").main([str(model.parent), "--output", str(tmp_path)])
-    assert "is a folder; give the name of the page" in capsys.readouterr().err
+    assert "is a folder. Give the name of the page" in capsys.readouterr().err
 
 
 # --- devices -----------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_the_cpu_is_there():
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "mps:7", "xpu", ""])
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(name):
-    with pytest.raises(ValueError, match=f"^device {name!r} can't be used here .*there is: cpu"):
+    with pytest.raises(ValueError, match=f"^device {name!r} can't be used here .*Available: cpu"):
         find_device(name)
 
 
@@ -183,8 +183,8 @@ def test_options_of_sample_that_change_nothing_are_refused(model, tmp_path, word
 @pytest.mark.parametrize(
     "settings, reason",
     [
-        ({"images_dir": "x", "seed": 3}, "seed is for models"),
-        ({"watch": "x", "search_samples": 10}, "search_samples is for --search_sigmas"),
+        ({"images_dir": "x", "seed": 3}, "seed applies to models"),
+        ({"watch": "x", "search_samples": 10}, "search_samples has no effect without --search_sigmas"),
         ({"watch": "x", "feature_extractor": "classifier", "feature_weights": "y"}, "feature_weights has no effect"),
         ({"pretrained_model_name_or_path": str(TRAINING), "revision": "v1"}, "revision has no effect"),
     ],
@@ -254,7 +254,7 @@ def test_after_watching_a_run_its_model_is_proposed_wherever_the_numbers_went(mo
 def test_the_folder_of_a_run_names_its_model(model):
     with pytest.raises(ValueError, match=re.escape(f"Its model is {str(model)!r}.")):
         load_pipeline(str(model.parent))
-    with pytest.raises(ValueError, match="holds no model_index.json.$"):
+    with pytest.raises(ValueError, match="has no model_index.json.$"):
         load_pipeline(str(model.parent.parent))
 
 
@@ -268,7 +268,7 @@ class _Data:
         (1, 8, r"set --channels 1\.$"),
         (3, 16, r"set --resolution 16 16\.$"),
         (1, 16, r"set --channels 1 --resolution 16 16\.$"),
-        (4, 8, r"give --vae_name_or_path"),
+        (4, 8, r"give the autoencoder of its latents as --vae_name_or_path"),
     ],
 )
 def test_a_mismatch_names_the_flag_that_mends_it(tiny_unet, channels, side, advice):

@@ -172,7 +172,10 @@ def test_sample_knows_the_ways_of_a_trajectory_model(trajectory_model, tmp_path)
 
 @pytest.mark.parametrize(
     "words, reason",
-    [(["--gamma", 2], r"gamma must lie in \[0, 1\]"), (["--gamma", 0.5, "--solver", "heun"], "means nothing")],
+    [
+        (["--gamma", 2], r"gamma must lie in \[0, 1\]"),
+        (["--gamma", 0.5, "--solver", "heun"], "has no effect on the solver"),
+    ],
 )
 def test_sample_refuses_ways_that_a_trajectory_model_lacks(trajectory_model, tmp_path, words, reason):
     with pytest.raises(ValueError, match=reason):
@@ -233,7 +236,7 @@ def test_diagnose_leaves_a_picture_and_numbers(tmp_path, capsys):
     plain = np.asarray(Image.open(tmp_path / "diagnostics.png"))
     with pytest.raises(SystemExit, match="2"):
         script.main(["--pretrained_model_name_or_path", str(model), "--guidance_scale", "2", *words])
-    assert "a class for none" in capsys.readouterr().err
+    assert "a model with a null class" in capsys.readouterr().err
     labelled = {"model_preset": "ddpmpp_tiny", "label_dropout": 0.3, "max_train_steps": 20}
     guided = run(tmp_path / "labelled", "diffusion", **labelled) / "pipeline"
     pictures = []

@@ -1,1 +1,1 @@
-"""Datasets of images, from any source, checked and in an order that only the seed decides."""
+"""Image datasets from any source. Images are checked before training, and the seed alone decides their order."""

@@ -1,4 +1,4 @@
-"""Which columns of a dataset hold images and labels, and what can be told of images without opening them."""
+"""Find the columns of a dataset that hold images and labels, and the files of its images."""
 
 import os
 from typing import Any
@@ -19,17 +19,17 @@ NUMBERS = ("int", "uint", "float")
 
 
 def described(features: datasets.Features) -> str:
-    """The columns of a dataset and what they hold, for messages."""
+    """Return the names and types of all columns, for messages: "img (Image), fine (ClassLabel)"."""
     return ", ".join(f"{name} ({kind_of(feature)})" for name, feature in features.items())
 
 
 def kind_of(feature: Any) -> str:
-    """What a column holds, in a word."""
+    """Return the type of a column in a word, such as "Image" or "int64"."""
     return feature.dtype if type(feature) is datasets.Value else type(feature).__name__
 
 
 def holds_images(feature: Any) -> bool:
-    """Whether the values of a column can be images by their type."""
+    """Return whether the type of a column allows images: Image, bytes, arrays, nested lists or {bytes, path}."""
     if isinstance(feature, dict):
         return {"bytes", "path"} & feature.keys() != set()
     if isinstance(feature, (datasets.Image, *ARRAYS)):
@@ -42,8 +42,21 @@ def holds_images(feature: Any) -> bool:
 
 
 def find_image_column(features: datasets.Features, asked: str | None) -> str:
-    """The column that was asked for, or the only one that holds images: of the type Image, or else of bytes or arrays,
-    or else of text under a name like file_name. Raises ValueError with the list of columns."""
+    """Return the name of the column that holds the images.
+
+    Without `asked`, the first of these kinds with any column decides, and it must have exactly one:
+
+    - columns of the type Image,
+    - columns of bytes, arrays or nested lists,
+    - the first text column with a name of `tables.PATHS`, such as file_name.
+
+    Args:
+        features: the columns of the dataset.
+        asked: the column to use, or None to find it.
+
+    Raises:
+        ValueError: `asked` is missing or holds no images; or none or several columns can hold them.
+    """
     if asked is not None:
         if asked not in features:
             raise ValueError(f"image_column {asked!r} is not a column of the dataset; it has: {described(features)}.")
@@ -66,9 +79,18 @@ def find_image_column(features: datasets.Features, asked: str | None) -> str:
 
 
 def find_label_column(features: datasets.Features, asked: str | None, missing_ok: bool = False) -> str | None:
-    """The column that was asked for, or the only one of class labels, or one called `label`.
+    """Return the name of the column that holds the class labels.
 
-    Raises ValueError where there is none; with `missing_ok` only where there may be several.
+    Without `asked`, it is the only column of the type ClassLabel. Otherwise it is the only column with a name of
+    `LABELS`.
+
+    Args:
+        features: the columns of the dataset.
+        asked: the column to use, or None to find it.
+        missing_ok: return None if no such column, or more than one, is found.
+
+    Raises:
+        ValueError: `asked` is missing; or no single column is found and `missing_ok` is False.
     """
     if asked is not None:
         if asked not in features:
@@ -82,21 +104,21 @@ def find_label_column(features: datasets.Features, asked: str | None, missing_ok
         return None
     if list(features) == ["image"]:
         raise ValueError(
-            "no column of labels found: classes come from a folder per class, or from metadata.csv with the columns"
+            "no column of labels found. Give each class a folder of its own, or add metadata.csv with the columns"
             " file_name and label."
         )
     raise ValueError(f"no column of labels found; give --label_column. The dataset has: {described(features)}.")
 
 
 def undecoded(rows: Rows, column: str, features: datasets.Features) -> Rows:
-    """The rows with images as `records.read_content` takes them."""
+    """Return `rows`, described by `features`, with images in `column` not decoded, for `records.read_content`."""
     if isinstance(features[column], datasets.Image) and features[column].decode:
         return rows.cast_column(column, datasets.Image(decode=False))
     return rows
 
 
 def paths_of(rows: datasets.Dataset, column: str) -> list[str | None]:
-    """Where the images lie that are files of their own, None for the others."""
+    """Return the path of each image in `column` that is a file, and None for images whose bytes are in `rows`."""
     table = rows.select_columns([column]).with_format("arrow")[:]
     values = table[column]
     if pa.types.is_string(values.type):
@@ -111,7 +133,7 @@ def paths_of(rows: datasets.Dataset, column: str) -> list[str | None]:
 
 
 def marks_of(paths: list[str | None]) -> list[tuple[int, int] | None]:
-    """What changes when a file does, for every path: its size and the time of its last change."""
+    """Return (bytes, time of the last change in ns) of each file, and None if there is no path or file."""
     return [None if path is None else _mark(path) for path in paths]
 
 

@@ -1,4 +1,4 @@
-"""What the data of a run are: the description that travels with its checkpoints, settings and saved model."""
+"""The description of a run's dataset, which is saved with its checkpoints, settings and model."""
 
 import json
 from collections.abc import Mapping
@@ -18,13 +18,12 @@ class DataDescription:
     """Number, order, classes and shape of the images of a dataset.
 
     Args:
-        number: how many images there are; None for a stream, which nobody has counted.
-        channels: of the images, 1 for grey and 3 for RGB (of latents the autoencoder's).
-        size: (height, width) in pixels, or in latents.
+        number: number of images; None for a stream, whose rows are not counted.
+        channels: 1 for grey and 3 for RGB images; the autoencoder's latent channels for latents.
+        size: (height, width) in pixels or latents.
         num_classes: labels are integers in [0, num_classes); None for a dataset without labels.
-        classes: the name of each label that an image has, by label, in rising order; None without labels. Labels that
-            no image has are missing here.
-        fingerprint: a digest of the contents and labels of all images in their order; None for a stream.
+        classes: class names by label in rising order, without labels that no image has; None without labels.
+        fingerprint: digest of the contents and labels of all images in their order; None for a stream.
     """
 
     number: int | None
@@ -41,11 +40,11 @@ class DataDescription:
 
     @property
     def shape(self) -> tuple[int, tuple[int, int], int | None]:
-        """What a network is made for: channels, size, and number of classes."""
+        """What the network depends on: channels, (height, width), and number of classes."""
         return self.channels, tuple(self.size), self.num_classes
 
     def __str__(self) -> str:
-        """For example: 1797 images of 1 x 8 x 8, 10 classes: "0", "1", "2", ..."""
+        """Describe the dataset in a line, for example: 1797 images of 1 x 8 x 8, 10 classes: "0", "1", "2", ..."""
         number = "a stream" if self.number is None else f"{self.number}"
         text = f"{number} of images" if self.number is None else f"{number} image{'s' * (self.number != 1)}"
         text += f" of {self.channels} x {self.size[0]} x {self.size[1]}"
@@ -56,7 +55,10 @@ class DataDescription:
         return text
 
     def differences(self, now: "DataDescription") -> list[str]:
-        """What is different `now`, with both values; what either does not know (a stream's number) is not compared."""
+        """Return a phrase with both values for each fact that differs in `now`.
+
+        A fact that is None on either side, such as the number of a stream, is not compared.
+        """
         facts = {
             "the number of images": (self.number, now.number),
             "channels": (self.channels, now.channels),
@@ -75,17 +77,21 @@ class DataDescription:
         return found if len(found) <= LISTED_NAMES else [*found[: LISTED_NAMES - 1], "...", found[-1]]
 
     def to_json(self) -> str:
-        """The text of `data.json`."""
+        """Return the text of `data.json`."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: labels become strings."""
+        """Return the fields as JSON values. Labels become strings."""
         classes = None if self.classes is None else {str(label): name for label, name in self.classes.items()}
         return {**asdict(self), "size": list(self.size), "classes": classes}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DataDescription":
-        """From what `to_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        """Return the description whose `to_dict` gave `values`.
+
+        Raises:
+            KeyError, TypeError, ValueError: `values` has other keys or types.
+        """
         classes = values["classes"]
         if classes is not None:
             classes = {int(label): name for label, name in classes.items()}
@@ -94,12 +100,12 @@ class DataDescription:
 
 @dataclass(frozen=True)
 class DescribedData:
-    """What a network is built for, where the images themselves are not needed; in the interface of `ImageData`.
+    """A stand-in for `ImageData` where a network is built and the images are not needed.
 
     Args:
-        description: of the images, or of their latents.
-        args: how they were prepared.
-        vae: the autoencoder, for latents.
+        description: describes the images, or their latents.
+        args: the settings of the images.
+        vae: the autoencoder of latents; None for pixels.
     """
 
     description: DataDescription
@@ -108,16 +114,23 @@ class DescribedData:
 
     @property
     def channels(self) -> int:
+        """Channels of the images or latents."""
         return self.description.channels
 
     @property
     def resolution(self) -> tuple[int, int]:
+        """(height, width) of the images or latents."""
         return self.description.size
 
     @property
     def num_classes(self) -> int | None:
+        """Number of classes; None without labels."""
         return self.description.num_classes
 
     def measure_sigma_data(self) -> float:
-        """Raise ValueError: only images can be measured."""
-        raise ValueError("sigma_data is not among the settings, and there are no images to measure it on.")
+        """Refuse to measure sigma_data, because there are no images.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("The settings hold no sigma_data, and there are no images to measure it on. Set sigma_data.")

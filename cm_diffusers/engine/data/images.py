@@ -1,4 +1,4 @@
-"""Images from any source of the datasets library, checked before training, in an order that only the seed decides."""
+"""Image datasets for training: loaded from any source, checked first, and ordered by the seed alone."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -52,38 +52,41 @@ from cm_diffusers.lookup import looked_up
 from cm_diffusers.pixels import size_of
 
 
-FIRST_ROWS = 1_000  # of a stream, which tell what all have to be
+FIRST_ROWS = 1_000  # rows of a stream that decide the channels and value ranges of all
 SIGMA_DATA_SAMPLES = 10_000
-FIRST = 100  # images that are tried for the size
+FIRST = 100  # images that are tried for the size until one is readable
 
 
 def load_source(
     args: DataArguments, labelled: bool = True, say: Callable[[str], None] = lambda line: None
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The dataset that `args` name, images not decoded yet.
+    """Load the dataset that `args` name, with images not decoded yet.
 
     Args:
-        args: which one.
-        labelled: with labels, where folders of images or metadata tell them.
-        say: gets a line that says what was read, and what was left out and why.
+        args: the settings of the dataset.
+        labelled: also read labels, which folders or metadata of local images can give.
+        say: receives a line on what was read, and what was left out and why.
 
     Raises:
-        ValueError: it is not to be had, or empty.
+        ValueError: the dataset can't be loaded, or is empty.
     """
     name = args.train_data_dir or args.dataset_name
     if args.dataset_name == "digits":
         source = _digits()
     elif args.train_data_dir is not None and not Path(name).is_dir():
-        raise ValueError(f"train_data_dir {name!r} is not a folder.")
+        raise ValueError(
+            f"train_data_dir {name!r} is not a folder. Check the path; a zip, a table or a Hub id is given as"
+            " --dataset_name."
+        )
     else:
         try:
             source = _load(args, Path(name), labelled, say)
-        except Exception as error:  # the library raises many kinds; all mean that there is no dataset
+        except Exception as error:  # the library raises many types; each means that there is no dataset
             raise ValueError(f"dataset {name!r}, split {args.split!r}, can't be loaded: {_causes(error)}") from error
     if args.max_train_samples is not None and not args.streaming:
-        source = source.take(min(args.max_train_samples, len(source)))  # datasets before 5.2 can't take more
+        source = source.take(min(args.max_train_samples, len(source)))  # datasets before 5.2 can't take more than all
     if not args.streaming and len(source) == 0:
-        raise ValueError(f"dataset {name!r} is empty.")
+        raise ValueError(f"dataset {name!r} is empty. Check its files and --split.")
     return source
 
 
@@ -104,13 +107,13 @@ def _load(args: DataArguments, path: Path, labelled: bool, say: Callable[[str], 
             return datasets.load_dataset(name, args.dataset_config_name, split=args.split, **options)
         builder = datasets.load_dataset_builder(name, args.dataset_config_name, **options)
     if hasattr(builder.config, "decode_num_threads"):
-        builder.config.decode_num_threads = 0  # or the library decodes, and fails without a name
+        builder.config.decode_num_threads = 0  # otherwise the library decodes, and its errors name no image
     return builder.as_streaming_dataset(args.split)
 
 
 @contextmanager
 def _offline(offline: bool) -> Iterator[None]:
-    """Let the datasets library look into its cache alone, for which `load_dataset` has no argument."""
+    """If `offline`, let the datasets library read its cache only. `load_dataset` has no argument for this."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or offline
     try:
@@ -120,7 +123,7 @@ def _offline(offline: bool) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> str:
-    """A message with those of what caused it, which the datasets library hides."""
+    """The message of an error, and the messages of its causes, which the datasets library hides."""
     lines = []
     while error is not None:
         lines += [why(error)] if why(error) not in " ".join(lines) else []
@@ -130,11 +133,11 @@ def _causes(error: BaseException) -> str:
 
 @cache
 def _digits() -> datasets.Dataset:
-    """The 1,797 handwritten digits of 8x8 pixels that ship inside scikit-learn."""
+    """The 1,797 handwritten digits of 8 x 8 pixels that ship with scikit-learn."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("dataset 'digits' needs scikit-learn: pip install scikit-learn") from None
+        raise ValueError("dataset 'digits' needs scikit-learn. Run: pip install scikit-learn") from None
     digits = load_digits()
     images = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
@@ -142,9 +145,10 @@ def _digits() -> datasets.Dataset:
 
 
 class _Rows(Dataset):
-    """Batches by lists of indices: {"images": uint8 (B, C, H, W), "condition": tensors (B, ...) by their names}.
+    """Batches by lists of indices: {"images": uint8 (B, C, H, W), "condition": tensors (B, ...) by name}.
 
-    Images that are still to be cropped are a list. With `own_shapes` images have the shape of their bucket.
+    Images that still need a crop are a list of B tensors (C, h, w). With `own_shapes`, images have the shape of their
+    bucket.
     """
 
     def __init__(self, images: Tensor | DecodedImages, condition: dict[str, Tensor], own_shapes: bool = False):
@@ -160,21 +164,30 @@ class _Rows(Dataset):
 
 
 def _root_mean_square(images: Tensor) -> float:
-    """Of images, uint8, in [-1, 1]."""
+    """Root mean square of uint8 images scaled to [-1, 1]."""
     return round((images.double() / 127.5 - 1).square().mean().sqrt().item(), 4)
 
 
 class ImageData:
-    """A dataset ready for training: known shape, checked, measured.
+    """A dataset ready for training: loaded, checked, and described.
 
     Args:
-        args: which dataset, and how its images are prepared.
-        class_conditional: read labels as well.
-        scanned: the file that remembers what the pass over all images found, until the data change.
-        show_progress: show bars, and say what was read and what was left out.
+        args: the settings of the dataset and its images.
+        class_conditional: also read labels.
+        scanned: file that caches the findings of the pass over all images until the data change.
+        show_progress: show bars, and print what was read and what was left out.
+
+    Attributes:
+        images: uint8 (N, C, H, W) in memory, `DecodedImages` if they don't fit or are cropped in training, or None
+            for a stream.
+        labels: int64 (N,); None for a stream or without labels.
+        channels: 1 or 3.
+        resolution: (height, width) in training.
+        num_classes: labels are integers in [0, num_classes); None without labels.
 
     Raises:
-        ValueError: no such dataset, column or label; an empty dataset; images that can't be read (all are listed).
+        ValueError: the dataset is missing or empty, a column or label is missing or wrong, or images can't be read
+            (the first 20 are listed).
     """
 
     vae = None  # the autoencoder, for datasets of latents
@@ -204,7 +217,7 @@ class ImageData:
             self._look_at_all(scanned)
 
     def _mixed(self, first: datasets.Dataset) -> datasets.Dataset:
-        """The dataset and the others behind it, in columns "image" and "label"."""
+        """Append the extra datasets to the first one, in columns "image" and "label"."""
         args = self.args
         sources = [Source(args.train_data_dir or args.dataset_name, first, self.column, self.label_column)]
         for name in args.extra_datasets:
@@ -224,19 +237,24 @@ class ImageData:
             tqdm.write(line)
 
     def _find_size(self) -> tuple[int, int]:
-        """(height, width), as asked for, or as the first image that can be read has them."""
+        """(height, width) from the settings, or of the first readable image."""
         asked, faults = self.args.resolution, []
         for i, row in numbered(self.source, FIRST):
             try:
                 image = open_image(row[self.column], self.args.max_image_pixels)
-            except Exception as error:  # whatever is wrong with it, the scan names it
+            except Exception as error:  # the scan will name every fault
                 faults.append(f"{name_in_messages(i, row[self.column])}: {why(error)}")
                 continue
             return size_of(image) if asked is None else tuple((asked * 2)[:2])
         if not faults:
-            raise ValueError(f"dataset {self.args.train_data_dir or self.args.dataset_name!r} is empty.")
+            raise ValueError(
+                f"dataset {self.args.train_data_dir or self.args.dataset_name!r} is empty. Check its files and"
+                " --split."
+            )
         listed = "".join(f"\n  {fault}" for fault in faults[:5]) + ("\n  ..." if len(faults) > 5 else "")
-        raise ValueError(f"none of the first images of column {self.column!r} can be read:{listed}")
+        raise ValueError(
+            f"none of the first images of column {self.column!r} can be read; repair or remove them:{listed}"
+        )
 
     def _read_labels(self, features: datasets.Features) -> None:
         labels = read_labels(self.source[self.label_column][:], features[self.label_column], self.label_column)
@@ -249,14 +267,14 @@ class ImageData:
             names = getattr(features[self.label_column], "names", None)
             if names is None:
                 raise ValueError(
-                    f"a stream needs labels of the type ClassLabel, which says how many classes there are; column"
+                    f"a stream needs labels of the type ClassLabel, which gives the number of classes; column"
                     f" {self.label_column!r} is {kind_of(features[self.label_column])}. Leave out --streaming."
                 )
             self.num_classes, self._classes = len(names), dict(enumerate(names))
 
     @property
     def description(self) -> DataDescription:
-        """Number, shape, classes and fingerprint of the images, as far as they are known."""
+        """Number, shape, classes and fingerprint of the images; the unknown values of a stream are None."""
         number = None if self.images is None else len(self.images)
         return DataDescription(
             number, self.channels, self.resolution, self.num_classes, self._classes, self._fingerprint
@@ -266,7 +284,7 @@ class ImageData:
         return DecodedImages(rows, self.column, self.args.channels, self.resolution, self.args.max_image_pixels)
 
     def _look_at_all(self, scanned: Path | None) -> None:
-        """Decode every image once, or remember what that found; keep them if there is room."""
+        """Decode every image once, or load what an earlier pass found; keep the images in memory if they fit."""
         decoder = self._decoder(self.source)
         size = len(decoder) * (self.args.channels or 3) * self.resolution[0] * self.resolution[1]
         keep = size <= CACHE_BYTES and not (self.args.random_crop or self.args.aspect_ratio_buckets)
@@ -287,7 +305,7 @@ class ImageData:
         self._fingerprint = digest(facts.fingerprint.encode(), labels)
 
     def _fill_buckets(self, facts: ScanFindings, decoder: DecodedImages) -> None:
-        """Give each image the shape that is nearest to its own, and say how many there are of each."""
+        """Assign each image the bucket of the nearest aspect ratio, and print the number of images per bucket."""
         shapes = bucket_shapes(self.resolution)
         logs = torch.tensor([h / w for h, w in shapes]).log()
         nearest = (torch.tensor(facts.ratios).log()[:, None] - logs).abs().argmin(1)
@@ -298,11 +316,11 @@ class ImageData:
 
     @property
     def shapes(self) -> set[tuple[int, int]]:
-        """(height, width) of the images in training, where there are several."""
+        """(height, width) of all buckets; empty without --aspect_ratio_buckets."""
         return set() if self._buckets is None else set(self.images.shapes)
 
     def _look_at_first(self) -> None:
-        """Decode the first rows of a stream for what has to be known of all; the others are checked as they come."""
+        """Decode the first rows of a stream, which decide channels and ranges. Later rows are checked as they come."""
         count = min(FIRST_ROWS, self.args.max_train_samples or FIRST_ROWS)
         first = [row for _, row in numbered(self.source, count)]
         decoder = self._decoder(first)
@@ -315,7 +333,7 @@ class ImageData:
         decoder.rows = []
 
     def _use(self, facts: ScanFindings, decoder: DecodedImages) -> None:
-        """Decode all images by what was found, and say so."""
+        """Set how all images are decoded from the findings of the scan, and print what it found."""
         self.channels = decoder.channels = self.args.channels or facts.channels
         decoder.scales, decoder.whole = facts.scales, self.args.random_crop
         for line in facts.ranges:
@@ -325,12 +343,13 @@ class ImageData:
             other = next(size for size in facts.sizes if size != own)
             number = facts.sizes.total() - facts.sizes[own]
             self._say(
-                f"WARNING: {number} of {len(decoder)} images are not of {own} pixels, as the first is, but for one of"
-                f" {other} ({facts.examples[other]}): they are resized and cropped. --resolution sets the size."
+                f"WARNING: {number} of {len(decoder)} images differ from the first one's size of {own} pixels, for"
+                f" example {facts.examples[other]} with {other}. They are resized and cropped. --resolution sets the"
+                " size."
             )
 
     def _key(self, keep: bool) -> str:
-        """What tells this dataset and its shape from others without opening an image."""
+        """A digest that identifies this dataset and its settings without opening an image."""
         marks = marks_of(paths_of(self.source, self.column))
         facts = [VERSION, self.source._fingerprint, self.column, self.args.channels, self.resolution, keep, marks]
         facts += ["ratios"] if self.args.aspect_ratio_buckets else []
@@ -338,26 +357,36 @@ class ImageData:
 
     @property
     def condition(self) -> dict[str, Tensor]:
-        """What networks are told of each image: tensors (N, ...) by their names."""
+        """The conditioning of each image: tensors (N, ...) by name. Empty without labels."""
         return {} if self.labels is None else {"class_labels": self.labels}
 
     def measure_sigma_data(self) -> float:
-        """Root mean square of (a sample of) the data scaled to [-1, 1]: what EDM's preconditioning assumes.
+        """Return the root mean square of the data scaled to [-1, 1], as EDM's preconditioning assumes.
 
-        It is the second moment about zero, not the standard deviation about the mean: c_skip = s^2 / (s^2 + sigma^2)
-        minimises the error of c_skip x against the data for s^2 = E[x0^2].
+        It is measured on at most 10,000 images, or on the first 1,000 rows of a stream. It is the second moment about
+        zero, not the standard deviation about the mean. With s^2 = E[x0^2], c_skip = s^2 / (s^2 + sigma^2) minimises
+        the error of c_skip x against the data.
         """
         if self.args.streaming:
             return self._first_sigma_data
         return _root_mean_square(self.rows(permutation(len(self.images), "sigma_data")[:SIGMA_DATA_SAMPLES].tolist()))
 
     def rows(self, indices: list[int]) -> Tensor:
-        """The images (B, C, H, W) at these places of the dataset."""
+        """Return the uint8 images (B, C, H, W) at B `indices` of the dataset."""
         images = _Rows(self.images, self.condition).__getitems__(indices)["images"]
         return images if torch.is_tensor(images) else crops(images, self.resolution)
 
     def batches(self, share: ProcessShare, seed: int, step: int = 0) -> Iterator[dict[str, Any]]:
-        """Batches for the forward passes of this process from training step `step` on, without end."""
+        """Yield the batches of this process without end, one per forward pass, from training step `step` on.
+
+        Each batch is {"images": uint8 (B, C, H, W), "condition": tensors (B, ...) by name}. Images that still need a
+        random crop are a list of B tensors (C, h, w).
+
+        Args:
+            share: the part of each global batch that belongs to this process.
+            seed: seed of the run, which decides the order.
+            step: the first training step.
+        """
         if self.args.streaming:
             order = StreamOrder(self.source, share, seed, step, self.args.max_train_samples)
             return stream_batches(order, self._streamed, self.args.dataloader_num_workers)

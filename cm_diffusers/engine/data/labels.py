@@ -1,4 +1,4 @@
-"""Labels of any column as integers, and the names of the classes."""
+"""Reading of the labels of any column as integers, and of the names of the classes."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,11 +18,11 @@ TEXT = ("string", "large_string")
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of images.
+    """The labels of all images and the names of all classes.
 
     Args:
         values: int64 (N,), in [0, num_classes).
-        names: of the classes by their labels, with those that no image has.
+        names: the name of each class by label, including classes that no image has.
     """
 
     values: Tensor
@@ -30,11 +30,11 @@ class Labels:
 
     @property
     def classes(self) -> dict[int, str]:
-        """The names of the labels that an image has, in rising order."""
+        """The name of each label that some image has, by label in rising order."""
         return {label: self.names[label] for label in self.values.unique().tolist()}
 
     def gaps(self) -> str:
-        """A warning that names the classes that no image has; empty where there are none."""
+        """Return a warning that lists the labels that no image has, or "" if every label occurs."""
         empty = sorted({*range(len(self.names))} - self.classes.keys())
         if not empty:
             return ""
@@ -45,7 +45,7 @@ class Labels:
 
 
 def order_names(names: Iterable[str]) -> list[str]:
-    """Names of classes in their order: by value where all are numbers, else in natural order."""
+    """Sort names of classes: by value if all are finite numbers, else in natural order ("a9" before "a10")."""
     names = list(names)
     try:
         values = {name: float(name) for name in names}
@@ -57,15 +57,17 @@ def order_names(names: Iterable[str]) -> list[str]:
 
 
 def read_labels(values: Sequence[Any], feature: Any, column: str) -> Labels:
-    """Labels from the values of a column.
+    """Read labels from the values of a column.
+
+    Integers are kept as they are. Names get numbers in the order of `order_names`.
 
     Args:
-        values: integers, or names; with a ClassLabel integers only.
-        feature: of the column in the datasets library.
-        column: its name, for messages.
+        values: N integers from 0 up, or N names; a ClassLabel allows integers only.
+        feature: type of the column in the datasets library.
+        column: name of the column, for messages.
 
     Raises:
-        ValueError: values that are no labels, with the first row that has one.
+        ValueError: a value is not a label; the message shows the first one and its row.
     """
     names = None
     if isinstance(feature, datasets.ClassLabel):
@@ -90,5 +92,5 @@ def read_labels(values: Sequence[Any], feature: Any, column: str) -> Labels:
 def _refusal(column: str, allowed: str, wrong: list[int], values: Sequence[Any]) -> ValueError:
     return ValueError(
         f"labels of column {column!r} must be {allowed}; row {wrong[0]} has {values[wrong[0]]!r:.60}"
-        f" ({len(wrong)} of {len(values)} rows are wrong)."
+        f" ({len(wrong)} of {len(values)} rows are wrong). Correct them, or use another column."
     )

@@ -1,4 +1,4 @@
-"""Images as the latents of an autoencoder, encoded once before training, and kept in a file on request."""
+"""Images as latents of an autoencoder, which are computed once before training and cached in a file on request."""
 
 import hashlib
 import json
@@ -19,10 +19,11 @@ from cm_diffusers.objectives.options import check_for_latents
 
 @torch.no_grad()
 def encode(vae: nn.Module, images: Tensor) -> Tensor:
-    """Latents (B, c, h, w) of images (B, C, H, W) in [-1, 1], shifted and scaled as the autoencoder's config says.
+    """Encode `images` (B, C, H, W) in [-1, 1] as latents (B, c, h, w), float32.
 
-    Of a posterior the mode is taken: a function of the image alone, so that latents can be kept and a run repeats
-    itself on any number of processes; the posterior's spread is far below that of the latents.
+    The latents are shifted and scaled by the config of the autoencoder `vae`. A posterior gives its mode, a function
+    of the image alone, so latents can be cached and a run repeats itself on any number of processes. The spread of the
+    posterior is far below that of the latents.
     """
     output = vae.encode(images.to(vae.dtype))
     latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
@@ -35,15 +36,16 @@ class LatentData(ImageData):
 
     Args:
         data: the images.
-        vae: an autoencoder of diffusers.
-        cache: a file that keeps the latents; they are read from it if it verifies and is of these images, this
-            autoencoder and these settings.
-        device: where they are encoded.
+        vae: a diffusers autoencoder.
+        cache: file for the latents. They are read from it if it is intact and was made from these images, this
+            autoencoder and these settings. Otherwise it is written.
+        device: device that encodes.
         say: prints a line.
-        batch_size: how many images are encoded at once.
+        batch_size: number of images encoded at once.
 
     Raises:
-        ValueError: a stream, mirrored or augmented images, or images that are not what the autoencoder takes.
+        ValueError: a stream, an option that latents exclude (such as --random_flip), or images with other channels
+            than the autoencoder takes.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class LatentData(ImageData):
         if data.channels != vae.config.in_channels:
             raise ValueError(
                 f"the autoencoder takes images of {vae.config.in_channels} channels,"
-                f" the dataset gives {data.channels}: set --channels."
+                f" the dataset gives {data.channels}: set --channels {vae.config.in_channels}."
             )
         self.args, self.labels, self.num_classes = data.args, data.labels, data.num_classes
         self._classes, self._mixture, self._buckets = data._classes, data._mixture, None
@@ -80,16 +82,16 @@ class LatentData(ImageData):
         for start in tqdm(bar, desc="Encoding images", disable=not self.show_progress, leave=False):
             images = data.rows(list(range(start, min(start + batch_size, len(data.images)))))
             parts.append(encode(self.vae, images.to(device).float() / 127.5 - 1).cpu())
-        return torch.cat(parts).contiguous()  # they may be channels-last
+        return torch.cat(parts).contiguous()  # encoders can return channels-last tensors
 
     def measure_sigma_data(self) -> float:
-        """Root mean square of (a sample of) the latents."""
+        """Return the root mean square of the latents, estimated on at most 10,000 of them."""
         rows = permutation(len(self.images), "sigma_data")[:SIGMA_DATA_SAMPLES]
         return round(self.images[rows].double().square().mean().sqrt().item(), 4)
 
 
 def _key(data: ImageData, vae: nn.Module) -> str:
-    """The SHA-256 of all that makes the latents: images, shape, weights and settings of the autoencoder."""
+    """The SHA-256 of everything that determines the latents: images, shape, weights and config of the autoencoder."""
     made_by = {"images": data.description.fingerprint, "shape": [len(data.images), data.channels, *data.resolution]}
     made_by["vae"] = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode())
@@ -103,18 +105,18 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _read(cache: Path, key: str, say: Callable[[str], None]) -> Tensor | None:
-    """The latents in `cache`, or None where there are none, or others, or damaged ones."""
+    """The latents in `cache`; None if the file is missing, damaged, or was made from other data."""
     if not cache.exists():
         return None
     try:
         with safe_open(cache, "pt") as file:
             found, latents = file.metadata(), file.get_tensor("latents")
         if found["sha256"] != _digest(latents):
-            raise ValueError("its digest is another")
+            raise ValueError("its SHA-256 differs")
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        say(f"WARNING: {cache} is damaged ({error}); the images are encoded anew.")
+        say(f"WARNING: {cache} is damaged ({error}); the images are encoded again.")
         return None
     if found["key"] != key:
-        say(f"{cache} holds the latents of other images or of another autoencoder; the images are encoded anew.")
+        say(f"{cache} holds latents of other images or of another autoencoder; the images are encoded again.")
         return None
     return latents

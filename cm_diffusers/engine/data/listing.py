@@ -1,10 +1,10 @@
-"""Which files of a folder are its images, and of which classes: one listing, for training and prepare_data.py alike.
+"""The listing of a folder's images and their classes, shared by training and prepare_data.py.
 
-An image is a file whose name ends as those of a format that Pillow reads, wherever below the folder it lies and
-whatever else its name and path hold; links are followed. The members of a .zip count as files of the folder that the
-.zip lies in, unless they lie there already. Left out, and counted, are hidden files and folders and everything else.
+An image is any file below the folder whose suffix Pillow reads. Links are followed. The members of a .zip count as
+files of the folder that holds the .zip, unless they lie there unpacked. Hidden files and folders and all other files
+are left out and counted.
 
-The class of an image is the first folder on its way, behind those that all images share: of mine/cat/0.png,
+The class of an image is the first folder on its path after the folders that all images share. In mine/cat/0.png,
 mine/cat/more/1.png and mine/dog/2.png the classes are cat and dog. Images that all lie in one folder have no classes.
 """
 
@@ -20,13 +20,13 @@ from PIL import Image
 
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl")
 METADATA = re.compile(r"metadata\.(csv|tsv|jsonl|parquet)")
-LABELS = "dataset.json"  # where EDM and StyleGAN keep them: {"labels": [["folder/image.png", 3], ...]}
+LABELS = "dataset.json"  # the labels of EDM's and StyleGAN's datasets: {"labels": [["folder/image.png", 3], ...]}
 SPLITS = {"train", "test", "val", "valid", "validation"}
 UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow only recognises
 
 
 def natural_key(text: str) -> tuple:
-    """For sorting: runs of digits count as numbers, so that "9" comes before "10"."""
+    """Return a sort key of `text` in which runs of digits count as numbers, so that "9" comes before "10"."""
     parts = re.split("([0-9]+)", text)
     digits = [part.lstrip("0") for part in parts[1::2]]
     parts[1::2] = [(len(part), part) for part in digits]
@@ -38,11 +38,11 @@ class ListedImage:
     """An image of a folder.
 
     Args:
-        name: its path below the folder, with "/"; that of a member leads through its archive, as in a.zip/0.png.
-        place: the same without the archive: where the image would lie if it were unpacked.
-        path: what `records.open_image` opens.
-        mark: changes when the image does: size and time of its last change, or the checksum of a member.
-        archive: the name of the zip that it is a member of, or nothing.
+        name: path below the folder, with "/". The path of a member includes its archive, as in a.zip/0.png.
+        place: the same without the archive: the path of the image if it were unpacked.
+        path: absolute path, or zip:// address of a member, for `records.open_image`.
+        mark: (bytes, time of the last change in ns) of a file, (bytes, CRC) of a member. It changes with the image.
+        archive: name of the zip that holds the image, or "".
     """
 
     name: str
@@ -54,14 +54,14 @@ class ListedImage:
 
 @dataclass
 class Listing:
-    """The images of a folder or a zip in natural order, and what was left out.
+    """The images of a folder or a zip in natural order, and the files that were left out.
 
     Args:
         root: the folder or zip.
-        images: in natural order of their places.
-        metadata: files like metadata.csv, which describe images by their names.
-        tables: other files that may hold a dataset, by their names.
-        labels: EDM's dataset.json at the top, as its bytes.
+        images: all images, in natural order of their places.
+        metadata: names of files like metadata.csv, which describe images by file name.
+        tables: names of other tables, which may hold a dataset.
+        labels: bytes of EDM's dataset.json at the top; None if missing.
         left_out: names of files and folders by the reason.
     """
 
@@ -73,11 +73,12 @@ class Listing:
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def leave_out(self, reason: str, name: str) -> None:
+        """Note that the file or folder `name` is left out for `reason`."""
         self.left_out.setdefault(reason, []).append(name)
 
     def summary(self) -> str:
-        """How many files were left out and why, or nothing: "; left out 3: 2 hidden (.a, .b), 1 .txt (a.txt)"."""
-        left_out = {**self.left_out, **({"tables": self.tables} if self.tables else {})}
+        """Count the left-out files by reason: "; left out 3: 2 hidden (.a, .b), 1 .txt (a.txt)", or ""."""
+        left_out = {**self.left_out, **({"table(s)": self.tables} if self.tables else {})}
         if not left_out:
             return ""
         parts = []
@@ -87,8 +88,13 @@ class Listing:
         return f"; left out {sum(map(len, left_out.values()))}: {', '.join(parts)}"
 
     def classes(self) -> tuple[list[int], list[str]] | None:
-        """The label of every image and the names of the classes, in natural order; None where folders tell nothing
-        apart. Raises ValueError for images beside folders of images."""
+        """Return the labels of all images and the names of the classes in natural order, both from the folders.
+
+        Returns None if all images lie in one folder.
+
+        Raises:
+            ValueError: some images lie beside folders of images, or all folders are named like splits.
+        """
         paths = [image.place.split("/") for image in self.images]
         shared = 0
         while all(len(path) > shared + 1 for path in paths) and len({path[shared] for path in paths}) == 1:
@@ -97,11 +103,14 @@ class Listing:
         if len(loose) == len(paths):
             return None
         if loose:
-            raise ValueError(f"{loose[0]!r} lies beside folders of images; give every class a folder, or none.")
+            raise ValueError(
+                f"{loose[0]!r} lies beside folders of images. Move it into the folder of its class, or move all images"
+                " into one folder."
+            )
         classes = sorted({path[shared] for path in paths}, key=natural_key)
         if {name.lower() for name in classes} <= SPLITS:
             raise ValueError(
-                f"its folders {', '.join(classes)} are splits, not classes; give one of them, as"
+                f"its folders {', '.join(classes)} are splits, not classes. Give one of them, for example"
                 f" {self.root.joinpath(*paths[0][:shared], classes[-1])}."
             )
         numbers = {name: i for i, name in enumerate(classes)}
@@ -109,17 +118,17 @@ class Listing:
 
     @property
     def tells_splits(self) -> bool:
-        """Whether the first folders are called like splits, all of them."""
+        """Whether all images lie in two or more top folders that are named like splits."""
         tops = {image.place.split("/")[0].lower() for image in self.images if "/" in image.place}
         return len(tops) > 1 and tops <= SPLITS and all("/" in image.place for image in self.images)
 
 
 def list_images(root: Path) -> Listing:
-    """The listing of a folder or of a zip.
+    """List the images of the folder or zip `root`.
 
     Raises:
-        ValueError: a zip is damaged, encrypted or leads out of itself; a name is no UTF-8.
-        OSError: a folder can't be read.
+        ValueError: a zip is damaged or encrypted, a member would lie outside of its folder, or a name is not UTF-8.
+        OSError: a folder is unreadable.
     """
     listing = Listing(root)
     if root.is_dir():
@@ -145,21 +154,21 @@ def _list_folder(listing: Listing) -> None:
             try:
                 name.encode()
             except UnicodeEncodeError:
-                raise ValueError(f"the name {os.fsencode(name)!r} is no UTF-8; rename it.") from None
+                raise ValueError(f"the file name {os.fsencode(name)!r} is not UTF-8. Rename the file.") from None
             if _is_hidden(entry.name):
                 listing.leave_out("hidden", name)
                 continue
             try:
                 status = entry.stat()
-            except OSError:  # a link that leads nowhere: if it should be an image, opening it says so
+            except OSError:  # a broken link: if its suffix is that of an image, opening it reports the fault
                 status = None
             if status is not None and stat.S_ISDIR(status.st_mode):
                 if (status.st_dev, status.st_ino) in above:
-                    listing.leave_out("links to a folder above", name)
+                    listing.leave_out("linked to a folder above", name)
                 else:
                     waiting.append((entry.path, f"{name}/", above))
             elif status is not None and not stat.S_ISREG(status.st_mode):
-                listing.leave_out("that are no plain files", name)
+                listing.leave_out("special", name)
             elif METADATA.fullmatch(entry.name):
                 listing.metadata.append(name)
             elif _suffix(name) in TABLES:
@@ -172,11 +181,11 @@ def _list_folder(listing: Listing) -> None:
                 mark = (-1, -1) if status is None else (status.st_size, status.st_mtime_ns)
                 listing.images.append(ListedImage(name, name, os.path.abspath(entry.path), mark))
             else:
-                listing.leave_out(_suffix(name) or "without an ending", name)
+                listing.leave_out(_suffix(name) or "without a suffix", name)
 
 
 def _list_members(listing: Listing, path: Path, place: str) -> None:
-    """The members of a zip, as if they were unpacked to the folder `place`."""
+    """List the members of a zip as if they were unpacked into the folder `place`."""
     known, zipped = _suffixes(), place + path.name if path != listing.root else ""
     prefix = f"{zipped}/" if zipped else ""
     try:
@@ -185,25 +194,28 @@ def _list_members(listing: Listing, path: Path, place: str) -> None:
             if path == listing.root and LABELS in archive.NameToInfo:
                 listing.labels = archive.read(LABELS)
     except (zipfile.BadZipFile, OSError, RuntimeError) as error:
-        raise ValueError(f"the archive {path.name!r} can't be read: {error}; unpack or remove it.") from None
+        raise ValueError(f"the archive {path.name!r} can't be read: {error}. Unpack or remove it.") from None
     for info in members:
         name, parts = info.filename, re.split(r"[/\\]", info.filename)
         if name.startswith(("/", "\\")) or ".." in parts:
-            raise ValueError(f"it is refused: its member {name!r} would lie outside of it.")
+            raise ValueError(
+                f"the archive {path.name!r} is refused: its member {name!r} would lie outside of its folder."
+                " Remove the archive."
+            )
         if any(map(_is_hidden, parts)):
             listing.leave_out("hidden", prefix + name)
         elif _suffix(name) in known:
             if info.flag_bits & 1:
-                raise ValueError(f"the archive {path.name!r} is encrypted; unpack it.")
+                raise ValueError(f"the archive {path.name!r} is encrypted. Unpack it, and remove it.")
             where = f"zip://{name}::{os.path.abspath(path)}"
             mark = info.file_size, info.CRC
             listing.images.append(ListedImage(prefix + name, place + name, where, mark, zipped))
         elif name != LABELS or path != listing.root:
-            listing.leave_out(_suffix(name) or "without an ending", prefix + name)
+            listing.leave_out(_suffix(name) or "without a suffix", prefix + name)
 
 
 def _leave_out_unpacked(listing: Listing) -> None:
-    """Leave out archives whose images all lie beside them, or in the folder of their name, as they were unpacked."""
+    """Leave out archives whose images all lie unpacked, beside the archive or in a folder of the same name."""
     sizes, archives = {image.name: image.mark[0] for image in listing.images if not image.archive}, {}
     for image in listing.images:
         if image.archive:
@@ -213,7 +225,7 @@ def _leave_out_unpacked(listing: Listing) -> None:
         for home in (folder, f"{base}/"):
             if all(sizes.get(home + image.place.removeprefix(folder)) == image.mark[0] for image in members):
                 listing.images = [image for image in listing.images if image.archive != archive]
-                listing.leave_out("archives that lie there unpacked", archive)
+                listing.leave_out("already unpacked", archive)
                 break
 
 
@@ -226,5 +238,5 @@ def _suffix(name: str) -> str:
 
 
 def _suffixes() -> set[str]:
-    """How the names of files end that Pillow reads."""
+    """The suffixes of all formats that Pillow can read."""
     return {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - UNREADABLE}

@@ -1,4 +1,4 @@
-"""Several datasets as one: their images behind one another, classes of the same name as one class."""
+"""Concatenation of several datasets, in which classes of the same name become one class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from cm_diffusers.engine.data.labels import read_labels
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset whose columns are known.
+    """A dataset with known columns.
 
     Args:
-        name: for messages.
-        rows: of the dataset.
-        image_column: which column holds the images.
-        label_column: which column holds labels; None where they are not read.
+        name: name of the dataset, for messages.
+        rows: the rows of the dataset.
+        image_column: the column of the images.
+        label_column: the column of the labels; None if labels are not read.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Source:
 
 
 def mixed(sources: Sequence[Source]) -> datasets.Dataset:
-    """The images of all sources as a column "image", and their labels as "label" if all have some.
+    """Concatenate `sources`, with the images in a column "image" and, if they are read, the labels in "label".
 
-    Classes are told apart by their names: those of the first dataset come first.
+    Classes are identified by name. The classes of the first dataset come first.
 
     Raises:
-        ValueError: images that are held in different ways.
+        ValueError: two datasets store their images as different types, or a label is wrong.
     """
     parts, classes = [], {}
     for source in sources:
@@ -42,8 +42,8 @@ def mixed(sources: Sequence[Source]) -> datasets.Dataset:
             part = part.rename_column(source.image_column, "image")
         if parts and part.features["image"] != parts[0].features["image"]:
             raise ValueError(
-                f"the images of {source.name!r} are held in another way than those of {sources[0].name!r}:"
-                f" {part.features['image']} and {parts[0].features['image']}. prepare_data.py brings both into one."
+                f"{source.name!r} stores its images as {part.features['image']}, but {sources[0].name!r} stores them"
+                f" as {parts[0].features['image']}. Prepare both with prepare_data.py, which gives them the same type."
             )
         if source.label_column is not None:
             feature = source.rows.features[source.label_column]

@@ -1,4 +1,4 @@
-"""Which images each process takes in each step: a function of the seed and nothing else."""
+"""The order of images: which ones each process takes in each training step, as a function of the seed alone."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,14 @@ from cm_diffusers.core.draws import permutation
 
 @dataclass(frozen=True)
 class ProcessShare:
-    """Where a process stands: what it takes of each global batch."""
+    """The part of each global batch that belongs to one process.
+
+    Args:
+        batch_size: images per forward pass of a process.
+        accumulation: forward passes per training step (gradient accumulation).
+        rank: number of this process, from 0.
+        world: number of processes.
+    """
 
     batch_size: int
     accumulation: int = 1
@@ -23,33 +30,34 @@ class ProcessShare:
 
     @property
     def global_batch(self) -> int:
+        """Images per training step on all processes together."""
         return self.batch_size * self.accumulation * self.world
 
     def rows(self, micro: int) -> range:
-        """Rows of the global batch that this process takes in its forward pass number `micro`."""
+        """Return the rows of the global batch that this process takes in forward pass `micro` of a step, from 0."""
         start = (micro * self.world + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How often each of several datasets, which lie behind one another, has its turn.
+    """How often images are drawn from each of several concatenated datasets.
 
     Args:
-        sizes: of the datasets.
-        weights: of the datasets; only their ratios count.
+        sizes: number of images of each dataset.
+        weights: weight of each dataset; only the ratios matter.
     """
 
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
-    block = 1000  # images, of which each dataset has the same number every time
+    block = 1000  # images, among which each dataset has the same number in every block
 
     def turn(self, position: int, order: Callable[[int, str, int], Tensor]) -> tuple[int, int]:
-        """Which dataset has its turn at a position, and how many turns it has had before.
+        """Return the dataset at a position of the sequence, and the number of its earlier turns.
 
         Args:
-            position: from 0 on.
-            order: gives the keyed permutation of range(n) by n, a name and a number.
+            position: position in the sequence of all images, from 0.
+            order: order(n, name, number) gives a keyed permutation of range(n), int64 (n,).
         """
         block, place = divmod(position, self.block)
         turns = self._sources[order(self.block, "turns", block)]
@@ -58,12 +66,12 @@ class Mixture:
 
     @cached_property
     def _sources(self) -> Tensor:
-        """Which dataset each place of a block is of, before they are shuffled."""
+        """The dataset of each place of a block before shuffling, int64 (1000,)."""
         return torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
 
     @cached_property
     def counts(self) -> list[int]:
-        """How many images of a block each dataset gives: at least one, and all together the block."""
+        """Images of each dataset in a block: at least one each, 1,000 in total."""
         shares = [self.block * weight / sum(self.weights) for weight in self.weights]
         counts = [max(1, int(share)) for share in shares]
         while (missing := self.block - sum(counts)) != 0:
@@ -73,14 +81,14 @@ class Mixture:
 
 
 class KeyedOrder(Sampler):
-    """Lists of dataset indices, one per forward pass, from `step` on: a function of (seed, epoch) and nothing else.
+    """Lists of dataset indices, one per forward pass, from `step` on: a function of (seed, epoch) alone.
 
     Args:
-        n: how many images there are.
-        share: where this process stands.
-        seed: of the run.
-        step: the training step to begin with.
-        mixture: how often datasets have their turn, if not by their sizes; each has epochs of its own.
+        n: number of images.
+        share: the part of each global batch that belongs to this process.
+        seed: seed of the run.
+        step: the first training step.
+        mixture: weights of concatenated datasets, each with separate epochs; None draws by their sizes.
     """
 
     def __init__(self, n: int, share: ProcessShare, seed: int, step: int = 0, mixture: Mixture | None = None):
@@ -106,7 +114,7 @@ class KeyedOrder(Sampler):
         )
 
     def _order(self, n: int, name: str, epoch: int) -> Tensor:
-        """A keyed permutation; the last two of each name are kept."""
+        """A keyed permutation. The last two of each name are cached."""
         if (name, epoch) not in self._orders:
             self._orders = {key: o for key, o in self._orders.items() if key[0] != name or key[1] >= epoch - 1}
             self._orders[name, epoch] = permutation(n, self.seed, name, epoch)
@@ -114,22 +122,22 @@ class KeyedOrder(Sampler):
 
 
 class BucketOrder(Sampler):
-    """Lists of dataset indices, one per forward pass: all those of a step are of one bucket.
+    """Lists of dataset indices, one per forward pass. All images of a training step are from one bucket.
 
-    In each block of 1,000 steps a bucket has its share of the turns by its size, at least one, in a keyed order; it
-    has epochs of its own. A function of the seed and the step, as `KeyedOrder` is.
+    In each block of 1,000 steps, a bucket has steps in proportion to its size, at least one, in a keyed order. Each
+    bucket has separate epochs. Like `KeyedOrder`, it is a function of the seed and the step.
 
     Args:
-        buckets: the indices of each.
-        share: where this process stands.
-        seed: of the run.
-        step: the training step to begin with.
+        buckets: the dataset indices of each bucket.
+        share: the part of each global batch that belongs to this process.
+        seed: seed of the run.
+        step: the first training step.
     """
 
     def __init__(self, buckets: Sequence[Sequence[int]], share: ProcessShare, seed: int, step: int = 0):
         self.buckets, self.share, self.seed, self.step = buckets, share, seed, step
         sizes = tuple(map(len, buckets))
-        self.mixture = Mixture(sizes, sizes)  # of steps
+        self.mixture = Mixture(sizes, sizes)  # its blocks count steps, not images
         self._order = lru_cache(2 * len(buckets) + 2)(lambda n, name, epoch: permutation(n, seed, name, epoch))
 
     def __iter__(self) -> Iterator[list[int]]:

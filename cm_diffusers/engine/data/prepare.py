@@ -1,8 +1,7 @@
-"""Datasets of images of one size: checked as a whole, then written as parquet, shard by shard, so that a stop costs
-one shard.
+"""Preparation of a dataset with images of one size, written as parquet.
 
-A split is written to a hidden folder beside its place and renamed when it is complete: `--dataset_name` and the Hub
-never see a part of it.
+All images are checked first. They are written shard by shard, so an interruption costs one shard. A split is written
+to a hidden folder and renamed when it is complete, so `--dataset_name` and the Hub never see a part of it.
 """
 
 import io
@@ -25,11 +24,11 @@ from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_uint8
 
 
-SHARD_BYTES = 100 << 20  # of its pixels
+SHARD_BYTES = 100 << 20  # bytes of decoded pixels per shard
 PLAN = ".plan.json"
-CHUNK = 1000  # images that are waited for at once
+CHUNK = 1000  # images in work at once
 TRANSFORMS = ("center_crop", "stretch")
-FILES = ("README.md", "*/*.parquet")  # what a prepared dataset consists of
+FILES = ("README.md", "*/*.parquet")  # all files of a prepared dataset
 CARD = """---
 task_categories:
 - unconditional-image-generation
@@ -42,8 +41,14 @@ Images of {channels} x {height} x {width} pixels{classes}, made by `training/pre
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: of a split, its source, (height, width) or None for that of the images, how to come by it
-    (see `TRANSFORMS`), and channels, 1 or 3, or None for what the images have."""
+    """The requested preparation of a split.
+
+    Args:
+        source: fingerprint of the source.
+        resolution: (height, width); None for the common size of all images.
+        transform: how images get this size, one of `TRANSFORMS`.
+        channels: 1 or 3; None for 1 if all images are grey, else 3.
+    """
 
     source: str
     resolution: list[int] | None = None
@@ -53,7 +58,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a split will be, or is: what was asked for, and what the source came to."""
+    """The plan of a split, made from the request and a pass over the source.
+
+    Args:
+        asked: the request.
+        count: number of images.
+        height: height of all written images, in pixels.
+        width: width of all written images, in pixels.
+        channels: 1 or 3.
+        classes: names of the classes; None without labels.
+        enlarged: number of images that are lower or narrower than the written ones.
+        scales: the value of white for each type of image with more than 8 bits (`pixels.Ranges`).
+        ranges: lines that describe `scales`.
+    """
 
     asked: Request
     count: int
@@ -61,17 +78,18 @@ class Plan:
     width: int
     channels: int
     classes: list[str] | None
-    enlarged: int  # images that had fewer pixels than they get
-    scales: dict[str, int] = field(default_factory=dict)  # what white is in images of more than 8 bits
-    ranges: list[str] = field(default_factory=list)  # lines that say so
+    enlarged: int
+    scales: dict[str, int] = field(default_factory=dict)
+    ranges: list[str] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the written images."""
         return self.channels, self.height, self.width
 
 
 def crop_middle(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest part of this shape, in whole pixels, from the middle."""
+    """Crop `image` to its largest middle part with the aspect ratio `height` : `width`, in whole pixels."""
     scale = min(image.width / width, image.height / height)
     w, h = (max(1, round(side * scale)) for side in (width, height))
     left, top = (image.width - w) // 2, (image.height - h) // 2
@@ -79,8 +97,15 @@ def crop_middle(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def fit(image: Image.Image, plan: Plan) -> Image.Image:
-    """The image as the dataset has it: 8 bits, grey or RGB; cropped or stretched by Lanczos' filter, as EDM's datasets
-    are, with antialiasing; without what was attached to its pixels (EXIF, a colour profile)."""
+    """Convert an image to the form of the prepared dataset.
+
+    The result is grey or RGB with 8 bits. It is cropped or stretched with an antialiasing Lanczos filter, as in EDM's
+    datasets. EXIF and colour profiles are dropped.
+
+    Args:
+        image: an image of any type and size, as `NumberedImages.read` gives it.
+        plan: the plan of the split.
+    """
     image = to_uint8(image, plan.channels, plan.scales)
     if plan.asked.transform == "center_crop":
         image = crop_middle(image, plan.height, plan.width)
@@ -89,11 +114,20 @@ def fit(image: Image.Image, plan: Plan) -> Image.Image:
 
 
 def prepare(source: NumberedImages, output: Path, split: str, asked: Request) -> Plan:
-    """Write the images of `source` as `output`/`split`/*.parquet, going on where an earlier call was stopped.
+    """Write the images of `source` as `output`/`split`/*.parquet, and resume an interrupted earlier call.
+
+    Args:
+        source: the images.
+        output: folder of the dataset.
+        split: name of the split and of its folder.
+        asked: the request, which must be the same as in the interrupted call.
+
+    Returns:
+        The plan of the written split.
 
     Raises:
-        ValueError: images that can't be read (all are listed), or differ in size where no resolution is asked for;
-            `output` holds a split of that name which is another one, or is in use.
+        ValueError: images can't be read (all are listed), sizes differ and no resolution is requested, or `output` is
+            in use or holds another split of this name.
     """
     lock, final, partial = lock_folder(output), output / split, output / f".partial-{split}"
     try:
@@ -113,26 +147,28 @@ def prepare(source: NumberedImages, output: Path, split: str, asked: Request) ->
 
 
 def _find_plan(folder: Path, asked: Request) -> Plan | None:
-    """The plan that `folder` was begun with, None for a new one. Raises ValueError where it is not that of `asked`."""
-    if not folder.exists() or folder.name.startswith(".") and not (folder / PLAN).exists():  # killed as it began
+    """The plan of `folder`, or None if it is new. Raises ValueError if its request differs from `asked`."""
+    if (
+        not folder.exists() or folder.name.startswith(".") and not (folder / PLAN).exists()
+    ):  # stopped before the plan was written
         return None
     try:
         values = json.loads((folder / PLAN).read_bytes())
         plan = Plan(**{**values, "asked": Request(**values["asked"])})
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} exists, and is nothing that was prepared here; choose another OUTPUT.") from None
+        raise ValueError(f"{folder} exists, but was not made by prepare_data.py. Choose another OUTPUT.") from None
     before, now = asdict(plan.asked), asdict(asked)
     changed = [key if key == "source" else f"{key} {before[key]}" for key in before if before[key] != now[key]]
     if changed:
         raise ValueError(
-            f"{folder} was begun with another {' and '.join(changed)}. Give the same again to go on with it, or"
-            " another OUTPUT, or delete it."
+            f"{folder} was begun with another {' and '.join(changed)}. Give the same again to resume it,"
+            " choose another OUTPUT, or delete the folder."
         )
     return plan
 
 
 def _in_threads(work: Callable[[int], Any], numbers: range, bar: tqdm) -> Iterator[Any]:
-    """`work` of each number, in their order; Pillow's work lets threads run side by side."""
+    """Yield `work` of each number in order. Threads run in parallel because Pillow releases Python's lock."""
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(numbers), CHUNK):  # map() would hold all results of a large dataset at once
             for result in pool.map(work, numbers[start : start + CHUNK]):
@@ -141,18 +177,24 @@ def _in_threads(work: Callable[[int], Any], numbers: range, bar: tqdm) -> Iterat
 
 
 def _plan(source: NumberedImages, asked: Request) -> Plan:
-    """Read every image once; raises ValueError with all that is wrong with them."""
+    """Read every image once. Raises ValueError with a list of all unreadable images."""
 
     def look(i: int) -> tuple[bool, tuple[int, int], Extrema | None] | str:
         try:
             image = source.read(i)
             seen = extrema(image)
             to_uint8(image, 3, {} if seen is None else {seen.type: seen.scale})
-        except Exception as error:  # of hostile files, too: whatever it is, it is named
+        except Exception as error:  # any fault, including those of hostile files, is reported with the image's name
             return f"{source.names[i]}: {error or type(error).__name__}"
         return is_grey(image), size_of(image), seen
 
-    count, faults, grey, ranges, sizes = len(source.names), [], True, Ranges(), {}  # numbers of the images of a size
+    count, faults, grey, ranges, sizes = (
+        len(source.names),
+        [],
+        True,
+        Ranges(),
+        {},
+    )  # by size, the numbers of its images
     with tqdm(total=count, desc="Checking images", unit="image", leave=False) as bar:
         for i, found in enumerate(_in_threads(look, range(count), bar)):
             if isinstance(found, str):
@@ -168,7 +210,9 @@ def _plan(source: NumberedImages, asked: Request) -> Plan:
         )
     if asked.resolution is None and len(sizes) > 1:
         examples = [f"{h} x {w} ({source.names[some[0]]})" for (h, w), some in sizes.items()]
-        raise ValueError(f"the images have {len(sizes)} sizes, as {' and '.join(examples[:2])}; give --resolution.")
+        raise ValueError(
+            f"the images have {len(sizes)} sizes, for example {' and '.join(examples[:2])}; give --resolution."
+        )
     height, width = asked.resolution or next(iter(sizes))
     enlarged = sum(len(some) for (h, w), some in sizes.items() if h < height or w < width)
     channels, scales = asked.channels or (1 if grey else 3), ranges.scales
@@ -186,7 +230,9 @@ def _write_shards(source: NumberedImages, plan: Plan, folder: Path, split: str) 
         try:
             image = source.read(i)
         except Exception as error:
-            raise ValueError(f"{source.names[i]} can't be read any more: {error}") from error
+            raise ValueError(
+                f"{source.names[i]} can't be read any more, although it was readable before: {error}"
+            ) from error
         buffer = io.BytesIO()
         fit(image, plan).save(buffer, "PNG")
         return {"bytes": buffer.getvalue(), "path": None}
@@ -206,7 +252,7 @@ def _write_shards(source: NumberedImages, plan: Plan, folder: Path, split: str) 
 
 
 def write_card(folder: Path, name: str, plan: Plan) -> None:
-    """Say in `folder`/README.md what the dataset `name` is, unless there is one."""
+    """Write a card of the dataset `name`, prepared by `plan`, to `folder`/README.md, unless the file exists."""
     if not (folder / "README.md").exists():
         classes = f" in {len(plan.classes)} classes" if plan.classes else ""
         how = f"resized by Lanczos' filter ({plan.asked.transform})" if plan.asked.resolution else "of their own size"

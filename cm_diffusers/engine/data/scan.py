@@ -1,5 +1,8 @@
-"""The first pass over all images of a dataset: every one is decoded once, so that bad ones are found before training,
-and what has to be known of all of them is. A file beside the run remembers it until the data change."""
+"""The first pass over a dataset, which decodes every image once.
+
+It finds unreadable images before training, and measures channels, sizes and value ranges of all images. A file in the
+folder of the run caches the findings until the data change.
+"""
 
 import hashlib
 import json
@@ -27,17 +30,17 @@ from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_u
 
 CACHE_BYTES = 4 << 30  # decoded datasets up to this size are kept in memory
 LISTED_FAULTS = 20
-VERSION = 2  # of what the file of a scan holds, and of how images are decoded
+VERSION = 2  # of the cache file and of the decoding of images
 
 
 def resize_and_crop(image: Image.Image, resolution: Sequence[int]) -> Image.Image:
-    """Resize (bicubic, antialiased) to cover (height, width), and crop the middle."""
+    """Resize `image` (bicubic, antialiased) to cover `resolution` (height, width), and crop the middle."""
     height, width = resolution
     return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
 def resize_to_cover(image: Image.Image, resolution: Sequence[int]) -> Image.Image:
-    """Resize (bicubic, antialiased) to the smallest size that covers (height, width)."""
+    """Resize `image` (bicubic, antialiased) to the smallest size that covers `resolution` (height, width)."""
     height, width = resolution
     scale = max(width / image.width, height / image.height)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
@@ -45,7 +48,10 @@ def resize_to_cover(image: Image.Image, resolution: Sequence[int]) -> Image.Imag
 
 
 def bucket_shapes(resolution: Sequence[int], step: int = 8) -> list[tuple[int, int]]:
-    """Shapes from 1:2 to 2:1, with sides that `step` divides and no more pixels than (height, width), and that one."""
+    """Return `resolution` and further shapes (height, width) with aspect ratios from 1:2 to 2:1.
+
+    The sides of the further shapes are multiples of `step`, and they have at most as many pixels as `resolution`.
+    """
     height, width = resolution
     sides = range(step, 2 * max(height, width) + 1, step)
     shapes = [(side, height * width // side // step * step) for side in sides]
@@ -53,12 +59,13 @@ def bucket_shapes(resolution: Sequence[int], step: int = 8) -> list[tuple[int, i
 
 
 def crops(images: Sequence[Tensor], resolution: Sequence[int], places: Tensor | None = None) -> Tensor:
-    """Parts (B, C, H, W) of images (C, h, w) that cover the resolution.
+    """Crop images to one resolution, and stack them as (B, C, H, W).
 
     Args:
-        images: B of them.
+        images: B images (C, h, w) with h >= H and w >= W.
         resolution: (H, W).
-        places: (B, 2) in [0, 1), of height and width, where they begin in what is left over; None for the middle.
+        places: (B, 2) in [0, 1), the vertical and horizontal offset of each crop as a share of the free room; None
+            crops the middle.
     """
     (height, width), parts = resolution, []
     for i, image in enumerate(images):
@@ -71,7 +78,7 @@ def crops(images: Sequence[Tensor], resolution: Sequence[int], places: Tensor | 
 
 
 def digest_of(content: Content) -> bytes:
-    """What tells the content of an image from that of another."""
+    """Return the SHA-256 of an image's content, as 32 bytes."""
     if isinstance(content, Image.Image):
         content = np.asarray(content)
     if isinstance(content, np.ndarray):
@@ -81,16 +88,16 @@ def digest_of(content: Content) -> bytes:
 
 @dataclass
 class ScanFindings:
-    """What a dataset was found to be.
+    """The findings of a scan.
 
     Args:
-        channels: 1 where all images are grey, else 3.
-        sizes: numbers of images by their size, "height x width".
-        examples: an image of each size.
-        scales: what white is in images of more than 8 bits (`pixels.Ranges`).
-        ranges: lines that say so.
-        fingerprint: of the contents of all images in their order.
-        ratios: height over width of each, where they are wanted.
+        channels: 1 if all images have a grey mode, else 3.
+        sizes: number of images by size, "height x width".
+        examples: the first row of each size, "row 3".
+        scales: the value of white for each type of image with more than 8 bits (`pixels.Ranges`).
+        ranges: lines that describe `scales`.
+        fingerprint: SHA-256 of the contents of all images in their order.
+        ratios: height / width of each image, or empty if not requested.
     """
 
     channels: int = 1
@@ -104,8 +111,15 @@ class ScanFindings:
 
 @dataclass(frozen=True)
 class ScannedImage:
-    """An image as the scan saw it: `pixels` (C, H, W), uint8, in its own range; whether it is grey, (height, width)
-    and the range that it came with."""
+    """An image as the scan sees it.
+
+    Args:
+        pixels: uint8 (C, H, W), scaled by the value range of this image alone.
+        grey: whether the mode of the image is grey, whatever its pixels are.
+        size: (height, width) before resizing.
+        extrema: value range of an image with more than 8 bits; None for 8 bits.
+        digest: SHA-256 of the content.
+    """
 
     pixels: Tensor
     grey: bool
@@ -115,19 +129,19 @@ class ScannedImage:
 
 
 class DecodedImages(Dataset):
-    """The images of a dataset, decoded.
+    """The decoded images of a dataset.
 
     Args:
-        rows: the dataset, its images not decoded.
-        column: which holds them.
-        channels: 1 or 3, or None for those of each image.
-        resolution: (height, width) that they get.
-        max_pixels: of an image; None for what Pillow reads.
+        rows: the dataset, with images not decoded.
+        column: the column of the images.
+        channels: 1 or 3; None for the channels of each image.
+        resolution: (height, width) of decoded images.
+        max_pixels: largest allowed number of pixels of an image; None for Pillow's limit.
 
     Attributes:
-        scales: what white is in images of more than 8 bits.
-        whole: images are only resized, to cover the resolution, and not cropped.
-        shapes: (height, width) that each image has in training, where these differ.
+        scales: the value of white for each type of image with more than 8 bits.
+        whole: resize images to cover the resolution, without a crop.
+        shapes: (height, width) of each image in training; None if all have `resolution`.
     """
 
     def __init__(
@@ -147,7 +161,7 @@ class DecodedImages(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> ScannedImage | str:
-        """An image, or the reason why it can't be read."""
+        """Return an image, or a text with its name and the reason why it can't be read."""
         record = self.rows[index][self.column]
         try:
             content = read_content(record)
@@ -155,18 +169,24 @@ class DecodedImages(Dataset):
             seen = extrema(image)
             pixels = self.decode(image, {} if seen is None else {seen.type: seen.scale})
             return ScannedImage(pixels, is_grey(image), size_of(image), seen, digest_of(content))
-        except Exception as error:  # of hostile files, too: whatever it is, it is named
+        except Exception as error:  # any fault, including those of hostile files, is reported with the image's name
             return f"{name_in_messages(index, record)}: {why(error)}"
 
     def take(self, index: int, own_shape: bool = False) -> Tensor:
-        """The image (C, H, W) at a place, in the shape that it has in training or in that of all."""
+        """Return image `index`, uint8 (C, H, W), in `resolution`, or with `own_shape` in its entry of `shapes`."""
         shape = self.shapes[index] if own_shape and self.shapes else self.resolution
         return self.decode(open_image(self.rows[index][self.column], self.max_pixels), self.scales, shape)
 
     def decode(
         self, image: Image.Image | np.ndarray, scales: Mapping[str, int], shape: Sequence[int] | None = None
     ) -> Tensor:
-        """(C, H, W), uint8, from an upright image of any type and size, by default in the shape of all."""
+        """Convert an upright image of any type and size to uint8 (C, H, W).
+
+        Args:
+            image: a PIL image, or an array (H, W, C).
+            scales: the value of white for each type of image with more than 8 bits.
+            shape: (height, width); None for `resolution`.
+        """
         channels = self.channels or (1 if is_grey(image) else 3)
         bring = resize_to_cover if self.whole else resize_and_crop
         image = bring(to_uint8(image, channels, scales), shape or self.resolution)
@@ -177,23 +197,24 @@ class DecodedImages(Dataset):
 def scan(
     decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bool = True, ratios: bool = False
 ) -> tuple[ScanFindings, Tensor]:
-    """Look at every image once.
+    """Decode every image once.
 
     Args:
-        decoder: gives them.
-        keep: keep them in memory.
-        workers: processes that decode.
+        decoder: the images.
+        keep: keep the decoded images in memory.
+        workers: number of processes that decode.
         show_progress: show a bar.
-        ratios: note the shape of each image.
+        ratios: also note the aspect ratio of each image.
 
     Returns:
-        What was found, and the images (N, C, H, W), N = 0 unless they are kept.
+        The findings, and the images, uint8 (N, C, H, W), with N = 0 unless they are kept.
 
     Raises:
-        ValueError: images that can't be read; all are counted, and the first ones named with the reason.
+        ValueError: images can't be read (all are counted, and the first 20 are listed with the reason), or no common
+            value range fits all images.
     """
     facts, digest, faults, images = ScanFindings(), hashlib.sha256(), [], torch.empty(0, 1, *decoder.resolution)
-    ranges, own = Ranges(), {}  # the scales that images were decoded by
+    ranges, own = Ranges(), {}  # the value ranges by which images were decoded
     bar = {"desc": "Reading images", "total": len(decoder), "disable": not show_progress, "leave": False}
     for i, seen in enumerate(tqdm(loaded(decoder, workers, batch_size=None), **bar)):
         if isinstance(seen, str):
@@ -210,7 +231,7 @@ def scan(
         facts.examples.setdefault(size, f"row {i}")
         digest.update(seen.digest)
         if keep:
-            if not len(images) or len(seen.pixels) > images.shape[1]:  # the first one, or colour after grey
+            if not len(images) or len(seen.pixels) > images.shape[1]:  # the first image, or the first colour image
                 before = images
                 images = torch.empty(len(decoder), len(seen.pixels), *decoder.resolution, dtype=torch.uint8)
                 images[: len(before)] = before
@@ -229,13 +250,19 @@ def scan(
 
 
 def loaded(rows: Dataset, workers: int, **settings: Any) -> Iterator[Any]:
-    """What a DataLoader of ready batches gives; its workers end with the iteration, however that ends."""
+    """Yield from a DataLoader of ready batches. Its workers end with the iteration, however that ends.
+
+    Args:
+        rows: the dataset.
+        workers: number of worker processes; 0 loads in this process.
+        settings: further arguments of the DataLoader.
+    """
     settings |= {"num_workers": workers, "collate_fn": _as_it_is}
     batches = iter(DataLoader(rows, **settings, worker_init_fn=leave_signals_to_the_run if workers else None))
     try:
         yield from batches
     finally:
-        del batches  # a traceback would keep it, and the workers with it
+        del batches  # else a traceback keeps it alive, and the workers with it
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -243,7 +270,14 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def save_scan(file: Path, key: str, facts: ScanFindings, images: Tensor) -> None:
-    """Write what was found, and the images that are kept, as safetensors that say of which data they are."""
+    """Write the findings and the kept images of a scan as safetensors.
+
+    Args:
+        file: the file to write.
+        key: digest that identifies the data and the settings.
+        facts: the findings.
+        images: uint8 (N, C, H, W), with N = 0 if none are kept.
+    """
     found = json.dumps(vars(facts))
     head = {"key": key, "facts": found, "check": _checksum(images, found)}
     with written_aside(file) as aside:
@@ -251,7 +285,10 @@ def save_scan(file: Path, key: str, facts: ScanFindings, images: Tensor) -> None
 
 
 def load_scan(file: Path, key: str) -> tuple[ScanFindings, Tensor] | None:
-    """What `save_scan` wrote; None where there is nothing, of other data, or damaged."""
+    """Read the findings and images (N, C, H, W) that `save_scan` wrote to `file` under `key`.
+
+    Returns None if the file is missing, damaged, or was written under another key.
+    """
     try:
         with safe_open(file, "pt") as source:
             head = source.metadata() or {}
@@ -266,7 +303,7 @@ def load_scan(file: Path, key: str) -> tuple[ScanFindings, Tensor] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        tqdm.write(f"WARNING: {file} is damaged ({error}); the images are checked anew.")
+        tqdm.write(f"WARNING: {file} is damaged ({error}); the images are checked again.")
         return None
 
 

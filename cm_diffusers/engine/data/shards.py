@@ -1,7 +1,10 @@
-"""Shards of webdataset: tar files whose members of one name, as 00012.jpg and 00012.cls, are a sample.
+"""Webdataset shards: tar files in which members of one name, such as 00012.jpg and 00012.cls, form a sample.
 
-The datasets library reads them. Shards are named by a tar file, a folder of them, a pattern (shards/*.tar,
-shards/{000..031}.tar), or a pattern on the Hub (hf://datasets/user/name/*.tar).
+The datasets library reads them. They are given as
+
+- a tar file or a folder of tar files,
+- a pattern (shards/*.tar, shards/{000..031}.tar),
+- a pattern on the Hub (hf://datasets/user/name/*.tar).
 """
 
 import glob
@@ -24,17 +27,21 @@ BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def names_shards(name: str) -> bool:
-    """Whether a name, of what is no file or folder here, is that of shards."""
+    """Return whether a name is a pattern of shards, or the address of shards on the Hub."""
     return name.lower().endswith(KINDS) and (name.startswith(ON_THE_HUB) or bool(re.search(r"[*?[{]", name)))
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file is a shard by its name, and not CIFAR-10's archive."""
+    """Return whether a file is a shard by its name. An archive of CIFAR-10 is not."""
     return path.name.lower().endswith(KINDS) and not path.name.startswith("cifar-10")
 
 
 def find_shards(name: str | Path) -> list[Path]:
-    """The files of a pattern or a folder, in natural order. Raises ValueError where there are none."""
+    """Return the shards of a file, folder or pattern in natural order.
+
+    Raises:
+        ValueError: no file matches.
+    """
     if Path(name).is_file():
         return [Path(name)]
     if Path(name).is_dir():
@@ -42,12 +49,12 @@ def find_shards(name: str | Path) -> list[Path]:
     else:
         found = [Path(file) for pattern in _unfolded(str(name)) for file in glob.glob(pattern)]
     if not found:
-        raise ValueError("no file has such a name.")
+        raise ValueError(f"no file matches {str(name)!r}. Check the path and the pattern.")
     return sorted(set(found), key=lambda path: natural_key(str(path)))
 
 
 def _unfolded(pattern: str) -> list[str]:
-    """The patterns that braces of numbers stand for: {000..011} is 000, 001 and so on."""
+    """Expand braces of numbers in a pattern: {000..011} becomes 000, 001 and so on."""
     braces = BRACES.search(pattern)
     if braces is None:
         return [pattern]
@@ -63,19 +70,28 @@ def _unfolded(pattern: str) -> list[str]:
 def load_shards(
     name: str | Path, split: str, streaming: bool, say: Callable[[str], None] = lambda line: None
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The samples of shards, images not decoded; members of a kind are a column, as "jpg" and "cls".
+    """Load the samples of shards, with images not decoded. Each kind of member is a column, such as "jpg" and "cls".
+
+    Args:
+        name: a file, a folder or a pattern, here or on the Hub.
+        split: "train", the only split of local shards.
+        streaming: return a stream.
+        say: receives a line on what was read.
 
     Raises:
-        ValueError: there are none, or `split` is not the only one, "train".
+        ValueError: no file matches, the first shard is empty, or `split` is not "train".
     """
     if str(name).startswith(ON_THE_HUB):
         return datasets.load_dataset("webdataset", data_files={split: str(name)}, split=split, streaming=streaming)
     files = find_shards(name)
     with tarfile.open(files[0]) as first:
         if first.next() is None:
-            raise ValueError(f"{files[0]} holds no samples.")
+            raise ValueError(f"{files[0]} holds no samples. Remove it, or write it again.")
     if split != "train":
-        raise ValueError(f"shards are all of the split train, not {split!r}; name those that are meant.")
+        raise ValueError(
+            f"all shards belong to the split train, not {split!r}. Use --split train, and give a pattern of the shards"
+            " that you mean."
+        )
     marks = [(str(file), str(file.stat().st_size), str(file.stat().st_mtime_ns)) for file in files]
     listed = DataFilesDict({split: DataFilesList([os.path.abspath(file) for file in files], marks)})
     builder = WebDataset(data_files=listed, hash=datasets.fingerprint.Hasher.hash(marks))

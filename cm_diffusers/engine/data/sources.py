@@ -1,6 +1,6 @@
-"""Local datasets of every kind: folders and zips of images, tables, CIFAR-10's archives and MNIST's files.
+"""Local datasets of every kind: folders and zips of images, tables, shards, CIFAR-10's archives and MNIST's files.
 
-Nothing of an archive is run or written to disk: its members are read into memory one at a time, and only up to a size.
+Nothing in an archive is run or written to disk. Its members are read into memory one at a time, up to a size limit.
 """
 
 import json
@@ -46,12 +46,12 @@ TABLES = (*LISTED_TABLES, ".json")
 
 
 def is_table(path: Path) -> bool:
-    """Whether a path is that of a table by its name."""
+    """Return whether a path has the suffix of a table, such as .parquet or .csv."""
     return path.suffix.lower() in TABLES
 
 
 def declares_parts(path: Path) -> bool:
-    """Whether a folder, as a copy of one on the Hub, says in README.md itself which files make which dataset."""
+    """Return whether README.md of a folder, such as a copy from the Hub, declares its datasets under `configs:`."""
     readme = path / "README.md"
     header = re.match(r"---\n(.*?)\n---", readme.read_text("utf-8", "replace"), re.S) if readme.is_file() else None
     return header is not None and re.search(r"^configs:", header[1], re.M) is not None
@@ -68,23 +68,23 @@ def load_local(
     only: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Rows | None:
-    """The rows of a local dataset: a column of images, not decoded, and others; None for what is of another kind.
+    """Load the rows of a local dataset, with images not decoded; return None for any other kind of path.
 
     Args:
-        path: a folder of images, a zip, a table, a folder of tables, or one of `save_to_disk`; a shard of
-            webdataset, a folder or a pattern of them.
-        split: which part. Images of a folder are all of the split "train"; another is a folder in it.
-        streaming: as a stream.
-        labelled: with labels, which have to be clear then.
-        label_column: which column holds them, if there may be several.
-        image_column: which column of tables holds images, where they are given by paths.
-        tables: a folder may hold tables instead of images.
-        only: what is no dataset of several splits is of the one asked for.
-        say: gets a line that says what was read, and what was left out and why.
+        path: a folder of images, a zip, a table, a folder of tables or of `save_to_disk`; or a webdataset shard, a
+            folder of shards or a pattern of them.
+        split: the part to load. All images of a folder belong to the split "train"; any other split is a subfolder.
+        streaming: return a stream.
+        labelled: also read labels, which must not contradict each other.
+        label_column: the column of the labels, if several columns can hold them.
+        image_column: the column of tables that holds paths of images.
+        tables: also accept tables and shards; False reads images only.
+        only: assign a dataset without splits, or with a single split, to `split`.
+        say: receives a line on what was read, and what was left out and why.
 
     Raises:
-        ValueError: no such split, or images, tables or labels that can't be read or contradict one another.
-        OSError: a file or folder that can't be read.
+        ValueError: the split is missing, or images, tables or labels are unreadable or contradict each other.
+        OSError: a file or folder is unreadable.
     """
     if path.is_file() and is_table(path):
         return _read_tables({split_names(split)[0]: [path]}, path, split, streaming, image_column, say)
@@ -120,12 +120,12 @@ def load_local(
 
 
 def _check_mixture(listing: Listing) -> None:
-    """Raise ValueError where nobody can tell whether the images or the tables are the dataset."""
+    """Raise ValueError if a folder holds both tables and images, so that its dataset is ambiguous."""
     tables = [name for name in listing.tables if name.endswith((".parquet", ".arrow"))]
     if tables and listing.images:
         raise ValueError(
-            f"it holds tables, as {tables[0]}, and images, as {listing.images[0].name}: give --train_data_dir for the"
-            " images, or the table or its folder as --dataset_name."
+            f"it holds tables, such as {tables[0]}, and images, such as {listing.images[0].name}. Give the folder as"
+            " --train_data_dir to read the images, or the table as --dataset_name."
         )
 
 
@@ -139,7 +139,9 @@ def _read_tables(
     elif list(used) == [split]:
         rows = stream_tables(splits[used[split]], split, image_column)
     else:
-        raise ValueError(f"a stream has no parts as {split!r}; give {' or '.join(used)}.")
+        raise ValueError(
+            f"a stream can't be sliced as in {split!r}: give --split {' or '.join(used)}, or leave out --streaming."
+        )
     files = [file.name for known in used.values() for file in splits[known]]
     number = "rows" if streaming else f"{len(rows)} rows"
     say(f"Read {number} of {path}: {_some(files)}{'; left out ' + _some(others) if others else ''}.")
@@ -158,18 +160,25 @@ def _some(names: list[str]) -> str:
 def read_images(
     listing: Listing, labelled: bool, label_column: str | None = None, say: Callable[[str], None] = lambda line: None
 ) -> datasets.Dataset:
-    """The images of a listing as rows: "image", and if `labelled` what metadata says and "label", if there are any.
+    """Return the images of a listing as rows.
 
-    Labels are those of EDM's dataset.json, or of the metadata, or else the folders.
+    The rows have a column "image". If `labelled`, they also have the columns of the metadata and, if found, "label".
+    Labels come from EDM's dataset.json, else from the metadata, else from the folders.
+
+    Args:
+        listing: the images.
+        labelled: also read metadata and labels.
+        label_column: a column of the metadata to use as labels instead of "label".
+        say: receives a line on what was read, and what was left out and why.
 
     Raises:
-        ValueError: there are no images, labels contradict one another, or metadata names what is not there.
+        ValueError: no images, labels that are wrong or contradict each other, or metadata of missing files.
     """
     if not listing.images:
         advice = f" Give --dataset_name {listing.root} to read its tables." if listing.tables else ""
         raise ValueError(f"it holds no images{listing.summary()}.{advice}")
     if listing.tells_splits:
-        listing.classes()  # which says what to do
+        listing.classes()  # its error gives the advice
     paths = pa.array([image.path for image in listing.images])
     columns = {"image": pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])}
     features = {"image": datasets.Image(decode=False)}
@@ -186,26 +195,26 @@ def read_images(
     named = getattr(features.get("label"), "names", None)
     kinds = f" in {len(named)} classes ({', '.join(named[:5])}{', ...' if len(named) > 5 else ''})" if named else ""
     note = f" with {_some(listing.metadata)}" if listing.metadata else ""
-    note += f", {len(missing)} of them without a row there (as {missing[0]})" if missing else ""
+    note += f", {len(missing)} of them without a row there (for example {missing[0]})" if missing else ""
     say(f"Read {len(paths)} images{kinds} of {listing.root}{note}{listing.summary()}.")
     table = pa.table(columns).cast(features.arrow_schema)
     return datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=digest(marks.encode())[:16])
 
 
 def _metadata(listing: Listing) -> tuple[pa.Table, list[str]]:
-    """A row for every image, and the names of the images for which the metadata have none."""
+    """The metadata with a row for every image, and the names of images without metadata."""
     rows, tables = {}, []
     for name in listing.metadata:
         table = read_rows(listing.root / name)
         if "file_name" not in table.column_names or "image" in table.column_names:
             raise ValueError(
-                f"{name} must have a column file_name and none that is called image, but has"
-                f" {', '.join(table.column_names)}; rename the file if it does not describe the images."
+                f"{name} must have a column file_name and must not have a column image; it has"
+                f" {', '.join(table.column_names)}. Rename the file if it does not describe the images."
             )
         for number, file in enumerate(table["file_name"].to_pylist(), sum(map(len, tables))):
             place = posixpath.normpath(posixpath.join(posixpath.dirname(name), str(file)))
             if place in rows:
-                raise ValueError(f"{name} names {place!r} twice.")
+                raise ValueError(f"{name} names {place!r} twice. Remove one of the rows.")
             rows[place] = number
         tables.append(table.drop_columns("file_name"))
     if not tables:
@@ -214,8 +223,8 @@ def _metadata(listing: Listing) -> tuple[pa.Table, list[str]]:
     absent = rows.keys() - set(names)
     if absent:
         raise ValueError(
-            f"{len(absent)} files that {_some(listing.metadata)} names are not there, or no images, as"
-            f" {min(absent)!r}."
+            f"{len(absent)} files named in {_some(listing.metadata)} are missing or not images, for example"
+            f" {min(absent)!r}. Add these files, or remove their rows."
         )
     table = pa.concat_tables(tables, promote_options="permissive")
     return table.take(pa.array(map(rows.get, names), pa.int64())), [name for name in names if name not in rows]
@@ -224,18 +233,21 @@ def _metadata(listing: Listing) -> tuple[pa.Table, list[str]]:
 def _labels(
     listing: Listing, described: pa.Table, missing: list[str], features: dict[str, Any]
 ) -> tuple[list[int], list[str]] | None:
-    """Labels and classes of the images, if there are any."""
+    """The label of each image and the names of the classes; None if the listing gives no labels."""
     if listing.labels is not None:
         return _listed_labels([image.place for image in listing.images], listing.labels)
     column = next((name for name in ("label", "labels") if name in described.column_names), None)
     if column is None:
         return listing.classes()
     if missing:
-        raise ValueError(f"{len(missing)} images have no label in {_some(listing.metadata)}, as {missing[0]!r}.")
+        raise ValueError(
+            f"{len(missing)} images have no label in {_some(listing.metadata)}, for example {missing[0]!r}. Add their"
+            " rows, or move these images away."
+        )
     values = described[column].to_pylist()
     try:
         by_folder = listing.classes()
-    except ValueError:  # folders that tell no classes contradict nothing
+    except ValueError:  # folders without clear classes contradict nothing
         by_folder = None
     labels = read_labels(values, features[column], column)
     if by_folder is not None:
@@ -243,7 +255,8 @@ def _labels(
         if len(set(zip(by_folder[0], values))) > finer:
             raise ValueError(
                 f"the folders {', '.join(by_folder[1][:3])} give other classes than the column {column!r} of"
-                f" {_some(listing.metadata)}: give --label_column {column}, or rename the column."
+                f" {_some(listing.metadata)}. Give --label_column {column} to use the column, or rename it to use the"
+                " folders."
             )
     return labels.values.tolist(), labels.names
 
@@ -253,32 +266,34 @@ def _listed_labels(names: list[str], listing: bytes) -> tuple[list[int], list[st
         pairs = json.loads(listing)["labels"]
         known = None if pairs is None else dict(pairs)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f'{LABELS} must hold {{"labels": [["name", 0], ...]}}: {error!r}.') from None
+        raise ValueError(
+            f'{LABELS} must hold {{"labels": [["name", 0], ...]}}, but reading it gave {error!r}.'
+        ) from None
     if known is None:
         return None
     for name in names:
         if type(known.get(name)) is not int or not 0 <= known[name] < MOST_CLASSES:
             raise ValueError(
-                f"{LABELS} must give {name!r} an integer from 0 to {MOST_CLASSES - 1}, but has {known.get(name)!r}."
+                f"{LABELS} must give {name!r} an integer from 0 to {MOST_CLASSES - 1}, but gives {known.get(name)!r}."
             )
     labels = [known[name] for name in names]
     return labels, [str(i) for i in range(max(labels) + 1)]
 
 
-# --- what is prepared ----------------------------------------------------------------------------------------------
+# --- sources of prepare_data.py ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class NumberedImages:
-    """Images by their numbers, none decoded yet.
+    """The images of a source by number, not decoded yet.
 
     Args:
-        names: of the images, for messages.
-        read: gives the image of a number, upright, or raises whatever is wrong with it; for several threads.
-        labels: of the images, or None.
-        classes: their names, where there are labels.
-        fingerprint: what tells this source from others.
-        said: lines that say what was read, and what was left out and why.
+        names: name of each image, for messages.
+        read: read(i) returns image i, upright, or raises an error. It can be called from several threads.
+        labels: label of each image; None without labels.
+        classes: names of the classes; None without labels.
+        fingerprint: digest that identifies the source.
+        said: lines on what was read, and what was left out and why.
     """
 
     names: list[str]
@@ -290,21 +305,24 @@ class NumberedImages:
 
 
 def open_source(path: Path, split: str = "train") -> NumberedImages:
-    """The images that a dataset can be prepared from.
+    """Open the source of a dataset that is to be prepared.
 
     Args:
-        path: what `load_local` reads; cifar-10-python.tar.gz or cifar-10-binary.tar.gz; a file like
-            train-images-idx3-ubyte.gz, beside that of its labels, or a folder of these.
-        split: train or test, where the source holds both.
+        path: one of
+
+            - a path that `load_local` reads,
+            - cifar-10-python.tar.gz or cifar-10-binary.tar.gz,
+            - a file like train-images-idx3-ubyte.gz beside the file of its labels, or a folder of both.
+        split: "train" or "test", if the source holds both.
 
     Raises:
-        ValueError: no such source, one of another kind, damaged, or asking for what no dataset needs.
+        ValueError: the source is missing, of an unknown kind or damaged, or its pickles would run other code.
     """
     try:
         if names_shards(str(path)):
             return _by_rows(path, split)
         if not path.exists():
-            raise ValueError("there is no such file or folder.")
+            raise ValueError("there is no such file or folder. Check the path.")
         if path.is_dir():
             idx = path / f"{'t10k' if split == 'test' else split}-images-idx3-ubyte"
             found = [file for file in (idx, idx.with_name(f"{idx.name}.gz")) if file.is_file()]
@@ -315,7 +333,10 @@ def open_source(path: Path, split: str = "train") -> NumberedImages:
             return _by_rows(path, split)
         if tarfile.is_tarfile(path):
             return _by_arrays(*read_cifar10(path, split))
-        raise ValueError("it is neither a folder, a zip, a table, an archive of CIFAR-10, nor MNIST's images (idx).")
+        raise ValueError(
+            "its kind is unknown. Give a folder, a zip, a table, webdataset shards, an archive of CIFAR-10, or MNIST's"
+            " file of images (idx)."
+        )
     except (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"source {str(path)!r} can't be read: {error}") from None
     except ValueError as error:
@@ -326,7 +347,7 @@ def _by_rows(path: Path, split: str) -> NumberedImages:
     said = []
     rows = load_local(path, split, only=True, say=said.append)
     if rows is None:
-        raise ValueError("it holds no images.")
+        raise ValueError("it holds no images. Give a folder or an archive with images.")
     column = find_image_column(rows.features, None)
     rows = undecoded(rows, column, rows.features)
     label_column = find_label_column(rows.features, None, missing_ok=True)
@@ -344,7 +365,7 @@ def _by_rows(path: Path, split: str) -> NumberedImages:
 
 
 def _names(paths: list[str | None], source: Path) -> list[str]:
-    """What the images are called in messages: files below the source by their way there, others by their rows."""
+    """Names of the images for messages: the path below the source for files, else the row."""
     names, root = map(name_of, paths), os.path.abspath(source) + os.sep
     return [name.removeprefix(root) if name else f"row {i}" for i, name in enumerate(names)]
 

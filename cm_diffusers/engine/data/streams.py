@@ -1,8 +1,8 @@
-"""Streams: datasets that are read row by row, in an order that only the seed decides.
+"""Streams: datasets that are read row by row, in an order that the seed alone decides.
 
-Every process reads all rows, numbers them, shuffles them by the same keyed buffer, and takes its own of each global
-batch. So a step has the same images for any number of processes and workers, and a run goes on at any step: the rows
-before it are read again, but not decoded. A process reads its rows by itself; its workers decode them.
+Every process reads and numbers all rows, shuffles them by the same keyed buffer, and takes its share of each global
+batch. So a training step has the same images for any number of processes and workers. A run can resume at any step:
+earlier rows are read again, but not decoded. The main thread of a process reads rows, and its workers decode them.
 """
 
 import random
@@ -23,29 +23,36 @@ from cm_diffusers.pixels import is_grey
 
 
 SHUFFLE_BUFFER = 2_000
-Row = tuple[int, dict[str, Any]]  # its number in the stream, from 0, and its columns
+Row = tuple[int, dict[str, Any]]  # number in the stream, from 0, and columns
 
 
 class StreamFault(ValueError):
-    """A row that can't be used, or a stream that can't be read on, found in the middle of training."""
+    """An unusable row or a failed stream, found in the middle of training."""
 
 
 def numbered(stream: Iterable[dict[str, Any]], limit: int | None = None) -> Iterator[Row]:
-    """The first rows with their numbers; what is behind them is not read, as `take` of the datasets library would.
+    """Yield the rows of a stream with their numbers.
 
-    Raises StreamFault where the stream fails, whatever the error is.
+    Rows after `limit` are not read, unlike with `take` of the datasets library.
+
+    Args:
+        stream: the rows.
+        limit: largest number of rows; None for all.
+
+    Raises:
+        StreamFault: the stream fails with any error.
     """
     number = -1
     try:
         for number, row in enumerate(islice(stream, limit)):
             yield number, row
-    except Exception as error:  # of networks, files and formats
+    except Exception as error:  # any error of networks, files and formats
         place = f" after row {number}" if number >= 0 else ""
-        raise StreamFault(f"the dataset can't be read{place}: {why(error)}") from error
+        raise StreamFault(f"the dataset can't be read{place}: {why(error).rstrip('.')}.") from error
 
 
 def shuffled(rows: Iterable[Row], *key: object) -> Iterator[Row]:
-    """The rows in a keyed order: each is drawn from a buffer of `SHUFFLE_BUFFER` rows."""
+    """Yield `rows` in an order that `key` decides, each drawn from a buffer of `SHUFFLE_BUFFER` rows."""
     draw, buffer = random.Random(derive_seed("stream", *key)).random, []
     for row in rows:
         if len(buffer) < SHUFFLE_BUFFER:
@@ -61,14 +68,14 @@ def shuffled(rows: Iterable[Row], *key: object) -> Iterator[Row]:
 class StreamOrder(Sampler):
     """Lists of rows, one per forward pass of this process, from `step` on: a function of the stream and (seed, epoch).
 
-    Where the stream can't be read on, the last list is that of a `StreamFault`.
+    If the stream fails, the last list holds one `StreamFault`.
 
     Args:
-        stream: gives the rows of an epoch, all or more.
-        share: where this process stands.
-        seed: of the run.
-        step: the training step to begin with.
-        limit: how many rows an epoch has at most.
+        stream: the rows of an epoch. Every iteration starts again.
+        share: the part of each global batch that belongs to this process.
+        seed: seed of the run.
+        step: the first training step.
+        limit: largest number of rows of an epoch; None for all.
     """
 
     def __init__(
@@ -88,7 +95,7 @@ class StreamOrder(Sampler):
             yield [fault]
 
     def _rows(self, start: int) -> Iterator[Row]:
-        """The rows of all epochs, one epoch after another, from place `start` of this sequence on."""
+        """The rows of all epochs in sequence, from position `start` on."""
         epoch = 0
         while True:
             count = 0
@@ -96,22 +103,21 @@ class StreamOrder(Sampler):
                 if count > start:
                     yield row
             if not count:
-                raise StreamFault("the dataset has no rows.")
-            passed = max(1, start // count)  # whole epochs; those after the first need not be read to be passed
+                raise StreamFault("the dataset has no rows. Check its files and --split.")
+            passed = max(1, start // count)  # whole epochs; the skipped ones after the first are not read
             epoch, start = epoch + passed, max(0, start - passed * count)
 
 
 class StreamedRows(Dataset):
-    """Batches by lists of rows: {"images": uint8 (B, C, H, W), "condition": class labels}, or a `StreamFault`.
+    """Batches by lists of rows: {"images": uint8 (B, C, H, W), "condition": tensors (B,) by name}, or a `StreamFault`.
 
-    Images that are still to be cropped are a list.
-
+    Images that still need a crop are a list of B tensors (C, h, w).
 
     Args:
-        decoder: what makes images of records.
-        label_column: which column holds labels, None for none.
-        num_classes: labels are in [0, num_classes).
-        refuse_colours: images with colours are faults, as nobody has asked for grey ones.
+        decoder: decodes the records of images.
+        label_column: the column of the labels; None without labels.
+        num_classes: labels are integers in [0, num_classes).
+        refuse_colours: an image with colours is a fault, because grey was detected from the first rows.
     """
 
     def __init__(
@@ -125,7 +131,11 @@ class StreamedRows(Dataset):
         self.refuse_colours = refuse_colours
 
     def check_labels(self, rows: Iterable[Row]) -> None:
-        """Raise StreamFault for the first row with a label that is none."""
+        """Check the labels of `rows`.
+
+        Raises:
+            StreamFault: a label is not an integer in [0, num_classes); the first such row is named.
+        """
         for row in rows if self.label_column else ():
             self._label(row)
 
@@ -136,7 +146,7 @@ class StreamedRows(Dataset):
             condition = {}
             if self.label_column:
                 condition["class_labels"] = torch.tensor([self._label(row) for row in rows])
-        except StreamFault as fault:  # an exception would lose its type on the way from a worker
+        except StreamFault as fault:  # returned, because an exception from a worker loses its type
             return fault
         return {"images": images, "condition": condition}
 
@@ -147,32 +157,45 @@ class StreamedRows(Dataset):
         try:
             image = open_image(record, self.decoder.max_pixels)
             if self.refuse_colours and not is_grey(image):
-                raise ValueError("it has colours, and the first images have none; give --channels 3, or 1 for grey")
+                raise ValueError(
+                    "it has colours, but the first images are grey; give --channels 3 for colour, or 1 for grey"
+                )
             return self.decoder.decode(image, self.decoder.scales)
-        except Exception as error:  # of hostile files, too: whatever it is, it is named
-            raise StreamFault(f"{name_in_messages(row[0], record)}: {why(error)}") from error
+        except Exception as error:  # any fault, including those of hostile files, is reported with the image's name
+            raise StreamFault(f"{name_in_messages(row[0], record)}: {why(error).rstrip('.')}.") from error
 
     def _label(self, row: Row) -> int:
         label = self._value(row, self.label_column)
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < self.num_classes:
             allowed = f"integers in [0, {self.num_classes - 1}]"
-            raise StreamFault(f"row {row[0]}: labels of {self.label_column!r} must be {allowed}; it has {label!r}.")
+            raise StreamFault(
+                f"row {row[0]}: labels of {self.label_column!r} must be {allowed}; this one is {label!r}."
+            )
         return label
 
     def _value(self, row: Row, column: str) -> Any:
         if column not in row[1]:
-            raise StreamFault(f"row {row[0]} has no column {column!r}, only {', '.join(row[1])}.")
+            raise StreamFault(f"row {row[0]} has no column {column!r}. Its columns are {', '.join(row[1])}.")
         return row[1][column]
 
 
 def stream_batches(order: StreamOrder, rows: StreamedRows, workers: int = 0) -> Iterator[dict[str, Any]]:
-    """Batches without end, decoded by `workers` processes. Raises StreamFault where a row can't be used."""
+    """Yield the batches of a stream without end.
+
+    Args:
+        order: lists of rows, one per batch.
+        rows: decodes them, see `StreamedRows`.
+        workers: number of processes that decode; 0 decodes in this process.
+
+    Raises:
+        StreamFault: a row is unusable, the stream fails, or a worker ends early.
+    """
     with closing(loaded(rows, workers, batch_sampler=order)) as loader:
         while True:
             try:
                 batch = next(loader)
-            except RuntimeError as error:  # a worker that was killed, as for want of memory
-                raise StreamFault(f"the images can't be decoded: {why(error)}") from error
+            except RuntimeError as error:  # a worker was killed, for example when memory ran out
+                raise StreamFault(f"the images can't be decoded: {why(error).rstrip('.')}.") from error
             if isinstance(batch, StreamFault):
                 raise batch
             yield batch

@@ -1,1 +1,1 @@
-"""Models as programs that need neither this library nor PyTorch: whole samplers, as files and in a page."""
+"""Export whole samplers as files and web pages that need neither this library nor PyTorch."""

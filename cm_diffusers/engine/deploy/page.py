@@ -1,4 +1,4 @@
-"""A page without a server that samples in the browser, beside the ONNX graphs that it runs."""
+"""A static page that samples in the browser with exported ONNX graphs."""
 
 import shutil
 from pathlib import Path
@@ -16,14 +16,14 @@ PAGE = ("index.html", "app.js")
 
 
 def write_page(folder: Path, model: str, model_dir: str, runtime: Path | None = None) -> None:
-    """Write a page into `folder`, where samplers and their description are; the folder is a static Space, too.
+    """Write a page to a folder with exported samplers; the folder is then also a static Space.
 
     Args:
-        folder: with `sampler.json`.
-        model: what the page calls the model, its Hub id where it has one.
-        model_dir: the model, of whose card the Space's has the licence.
-        runtime: the folder `dist` of onnxruntime-web, of which the page gets what it needs; without one it loads that
-            from a content delivery network.
+        folder: the folder with the samplers and `sampler.json`.
+        model: the name of the model on the page: its Hub id if it has one.
+        model_dir: the folder or Hub id of the model; the Space's card takes the licence from the model's card.
+        runtime: the folder `dist` of onnxruntime-web, from which the needed files are copied. Without it the page
+            loads them from a content delivery network.
 
     Raises:
         ValueError: `runtime` lacks a file.
@@ -32,7 +32,7 @@ def write_page(folder: Path, model: str, model_dir: str, runtime: Path | None = 
         lacking = [name for name in RUNTIME_FILES if not (runtime / name).is_file()]
         if lacking:
             raise ValueError(
-                f"runtime_dir {str(runtime)!r} lacks {', '.join(lacking)}; give the folder dist of the npm package"
+                f"runtime_dir {str(runtime)!r} lacks {', '.join(lacking)}. Give the folder dist of the npm package"
                 " onnxruntime-web."
             )
         (folder / "runtime").mkdir(exist_ok=True)

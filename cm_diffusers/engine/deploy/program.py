@@ -1,4 +1,4 @@
-"""Samplers as files: a program of `torch.export`, an ONNX graph, and what an app has to know of them."""
+"""Export samplers as `torch.export` programs and ONNX graphs, with a description for apps."""
 
 import copy
 import json
@@ -23,15 +23,15 @@ DESCRIPTION = "sampler.json"
 TOLERANCE = {
     "float32": 1e-5,
     "float16": 0.02,
-}  # of the difference from the pipeline in float32
-SCALE = 1.5  # of guidance, where it is checked
+}  # largest permitted difference from the float32 pipeline, for values in [0, 1]
+SCALE = 1.5  # the guidance scale of the check
 MEANINGS = {
-    "noise": "unit normal, from which the images come",
-    "renoise": "unit normal, what the steps but the last one add",
-    "class_labels": "the classes",
-    "guidance_scale": "1: none; more: further away from no class",
+    "noise": "unit normal noise, the start of sampling",
+    "renoise": "unit normal noise, added by each step but the last",
+    "class_labels": "class labels of the images",
+    "guidance_scale": "scale of classifier-free guidance; 1 means no guidance",
 }
-# what a stranger runs: onnxruntime and NumPy, and nothing else
+# a program with onnxruntime and NumPy only, as on a machine without PyTorch
 RUNNER = """
 import statistics, sys, time
 import numpy, onnxruntime
@@ -58,17 +58,20 @@ numpy.savez(outputs, seconds=statistics.median(times), **results)
 def export_sampler(
     pipeline: ImagePipeline, folder: Path, guidance: bool = False, dtype: torch.dtype = torch.float32, **levels: Any
 ) -> dict[str, Any]:
-    """Write a sampler for any batch as `<n>_steps.pt2`, of `torch.export`, and `<n>_steps.onnx`; give its description.
+    """Export a sampler for any batch size as `<n>_steps.pt2` (`torch.export`) and `<n>_steps.onnx`.
 
     Args:
-        pipeline: in float32, on the CPU.
-        folder: where the files go.
-        guidance: build classifier-free guidance in, with its scale as an input.
-        dtype: of the networks, float32 or float16; what goes in and comes out is float32.
+        pipeline: the model in float32 on the CPU.
+        folder: the folder for the files.
+        guidance: include classifier-free guidance, with its scale as an input.
+        dtype: the dtype of the networks, float32 or float16; inputs and outputs stay float32 (class labels int64).
         **levels: see `Sampler`.
 
+    Returns:
+        The description of the sampler for `sampler.json`: files, noise levels, inputs and output.
+
     Raises:
-        ValueError: what `Sampler` refuses.
+        ValueError: `Sampler` refuses the pipeline or its arguments.
     """
     sampler = Sampler(_cast(pipeline, dtype), guidance, **levels).eval()
     steps, inputs = len(sampler.noise_levels), sampler.example()
@@ -99,19 +102,22 @@ def export_sampler(
 
 
 def check_sampler(pipeline: ImagePipeline, folder: Path, described: dict[str, Any], **levels: Any) -> dict[str, float]:
-    """Compare what onnxruntime makes of an ONNX file, in a process with nothing else, with calls of the pipeline.
+    """Compare the images of an exported ONNX file in onnxruntime with those of the pipeline.
+
+    onnxruntime runs in a separate process without PyTorch. The batch sizes are 1, 2 and 5.
 
     Args:
-        pipeline: as it was exported.
-        folder: of the files.
-        described: as `export_sampler` gave it.
-        **levels: as they were exported.
+        pipeline: the pipeline that was exported.
+        folder: the folder of the files.
+        described: the result of `export_sampler`.
+        **levels: the `levels` of the export.
 
     Returns:
-        The largest difference of a value in [0, 1], and the medians of the seconds that one image takes.
+        "largest_difference" of values in [0, 1], and the median seconds for one image: "onnxruntime_seconds" and
+        "pipeline_seconds".
 
     Raises:
-        ValueError: onnxruntime can't run it, or they differ by more than `TOLERANCE`.
+        ValueError: onnxruntime can't run the file, or the images differ by more than `TOLERANCE`.
     """
     cases, wanted = {}, {}
     for batch in (1, 2, 5):
@@ -133,15 +139,22 @@ def check_sampler(pipeline: ImagePipeline, folder: Path, described: dict[str, An
     tolerance = TOLERANCE[described["dtype"]]
     if not error <= tolerance:
         raise ValueError(
-            f"{described['onnx']} differs from the pipeline by {error:.2g} of the range of an image, more than"
-            f" {tolerance:g}."
+            f"{described['onnx']} differs from the pipeline by {error:.2g} of the range of an image, but at most"
+            f" {tolerance:g} is allowed."
         )
     times = {"onnxruntime_seconds": theirs, "pipeline_seconds": float(np.median(seconds))}
     return {"largest_difference": error, **times}
 
 
 def write_description(folder: Path, pipeline: ImagePipeline, model: str, samplers: list[dict[str, Any]]) -> None:
-    """Write `DESCRIPTION`, by which an app knows the samplers in `folder`."""
+    """Write `sampler.json`, which describes the samplers in a folder to an app.
+
+    Args:
+        folder: the folder of the samplers.
+        pipeline: the model, for its shapes and classes.
+        model: the name of the model.
+        samplers: the results of `export_sampler`.
+    """
     names = pipeline.id2label or {}
     content = {
         "model": model,
@@ -159,7 +172,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _cast(pipeline: ImagePipeline, dtype: torch.dtype) -> ImagePipeline:
-    """The pipeline with networks of `dtype`; the given one stays as it was."""
+    """A copy of the pipeline with networks of `dtype`; for float32 the pipeline itself."""
     if dtype == torch.float32:
         return pipeline
     found = copy.copy(pipeline)
@@ -170,7 +183,7 @@ def _cast(pipeline: ImagePipeline, dtype: torch.dtype) -> ImagePipeline:
 
 
 def _case(pipeline: ImagePipeline, described: dict[str, Any], batch: int) -> tuple[dict[str, torch.Tensor], dict]:
-    """Inputs of a sampler, and the arguments by which the pipeline, which draws its noise, makes the same images."""
+    """Inputs of an exported sampler, and the arguments of the pipeline that give the same images."""
     inputs, shape, seed = described["inputs"], (batch, *pipeline.sample_shape), 7
     given = {"noise": torch.randn(shape, generator=torch.Generator().manual_seed(batch))}
     call: dict[str, Any] = {"latents": given["noise"], "generator": seed}

@@ -1,4 +1,4 @@
-"""A pipeline's sampling as one module of tensors in and tensors out, for tracers."""
+"""The sampling of a pipeline as one traceable module with tensor inputs and outputs."""
 
 import copy
 from typing import Any
@@ -14,57 +14,58 @@ from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
 class Sampler(nn.Module):
-    """Images of a model that jumps, from all of their noise: what a call of the pipeline computes, and no more.
+    """A module that computes the images of a consistency, trajectory or mean-flow model from all of their noise.
 
-    The steps are the pipeline's own, with its levels as constants. `forward` takes float32 tensors but for the labels:
+    It takes the steps of the pipeline, with the noise levels as constants. The inputs of `forward` are:
 
-    - `noise` (B, C, H, W), unit normal, from which the images come;
-    - `renoise` (steps - 1, B, C, H, W), unit normal, what the steps add but for the last one; where they add none (one
-      step, mean flows, gamma 0) there is no such input;
-    - `class_labels` (B,), int64, of conditional models;
-    - `guidance_scale` (), where guidance is built in; each call of the network is one of 2B samples then.
+    - `noise` (B, C, H, W), float32, unit normal: the start of sampling;
+    - `renoise` (steps - 1, B, C, H, W), float32, unit normal: the noise that each step but the last adds. This input
+      does not exist if no noise is added: with one step, for mean flows, and for gamma 0;
+    - `class_labels` (B,), int64: only for conditional models;
+    - `guidance_scale` (), float32: only with guidance, which makes each call of the network one of 2B samples.
 
-    It gives images (B, C, H, W) in [0, 1], decoded where the model is one of latents.
+    The output is images (B, C, H, W) in [0, 1], decoded if the model generates latents.
 
     Args:
-        pipeline: of a model that jumps.
-        guidance: build guidance in, away from the class that stands for none.
+        pipeline: a pipeline of a consistency, trajectory or mean-flow model.
+        guidance: include classifier-free guidance, away from the null class.
         **levels: `num_inference_steps` or `sigmas`, and `gamma` of trajectory models.
 
     Raises:
-        ValueError: another kind of model, levels that can't be meant, or guidance where the model knows no null class.
+        ValueError: another kind of model, invalid levels, or guidance for a model without a null class.
     """
 
     def __init__(self, pipeline: ImagePipeline, guidance: bool = False, **levels: Any):
         super().__init__()
         if not isinstance(pipeline, (ConsistencyPipeline, CTMPipeline, MeanFlowPipeline, TrigFlowPipeline)):
             raise ValueError(
-                f"A {type(pipeline).__name__} calls its network tens of times for an image; what is exported are"
-                " models that jump. Distil it first (--method ecd, scd, ctm)."
+                f"A {type(pipeline).__name__} calls its network tens of times for an image. Only consistency,"
+                " trajectory and mean-flow models can be exported. Distil it first (--method ecd, scd, ctm)."
             )
         if isinstance(pipeline, TrigFlowPipeline) and pipeline.scheduler.config.solver != "consistency":
             raise ValueError(
                 "By its solver this TrigFlowPipeline is a diffusion model, which calls its network tens of times for"
-                " an image; what is exported are models that jump. Distil it first (--method scd)."
+                " an image. Only consistency, trajectory and mean-flow models can be exported. Distil it first"
+                " (--method scd)."
             )
         self.pipeline, self.unet, self.vae = copy.copy(pipeline), pipeline.unet, pipeline.vae
         self.null = null_class(pipeline.unet) if guidance else None
         if guidance and self.null is None:
-            raise ValueError("guidance needs a class that stands for none; train the model with --label_dropout 0.1.")
+            raise ValueError("guidance needs a model with a null class. Train the model with --label_dropout 0.1.")
         if not levels.keys() & {"num_inference_steps", "sigmas"}:
             levels["num_inference_steps"] = pipeline.default_steps[0]
         self.pipeline.scheduler = copy.copy(pipeline.scheduler)
         self.pipeline.set_levels(**{"num_inference_steps": None, **levels})
-        self.scheduler = self.pipeline.scheduler  # which no step changes
+        self.scheduler = self.pipeline.scheduler  # no step changes this one
         self.noise_levels = self.pipeline.noise_levels[:-1]
         self.first = float(self.pipeline.begun(torch.ones(())))
         gamma = getattr(self.scheduler, "gamma", 0.0 if isinstance(pipeline, MeanFlowPipeline) else 1.0)
         self.renoises = len(self.noise_levels) - 1 if gamma > 0 else 0
         with torch.no_grad():
-            self(**self.example(1))  # by which schedulers get their numbers, which tracers can't compute
+            self(**self.example(1))  # schedulers compute their constants here, which tracers can't do
 
     def example(self, batch_size: int = 2) -> dict[str, Tensor]:
-        """Inputs for `forward`, by their names."""
+        """Example inputs for `forward` by their names, with B = `batch_size`; the class states the shapes (B, ...)."""
         shape = (batch_size, *self.pipeline.sample_shape)
         inputs = {"noise": torch.randn(shape)}
         if self.renoises:
@@ -83,7 +84,14 @@ class Sampler(nn.Module):
         class_labels: Tensor | None = None,
         guidance_scale: Tensor | None = None,
     ) -> Tensor:
-        """See the class."""
+        """Generate images (B, C, H, W) in [0, 1]; the class describes the inputs.
+
+        Args:
+            noise: the start of sampling (B, C, H, W).
+            renoise: noise between the steps (steps - 1, B, C, H, W).
+            class_labels: (B,), for conditional models.
+            guidance_scale: (), for samplers with guidance.
+        """
         told: Condition | Guidance = of_classes(class_labels)
         if guidance_scale is not None:
             away = told.also(class_labels=torch.full_like(class_labels, self.null))

@@ -1,1 +1,1 @@
-"""Models, folders of images and checkpoints measured against a dataset."""
+"""Evaluation of models, folders of images and checkpoints against a dataset."""

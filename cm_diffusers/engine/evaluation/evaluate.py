@@ -1,4 +1,4 @@
-"""A model, a folder of images or the checkpoints of a run against a dataset: what `training/evaluate.py` calls."""
+"""Evaluate a model, a folder of images, or a run's checkpoints: the entry point of `training/evaluate.py`."""
 
 import copy
 import json
@@ -34,23 +34,30 @@ from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import load_pipeline
 
 
-MOVE = "Move it away, or choose another output_dir; the same command then measures anew."
+MOVE = "Move it away and repeat the command, or choose another output_dir."
 
 
 def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, Any]:
-    """Measure what `args` name against the dataset; leave metrics.json and quality.png, and give what the first holds.
+    """Evaluate models or images against a dataset, write metrics.json and quality.png, and return the metrics.
 
-    Started by several processes, all of them sample; the main one measures and writes.
+    With several processes all of them sample; the main process measures and writes.
+
+    Args:
+        args: the models or images, and how to evaluate them.
+        data_args: the dataset.
+
+    Returns:
+        The content of metrics.json.
 
     Raises:
-        ValueError: what can't be measured. All that can be known before sampling is said before it.
+        ValueError: the inputs can't be evaluated; checked before sampling wherever possible.
     """
     _check_data(data_args)
     check_place(args.folder)
     _check_folder(args)
     _check_images(args)
     disable_progress_bar()
-    # the others wait while the main process measures, for longer than the usual half an hour where there is much
+    # the other processes wait while the main process measures, which can exceed the default half an hour
     accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
     clock, judge, report, real = Clock(), None, {}, {}
     results = _earlier_results(args)
@@ -80,7 +87,9 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
                 _keep(subject, args, report, results[-len(sources)])
             _write(args.folder, {**report, **real, "results": results}, clock, accelerator.num_processes)
     if not results:
-        raise ValueError(f"the run in {args.watch!r} has ended and holds no checkpoint.")
+        raise ValueError(
+            f"the run in {args.watch!r} has ended without a checkpoint. Train it for at least one checkpoint first."
+        )
     if args.keep_best and accelerator.is_main_process:
         _describe_best(args)
     accelerator.wait_for_everyone()
@@ -90,32 +99,32 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
 
 
 def _check_data(data_args: DataArguments) -> None:
-    """Raise ValueError for what is for training only."""
+    """Raise ValueError for a dataset option that only training uses."""
     given = [name for name, flag in flags_of(data_args).items() if flag.for_training and getattr(data_args, name)]
     if given:
-        raise ValueError(f"{given[0]} is for training; here the dataset is read as it is, and whole.")
+        raise ValueError(f"{given[0]} applies to training only. An evaluation reads the whole dataset unchanged.")
 
 
 def _check_folder(args: EvaluationArguments) -> None:
-    """Raise ValueError where the numbers would go on the card of another model."""
+    """Raise ValueError if the results would be written to the card of another model."""
     beside, model, run = args.folder / RunFiles.MODEL, args.pretrained_model_name_or_path, args.watch
     own = args.search_sigmas or (run and args.folder.resolve() == Path(run).resolve())
     own = own or (model and beside.resolve() == Path(model).resolve())
     if beside.is_dir() and not own:
-        raise ValueError(f"output_dir {str(args.folder)!r} is the folder of another model; choose another.")
+        raise ValueError(f"output_dir {str(args.folder)!r} is the folder of another model. Choose another output_dir.")
 
 
 def _check_images(args: EvaluationArguments) -> None:
-    """Raise ValueError for the folder of sample.py, whose grid is no sample."""
+    """Raise ValueError for an output folder of sample.py, because its grid is not a sample."""
     folder = Path(args.images_dir or "")
     if args.images_dir and (folder / "grid.png").is_file() and (folder / "images").is_dir():
-        raise ValueError(f"images_dir {args.images_dir!r} holds a grid beside its samples; give {folder / 'images'}.")
+        raise ValueError(f"images_dir {args.images_dir!r} holds a grid beside its samples. Give {folder / 'images'}.")
 
 
 def _subjects(
     args: EvaluationArguments, accelerator: Accelerator, done: set[int]
 ) -> Iterator[tuple[int | None, ImagePipeline | ImageData]]:
-    """What is to be measured, and after how many steps of training where that is known."""
+    """Yield (training step or None, model or images) for everything to be evaluated."""
     if args.images_dir:
         settings, main = DataArguments(train_data_dir=args.images_dir), accelerator.is_main_process
         with accelerator.main_process_first():
@@ -127,23 +136,23 @@ def _subjects(
         pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, dtype=torch.float32)
         if args.search_sigmas:
             check_search(args, pipeline)
-        # a copy, as loaded weights can lie at addresses where some kernels round otherwise
+        # a copy, because kernels can round differently for weights at other memory addresses
         yield None, copy.deepcopy(pipeline).to(accelerator.device)
 
 
 def _shape(subject: ImagePipeline | ImageData) -> tuple[int, int, int]:
-    """(channels, height, width) of its images."""
+    """(channels, height, width) of the images."""
     return subject.image_shape if isinstance(subject, ImagePipeline) else (subject.channels, *subject.resolution)
 
 
 def _numbers(subject: ImagePipeline | ImageData, args: EvaluationArguments) -> range:
-    """The seeds, or places, of the images that are measured."""
+    """The seeds of the images to be measured, or their indices in a folder."""
     if isinstance(subject, ImagePipeline):
         return range(args.seed, args.seed + (args.num_samples or 10_000))
     there = len(subject.images)
     if (args.num_samples or 0) > there:
         raise ValueError(
-            f"num_samples is {args.num_samples}, and images_dir {args.images_dir!r} holds {there} images."
+            f"num_samples is {args.num_samples}, but images_dir {args.images_dir!r} holds only {there} images."
         )
     return range(args.num_samples or there)
 
@@ -154,12 +163,12 @@ def _sources(
     levels: dict[str, Any] | None = None,
     guidance: dict[str, Any] | None = None,
 ) -> list[JudgedImages]:
-    """Where its images come from: each number of steps, each list of levels.
+    """The sources of images to evaluate: each number of steps and each list of levels, with each way to sample.
 
-    What a search of levels or of guidance began with and found comes beside these.
+    The start and the result of a search of levels or guidance are added.
 
     Raises:
-        ValueError: the model can't be sampled so.
+        ValueError: the model can't be sampled in one of these ways.
     """
     if isinstance(subject, ImageData):
         return [stored(subject)]
@@ -176,7 +185,7 @@ def _sources(
 
 
 def _named(how: dict[str, Any]) -> str:
-    """The end of a result's name, as its numbers are those of this solver, gamma and guidance."""
+    """The end of a result's name: its solver, gamma and guidance."""
     parts = {"solver": "{}", "gamma": "gamma {:g}", "guidance_scale": "guidance {:g}"}
     return "".join(f", {text.format(how[key])}" for key, text in parts.items() if key in how)
 
@@ -184,9 +193,9 @@ def _named(how: dict[str, Any]) -> str:
 def _heading(
     args: EvaluationArguments, subject: ImagePipeline | ImageData, count: int, judge: Judge, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that a result depends on."""
+    """Everything that the results depend on."""
     extractor = judge.extractor
-    name = "a local network" if Path(extractor.name).exists() else extractor.name  # it goes on the model's card
+    name = "a local network" if Path(extractor.name).exists() else extractor.name  # the card must show no path
     packages = {"cm_diffusers": cm_diffusers, "diffusers": diffusers, "torch": torch}
     return {
         "model": hub_id(args.pretrained_model_name_or_path) or ON_THIS_MACHINE,
@@ -203,18 +212,19 @@ def _heading(
 
 
 def _check_classes(subject: ImagePipeline | ImageData, judge: Judge, args: EvaluationArguments) -> None:
-    """Say where label agreement can't be measured though labels were read; ValueError where it decides."""
+    """Warn if the labels don't fit for label agreement. ValueError if `keep_best` needs it."""
     known = judge.labels is not None and isinstance(subject, ImagePipeline) and subject.classes is not None
     same = known and judge.labels.of(subject.classes, subject.id2label) is not None
     if known and not same and judge.accelerator.is_main_process:
-        tqdm.write("Label agreement is not measured: the model has classes that the dataset has not.")
+        tqdm.write("Label agreement is not measured, because the model has classes that the dataset lacks.")
     if args.keep_best == "label_agreement" and not same:
-        fault = "give --label_column" if judge.labels is None else "the model has no classes, or others"
-        raise ValueError(f"keep_best label_agreement needs labels of the dataset that the model has as well: {fault}.")
+        unlabelled = "Give --label_column, so that the labels of the dataset are read."
+        fault = unlabelled if judge.labels is None else "The model has no classes, or classes that the dataset lacks."
+        raise ValueError(f"keep_best label_agreement needs a model and a dataset with the same classes. {fault}")
 
 
 def _is_best(results: list[dict[str, Any]], step: int, metric: str) -> bool:
-    """Whether no earlier checkpoint is as good as that of `step`, of which each has its first result counted."""
+    """Whether the checkpoint of `step` is better than all others, by the first result of each."""
     first = {}
     for row in results:
         first.setdefault(row["step"], row[metric])
@@ -223,17 +233,17 @@ def _is_best(results: list[dict[str, Any]], step: int, metric: str) -> bool:
 
 
 def _keep(pipeline: ImagePipeline, args: EvaluationArguments, report: dict[str, Any], row: dict[str, Any]) -> None:
-    """Save the model of a checkpoint, as its run would at its end, and say by which numbers it was chosen."""
+    """Save the model of a checkpoint, as its run would at its end, with the metrics by which it was chosen."""
     folder = args.folder / RunFiles.BEST
     save_pipeline(pipeline, folder / RunFiles.MODEL, complete=lambda written: draw_grids(pipeline, written))
     text = json.dumps({**report, "kept_by": args.keep_best, "results": [row]}, indent=1)
     replace_file(folder / RunFiles.METRICS, text + "\n")
     metric = args.keep_best.replace("_", " ")
-    tqdm.write(f"Best {metric} so far, {row[args.keep_best]:.4g}, at step {row['step']}: kept in {folder}.")
+    tqdm.write(f"Step {row['step']} has the best {metric} so far, {row[args.keep_best]:.4g}, and is kept in {folder}.")
 
 
 def _describe_best(args: EvaluationArguments) -> None:
-    """Give the model that was kept the card of its run, with its own step, once there is one."""
+    """Give the best checkpoint the model card of its run, with the checkpoint's step, if the run has a card."""
     best, run = args.folder / RunFiles.BEST, Path(args.watch)
     if (run / RunFiles.FACTS).is_file() and (best / RunFiles.METRICS).is_file():
         [row] = _read_report(best)["results"]
@@ -243,7 +253,7 @@ def _describe_best(args: EvaluationArguments) -> None:
 
 
 def _which_labels(subject: ImagePipeline | ImageData) -> str | None:
-    """Which label the image of a seed has."""
+    """How the label of an image follows from its seed, for the report."""
     if subject.num_classes is None:
         return None
     there = len(subject.classes)
@@ -252,7 +262,7 @@ def _which_labels(subject: ImagePipeline | ImageData) -> str | None:
 
 
 def _write(folder: Path, report: dict[str, Any], clock: Clock, processes: int) -> None:
-    """metrics.json, quality.png, and the numbers on the card of the model beside them."""
+    """Write metrics.json and quality.png, and renew the card of a model in the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**report, "time": {"processes": processes, **clock.seconds}}, indent=1)
     replace_file(folder / RunFiles.METRICS, text + "\n")
@@ -262,7 +272,7 @@ def _write(folder: Path, report: dict[str, Any], clock: Clock, processes: int) -
 
 
 def _earlier_results(args: EvaluationArguments) -> list[dict[str, Any]]:
-    """What an earlier call has measured of a watched run. Raises ValueError where that or other work would be lost."""
+    """The results of an earlier call for a watched run. ValueError if this call would overwrite other results."""
     file = args.folder / RunFiles.METRICS
     if not os.path.lexists(file):
         return []
@@ -270,7 +280,7 @@ def _earlier_results(args: EvaluationArguments) -> list[dict[str, Any]]:
     watched = any("step" in row for row in results)
     if watched != bool(args.watch):
         kind = "the series of a watched run" if watched else "results of one model, not of a watched run"
-        raise ValueError(f"{file} holds {kind}; choose another output_dir.")
+        raise ValueError(f"{file} holds {kind}. Choose another output_dir.")
     measured = {metric for _, *metrics in QUALITIES for metric in metrics}
     if watched and not all(measured <= row.keys() for row in results):
         raise ValueError(f"{file} lacks some of the metrics of its series. {MOVE}")
@@ -278,7 +288,7 @@ def _earlier_results(args: EvaluationArguments) -> list[dict[str, Any]]:
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
-    """The metrics.json of an earlier call. Raises ValueError, naming the file, where it is damaged."""
+    """The metrics.json of an earlier call. ValueError, naming the file, if it is damaged."""
     try:
         return read_report(folder / RunFiles.METRICS)
     except (OSError, ValueError) as error:
@@ -286,11 +296,11 @@ def _read_report(folder: Path) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, report: dict[str, Any]) -> None:
-    """Raise ValueError unless what is there was measured as this will be."""
+    """Raise ValueError unless the earlier results in `folder` were measured in the same way."""
     earlier = _read_report(folder)
     for key, value in report.items():
         if earlier.get(key) != value:
             raise ValueError(
-                f"{folder / RunFiles.METRICS} holds results of another {key}: {earlier.get(key)!r}, and here it is"
+                f"{folder / RunFiles.METRICS} holds results of another {key}: {earlier.get(key)!r} instead of"
                 f" {value!r}. Choose another output_dir."
             )

@@ -1,4 +1,4 @@
-"""Images measured against one dataset by any number of processes."""
+"""Measurement of images against one dataset, shared by any number of processes."""
 
 import math
 import time
@@ -23,13 +23,14 @@ from cm_diffusers.sampling import labels_in_turn, levels_used, sample_images
 
 
 class Clock(Counter):
-    """Seconds by what was done in them, beside those since it was made."""
+    """A stopwatch that adds up the seconds of named activities; `with clock("sampling"): ...` times one."""
 
     def __init__(self):
         self.start = time.perf_counter()
 
     @property
     def seconds(self) -> dict[str, float]:
+        """Seconds of each activity, and of the whole time since the clock was created as "total"."""
         return {name: round(value, 2) for name, value in self.items()} | {
             "total": round(time.perf_counter() - self.start, 2)
         }
@@ -45,14 +46,14 @@ class Clock(Counter):
 
 @dataclass(frozen=True)
 class JudgedImages:
-    """Where images to be judged come from.
+    """A source of images to be measured.
 
     Args:
-        name: what a result calls it: "2 steps", "sigmas 80, 0.8", or "images".
-        images: gives the images (B, C, H, W) in [0, 1] of these numbers: seeds, or places in a dataset.
-        facts: what a result says of it beside its name.
-        labels: gives the labels that these images were asked for; None where none were.
-        classes: what those labels are called, where they have names.
+        name: its name in the results: "2 steps", "sigmas 80, 0.8", or "images".
+        images: a function from seeds, or indices of a dataset, to images (B, C, H, W) in [0, 1].
+        facts: further entries of the results.
+        labels: a function from seeds to the class labels of the images; None for an unconditional source.
+        classes: the names of these labels, or None.
     """
 
     name: str
@@ -64,10 +65,10 @@ class JudgedImages:
 
 @dataclass(frozen=True)
 class RealLabels:
-    """The classes of a reference's images.
+    """The class labels of the reference images.
 
     Args:
-        values: int64 (n,), of the images whose features are kept.
+        values: int64 (n,), the labels of the images whose features are kept.
         classes: the names of the classes by their labels.
     """
 
@@ -75,9 +76,16 @@ class RealLabels:
     classes: dict[int, str]
 
     def of(self, labels: list[int], classes: dict[int, str] | None) -> Tensor | None:
-        """A model's labels, with its names of `classes`, as these labels; None where they are of other classes.
+        """Translate a model's labels to those of the reference; None if the reference lacks one of the classes.
 
-        Names tell where the model has some, else the numbers are the same.
+        Classes are matched by name. Without names the labels are taken as equal.
+
+        Args:
+            labels: labels of the model.
+            classes: the model's names of its labels, or None.
+
+        Returns:
+            int64 (n,) for n labels.
         """
         places = {name: label for label, name in self.classes.items()}
         found = [label if classes is None else places.get(classes.get(label)) for label in labels]
@@ -87,16 +95,16 @@ class RealLabels:
 def sampler(
     pipeline: ImagePipeline, name: str, levels: dict[str, Any], how: dict[str, Any] | None = None
 ) -> JudgedImages:
-    """The images that a model makes, one per seed. One is made at once, so that what it can't do is known at once.
+    """A model as a source of images, one for each seed. It generates one image as a check of the arguments.
 
     Args:
         pipeline: the model.
-        name: what a result calls it.
-        levels: `num_inference_steps` or `sigmas`.
-        how: what else the pipeline is told: guidance, solver, gamma.
+        name: its name in the results.
+        levels: the keyword argument `num_inference_steps` or `sigmas`.
+        how: further keyword arguments of the pipeline: guidance, solver, gamma.
 
     Raises:
-        ValueError: a model that takes no such arguments, or none like these.
+        ValueError: the pipeline does not accept these arguments or their values.
     """
     how = how or {}
 
@@ -106,7 +114,7 @@ def sampler(
 
     try:
         images(range(1))
-    except (TypeError, ValueError) as error:  # the first for arguments that the pipeline does not have
+    except (TypeError, ValueError) as error:  # TypeError: an unknown argument
         raise ValueError(f"{type(pipeline).__name__}, {name}: {error}") from None
     used = [round(sigma, 6) if math.isfinite(sigma) else "inf" for sigma in levels_used(pipeline)]  # for JSON
     facts = {"num_inference_steps": len(used), "sigmas": used} | ({"how": how} if how else {})
@@ -115,7 +123,7 @@ def sampler(
 
 
 def stored(data: ImageData) -> JudgedImages:
-    """The images of a dataset as they are."""
+    """The unchanged images of the dataset `data` as a source."""
     return JudgedImages("images", lambda places: data.rows(list(places)).float() / 255)
 
 
@@ -124,12 +132,12 @@ class Judge:
     """Measures images against a dataset.
 
     Args:
-        extractor: of the features.
-        reference: those of the dataset.
-        accelerator: whose processes share the work.
-        batch_size: images made at once by each of them.
-        clock: is told the seconds of sampling, features and metrics.
-        labels: the classes of the dataset, where they were read.
+        extractor: the extractor of the features.
+        reference: the features of the dataset.
+        accelerator: the processes that share the work.
+        batch_size: images that each process generates at once.
+        clock: the stopwatch for sampling, features and metrics.
+        labels: the class labels of the dataset, or None.
     """
 
     extractor: Extractor
@@ -140,9 +148,14 @@ class Judge:
     labels: RealLabels | None = None
 
     def features(self, source: JudgedImages, numbers: range, title: str) -> Tensor:
-        """Features (N, d), all of them on every process.
+        """Features (N, d) of images, all of them on every process.
 
-        The processes take turns at batches that are the same for any number of processes, and so are the images.
+        The processes share batches that are the same for any number of processes, so the images are the same as well.
+
+        Args:
+            source: the source of the images.
+            numbers: N seeds, or indices of a dataset.
+            title: the label of the progress bar.
         """
         accelerator, size = self.accelerator, self.batch_size
         turns = range(accelerator.process_index * size, len(numbers), accelerator.num_processes * size)
@@ -156,7 +169,7 @@ class Judge:
         return accelerator.reduce(features, "sum")  # each row is 0 on all processes but one
 
     def measure(self, source: JudgedImages, numbers: range, title: str) -> dict[str, Any]:
-        """The metrics of the images of these numbers; none on other processes than the main one."""
+        """The metrics of images, with the arguments of `features`; empty on all but the main process."""
         features = self.features(source, numbers, title)
         if not self.accelerator.is_main_process:
             return {}
@@ -164,7 +177,11 @@ class Judge:
             return measure(features, self.reference, clock=self.clock) | self._agreement(features, source, numbers)
 
     def halves(self, count: int) -> dict[str, Any]:
-        """The metrics of `count` real images, or half of all, against as many others; empty where they are too few."""
+        """The metrics of real images against an equal number of other real images; empty if there are too few.
+
+        Args:
+            count: images in each part, at most half of all images with kept features.
+        """
         real = self.reference.features
         order = permutation(len(real), "halves")[: 2 * count]
         one, other = (real[part] for part in order.tensor_split(2))
@@ -174,7 +191,7 @@ class Judge:
             return {"num_samples": len(other), **measure(other, Reference(Moments(one), one, self.reference.facts))}
 
     def _agreement(self, features: Tensor, source: JudgedImages, numbers: range) -> dict[str, float]:
-        """How many images are of the class that was asked for, where that is known of the dataset's."""
+        """The label agreement, or nothing if source or dataset has no labels or their classes differ."""
         if self.labels is None or source.labels is None:
             return {}
         asked = self.labels.of(source.labels(numbers), source.classes)
@@ -184,7 +201,7 @@ class Judge:
         return {"label_agreement": label_agreement(real, self.labels.values, features.cpu(), asked)}
 
     def distance(self, source: JudgedImages, numbers: range, title: str) -> float:
-        """The Fréchet distance of the images of these numbers, the same number on every process."""
+        """The Fréchet distance of images, with the arguments of `features`; the same value on every process."""
         features, distance = self.features(source, numbers, title), None
         if self.accelerator.is_main_process:
             distance = frechet_distance(features.cpu(), self.reference.moments)

@@ -1,4 +1,4 @@
-"""From settings to a judge: the dataset, read, and its features by an extractor that can be had."""
+"""Build the judge of an evaluation: load the dataset, choose the extractor, compute the reference features."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +24,7 @@ from cm_diffusers.evaluation import (
 )
 
 
-BATCH = 1000  # images of the dataset at once
+BATCH = 1000  # images of the dataset for each call of the extractor
 
 
 def build_judge(
@@ -35,7 +35,19 @@ def build_judge(
     accelerator: Accelerator,
     clock: Clock,
 ) -> tuple[Judge, dict[str, Any]]:
-    """The dataset, read, with its features, for `count` images of this shape; and what is said of it."""
+    """Load the dataset and its features; return the judge, and the facts about the dataset for the report.
+
+    Args:
+        args: the settings of the evaluation.
+        data_args: the dataset.
+        shape: (channels, height, width) of the images to be measured.
+        count: the number of images to be measured.
+        accelerator: the processes that share the work.
+        clock: the stopwatch of the evaluation.
+
+    Raises:
+        ValueError: the images have another shape than the dataset's, are too few, or the extractor is not available.
+    """
     main = accelerator.is_main_process
     with clock("reference"):
         name = args.feature_extractor or _best_extractor(args, accelerator)
@@ -45,12 +57,13 @@ def build_judge(
         found = (data.channels, *data.resolution)
         if found != shape:
             raise ValueError(
-                f"the images to be measured are {_by(shape)}, those of the dataset {_by(found)} (channels x height x"
-                f" width); --resolution {shape[1]} {shape[2]} --channels {shape[0]} makes the dataset's like them."
+                f"the images to be measured are {_by(shape)}, but those of the dataset are {_by(found)} (channels x"
+                f" height x width). Give --resolution {shape[1]} {shape[2]} --channels {shape[0]} to convert the"
+                " dataset."
             )
         extractor = _extractor(name, args, data, accelerator)
         batches = _Batches(data, main)
-        with accelerator.main_process_first():  # the others find its features in the cache
+        with accelerator.main_process_first():  # the other processes find the features in the cache
             reference = reference_features(batches, extractor, args.reference_cache)
     check_samples(count, reference)
     known = "digits" if data_args.dataset_name == "digits" else hub_id(data_args.dataset_name)
@@ -68,7 +81,7 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 class _Batches:
-    """The images of a dataset in [0, 1], batch by batch, as often as they are wanted."""
+    """An iterable of the images of a dataset in [0, 1], in batches; it can be iterated repeatedly."""
 
     def __init__(self, data: ImageData, show_progress: bool):
         self.data, self.show_progress = data, show_progress
@@ -80,7 +93,7 @@ class _Batches:
 
 
 def _best_extractor(args: EvaluationArguments, accelerator: Accelerator) -> str:
-    """inception where its weights are to be had, else classifier."""
+    """The default extractor: inception if its weights are available, else classifier."""
     name = "inception"
     if accelerator.is_main_process:
         try:
@@ -88,20 +101,22 @@ def _best_extractor(args: EvaluationArguments, accelerator: Accelerator) -> str:
         except ValueError as error:
             if args.feature_weights:
                 raise
-            tqdm.write(f"Features come from a small classifier of this dataset, as there is no better one: {error}")
+            tqdm.write(
+                f"Features come from a small classifier of this dataset, because Inception is not available: {error}"
+            )
             name = "classifier"
     return broadcast_object_list([name])[0]
 
 
 def _extractor(name: str, args: EvaluationArguments, data: ImageData, accelerator: Accelerator) -> Extractor:
-    """The extractor, that of the main process on all, as training may round otherwise elsewhere."""
+    """The main process's extractor on all processes, because training can round differently on each of them."""
     labelled = None
     if name == "classifier":
         if not torch.is_tensor(data.images):
-            raise ValueError("the dataset is too large to train a classifier on; name another feature_extractor.")
-        count = len(data.images) if accelerator.is_main_process else 1  # the others need its shape only
+            raise ValueError("the dataset is too large to train a classifier on. Give another feature_extractor.")
+        count = len(data.images) if accelerator.is_main_process else 1  # the other processes need only the shape
         labelled = data.images[:count].float() / 255, data.labels[:count]
-    with accelerator.main_process_first():  # who may have to download it
+    with accelerator.main_process_first():  # the main process downloads it
         extractor = load_extractor(name, args.feature_weights, labelled, accelerator.device)
     extractor.network.load_state_dict(broadcast(dict(extractor.network.state_dict())))
     return replace(extractor, fingerprint=broadcast_object_list([extractor.fingerprint])[0])

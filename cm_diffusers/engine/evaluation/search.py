@@ -1,4 +1,4 @@
-"""The noise levels at which a saved model is best, kept in its scheduler; and the scale of guidance."""
+"""Search for the best noise levels of a saved model, and for its best guidance scale."""
 
 import json
 from pathlib import Path
@@ -14,25 +14,47 @@ from cm_diffusers.evaluation import check_samples
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
-HIGHEST_SCALE = 5.0  # of the search of guidance
+HIGHEST_SCALE = 5.0  # upper end of the search for the guidance scale
 
 
 def check_search(args: EvaluationArguments, pipeline: ImagePipeline) -> None:
+    """Check that `pipeline` can store noise levels, and that its copy would not overwrite it.
+
+    Args:
+        args: the settings of the evaluation, with `search_sigmas`.
+        pipeline: the model.
+
+    Raises:
+        ValueError: the scheduler can't store noise levels, or the copy would be saved over the model.
+    """
     scheduler = pipeline.scheduler
     if "default_sigmas" not in scheduler.config:
         raise ValueError(
-            f"search_sigmas: a {type(pipeline).__name__} samples by diffusers' {type(scheduler).__name__}, which has"
-            " no place for noise levels; those of consistency and trajectory models have."
+            f"search_sigmas needs a scheduler that stores noise levels, as consistency and trajectory models have."
+            f" This {type(pipeline).__name__} has diffusers' {type(scheduler).__name__}."
         )
     model, copy = Path(args.pretrained_model_name_or_path), args.folder / RunFiles.MODEL
     if model.exists() and copy.exists() and copy.samefile(model):
-        raise ValueError(f"search_sigmas saves a copy as {str(copy)!r}, which is the model itself; change output_dir.")
+        raise ValueError(f"search_sigmas saves a copy as {str(copy)!r}, which is the model itself. Change output_dir.")
 
 
 def improve_sigmas(
     pipeline: ImagePipeline, args: EvaluationArguments, first_seed: int, judge: Judge
 ) -> dict[str, Any]:
-    """Find the best levels, give them to the scheduler, save the pipeline; and tell what was found."""
+    """Search the best noise levels, store them in the scheduler, and save a copy of the model.
+
+    Args:
+        pipeline: the model, whose scheduler is changed in place.
+        args: the settings of the evaluation, with `search_sigmas`.
+        first_seed: the first seed of the images of the search.
+        judge: measures the Fréchet distances.
+
+    Returns:
+        The levels before ("from") and after ("to") the search, and all distances, for the report.
+
+    Raises:
+        ValueError: the images of the search are too few for the features.
+    """
     config, steps = pipeline.scheduler.config, args.search_sigmas
     seeds = range(first_seed, first_seed + args.search_samples)
     check_samples(len(seeds), judge.reference)
@@ -60,7 +82,20 @@ def improve_sigmas(
 
 
 def find_guidance(pipeline: ImagePipeline, args: EvaluationArguments, first_seed: int, judge: Judge) -> dict[str, Any]:
-    """Find the scale of guidance with the least Fréchet distance, 1 where none is better; and tell what was found."""
+    """Search the guidance scale in [1, 5] with the least Fréchet distance.
+
+    Args:
+        pipeline: the model.
+        args: the settings of the evaluation, with `search_guidance`.
+        first_seed: the first seed of the images of the search.
+        judge: measures the Fréchet distances.
+
+    Returns:
+        The best scale ("to"; 1 means no guidance) and all distances, for the report.
+
+    Raises:
+        ValueError: the images of the search are too few for the features, or the model can't be guided.
+    """
     steps = args.search_guidance
     seeds = range(first_seed, first_seed + args.search_samples)
     check_samples(len(seeds), judge.reference)
@@ -85,7 +120,7 @@ def find_guidance(pipeline: ImagePipeline, args: EvaluationArguments, first_seed
 
 
 def _save_copy(pipeline: ImagePipeline, args: EvaluationArguments) -> None:
-    """The model with its new levels, with new pictures and, where its run knew what to say of it, a card to come."""
+    """Save the model with its new levels and new pictures, and the facts for its card if its run has written them."""
     copy, grids = args.folder / RunFiles.MODEL, {}
     facts = Path(args.pretrained_model_name_or_path).parent / RunFiles.FACTS
     save_pipeline(pipeline, copy, complete=lambda written: grids.update(draw_grids(pipeline, written)))
@@ -98,4 +133,4 @@ def _facts(file: Path) -> dict[str, Any]:
     try:
         return read_facts(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} {why(error)}. Move it away, and the copy gets no card.") from None
+        raise ValueError(f"{file} {why(error)}. Repair it, or move it away; the copy then gets no card.") from None

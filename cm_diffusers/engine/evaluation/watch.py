@@ -1,4 +1,4 @@
-"""The checkpoints of a training run as models, one after the other, while it runs."""
+"""Yield the checkpoints of a training run as models while the run goes on."""
 
 import time
 from collections.abc import Collection, Iterator
@@ -28,34 +28,34 @@ from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import with_our_interface
 
 
-PAUSE = 5.0  # seconds between two looks at the folder
+PAUSE = 5.0  # seconds between two checks of the folder
 
 
 def follow(
     run: Path, accelerator: Accelerator, done: Collection[int], aside: Path
 ) -> Iterator[tuple[int, ImagePipeline]]:
-    """(step, model as the run would export it) for each checkpoint of `run` that is not `done`, until the run ends.
+    """Yield (step, exported model) for each checkpoint of a run until the run ends.
 
-    A run that was stopped has ended, too; the same call goes on once it does.
+    A stopped run also counts as ended; after its resumption the same call yields the further checkpoints.
 
     Args:
-        run: its folder.
-        accelerator: whose processes all get the same models.
+        run: the folder of the run.
+        accelerator: the processes, which all get the same models.
         done: steps to leave out.
-        aside: a folder of links to the checkpoint in use, which the run may delete meanwhile.
+        aside: a folder for links to the checkpoint in use, because the run can delete it meanwhile.
 
     Raises:
-        ValueError: the folder is not that of a run.
+        ValueError: the folder is not that of a run, or a checkpoint is damaged or does not describe its images.
     """
     if not (run / RunFiles.SETTINGS).is_file():
-        raise ValueError(f"watch {str(run)!r} is not a run: it holds no config.yaml.")
+        raise ValueError(f"watch {str(run)!r} is not the folder of a run: it holds no config.yaml.")
     config = parse_config(["--config", str(run / RunFiles.SETTINGS)], list(OBJECTIVES), "")
     models, objective, done = None, None, set(done)
     while True:
         [step] = broadcast_object_list([_next_step(run, done, aside) if accelerator.is_main_process else None])
         if step is None:
             if accelerator.is_main_process and config.run.max_train_steps not in done:
-                tqdm.write("The run has stopped before its last step; once it goes on, the same command does, too.")
+                tqdm.write("The run has stopped before its last step. Repeat this command once the run is resumed.")
             return
         done.add(step)
         try:
@@ -70,10 +70,10 @@ def follow(
 
 
 def _objective(config: Config, models: SavedModels, checkpoint: Checkpoint) -> Objective:
-    """The method of a run, without its images: a checkpoint says what they are."""
+    """The training method of a run, without its images: the checkpoint describes them."""
     if "data" not in checkpoint.state:
         raise ValueError(
-            "the checkpoints of this run do not say what its images are: let it go on for one checkpoint."
+            "the checkpoints of this run hold no description of its images. Resume the run for one more checkpoint."
         )
     if config.model.sigma_data is None:
         config = replace(config, model=replace(config.model, sigma_data=checkpoint.state["config"]["sigma_data"]))
@@ -82,10 +82,10 @@ def _objective(config: Config, models: SavedModels, checkpoint: Checkpoint) -> O
 
 
 def _next_step(run: Path, done: Collection[int], aside: Path) -> int | None:
-    """The first checkpoint that is not `done`, linked to `aside`, as soon as there is one; None at the run's end."""
+    """Wait for a checkpoint that is not `done`, link it to `aside`, and return its step; None at the run's end."""
     while True:
         faults = []
-        running = is_locked(run)  # asked first: what it saved before it ended is there then
+        running = is_locked(run)  # checked first, so that the last checkpoint before the end is seen
         for step, folder in reversed(list_checkpoints(run)):
             if step not in done:
                 remove(aside)
@@ -94,7 +94,7 @@ def _next_step(run: Path, done: Collection[int], aside: Path) -> int | None:
                     return step
                 except FileNotFoundError:  # the run has deleted it just now
                     continue
-                except DamagedCheckpoint as error:  # or deletes it
+                except DamagedCheckpoint as error:  # or is deleting it
                     faults.append(f"checkpoint {step} of {run}: {error}")
         if not running:
             remove(aside)

@@ -1,1 +1,1 @@
-"""What people look at: samples, curves, diagnostics, the report of runs."""
+"""Pictures of runs: samples, curves, diagnostics, and the report."""

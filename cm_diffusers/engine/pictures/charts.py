@@ -1,4 +1,4 @@
-"""Curves as SVG that becomes part of a page."""
+"""Curves as SVG for embedding in a page."""
 
 import io
 import re
@@ -14,13 +14,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 
-INK = "#010203"  # becomes the colour of the page's text
-POINTS = 300  # of a curve; longer ones are averaged
+INK = "#010203"  # a placeholder that is replaced by the colour of the page's text
+POINTS = 300  # at most, in a curve; longer curves are averaged
 
 
 @dataclass(frozen=True)
 class Line:
-    """Values over steps, or whatever; `label` is for the chart's own legend, the colours of runs are the page's."""
+    """A curve of a chart.
+
+    Args:
+        x: coordinates along the axis, such as steps.
+        y: values, as many as `x`.
+        colour: in a notation of matplotlib; the page explains the colours of runs.
+        style: the line style in matplotlib's notation.
+        label: the entry in the legend of the chart, or None.
+    """
 
     x: Sequence[float]
     y: Sequence[float]
@@ -30,20 +38,20 @@ class Line:
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """At most `POINTS` points, each the mean of neighbours."""
+    """Reduce a curve of n points `x`, `y` (n,) to at most `POINTS` points (m,), each the mean of neighbours."""
     parts = np.array_split(np.array([x, y], float), min(len(x), POINTS) or 1, axis=1)
     return tuple(np.array([part.mean(1) for part in parts if part.size]).reshape(-1, 2).T)
 
 
 def chart(lines: Sequence[Line], xlabel: str, legend: str | None = None, marker: str = "", log: bool = True) -> Markup:
-    """An SVG that takes its ink from the page and its size from its place.
+    """Draw a chart as SVG, which takes its text colour from the page and its size from its container.
 
     Args:
-        lines: what is drawn.
-        xlabel: what it is drawn against.
-        legend: the title of the legend, which names the labels of the lines.
-        marker: of each point, in matplotlib's letters.
-        log: whether a wide range of values is logarithmic.
+        lines: the curves.
+        xlabel: the label of the x axis.
+        legend: the title of the legend, which lists the labels of the curves.
+        marker: the marker of each point in matplotlib's notation; empty for no markers.
+        log: use a logarithmic y axis for positive values that span more than a factor of 10.
     """
     plain = {"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11}
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
@@ -64,7 +72,7 @@ def chart(lines: Sequence[Line], xlabel: str, legend: str | None = None, marker:
         axes.set_xlabel(xlabel)
         axes.grid(color=INK, alpha=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-        entries = {}  # by label; those of several colours are shown in ink
+        entries = {}  # by label; a label of several colours is shown in the text colour
         for line in lines:
             colour, _ = entries.get(line.label, (line.colour, ""))
             entries[line.label] = (colour if colour == line.colour else INK, line.style)
@@ -78,4 +86,4 @@ def chart(lines: Sequence[Line], xlabel: str, legend: str | None = None, marker:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))  # its texts are escaped by matplotlib
+    return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))  # matplotlib has escaped its texts

@@ -1,4 +1,4 @@
-"""Pictures for people: rows of pictures, curves of the loss."""
+"""Pictures of curves: losses and quality; and rows of titled pictures."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,13 @@ from cm_diffusers.engine.log import read_log
 
 
 def titled_row(panels: Sequence[tuple[str, Image.Image]], gap: int = 12, title_height: int = 18) -> Image.Image:
-    """Pictures side by side, each under its title."""
+    """Place pictures side by side, each below its title.
+
+    Args:
+        panels: titles with their pictures.
+        gap: pixels between and around the pictures.
+        title_height: pixels above the pictures for the titles.
+    """
     width = sum(picture.width + gap for _, picture in panels) + gap
     height = max(picture.height for _, picture in panels) + title_height + gap
     sheet = Image.new("RGB", (width, height), "white")
@@ -24,11 +30,16 @@ def titled_row(panels: Sequence[tuple[str, Image.Image]], gap: int = 12, title_h
     return sheet
 
 
-COMMON = {"step", "loss", "loss_by_sigma", "grad_norm", "lr", "skipped", "time"}  # columns of every method's log
+COMMON = {"step", "loss", "loss_by_sigma", "grad_norm", "lr", "skipped", "time"}  # columns in the log of every method
 
 
 def plot_losses(log: Path, picture: Path) -> None:
-    """Draw the loss of a run's log, as a whole and by noise level, and below what else the method logs."""
+    """Draw the loss of a run in total and by noise level, and below it the other columns of the log.
+
+    Args:
+        log: the log of the run; without numbers in it nothing is drawn.
+        picture: the image file to write.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,9 +60,7 @@ def plot_losses(log: Path, picture: Path) -> None:
         losses = [row.get(name) for row in levels]
         axes.plot(steps, [loss if _is_number(loss) else float("nan") for loss in losses], label=f"sigma {name}")
     axes.set(xlabel="step", ylabel="loss, logarithmic", yscale="log")
-    axes.set_title(
-        "Loss by noise level. Its scale changes with the stage; samples tell how good a model is.", fontsize=10
-    )
+    axes.set_title("Loss by noise level. Its scale changes with the stage. Judge quality by the samples.", fontsize=10)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     for axis, name in zip(below, others):
         places = [(row["step"], row[name]) for row in everything if _is_number(row.get(name))]
@@ -67,11 +76,11 @@ def plot_losses(log: Path, picture: Path) -> None:
         figure.savefig(aside, dpi=110)
 
 
-STAGES = ("stage",)  # columns that say where a schedule is, and have no curve
+STAGES = ("stage",)  # columns with the stage of a schedule, drawn as vertical lines instead of curves
 
 
 def stages_of(rows: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
-    """Where the stages of a log begin, and what they are called; empty where it has none."""
+    """The first steps and names of the stages in the `rows` of a log; empty without stages."""
     found, last = [], None
     for row in rows:
         stage = row.get("stage")
@@ -87,9 +96,12 @@ def _is_number(value: Any) -> bool:
 
 
 def plot_quality(results: Sequence[dict[str, Any]], picture: Path, real: dict[str, Any] | None = None) -> None:
-    """Draw the results of a metrics.json against the number of steps or, of a watched run, the step of training.
+    """Draw the results of an evaluation against the number of sampling steps, or against the training steps of a run.
 
-    What `real` images have against others is a dotted line.
+    Args:
+        results: the "results" of a metrics.json; they have a "step" if they are those of a watched run.
+        picture: the image file to write.
+        real: the metrics of real images against other real images, drawn as dotted lines.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -124,7 +136,13 @@ QUALITIES = (
 
 
 def curves_of(results: Sequence[dict[str, Any]], training: bool) -> dict[str, list[dict[str, Any]]]:
-    """Results that a line joins: each way to sample over training, or all numbers of steps; levels stand alone."""
+    """Group results into the curves of a chart, by the labels of the curves.
+
+    Args:
+        results: the "results" of a metrics.json.
+        training: one curve for each name of a result, over the training steps. Otherwise one curve joins all numbers
+            of sampling steps, and each list of noise levels is a curve of its own.
+    """
     curves = {}
     for row in results:
         levels, comma, how = row["name"].partition(", ")

@@ -1,4 +1,4 @@
-"""What to look at instead of the loss, which for consistency methods says nothing about quality."""
+"""Diagnostics of a model in place of the loss, because a consistency loss does not measure quality."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +15,9 @@ from cm_diffusers.core.tangents import jvp, jvp_ready
 from cm_diffusers.engine.files import written_aside
 
 
-LEVELS = 16
-TEACHER_LEVELS = 18
-ANGLES = (0.3, 0.7, 1.1, 1.4)
+LEVELS = 16  # noise levels in the picture
+TEACHER_LEVELS = 18  # noise levels of the teacher's ODE
+ANGLES = (0.3, 0.7, 1.1, 1.4)  # radians at which tangents are drawn
 
 
 def _at(denoiser: Denoiser, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
@@ -29,7 +29,14 @@ def _at(denoiser: Denoiser, condition: Condition) -> Callable[[Tensor, Tensor], 
 
 @torch.no_grad()
 def ode_endpoint(teacher: Denoiser, x: Tensor, sigma_max: float, condition: Condition = NOTHING) -> Tensor:
-    """Where the teacher's ODE leads from `x` (B, C, H, W) at `sigma_max` to 0: Heun steps over 18 Karras levels."""
+    """The endpoint at sigma 0 of the teacher's ODE, by Heun steps over 18 Karras levels.
+
+    Args:
+        teacher: the denoiser of a diffusion model.
+        x: the start of the ODE (B, C, H, W) at `sigma_max`.
+        sigma_max: the highest noise level.
+        condition: the conditioning of the teacher.
+    """
     sigmas = [*karras_sigmas(TEACHER_LEVELS, 0.002, sigma_max).tolist(), 0.0]
     for now, then in zip(sigmas, sigmas[1:]):
         x = heun_step(_at(teacher, condition), x, x.new_full((len(x),), now), x.new_full((len(x),), then))
@@ -39,7 +46,15 @@ def ode_endpoint(teacher: Denoiser, x: Tensor, sigma_max: float, condition: Cond
 def consistency_error(
     denoiser: Denoiser, endpoint: Tensor, x: Tensor, sigma_max: float, condition: Condition = NOTHING
 ) -> float:
-    """Root mean square distance of the one-step guess from the teacher's endpoint; images lie in [-1, 1]."""
+    """Root mean square difference between the one-step sample and the teacher's endpoint, in units of [-1, 1] images.
+
+    Args:
+        denoiser: the denoiser of a consistency model.
+        endpoint: the result of `ode_endpoint` (B, C, H, W).
+        x: the noise (B, C, H, W) at `sigma_max` from which both start.
+        sigma_max: the highest noise level.
+        condition: the conditioning of the model.
+    """
     with torch.no_grad():
         guess = denoiser(x, x.new_full((len(x),), sigma_max), condition)
     return (guess - endpoint).square().mean().sqrt().item()
@@ -54,8 +69,22 @@ def tangents(
     condition: Condition = NOTHING,
     teacher: Denoiser | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """df/dt by the angle t = atan(sigma / sigma_data), along the teacher's ODE or else the straight line from x0:
-    exactly, and as a difference of neighbours; (B, C, H, W) each."""
+    """Tangents df/dt with the angle t = atan(sigma / sigma_data): exact, and as a finite difference.
+
+    The derivative is taken along the teacher's ODE, or without a teacher along the straight line from `x0`.
+
+    Args:
+        denoiser: the denoiser f of the model.
+        network: the network of the model, which is prepared for forward-mode derivatives.
+        x0: images (B, C, H, W) in [-1, 1].
+        noise: unit normal (B, C, H, W).
+        angle: t in radians, in (0, pi / 2).
+        condition: the conditioning of the images.
+        teacher: the denoiser of a diffusion model, or None.
+
+    Returns:
+        The exact tangent and the finite difference, (B, C, H, W) each.
+    """
     t = x0.new_full((len(x0),), angle)
     sigma, speed = denoiser.sigma_data * t.tan(), denoiser.sigma_data / t.cos() ** 2
     x = x0 + append_dims(sigma, x0) * noise
@@ -76,20 +105,26 @@ def save_diagnostics(
     sigma_max: float = 80.0,
     network: nn.Module | None = None,
 ) -> dict[str, float]:
-    """Draw what a model makes of noise, and give the numbers in the picture.
+    """Draw diagnostics of a model, and return the numbers in the picture.
 
-    Rows: one image with the same noise at 16 levels, and what is made of it; with a teacher, the ends of its ODE and
-    the one-step guesses from the same noise; with the network, tangents and differences of neighbours at four angles,
-    as heat maps.
+    The rows of the picture are:
+
+    - one image with the same noise at 16 noise levels, and its denoised versions;
+    - with a teacher: the endpoints of its ODE, and one-step samples of the model from the same noise;
+    - with the network: exact tangents and finite differences at four angles, as heat maps.
 
     Args:
-        denoiser: the model's.
-        images: real ones (B, C, H, W) in [-1, 1]; eight are enough.
-        condition: what the networks are told of them.
-        path: the picture.
-        teacher: a diffusion model, if there is one.
-        sigma_max: the level of pure noise.
-        network: the model's, for its tangents.
+        denoiser: the denoiser of the model.
+        images: real images (B, C, H, W) in [-1, 1]; eight are enough.
+        condition: the conditioning of the images.
+        path: the image file to write.
+        teacher: the denoiser of a diffusion model, or None.
+        sigma_max: the highest noise level.
+        network: the network of the model for the tangents, or None.
+
+    Returns:
+        "consistency_error" with a teacher (see that function), and "tangent_difference" with the network: the relative
+        L2 difference of the exact tangents and the finite differences.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -137,7 +172,7 @@ def save_diagnostics(
 
 
 def _tangent_maps(denoiser, network, images, noise, condition, teacher, numbers) -> dict[str, Tensor]:
-    """Tangents and differences of neighbours of the first images at each of the angles, by their titles."""
+    """Exact tangents and finite differences of the first images at each angle, by the titles of their rows."""
     some = slice(0, LEVELS // len(ANGLES))
     condition = condition.rows(some)
     pairs = [tangents(denoiser, network, images[some], noise[some], angle, condition, teacher) for angle in ANGLES]

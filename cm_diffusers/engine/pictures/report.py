@@ -1,6 +1,6 @@
-"""One page that shows training runs and compares them: curves, samples over training, quality, settings.
+"""A page that shows and compares training runs: curves, samples over training, quality and settings.
 
-The page needs nothing beside itself: pictures are data URIs, curves are SVG in it, and there is no script.
+The page is one file without scripts: pictures are data URIs, and curves are embedded SVG.
 """
 
 import re
@@ -24,9 +24,9 @@ from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.objectives.options import flags_of
 
 
-COLOURS = ("#2f7ed8", "#e8762c", "#2ca36b", "#c65bb5", "#b8960c", "#d0435a")  # seen on white and on black
+COLOURS = ("#2f7ed8", "#e8762c", "#2ca36b", "#c65bb5", "#b8960c", "#d0435a")  # visible on white and on black
 STYLES = ("-", "--", ":", "-.")
-SKIPPED = ("step", "loss_by_sigma", "time")  # no curves of their own
+SKIPPED = ("step", "loss_by_sigma", "time")  # columns of the log without a curve
 TITLES = {
     "grad_norm": "gradient norm",
     "lr": "learning rate",
@@ -38,10 +38,13 @@ NO_METRICS = ("num_inference_steps", "step")
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Run]:
-    """Write the page of the runs in `folders` to `output`; what it shows, with notes of what is missing.
+    """Write the page of the runs in `folders` to the file `output`.
+
+    Returns:
+        The runs; their `notes` list missing or damaged files.
 
     Raises:
-        ValueError: a folder that is no run.
+        ValueError: a folder is not that of a run.
     """
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
@@ -66,7 +69,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Run]:
 
 
 def number(value: Any, digits: str = ".4g") -> str:
-    """A value of the log, the metrics or the settings for people to read."""
+    """A value of the log, metrics or settings as text: floats in the format `digits`, nested values as "..."."""
     if isinstance(value, (list, tuple)):
         return ", ".join("..." if isinstance(item, (list, dict)) else number(item, digits) for item in value)
     if isinstance(value, dict):
@@ -75,10 +78,12 @@ def number(value: Any, digits: str = ".4g") -> str:
 
 
 def duration(hours: float) -> str:
+    """A time in hours as text, in minutes if it is below one hour."""
     return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def title_of(key: str) -> str:
+    """The title of the curve of `key`, a column of the log or a metric."""
     return TITLES.get(key, key.replace("_", " "))
 
 
@@ -86,7 +91,7 @@ def title_of(key: str) -> str:
 
 
 def training_curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
-    """What the logs hold, each with the curves of all runs, by its title; constants have none."""
+    """Titles and charts of the columns in the logs, with one curve for each run; constant columns are left out."""
     keys = ["loss", "lr", "grad_norm", "time/images_per_second"]
     keys += [key for run in runs for row in run.log for key in row if key not in SKIPPED]
     charts = []
@@ -98,7 +103,7 @@ def training_curves(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
 
 
 def loss_by_level(run: Run) -> Markup:
-    """The loss of a run by noise level."""
+    """A chart of the loss of `run` over its steps, with one curve for each range of noise levels."""
     names = {name for row in run.log if isinstance(row.get("loss_by_sigma"), dict) for name in row["loss_by_sigma"]}
     names = sorted(names, key=lambda name: float(re.match(r"(\d+(\.\d+)?)?", name)[0] or 0))
     shades = [to_hex(matplotlib.colormaps["plasma"](x)) for x in np.linspace(0.35, 0.85, len(names))]
@@ -107,7 +112,12 @@ def loss_by_level(run: Run) -> Markup:
 
 
 def quality_curves(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, Markup]]]]:
-    """For each metric its name, and its charts by title: against network calls, training steps, hours of training."""
+    """Charts of each metric against network calls, training steps and hours of training.
+
+    Returns:
+        For each metric its name, and a list of titles with charts. Charts without two places on the axis are left out,
+        except those against network calls.
+    """
     found = []
     names = dict.fromkeys(row.get("name", "") for run in runs for row in run.results)
     styles = {name: STYLES[i % len(STYLES)] for i, name in enumerate(names)}
@@ -132,7 +142,7 @@ def quality_curves(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, Marku
 
 
 def _moves(lines: Sequence[Line]) -> bool:
-    """Whether there is more than one place along the axis."""
+    """Whether the lines have more than one x coordinate."""
     return len({x for line in lines for x in line.x}) > 1
 
 
@@ -141,6 +151,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def colours_of(runs: Sequence[Run]) -> list[str]:
+    """The colour of each run; colours repeat after six runs."""
     return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
 
 
@@ -148,26 +159,26 @@ def colours_of(runs: Sequence[Run]) -> list[str]:
 
 
 def numbers_in(row: dict[str, Any]) -> list[str]:
-    """Names of the metrics in a result, error bars left out."""
+    """Names of the metrics in the result `row`, without their standard deviations."""
     names = [key for key, value in row.items() if is_number(value) and key not in NO_METRICS]
     return [name for name in names if not name.endswith("_std")]
 
 
 def metric_names(runs: Sequence[Run]) -> list[str]:
-    """Of all results, in their order."""
+    """Names of the metrics in the results of all runs, in their order."""
     return list(dict.fromkeys(name for run in runs for row in run.results for name in numbers_in(row)))
 
 
 def unlike_measurements(runs: Sequence[Run]) -> list[str]:
-    """In what the measurements of the runs differ, so that their numbers can't be compared."""
+    """Warnings about runs whose metrics can't be compared, because they were measured differently."""
     measured = [run.metrics for run in runs if run.results]
     kinds = {"extractor": "features", "num_samples": "numbers of samples", "reference": "reference data"}
     differing = [words for key, words in kinds.items() if len({str(metrics.get(key)) for metrics in measured}) > 1]
-    return [f"The runs were measured with different {words}: don't compare their numbers." for words in differing]
+    return [f"The runs were measured with different {words}. Don't compare their numbers." for words in differing]
 
 
 def shareable(name: str, value: Any) -> Any:
-    """A setting as a page may show it that is made to be sent: of a path of this machine only that it is one."""
+    """The value of the setting `name` for a page that can be shared: local paths are replaced by a placeholder."""
     flag = FLAGS.get(name)
     if flag is None or flag.place is None or value is None:
         return value
@@ -175,7 +186,7 @@ def shareable(name: str, value: Any) -> Any:
 
 
 def settings_table(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
-    """The settings of all runs: name, values, whether they differ. What is not set, or unknown to a run, is empty."""
+    """Name, values and whether they differ, for each setting of the runs; values that are not set are empty."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     table = [(name, [number(shareable(name, run.settings.get(name)), "") for run in runs]) for name in names]
     return [(name, values, len(set(values)) > 1) for name, values in table]

@@ -1,1 +1,1 @@
-"""Saved models: read as what training starts from or learns from, written and verified."""
+"""Saved models: read as a start or teacher of training, and written and verified."""

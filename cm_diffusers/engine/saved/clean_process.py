@@ -1,6 +1,6 @@
-"""What a saved model is and does where only diffusers is installed. Run as a file, in a process of its own.
+"""The check of a saved model with diffusers alone. It is run as a file, in a separate process.
 
-It imports nothing of the library, and hides it, as an installed one must not help.
+It imports nothing of this library and hides it, because an installed copy must not help to load the model.
 """
 
 import copy
@@ -16,17 +16,17 @@ from diffusers import DiffusionPipeline
 
 
 def describe(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """The configs of the pipeline and its components and the SHA-256 of each weight, as JSON has them."""
+    """Return the configs of the pipeline and its components, and the SHA-256 of each weight, as JSON values."""
     parts = pipeline.components
     facts = {"pipeline": _settings(pipeline)}
     facts["pipeline"] = {key: value for key, value in facts["pipeline"].items() if key not in parts}
     for name, part in parts.items():
-        if part is None:  # an autoencoder that there is none of
+        if part is None:  # an optional component, such as the autoencoder of a pixel model
             continue
         facts[name] = {"class": type(part).__name__, **_settings(part)}
         if isinstance(part, torch.nn.Module):
             facts[name] |= {f"weight {key}": _digest(value) for key, value in part.state_dict().items()}
-    return json.loads(json.dumps(facts))  # which makes lists of tuples, as reading a file does
+    return json.loads(json.dumps(facts))  # tuples become lists, as in a JSON file
 
 
 def _settings(part: Any) -> dict[str, Any]:
@@ -39,10 +39,10 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def two_images(pipeline: DiffusionPipeline) -> np.ndarray:
-    """Two images (2, H, W, C) of two steps on the CPU from seed 0, of classes 0 and 1 if there are classes.
+    """Sample two images (2, H, W, C) in two steps on the CPU from seed 0, of classes 0 and 1 if the model has classes.
 
-    They are made with copies of the networks. Loaded weights can lie at addresses that are not a multiple of 64, where
-    some kernels round otherwise; copies never do.
+    Copies of the networks are used. Loaded weights can lie at addresses that are not a multiple of 64, where some
+    kernels round differently. Copies are always aligned.
     """
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     classes = pipeline.unet.config.num_class_embeds
@@ -59,7 +59,7 @@ def two_images(pipeline: DiffusionPipeline) -> np.ndarray:
 
 
 class _Hidden:
-    """A finder that finds no library of ours."""
+    """An import finder that hides this library."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name.split(".")[0] == "cm_diffusers":
@@ -67,7 +67,15 @@ class _Hidden:
 
 
 def main(folder: str, results: str, dtype: str, threads: str, paths: str) -> None:
-    """Load `folder` and leave in `results` what it is and two images of it."""
+    """Load the saved model `folder`, and write its description and two images to `results`.
+
+    Args:
+        folder: the saved model.
+        results: folder for facts.json and images.npy.
+        dtype: name of the dtype of the networks, such as "float32".
+        threads: number of CPU threads.
+        paths: the caller's `sys.path`, as a JSON list.
+    """
     sys.meta_path.insert(0, _Hidden())
     sys.path += json.loads(paths)
     torch.set_num_threads(int(threads))

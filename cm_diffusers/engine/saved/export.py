@@ -1,4 +1,4 @@
-"""Saved models: made of a method and weights, written aside, verified in a clean process, put in place at once."""
+"""Export of saved models: written beside the target, verified in a clean process, and put in place at once."""
 
 import copy
 import ctypes
@@ -25,11 +25,11 @@ from cm_diffusers.sampling import with_our_interface
 
 
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-ROUNDING = 1e-4  # images in [0, 1]; an error in a weight or a setting that is not rounding is far above
+ROUNDING = 1e-4  # of images in [0, 1]; a wrong weight or setting changes images far more
 
 
 def with_vae(pipeline: DiffusionPipeline, vae: nn.Module) -> ImagePipeline:
-    """The pipeline of a network of latents, decoding them; stock ones become ours. Latents are not clipped."""
+    """Return `pipeline` in this library's class, decoding latents with `vae`. Its scheduler stops clipping samples."""
     pipeline = with_our_interface(pipeline)
     pipeline.register_modules(vae=vae)
     if "clip_denoised" in pipeline.scheduler.config:
@@ -38,9 +38,15 @@ def with_vae(pipeline: DiffusionPipeline, vae: nn.Module) -> ImagePipeline:
 
 
 def exported(objective: Objective, weights: Mapping[str, Tensor], vae: nn.Module | None) -> DiffusionPipeline:
-    """The pipeline of a method whose network has these weights, which are copied; `vae` decodes where there is one."""
-    config = {k: v for k, v in objective.network.config.items() if k != "_name_or_path"}  # a path of here
-    # settings given by position stand among `_use_default_values`, which from_config would leave out
+    """Return the pipeline of a method, with a copy of given weights.
+
+    Args:
+        objective: the method, whose network gives the config and the device.
+        weights: state dict of the network.
+        vae: the autoencoder that decodes latents; None for pixels.
+    """
+    config = {k: v for k, v in objective.network.config.items() if k != "_name_or_path"}  # a local path
+    # from_config ignores settings in `_use_default_values`, where diffusers also lists those given by position
     network = type(objective.network).from_config({**config, "_use_default_values": []})
     network.load_state_dict(weights)
     device = next(objective.network.parameters()).device
@@ -56,21 +62,24 @@ def save_pipeline(
     verify: bool = False,
     complete: Callable[[Path], object] = lambda folder: None,
 ) -> None:
-    """Save a pipeline with the code that it needs; `folder` is at any moment the old one or the new one, whole.
+    """Save a pipeline with the code that it needs, and replace an earlier `folder` in one step.
 
-    Stock classes need no code (tier 0). Of other pipelines the code travels along (tier 1, see `pipelines/travel.py`).
-    Where the system can't exchange two folders (Linux can), there is a moment between the old one and the new one.
+    At any moment `folder` holds the whole old model or the whole new one. On systems that can't exchange two folders
+    (Linux can), it is missing for a moment. Stock classes need no code (tier 0). Other pipelines are saved with their
+    code (tier 1, see `pipelines/travel.py`).
 
     Args:
-        variant: "fp16" or "bf16" for a copy of the weights in this precision beside them, which
+        pipeline: the pipeline to save.
+        folder: the folder of the saved model.
+        variant: "fp16" or "bf16" also saves the weights in this precision, which
             `from_pretrained(folder, variant="fp16", dtype=torch.float16)` loads.
-        max_shard_size: weights above it are split into several files; bytes, or "10GB".
-        verify: call `verify_export` before the new one takes the place of the old one.
-        complete: called with the folder before that; it may add a card and pictures.
+        max_shard_size: largest size of a file of weights, in bytes or as "10GB"; larger weights are split.
+        verify: call `verify_export` before the old model is replaced.
+        complete: called with the new folder before the old one is replaced. It can add a card and pictures.
 
     Raises:
-        ValueError: another variant.
-        RuntimeError: the saved model is not the one that was to be saved; the old one is untouched.
+        ValueError: an unknown variant.
+        RuntimeError: the new model failed the verification; the old model is untouched.
     """
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}.")
@@ -92,11 +101,11 @@ def save_pipeline(
                         os.fsync(file.fileno())
             _put_in_place(written, folder)
     except BaseException as error:
-        if not isinstance(error, RuntimeError):  # a model that is not what was to be saved is there to be looked at
+        if not isinstance(error, RuntimeError):  # a model that failed verification is kept for inspection
             remove(written)
         raise
     fsync_folder(folder.parent)
-    with suppress(OSError):  # an old one of another user's files, whose place the new one has
+    with suppress(OSError):  # the old model, which another user's files can keep from being removed
         remove(written)
 
 
@@ -104,14 +113,14 @@ def _save_variant(pipeline: DiffusionPipeline, folder: Path, variant: str, max_s
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             part = copy.deepcopy(part).to(VARIANTS[variant])
-            with tempfile.TemporaryDirectory(dir=folder) as aside:  # for its config.json, which is there already
+            with tempfile.TemporaryDirectory(dir=folder) as aside:  # aside, because its config.json exists already
                 part.save_pretrained(aside, variant=variant, max_shard_size=max_shard_size)
                 for path in Path(aside).glob("*.safetensors*"):
                     path.rename(folder / name / path.name)
 
 
 def _put_in_place(new: Path, folder: Path) -> None:
-    """Give `new` the name `folder`, and an old `folder` that of `new`, in one step where the system can."""
+    """Rename `new` to `folder`, and an old `folder` to `new`, in one step if the system can."""
     if not folder.exists():
         os.rename(new, folder)
     elif not _exchange(new, folder):
@@ -123,24 +132,28 @@ def _put_in_place(new: Path, folder: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Let two folders change names by Linux' renameat2; False where there is none, or the file system has not."""
+    """Swap two folders atomically with Linux's renameat2. Return False if the kernel or file system lacks it."""
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     return renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
 def verify_export(pipeline: DiffusionPipeline, folder: Path | str) -> None:
-    """Load `folder` in a new process that has diffusers and not this library, and compare with `pipeline`.
+    """Load `folder` in a new process with diffusers but without this library, and compare it with `pipeline`.
 
-    Compared are all settings, all weights bit for bit, and two images of two steps, which are bit for bit the same
-    wherever the processor rounds alike in both processes; a difference below 1e-4 counts as rounding, as settings and
-    weights are the same. The code of the folder is run, and nothing is fetched from the Hub.
+    All settings must be equal, and all weights bit for bit. Two images of two steps must differ by less than 1e-4,
+    which allows for rounding: they are equal if the processor rounds alike in both processes. The code in the folder
+    is run, and nothing is fetched from the Hub.
+
+    Args:
+        pipeline: the pipeline that was saved.
+        folder: the folder of the saved model.
 
     Raises:
-        RuntimeError: it does not load, or is another model.
+        RuntimeError: the saved model does not load, or differs from `pipeline`.
     """
     folder = Path(folder)
-    redo = f"It is left in {folder}. The checkpoints of the run are sound: the same command exports again."
+    redo = f"It is kept in {folder}. The checkpoints of the run are sound, and the same command exports again."
     with tempfile.TemporaryDirectory() as results:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": results, "CUDA_VISIBLE_DEVICES": ""}
         dtype, threads = str(pipeline.unet.dtype).removeprefix("torch."), str(torch.get_num_threads())
@@ -157,9 +170,9 @@ def verify_export(pipeline: DiffusionPipeline, folder: Path | str) -> None:
         if names:
             name = names[0]
             raise RuntimeError(
-                f"The saved model differs in {len(names)} things of its {part}: {name} is"
-                f" {ours.get(name)!r}, loaded {theirs.get(name)!r}. {redo}"
+                f"The {part} of the saved model differs in {len(names)} values. For example, {name} should be"
+                f" {ours.get(name)!r}, but is loaded as {theirs.get(name)!r}. {redo}"
             )
     gap = np.abs(clean_process.two_images(pipeline) - images).max()
     if not gap < ROUNDING:
-        raise RuntimeError(f"The saved model's images differ by up to {gap:.2g}. {redo}")
+        raise RuntimeError(f"The images of the saved model differ by up to {gap:.2g}, above {ROUNDING:g}. {redo}")

@@ -1,4 +1,4 @@
-"""From settings to a network: a preset, a config file, or a saved model of the library."""
+"""The network that training starts from: a preset, a config file or a saved model. Also the loading of teachers."""
 
 import copy
 import json
@@ -49,7 +49,13 @@ STOCK = {name: getattr(diffusers, name) for name in NETWORKS}
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What training starts from."""
+    """The network that training starts from.
+
+    Args:
+        network: the network to train.
+        spec: the parameterisation of the network.
+        pretrained: whether the network comes from a saved model.
+    """
 
     network: nn.Module
     spec: ModelSpec
@@ -65,7 +71,7 @@ def _is_diffusion(pipeline: DiffusionPipeline) -> bool:
 
 
 def _spec_of(pipeline: ImagePipeline) -> ModelSpec:
-    """The parameterisation of a saved model of the library."""
+    """The parameterisation of a pipeline of this library."""
     levels = pipeline.scheduler.config
     config = pipeline.config if isinstance(pipeline, (DenoisingPipeline, MeanFlowPipeline)) else levels
     if isinstance(pipeline, TrigFlowPipeline):
@@ -87,12 +93,13 @@ def _spec_of(pipeline: ImagePipeline) -> ModelSpec:
 def _saved(
     name_or_path: str, revision: str | None, variant: str | None, role: str
 ) -> tuple[SavedModel, DiffusionPipeline]:
-    """A saved model of the library or of diffusers, and its pipeline. Raises ValueError for what can't be read."""
+    """A saved model and its pipeline, of this library or of diffusers. Raises ValueError if it can't be read."""
     pipeline = load_pipeline(name_or_path, revision, PIPELINES | STOCK, variant=variant, dtype=torch.float32)
     if role == "teacher" and not _is_diffusion(pipeline):
         scheduler = type(pipeline.scheduler).__name__
         raise ValueError(
-            f"the teacher must be a diffusion model; {name_or_path!r} is a consistency model, by its {scheduler}."
+            f"the teacher must be a diffusion model, but {name_or_path!r} is a consistency model, as its {scheduler}"
+            " shows."
         )
     if type(pipeline).__name__ not in STOCK:
         return SavedModel(pipeline.unet, _spec_of(pipeline), pipeline.vae, null_class(pipeline.unet)), pipeline
@@ -103,15 +110,24 @@ def _saved(
 
 
 def _check_settings(model: SavedModel, args: ModelArguments, role: str, names: tuple[str, ...]) -> None:
-    """Raise ValueError where the settings called `names` are not those of the model."""
+    """Raise ValueError if a setting of `names` is given and differs from the model's."""
     for name in names:
         asked, found = getattr(args, name), getattr(model.spec, name)
         if asked is not None and found is not None and asked != found:
-            raise ValueError(f"{name} {asked!r} differs from {found!r} of the {role}; leave the option out.")
+            raise ValueError(f"{name} {asked!r} differs from {found!r} of the {role}. Leave out --{name}.")
 
 
 def check_fit(model: SavedModel, data: ImageData | DescribedData, role: str) -> None:
-    """Raise ValueError unless the model makes images like those of the dataset."""
+    """Check that a model generates images of the dataset's shape and classes.
+
+    Args:
+        model: the saved model.
+        data: the dataset.
+        role: name of the model in messages, such as "teacher".
+
+    Raises:
+        ValueError: channels, resolution or classes differ; the message names the option to change.
+    """
     channels, height, width = model.sample_shape
     there, size = data.channels, data.resolution
     if (channels, height, width) != (there, *size):
@@ -122,7 +138,7 @@ def check_fit(model: SavedModel, data: ImageData | DescribedData, role: str) -> 
                 f" --resolution {height} {width}." if (height, width) != size else "."
             )
         else:
-            advice = "its channels are those of latents: give --vae_name_or_path with its autoencoder."
+            advice = "give the autoencoder of its latents as --vae_name_or_path."
         raise ValueError(
             f"the {role} makes images of {channels} x {height} x {width},"
             f" the dataset gives {there} x {size[0]} x {size[1]}: {advice}"
@@ -130,14 +146,20 @@ def check_fit(model: SavedModel, data: ImageData | DescribedData, role: str) -> 
     classes = model.num_classes
     if (classes is None) != (data.num_classes is None):
         kind = "unconditional" if classes is None else f"conditional on {classes} classes"
-        raise ValueError(f"the {role} is {kind}; set --class_conditional accordingly.")
+        raise ValueError(f"the {role} is {kind}; {'leave out' if classes is None else 'set'} --class_conditional.")
     if classes is not None and data.num_classes > classes:
-        raise ValueError(f"the dataset has {data.num_classes} classes, the {role} {classes}.")
+        raise ValueError(
+            f"the dataset has {data.num_classes} classes, but the {role} only {classes}. Give a {role} with at least"
+            f" {data.num_classes} classes."
+        )
 
 
 def _set_dropout(network: nn.Module, dropout: float) -> None:
     if dropout and not any(isinstance(module, nn.Dropout) for module in network.modules()):
-        raise ValueError(f"dropout {dropout:g} has no effect: this {type(network).__name__} has no layer that drops.")
+        raise ValueError(
+            f"dropout {dropout:g} has no effect: this {type(network).__name__} has no dropout layer. Leave out"
+            " --dropout."
+        )
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
@@ -145,7 +167,7 @@ def _set_dropout(network: nn.Module, dropout: float) -> None:
 
 
 def denoiser_of(pipeline: ImagePipeline) -> Denoiser:
-    """D(x, sigma) of a saved model: the denoised image of a diffusion model, the jump to clean data of others."""
+    """Return D(x, sigma) of a saved model: the denoised image for a diffusion model, else the jump to clean data."""
     spec = _spec_of(pipeline)
     if isinstance(pipeline, MeanFlowPipeline):
         return jump_to_zero(pipeline.unet, spec.time_scale)
@@ -155,10 +177,14 @@ def denoiser_of(pipeline: ImagePipeline) -> Denoiser:
 
 
 def load_teacher(name_or_path: str, args: ModelArguments) -> SavedModel:
-    """A diffusion model of the library or of diffusers, frozen; `str` of it says in a line what it is.
+    """Load a diffusion model of this library or of diffusers as a frozen teacher. Its `str` describes it in a line.
+
+    Args:
+        name_or_path: a folder or a Hub id.
+        args: settings with the teacher's revision and variant.
 
     Raises:
-        ValueError: no such model, not a diffusion model, or one that can't be read or does not fit the settings.
+        ValueError: the model is missing or unreadable, is not a diffusion model, or contradicts the settings.
     """
     model, _ = _saved(name_or_path, args.teacher_revision, args.teacher_variant, "teacher")
     _check_settings(model, args, "teacher", ("sigma_data",))
@@ -167,28 +193,37 @@ def load_teacher(name_or_path: str, args: ModelArguments) -> SavedModel:
 
 
 def load_start(args: ModelArguments, method: type[Objective]) -> SavedModel | None:
-    """The saved model that training starts from; None where none is named.
+    """Load the saved model that training starts from, or return None if the settings name none.
+
+    Args:
+        args: settings with the name, revision and variant of the model.
+        method: the method that will train it.
 
     Raises:
-        ValueError: no such model, one of two times for a method of one, or one that does not fit the settings.
+        ValueError: the model is missing or unreadable, has two times for a method of one, or contradicts the settings.
     """
     if args.pretrained_model_name_or_path is None:
         return None
     model, pipeline = _saved(args.pretrained_model_name_or_path, args.revision, args.variant, "pretrained model")
     if isinstance(pipeline, TWO_TIMES) and not method.two_times:
         raise ValueError(
-            f"pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is a model of two times, for"
-            f" {type(pipeline).__name__}; this method has one. Give a diffusion or a consistency model."
+            f"pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} is a two-time model, of"
+            f" {type(pipeline).__name__}, but this method trains one-time models. Give a diffusion or a consistency"
+            " model."
         )
     _check_settings(model, args, "pretrained model", ("time_label", "sigma_data"))
     return model
 
 
 def load_vae(args: ModelArguments, saved: SavedModel | None) -> nn.Module | None:
-    """The autoencoder to train in the latents of: the one that is named, else that of `saved`, the teacher or start.
+    """Load the autoencoder whose latents are trained on; None for pixels.
+
+    Args:
+        args: settings, which can name an autoencoder.
+        saved: the teacher or start, whose autoencoder is used if the settings name none.
 
     Raises:
-        ValueError: there is no such autoencoder, or it is of a kind that the library can't read.
+        ValueError: the autoencoder is missing or damaged, or this library can't read its class.
     """
     name = args.vae_name_or_path
     if name is None:
@@ -205,18 +240,25 @@ def load_vae(args: ModelArguments, saved: SavedModel | None) -> nn.Module | None
 
 
 def guided(teacher: SavedModel, scale: float) -> Denoiser:
-    """The teacher's denoiser under classifier-free guidance of the given scale; 1 is none.
+    """Return the teacher's denoiser with classifier-free guidance.
+
+    Args:
+        teacher: the teacher.
+        scale: weight of the guidance; 1 is no guidance.
 
     Raises:
-        ValueError: the teacher has no class that stands for none.
+        ValueError: `scale` is not 1, and the teacher has no null class.
     """
     if scale == 1:
         return teacher.denoiser
     if teacher.null_class is None:
         raise ValueError(
-            "teacher_guidance_scale needs a teacher that knows a class for none, as a DiTPipeline does and what was"
-            " trained with --label_dropout; this one"
-            + (" is unconditional." if teacher.num_classes is None else "'s labels are all those of classes.")
+            "teacher_guidance_scale needs a teacher with a null class: a DiT, or a model trained with --label_dropout."
+            + (
+                " This teacher is unconditional."
+                if teacher.num_classes is None
+                else " This teacher has no null class."
+            )
         )
     return Guided(teacher.denoiser, scale, nulls_of(teacher.null_class))
 
@@ -224,13 +266,19 @@ def guided(teacher: SavedModel, scale: float) -> Denoiser:
 def converted(
     start: StartingPoint, method: type[Objective], options: object = None, taught: bool = False
 ) -> StartingPoint:
-    """A saved network as `method` trains it: as it is, or as one that predicts the same but for a sign.
+    """Return a saved network in the form that `method` trains: unchanged, or with the sign of its output flipped.
 
-    EDM's F is TrigFlow's with the sign turned (both take x / sqrt(sigma^2 + sigma_data^2)), if its time input is the
-    angle as well. `taught` says whether there is a teacher beside.
+    TrigFlow's F is the negative of EDM's F if the time input is the angle, because both networks see
+    x / sqrt(sigma^2 + sigma_data^2).
+
+    Args:
+        start: the saved network.
+        method: the method that will train it.
+        options: the options of the method.
+        taught: whether the method has a teacher, for the advice of the message.
 
     Raises:
-        ValueError: there is no such conversion; the message says what can be done.
+        ValueError: `method` can't start from this network; the message gives the reason and the alternatives.
     """
     spec, prediction = start.spec, method.prediction(options)
     if spec.prediction in method.native_predictions or spec.prediction == prediction and spec.time_scale == 1:
@@ -239,28 +287,37 @@ def converted(
         negate(start.network)
         return replace(start, spec=replace(spec, prediction=prediction))
     others = [name for name, cls in OBJECTIVES.items() if spec.prediction in cls.native_predictions]
-    reason = f"a saved network that predicts {spec.prediction!r} can't start one that predicts {prediction!r}"
+    reason = f"a saved network that predicts {spec.prediction!r} can't start one that predicts {prediction!r}."
     if spec.prediction == "edm" and prediction == "trigflow":
         factor = {"log_sigma": "250", "quarter_log_sigma": "1/4"}[spec.time_label]
         reason = (
-            f"the saved network's time input is {factor} ln(sigma), which swings too hard for tangents: its derivative"
+            f"the saved network's time input is {factor} ln(sigma), which varies too fast for tangents: its derivative"
             f" by the angle is {factor} / (sin t cos t). Start from a network with another time input"
-            " (train_diffusion.py --interpolant trigflow, or --time_label angle)"
+            " (train_diffusion.py --interpolant trigflow, or --time_label angle)."
         )
     elif spec.prediction == "sample":
         reason = (
-            "a saved network that predicts the clean image itself is not the identity where there is no noise, as a"
-            " consistency model must be"
+            "a saved network that predicts the clean image is not the identity at noise level 0, as a consistency"
+            " model must be."
         )
     elif spec.time_scale != 1:
-        reason = f"{method.name} tells its networks flow times, and this one is told {spec.time_scale:g} times that"
+        reason = (
+            f"{method.name} expects flow times in [0, 1], but this network was trained on flow times multiplied by"
+            f" {spec.time_scale:g}."
+        )
     elif spec.time_label == "timestep" and method.needs_tangents:
-        reason = f"{method.name} follows the network's derivative by time, and this network knows a table of integers"
+        reason = (
+            f"{method.name} needs the network's derivative by time, but this network was trained on integer times."
+        )
     if others:
-        reason += f"; it can start {', '.join(others)}"
+        reason += f" It can start {', '.join(others)}."
     raise ValueError(
-        f"{reason}; give another network by --pretrained_model_name_or_path, or start from nothing"
-        + (" with --from_scratch: the teacher may stay as it is." if taught else ".")
+        f"{reason} Give another network with --pretrained_model_name_or_path, or "
+        + (
+            "train a new one with --from_scratch and the same teacher."
+            if taught
+            else "leave it out to train a new one."
+        )
     )
 
 
@@ -289,29 +346,35 @@ def _from_scratch(
     made_for_tangents = isinstance(network, JVPUNet2DModel)
     label = args.time_label or ("angle" if made_for_tangents else "log_sigma")
     if made_for_tangents and label == "log_sigma":
-        raise ValueError("time_label 'log_sigma' is not for the presets jvp_*, which read slow times: use 'angle'.")
+        raise ValueError(
+            "time_label 'log_sigma' is not for the presets jvp_*, whose time input must vary slowly: use 'angle'."
+        )
     if prediction != "edm":
         label = OWN_LABELS[prediction]
         if args.time_label not in (None, label):
-            raise ValueError(f"time_label {args.time_label!r}: a model that predicts {prediction!r} takes {label!r}.")
+            raise ValueError(
+                f"time_label {args.time_label!r} does not fit a model that predicts {prediction!r}: use {label!r}, or"
+                " leave out --time_label."
+            )
     if isinstance(network, EDMUNet2DModel) and label != "log_sigma":
-        network.register_to_config(preconditioning="none")  # it is told such times as they are
+        network.register_to_config(preconditioning="none")  # it then takes the time input unscaled
     return StartingPoint(network, ModelSpec(sigma_data, label, prediction=prediction), pretrained=False)
 
 
 def _prepare_labels(network: nn.Module, args: ModelArguments, data: ImageData | DescribedData) -> None:
-    """Raise ValueError where `network` can't be told what it shall be: how an image was augmented, or of no class."""
+    """Raise ValueError if `network` lacks the conditioning on augmentations or the null class that settings need."""
     name = type(network).__name__
     if data.args.augment and network.config.get("augment_channels") != augmentation.LABELS:
         raise ValueError(
-            f"augment needs a network with augment_channels {augmentation.LABELS}, and this {name} has"
-            f" {network.config.get('augment_channels') or 'none'}; presets with them are {', '.join(EDM_PRESETS)}."
+            f"augment needs a network with augment_channels {augmentation.LABELS}, but this {name} has"
+            f" {network.config.get('augment_channels') or 'none'}. Presets with them are {', '.join(EDM_PRESETS)}."
         )
     if isinstance(network, EDMUNet2DModel):
         network.register_to_config(label_dropout=args.label_dropout)
     elif args.label_dropout and not isinstance(network, DiTModel):
         raise ValueError(
-            f"label_dropout: a {name} knows no class for none; presets that do are {', '.join(EDM_PRESETS)}."
+            f"label_dropout needs a network with a null class, but this {name} has none. Presets with one are"
+            f" {', '.join(EDM_PRESETS)}."
         )
 
 
@@ -343,12 +406,19 @@ def build_start(
     options: object = None,
     saved: SavedModel | None = None,
 ) -> StartingPoint:
-    """The network to train, with its parameterisation: a saved one, else the teacher's, else a new one.
+    """Build the network to train: a saved one, else a copy of the teacher's, else a new one.
 
-    `saved` is what `load_start` gives, for callers that have it.
+    Args:
+        args: settings of the network.
+        data: the dataset, or its description.
+        seed: seed of the run, for the initial weights.
+        teacher: the teacher, if the method has one.
+        method: the method that will train the network.
+        options: the options of the method.
+        saved: the result of `load_start`; None loads the model that the settings name.
 
     Raises:
-        ValueError: no such model or config, or one that fits neither the data nor the method.
+        ValueError: a model or config is missing or unreadable, or does not fit the dataset, teacher or method.
     """
     if teacher is not None:
         check_fit(teacher, data, "teacher")
@@ -361,12 +431,15 @@ def build_start(
     else:
         start = _from_scratch(args, data, method.prediction(options), teacher and teacher.spec.sigma_data)
     taught = teacher.spec.sigma_data if teacher is not None else None
-    if start.spec.sigma_data is None:  # a process of diffusers says nothing of the data
+    if start.spec.sigma_data is None:  # diffusers' VP and flow schedulers have no sigma_data
         sigma_data = args.sigma_data or taught or data.measure_sigma_data()
         start = replace(start, spec=replace(start.spec, sigma_data=sigma_data))
     if taught not in (None, start.spec.sigma_data):
-        raise ValueError(f"sigma_data is {start.spec.sigma_data}, that of the teacher {taught}.")
-    if teacher is not None:  # beyond what the teacher knows there is nothing to learn
+        raise ValueError(
+            f"sigma_data of the pretrained model is {start.spec.sigma_data}, but the teacher's is {taught}. Give a"
+            " pretrained model with the teacher's sigma_data."
+        )
+    if teacher is not None:  # the teacher gives no targets above its highest level
         start = replace(start, spec=replace(start.spec, sigma_max=min(start.spec.sigma_max, teacher.spec.sigma_max)))
     _prepare_labels(start.network, args, data)
     start = replace(start, network=method.adapt(start.network, start.spec))

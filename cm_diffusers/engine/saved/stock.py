@@ -1,4 +1,4 @@
-"""Diffusion models of diffusers, read as denoisers: network, process and prediction by the pipeline's own configs."""
+"""Stock diffusers models, read as denoisers. Network, process and prediction come from the pipeline's configs."""
 
 import copy
 import math
@@ -22,25 +22,25 @@ SCHEDULE = (
 )  # fmt: skip
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-# samplers of networks that jump to clean data, or over a part of the way, and give no posterior mean
+# samplers of few-step networks, which jump to clean data or along the ODE and predict no posterior mean
 FEW_STEPS = (
     "LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler",
     "ConsistencyDecoderScheduler", "FlowMapEulerDiscreteScheduler", "PiflowScheduler", "HeliosDMDScheduler",
     "MultistepConsistencyScheduler",
 )  # fmt: skip
-# EDM's: data of scale 0.5 are 1 part in 160 there, and higher levels would only stretch the grids
+# EDM's sigma_max: data of scale 0.5 are 1/160 of the noise, so higher levels only stretch grids
 HIGHEST_SIGMA = 80.0
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A saved model as training takes it.
+    """A saved model in the form that training uses.
 
     Args:
-        network: called as `core.conditions.call_network` does.
-        spec: its parameterisation; `sigma_data` is None where the model does not say.
-        vae: the autoencoder in whose latents it lives, None for pixels.
-        null_class: the label that stands for no class, for guidance; None where there is none.
+        network: a network with the signature that `core.conditions.call_network` expects.
+        spec: the parameterisation; `sigma_data` is None if the model does not record it.
+        vae: the autoencoder of its latents; None for pixels.
+        null_class: label of the null class, for guidance; None without one.
     """
 
     network: nn.Module
@@ -50,39 +50,41 @@ class SavedModel:
 
     @property
     def denoiser(self) -> Denoiser:
+        """The model as D(x, sigma)."""
         return self.spec.denoiser(self.network)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of what the network makes."""
+        """(channels, height, width) of the network's samples: images or latents."""
         size = self.network.config.sample_size
         return (self.network.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
     @property
     def num_classes(self) -> int | None:
+        """Number of classes without the null class; None for an unconditional model."""
         return self.network.config.num_class_embeds
 
     def __str__(self) -> str:
-        """One line: the network, what it predicts on which process, and what it makes."""
+        """Describe the model in a line: network, prediction, process, classes, and shape of samples."""
         network = getattr(self.network, "transformer", self.network)
         count = sum(p.numel() for p in network.parameters()) / 1e6
         classes = "unconditional" if self.num_classes is None else f"{self.num_classes} classes"
         if self.null_class is not None:
-            classes += " and none"
+            classes += " and a null class"
         shape = " x ".join(map(str, self.sample_shape))
         kind = "pixels" if self.vae is None else f"latents of {type(self.vae).__name__}"
         return f"{type(network).__name__}, {count:.1f} M parameters, {_process(self.spec)}, {classes}, {shape} {kind}"
 
 
 def _process(spec: ModelSpec) -> str:
-    """What a network predicts and where, in words."""
+    """The prediction and the process of a network, in words."""
     if spec.prediction == "edm":
         return f"predicts EDM's F, time label {spec.time_label}, sigma_data {spec.sigma_data:g}"
     if spec.prediction == "trigflow":
         return f"predicts the velocity of TrigFlow, sigma_data {spec.sigma_data:g}"
     if spec.prediction == "flow":
         times = "the flow time" if spec.time_scale == 1 else f"{spec.time_scale:g} times the flow time"
-        return f"predicts the velocity of linear flow, is told {times}"
+        return f"predicts the velocity of linear flow, time input {times}"
     schedule, process = spec.noise_schedule, spec.process
     name = "trained" if schedule.get("trained_betas") is not None else schedule["beta_schedule"]
     name += " zero-SNR" if schedule.get("rescale_betas_zero_snr") else ""
@@ -93,50 +95,53 @@ def _process(spec: ModelSpec) -> str:
 
 
 def nulls_of(null_class: int | None) -> dict[str, torch.Tensor]:
-    """What stands for none in a condition, see `core.conditions.Condition`."""
+    """Return the null conditioning: the label `null_class` as int64 (), or nothing for None."""
     return {} if null_class is None else {"class_labels": torch.tensor(null_class)}
 
 
 def is_few_step(scheduler: Any) -> bool:
-    """Whether a scheduler of diffusers, or a class made from one, samples a consistency model or its kin."""
+    """Return whether a diffusers scheduler, or a subclass of one, samples a consistency or other few-step model."""
     return any(cls.__name__ in FEW_STEPS for cls in type(scheduler).__mro__)
 
 
 def read_stock(pipeline: DiffusionPipeline) -> SavedModel:
-    """A pipeline of one of the classes in `NETWORKS` as a denoiser.
+    """Read a stock pipeline of a class in `NETWORKS` as a denoiser.
 
     Raises:
-        ValueError: it has a part, a setting or a prediction that this version can't read; the message says which are.
+        ValueError: a component, setting or prediction is not supported; the message lists the supported ones.
     """
     network = getattr(pipeline, NETWORKS[type(pipeline).__name__])
     vae = getattr(pipeline, "vqvae", None) or getattr(pipeline, "vae", None)
     if vae is not None and not isinstance(vae, AUTOENCODERS):
         raise ValueError(f"its autoencoder is a {type(vae).__name__}; this version reads {_names(AUTOENCODERS)}.")
     if not isinstance(network, (UNet2DModel, DiTTransformer2DModel)):
-        raise ValueError(f"its network is a {type(network).__name__}; this version reads UNet2DModel and DiT's.")
+        raise ValueError(
+            f"its network is a {type(network).__name__}; this version reads UNet2DModel and DiTTransformer2DModel."
+        )
     spec = read_scheduler(pipeline.scheduler)
     network = without_variance(network)
     if isinstance(network, DiTTransformer2DModel):
         network = DiTModel.from_transformer(network)
     elif network.config.time_embedding_type != "positional" or network.config.class_embed_type is not None:
         raise ValueError(
-            "its UNet2DModel must have the time_embedding_type 'positional', which reads times between integers, and"
-            " class_embed_type None."
+            "its UNet2DModel must have time_embedding_type 'positional', which accepts times between integers, and"
+            f" class_embed_type None; it has {network.config.time_embedding_type!r} and"
+            f" {network.config.class_embed_type!r}."
         )
     if pipeline.scheduler.config.get("prediction_type") == "v_prediction" and spec.prediction == "edm":
-        negate(network)  # EDM's F is diffusers' "v_prediction" of its EDM schedulers with the sign turned
+        negate(network)  # "v_prediction" of diffusers' EDM schedulers is EDM's F with the opposite sign
     return SavedModel(network, spec, vae, null_class(network))
 
 
 def read_scheduler(scheduler: Any) -> ModelSpec:
-    """What a scheduler of diffusers says of a network's prediction, process and time input.
+    """Read the prediction, process and time input of a network from its diffusers scheduler.
 
-    The sampler's own settings (spacing, steps_offset, set_alpha_to_one, clipping, shift, Karras levels) choose levels
-    and steps, and say nothing of the network.
+    Settings of the sampler (spacing, steps_offset, set_alpha_to_one, clipping, shift, Karras levels) are ignored. They
+    choose noise levels and steps, and do not describe the network.
 
     Raises:
-        ValueError: a setting that can't be read; the message says what can. Or the scheduler's own noise levels differ
-            from those that were read; the message has both.
+        ValueError: a setting is not supported (the message lists the supported values), or the scheduler's own noise
+            levels differ from the read ones (the message has both).
     """
     spec = _read_settings(scheduler)
     if spec.prediction != "edm":
@@ -153,14 +158,17 @@ def _read_settings(scheduler: Any) -> ModelSpec:
         return ModelSpec(config.sigma_data, "quarter_log_sigma", config.sigma_max)
     if name.startswith("FlowMatch") or prediction == "flow_prediction":
         if config.get("invert_sigmas"):
-            raise ValueError(f"its {name} counts flow time from noise to data (invert_sigmas), which can't be read.")
+            raise ValueError(
+                f"its {name} counts flow time from noise to data (invert_sigmas), but this version reads flow times"
+                " from data to noise."
+            )
         return ModelSpec(
             None, "flow_time", HIGHEST_SIGMA, prediction="flow", time_scale=float(config.num_train_timesteps)
         )
     if "beta_schedule" not in config:
         raise ValueError(
             f"its scheduler is a {name}; this version reads those with a beta_schedule (DDPM, DDIM, Euler, Heun,"
-            " DPMSolver, ...), EDMEuler, EDMDPMSolverMultistep, and FlowMatchEuler and its kin."
+            " DPMSolver, ...), EDMEuler, EDMDPMSolverMultistep, and the FlowMatch schedulers."
         )
     if prediction not in PREDICTIONS:
         raise ValueError(
@@ -182,10 +190,10 @@ def _read_settings(scheduler: Any) -> ModelSpec:
 
 
 def _check_levels(scheduler: Any, spec: ModelSpec) -> None:
-    """Raise ValueError unless the scheduler has the noise levels that `spec` has at the times it tells the network.
+    """Raise ValueError if the scheduler's noise levels differ from those of `spec` at the same network times.
 
-    Those of its training table have to agree to a thousandth, as angles; those that it samples at may also lie where a
-    time within 1 of theirs is, as some samplers round times.
+    The levels of its training table must agree as angles to 0.1 %. Its sampling levels can also match a time within 1
+    of theirs, because some samplers round times.
     """
     tables, sampler = [], copy.deepcopy(scheduler)
     if spec.noise_schedule is not None:
@@ -196,8 +204,11 @@ def _check_levels(scheduler: Any, spec: ModelSpec) -> None:
         try:
             sampler.set_timesteps(10, **({"mu": 1.0} if shifting else {}))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"its {name} gives no noise levels for ten steps: {error!r}.") from None
-        # the first alone, where there is a table: some samplers put levels of their own between the others
+            raise ValueError(
+                f"its {name} gives no noise levels for ten steps ({error!r}). Save the model with the scheduler of the"
+                " network's training, such as a DDPMScheduler."
+            ) from None
+        # with a table only the first level, because some samplers insert other levels
         count = 1 if tables else min(len(sampler.timesteps), len(sampler.sigmas))
         tables.append((sampler.timesteps[:count], sampler.sigmas[:count], 1))
     for times, theirs, slack in tables:
@@ -207,29 +218,34 @@ def _check_levels(scheduler: Any, spec: ModelSpec) -> None:
         if wrong.any():
             time, level, read = (values[wrong][0].item() for values in (times, theirs, ours))
             raise ValueError(
-                f"its {name} has the noise level {level:.4g} at time {time:g}, where what can be"
-                f" read of its settings gives {read:.4g}. Give it the scheduler that the network was trained with, a"
-                " DDPMScheduler or a FlowMatchEulerDiscreteScheduler with these levels."
+                f"its {name} has the noise level {level:.4g} at time {time:g}, but its settings, as this version reads"
+                f" them, give {read:.4g}. Save the model with a DDPMScheduler or FlowMatchEulerDiscreteScheduler that"
+                " has the noise levels of the network's training."
             )
 
 
 def _level(spec: ModelSpec, times: torch.Tensor) -> torch.Tensor:
-    """The level that a scheduler writes for the time of a network: the flow time, or sigma."""
+    """The noise level of a scheduler at network times (n,): the flow time in [0, 1] for flow models, else sigma."""
     return times / spec.time_scale if spec.prediction == "flow" else spec.process.sigma(times)
 
 
 @torch.no_grad()
 def without_variance(network: nn.Module) -> nn.Module:
-    """A network without its learned variance: of twice as many channels as it is given the first half is kept.
+    """Return a copy of a network without its learned variance, or the network itself if it predicts none.
+
+    A network that predicts a variance outputs twice as many channels as it reads. The first half is kept.
 
     Raises:
-        ValueError: any other number of channels.
+        ValueError: the number of output channels is neither the input's nor twice that.
     """
     channels, out = network.config.in_channels, network.config.out_channels or network.config.in_channels
     if out == channels:
         return network
     if out != 2 * channels:
-        raise ValueError(f"its network gives {out} channels for {channels}; as many or twice as many can be read.")
+        raise ValueError(
+            f"its network has {out} output channels for {channels} input channels; this version reads as many, or"
+            " twice as many."
+        )
     patch = network.config.patch_size**2 if isinstance(network, DiTTransformer2DModel) else 1
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}
     smaller = type(network).from_config({**config, "out_channels": channels})
@@ -243,7 +259,7 @@ def without_variance(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def negate(network: nn.Module) -> None:
-    """Turn the sign of what the network puts out."""
+    """Flip the sign of the network's output in place, by its last layer."""
     last = network.transformer.proj_out_2 if isinstance(network, DiTModel) else network.conv_out
     for parameter in last.parameters():
         parameter.neg_()

@@ -1,1 +1,1 @@
-"""What goes to the Hub: model cards, pushes, Spaces."""
+"""Publishing on the Hub: model cards, pushes and Spaces."""

@@ -1,4 +1,4 @@
-"""The model card: what a saved model is, how it was made, how to use it. All of it comes from the run itself."""
+"""The model card, which describes a saved model, its training and its use. All facts come from the run."""
 
 import json
 import os
@@ -35,20 +35,20 @@ from cm_diffusers.sampling import (
 
 TEMPLATE = HUB_CARDS / "model_card.md"
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
-MOST_NAMES = 100  # of classes in a card
-NO_METRICS = ("name", "step", "num_inference_steps", "sigmas", "how")  # what a result in it has that is no metric
+MOST_NAMES = 100  # names of classes in a card
+NO_METRICS = ("name", "step", "num_inference_steps", "sigmas", "how")  # entries of a result that are not metrics
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run knows beside its settings.
+    """The facts of a run that its settings lack.
 
     Args:
-        steps: optimiser steps taken.
-        images_per_step: on all processes together.
-        processes: how many there were.
-        shape: of the images, for example "1 x 16 x 16, 10 classes".
-        data: what the dataset is.
+        steps: number of training steps.
+        images_per_step: images per training step on all processes together.
+        processes: number of processes.
+        shape: shape and classes of the images, for example "1 x 16 x 16, 10 classes".
+        data: description of the dataset.
     """
 
     steps: int
@@ -59,14 +59,20 @@ class RunSummary:
 
 
 def shown(name: str | None, revision: str | None, otherwise: str) -> str:
-    """A link to the Hub, or words in place of a local path."""
+    """Return a Markdown link to a Hub repository, or replacement words for a local path.
+
+    Args:
+        name: a Hub id, a local path, or None.
+        revision: branch, tag or commit on the Hub.
+        otherwise: the replacement words.
+    """
     known = hub_id(name)
     at = f", revision {revision}" if revision else ""
     return f"[{known}](https://huggingface.co/{known}){at}" if known else otherwise
 
 
 def commit() -> str:
-    """The library's version, and its commit where it runs from a checkout."""
+    """Return the version of the library, with the commit if it runs from a git checkout."""
     command = ["git", "-C", str(LIBRARY), "rev-parse", "--short=12", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True)
     return f"cm_diffusers {cm_diffusers.__version__}" + (
@@ -74,33 +80,48 @@ def commit() -> str:
     )
 
 
-@cache  # a teacher on the Hub is asked once, and not at each save
+@cache  # the Hub is asked once per teacher, not at each save
 def licence_of(teacher: str | None, revision: str | None = None) -> str | None:
-    """The licence that a teacher's own card states; None where there is no card or it says nothing."""
+    """Return the licence in the card of `teacher`; None if no card or licence can be read.
+
+    Args:
+        teacher: a folder or a Hub id; None for no teacher.
+        revision: branch, tag or commit on the Hub.
+    """
     if teacher is None:
         return None
     try:
         if Path(teacher).exists():
             return ModelCard.load(Path(teacher) / "README.md").data.license
         return ModelCard(Path(hf_hub_download(teacher, "README.md", revision=revision)).read_text()).data.license
-    except Exception:  # no card, no network, a card that can't be read: nothing is known
+    except Exception:  # without a readable card the licence is unknown
         return None
 
 
 def read_facts(file: Path) -> dict[str, Any]:
-    """A card.json. Raises OSError, or ValueError whose message goes on after the file's name."""
+    """Read a card.json.
+
+    Raises:
+        OSError: the file is unreadable.
+        ValueError: the content is not a JSON object. The message continues a sentence that begins with the file name.
+    """
     facts = read_json(file)
     if not isinstance(facts, dict):
-        raise ValueError(f"holds {facts!r:.40} where names and values belong")
+        raise ValueError(f"must hold a JSON object, but holds {facts!r:.40}")
     return facts
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """What is measured in a metrics.json. Raises OSError, or ValueError that goes on after the file's name."""
+    """Read a metrics.json with its results.
+
+    Raises:
+        OSError: the file is unreadable.
+        ValueError: results are missing or malformed. The message continues a sentence that begins with the file name.
+    """
     report = read_facts(file)
     results = report.get("results")
     if not isinstance(results, list) or not results or not all(map(_is_result, results)):
-        raise ValueError("holds no results, or others than are measured here")
+        raise ValueError("has no results, or results that evaluate.py did not write")
     return report
 
 
@@ -114,16 +135,22 @@ def _is_result(row: Any) -> bool:
 
 
 def read_metrics(file: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """The numbers of a metrics.json by name, those of its last step of training, and how they were taken.
+    """Read the metrics of a metrics.json at its last training step.
 
-    Raises OSError, or ValueError whose message goes on after the file's name.
+    Returns:
+        Numbers by name, such as "frechet distance, 1 step", and notes on how they were measured. Both are empty if the
+        file does not exist.
+
+    Raises:
+        OSError: the file is unreadable.
+        ValueError: the content is malformed. The message continues a sentence that begins with the file name.
     """
     if not os.path.lexists(file):
         return {}, {}
     report = read_report(file)
     extractor = report.get("extractor")
     if not isinstance(extractor, dict) or not isinstance(extractor.get("name"), str):
-        raise ValueError("does not say which features were measured")
+        raise ValueError("does not name the extractor of its features")
     last = max(row.get("step", 0) for row in report["results"])
     numbers = {
         f"{key.replace('_', ' ')}, {row['name']}": float(f"{value:.5g}")
@@ -140,9 +167,15 @@ def read_metrics(file: Path) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def snippet(facts: Mapping[str, Any], repo: str, trusting: bool = False, variant: str | None = None) -> str:
-    """Python that loads the model, or its weights in the precision of a `variant`, and makes images.
+    """Return Python code that loads the model and generates four images.
 
-    Models of stock classes need nothing but diffusers, except in bfloat16, of which its pipeline makes no pictures.
+    Models of stock classes need only diffusers, except in bfloat16, in which its pipeline can't sample.
+
+    Args:
+        facts: from `card_facts`.
+        repo: Hub id or folder of the model.
+        trusting: load without this library, by running the code in the repository.
+        variant: "fp16" or "bf16" for the weights in this precision; None for float32.
     """
     module, cls, lines = "diffusers", "DiffusionPipeline", []
     extra = ', custom_pipeline="pipeline", trust_remote_code=True' if trusting else ""
@@ -160,7 +193,7 @@ def snippet(facts: Mapping[str, Any], repo: str, trusting: bool = False, variant
 
 
 def _four_labels(facts: Mapping[str, Any]) -> str:
-    """Python of four labels that have images: names, where the pipeline takes them and they say more than numbers."""
+    """Python code of four labels with images; names if the pipeline accepts them and they are more than numbers."""
     names = facts.get("names") or {str(label): str(label) for label in range(facts["classes"])}
     known = list(names.items())
     four = [known[i % len(known)] for i in range(4)]
@@ -171,7 +204,7 @@ def _four_labels(facts: Mapping[str, Any]) -> str:
 
 
 def _listed_names(data: DataDescription) -> str | None:
-    """The classes for a cell of the card's table; None where they have no names of their own."""
+    """The classes for a cell of the card's table; None if their names are only their numbers."""
     if not data.classes or all(str(label) == name for label, name in data.classes.items()):
         return None
     cells = [f"{label} {' '.join(name.split()).replace('|', '/')}" for label, name in data.classes.items()]
@@ -179,7 +212,7 @@ def _listed_names(data: DataDescription) -> str | None:
 
 
 def portable_settings(config: Config) -> dict[str, Any]:
-    """The settings, with `ON_THIS_MACHINE` in place of the names of folders of this machine."""
+    """Return the settings of a run, with `ON_THIS_MACHINE` in place of local paths."""
     return config.to_dict() | {
         name: ON_THIS_MACHINE
         for part in config.parts
@@ -195,20 +228,20 @@ def card_facts(
     run: RunSummary,
     grids: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
-    """What the card of `pipeline` says, as JSON: all but its name and what was measured of it.
+    """Return the facts for the card of `pipeline` as JSON values, without its name and metrics.
 
     Args:
-        config: the run's settings.
-        objective: its method.
-        pipeline: what was trained.
-        run: what else the run knows.
-        grids: by title the pictures in the model's folder ("file") and the noise levels that they took ("sigmas").
+        config: the settings of the run.
+        objective: the method.
+        pipeline: the trained pipeline.
+        run: further facts of the run.
+        grids: by title, a picture in the model's folder ("file") and the noise levels of its sampling ("sigmas").
     """
     data, settings, flags = config.data, portable_settings(config), config.flags()
     teacher, revision = config.options.teacher, config.model.teacher_revision
     licence = licence_of(teacher, revision)
     count, device = run.processes, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    local_data = "the handwritten digits of scikit-learn" if data.dataset_name == "digits" else "a local dataset"
+    local_data = "scikit-learn's handwritten digits" if data.dataset_name == "digits" else "a local dataset"
     start = config.model.pretrained_model_name_or_path
     known = [hub_id(name) for name in (data.dataset_name, *(data.extra_datasets or []))]
     others = [shown(name, None, "a local dataset") for name in data.extra_datasets or []]
@@ -233,7 +266,7 @@ def card_facts(
         "sigma_data": objective.spec.sigma_data,
         "network": type(pipeline.unet).__name__,
         "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
-        "weights": "an average of the weights" if config.run.export_weights == "ema" else "the weights themselves",
+        "weights": "EMA weights" if config.run.export_weights == "ema" else "weights without EMA",
         "teacher": shown(teacher, revision, "a local model" if teacher else "none"),
         "base_model": hub_id(teacher or start),
         "licence": licence,
@@ -254,25 +287,27 @@ def card_facts(
 
 def _warning(licence: str | None) -> str | None:
     if licence and re.search(r"(^|-)nc(-|$)|non-?commercial", licence.lower()):
-        return f"Its teacher's licence, {licence}, does not allow commercial use, and this model comes from it."
+        return f"The teacher's licence ({licence}) does not allow commercial use. This model derives from the teacher."
     return None
 
 
 def model_card(facts: Mapping[str, Any], repo: str, metrics: Path) -> ModelCard:
-    """The card of a model, to be saved as its README.md.
+    """Make the card of a model, which is saved as its README.md.
 
     Args:
         facts: from `card_facts`.
-        repo: how the card calls the model: its Hub id, or a folder's name.
-        metrics: a JSON file of measured numbers, which may be absent.
+        repo: the name of the model in the card: its Hub id, or the name of its folder.
+        metrics: path of metrics.json, which can be missing.
 
     Raises:
-        ValueError: the metrics are damaged, or the card's front matter is not what the Hub reads.
+        ValueError: the metrics are damaged, or the front matter of the card can't be read back.
     """
     try:
         numbers, notes = read_metrics(metrics)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{metrics} {why(error)}. Move it away, or measure again by {command('evaluate')}.") from None
+        raise ValueError(
+            f"{metrics} {why(error)}. Move it away, or measure again with {command('evaluate')}."
+        ) from None
     results = [
         EvalResult(
             task_type="unconditional-image-generation",
@@ -307,15 +342,23 @@ def model_card(facts: Mapping[str, Any], repo: str, metrics: Path) -> ModelCard:
         **{**facts, "recipe": yaml.safe_dump(facts["recipe"], sort_keys=False).strip()},
     )
     if yaml.safe_load(str(card).split("---")[1]) != card.data.to_dict():
-        raise ValueError("the model card's front matter can't be read back; this is a fault of the library.")
+        raise ValueError(
+            "the front matter of the model card can't be read back. This is a bug of cm_diffusers; please report it."
+        )
     return card
 
 
 def renew_card(model: Path, repo: str) -> None:
-    """Write the card of a run's saved `model` again, under the name `repo` and with what was measured since.
+    """Write the card of a run's saved model again, with a new name and the newest metrics.
 
-    The run's facts and its report lie beside the model's folder; a model without facts keeps the card that it has.
-    Raises ValueError where they are damaged.
+    card.json and metrics.json are read beside the model's folder. Without card.json, the card is left unchanged.
+
+    Args:
+        model: folder of the saved model.
+        repo: the new name: a Hub id, or the name of a folder.
+
+    Raises:
+        ValueError: card.json or metrics.json is damaged.
     """
     file = model.parent / RunFiles.FACTS
     if os.path.lexists(file):
@@ -329,9 +372,14 @@ def renew_card(model: Path, repo: str) -> None:
 
 
 def draw_grids(pipeline: DiffusionPipeline, folder: Path) -> dict[str, dict[str, str]]:
-    """Pictures of samples by each of the usual numbers of steps, in `folder`/samples.
+    """Save a grid of 40 samples for each usual number of sampling steps to `folder`/samples.
 
-    Gives by title their files and the noise levels that they started from, see `card_facts`.
+    Args:
+        pipeline: the pipeline that samples.
+        folder: folder of the saved model, without a folder samples.
+
+    Returns:
+        The `grids` of `card_facts`. It is empty for latents, which have no picture.
     """
     ours = with_our_interface(pipeline)
     ours.set_progress_bar_config(disable=True)

@@ -1,7 +1,7 @@
-"""Publishing on the Hub: in the background, through outages, and never in the way of training.
+"""Publishing on the Hub: in the background, with retries through outages, and without disturbing training.
 
-Models go to the main branch. What a run resumes from goes to the branch `checkpoint`, of which only the newest state
-is kept. The token comes from the environment or from `hf auth login`, by the Hub's client; nothing here sees it.
+Models go to the main branch. Checkpoints go to the branch `checkpoint`, which keeps only the newest one. The Hub's
+client reads the token from the environment or from `hf auth login`. The code here never sees it.
 """
 
 import queue
@@ -37,17 +37,17 @@ CHECKPOINT_BRANCH = "checkpoint"
 CHECKPOINT_FILES = ("manifest.json", "state.json", "*.safetensors")
 LONGEST_PAUSE = 60.0
 NO_TOKEN = (
-    "the Hub takes pushes only with a token, and there is none here. Run `hf auth login` (or set HF_TOKEN), then the"
-    " same command again."
+    "the Hub accepts pushes only with a token, and no token was found. Run `hf auth login` (or set HF_TOKEN), then run"
+    " the same command again."
 )
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether trying again can help: the Hub is busy, failing, or out of reach.
+    """Return whether a retry can help, because the Hub is busy, failing or unreachable.
 
-    The client itself tries uploads for 23 seconds; making a repository, a commit or a tag it tries once. Where an
-    upload fails it raises a RuntimeError with the answer as its cause, and a JSONDecodeError where a gateway answers
-    for the Hub.
+    The client retries uploads for 23 seconds, but tries to make a repository, commit or tag only once. A failed upload
+    raises a RuntimeError with the response as its cause. If a gateway answers for the Hub, the client raises a
+    JSONDecodeError.
     """
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 503
@@ -58,7 +58,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def pause_asked_for(error: BaseException) -> float | None:
-    """Seconds by the Retry-After header of an answer, if it has one."""
+    """Return the seconds in the Retry-After header of the response of an error; None without one."""
     response = getattr(error, "response", None)
     value = response.headers.get("Retry-After") if response is not None else None
     return float(value) if value and value.isdigit() else None
@@ -66,25 +66,34 @@ def pause_asked_for(error: BaseException) -> float | None:
 
 @dataclass(frozen=True)
 class Push:
-    """The files of `folder` that match `files`, as one commit of `branch` with a `tag`; then `done` is called."""
+    """A push: one commit with the files of a folder.
+
+    Args:
+        folder: the folder.
+        message: message of the commit.
+        tag: tag of the commit; None for no tag.
+        branch: branch of the commit, whose history is squashed; None for the main branch.
+        files: patterns of the files to push.
+        done: called after the push, whether it succeeded or not.
+    """
 
     folder: Path
     message: str
     tag: str | None = None
-    branch: str | None = None  # the main one
+    branch: str | None = None
     files: tuple[str, ...] = PUBLISHED
     done: Callable[[], Any] = lambda: None
 
 
 class Publisher:
-    """Pushes folders to one repository, one after another, in a thread of its own.
+    """Pushes folders to one repository, one after another, in a background thread.
 
     Args:
-        repo_id: `user/name`, or `name` for the user whose token it is.
-        private: for a repository that has to be made.
+        repo_id: `user/name`, or `name` for the user of the token.
+        private: make a new repository private.
         say: prints a line.
-        api: the Hub's client.
-        kind: of the repository: model, dataset or space (by gradio).
+        api: the Hub's client; None makes one.
+        kind: type of the repository: "model", "dataset" or "space" (with gradio).
     """
 
     def __init__(
@@ -105,44 +114,47 @@ class Publisher:
     # --- before training ---------------------------------------------------------------------------------------
 
     def check(self, now: bool = False) -> None:
-        """Make the repository. An unreachable Hub is a warning: it may be back when there is something to push.
+        """Make the repository, and check that the token can write to it.
+
+        An unreachable Hub gives a warning, because it can be back before the first push.
 
         Args:
-            now: there is something to push already, so that an unreachable Hub is an error.
+            now: a push is due now, so an unreachable Hub is an error.
 
         Raises:
-            ValueError: a name that the Hub does not allow, no token, or one that may not write there.
+            ValueError: the name is invalid, the token is missing or can't write there, or `now` is set and the Hub is
+                unreachable.
         """
         if self.api.token is None and get_token() is None:
             raise ValueError(NO_TOKEN)
         try:
             self._create()
-            self.api.auth_check(self.repo_id, repo_type=self.kind, write=True)  # that it exists is no sign of it
+            self.api.auth_check(self.repo_id, repo_type=self.kind, write=True)  # it can exist and be read-only
         except LocalTokenNotFoundError:
             raise ValueError(NO_TOKEN) from None
         except HFValidationError as error:
-            raise ValueError(f"{self.flag} {self.repo_id!r}: {headline(error)}") from None
+            raise ValueError(f"{self.flag} {self.repo_id!r} is not a valid name: {headline(error)}") from None
         except Exception as error:
             if now and isinstance(error, AWAY):
                 raise ValueError(
                     f"the Hub can't be reached ({headline(error)}), so nothing was pushed. Run the same command again"
-                    " once the network is back."
+                    " when the network is back."
                 ) from None
             elif is_passing(error):
-                self.say(f"WARNING: the Hub can't be reached now ({headline(error)}); pushes will be tried again.")
+                self.say(f"WARNING: the Hub can't be reached now ({headline(error)}). Pushes will be tried again.")
             elif isinstance(error, HfHubHTTPError):
                 raise ValueError(
-                    f"{self.flag} {self.repo_id!r} can't be written to: {headline(error)} Check the name, and that the"
-                    " token (hf auth login, or HF_TOKEN) may write there."
+                    f"{self.flag} {self.repo_id!r} can't be written to: {headline(error).rstrip('.')}. Check the name,"
+                    " and that the token (hf auth login, or HF_TOKEN) has write access."
                 ) from None
             else:
                 raise
 
     def check_card(self, card: ModelCard) -> None:
-        """Ask the Hub whether it would take `card`; where it can't be reached now, nobody knows.
+        """Ask the Hub to validate `card`. The check is skipped if the Hub is unreachable.
 
         Raises:
-            ValueError: it would not.
+            ValueError: the Hub refuses the card.
         """
         try:
             self.api._validate_yaml(str(card))
@@ -162,28 +174,28 @@ class Publisher:
 
     @property
     def url(self) -> str:
-        """The page of the repository."""
+        """The address of the repository's page."""
         return f"{self.api.endpoint}/{'' if self.kind == 'model' else f'{self.kind}s/'}{self.repo_id}"
 
     @property
     def waiting(self) -> int:
-        """How many pushes have not been done, as the Hub is slow or away."""
+        """Number of unfinished pushes, including the current one."""
         return self._jobs.unfinished_tasks
 
     def push(self, job: Push) -> None:
-        """Queue a push."""
+        """Queue the push `job` and return at once."""
         if not self._thread.is_alive():
             self._thread.start()
         self._jobs.put(job)
 
     def finish(self, timeout: float) -> bool:
-        """Wait for what is queued, at most `timeout` seconds; whether all of it has arrived."""
+        """Wait at most `timeout` seconds for all queued pushes, and return whether every push succeeded."""
         self._deadline = time.monotonic() + timeout
         self._hurry.set()
         while self._jobs.unfinished_tasks and time.monotonic() < self._deadline:
             time.sleep(0.05)
         if self._jobs.unfinished_tasks:
-            self.failures.append("the time for it is over")
+            self.failures.append(f"{self.waiting} pushes were not finished in {timeout:g} s")
         return not self.failures
 
     def _work(self) -> None:
@@ -196,9 +208,9 @@ class Publisher:
                 self._persist(self._commit, job)
                 if job.tag is not None:
                     self._persist(self.api.create_tag, self.repo_id, tag=job.tag, repo_type=self.kind, exist_ok=True)
-                if job.branch is not None:  # large files of older commits would be kept for ever
+                if job.branch is not None:  # otherwise large files of older commits are kept for ever
                     self._persist(self.api.super_squash_history, self.repo_id, branch=job.branch)
-            except Exception as error:  # whatever it is, training is worth more
+            except Exception as error:  # no error of a push may stop training
                 self.failures.append(headline(error))
                 self.say(f"WARNING: {job.message!r} was not pushed to {self.repo_id}: {headline(error)}")
             finally:
@@ -206,7 +218,7 @@ class Publisher:
                 self._jobs.task_done()
 
     def _commit(self, job: Push) -> None:
-        """One commit of the files; none where the repository holds them already, as after a lost answer."""
+        """Commit the files. The Hub makes no commit of unchanged files, for example after a lost response."""
         files = sorted(file for pattern in job.files for file in job.folder.glob(pattern))
         adds = [CommitOperationAdd(file.relative_to(job.folder).as_posix(), str(file)) for file in files]
         self.api.create_commit(
@@ -214,7 +226,7 @@ class Publisher:
         )
 
     def _persist(self, action: Callable, *args: Any, **kwargs: Any) -> None:
-        """Call `action`, again and again while that can help and there is time."""
+        """Call `action`, and retry while an error can pass and time is left."""
         pause = 1.0
         while True:
             try:
@@ -229,10 +241,18 @@ class Publisher:
 
 
 def fetch_checkpoint(repo_id: str, root: Path, api: HfApi | None = None) -> int:
-    """Bring the newest checkpoint that a run left on the Hub to `root`/checkpoint-<step>, verified; gives the step.
+    """Download and verify a run's newest checkpoint from the Hub.
+
+    Args:
+        repo_id: the repository of the run.
+        root: folder that receives the checkpoint, as checkpoint-<step>.
+        api: the Hub's client; None makes one.
+
+    Returns:
+        The training step of the checkpoint.
 
     Raises:
-        ValueError: the Hub is out of reach, or there is no checkpoint, or a damaged one. Nothing is left then.
+        ValueError: the Hub is unreachable, or the checkpoint is missing or damaged. `root` is then left unchanged.
     """
     arriving = root / ".tmp-hub"
     remove(arriving)
@@ -246,17 +266,17 @@ def fetch_checkpoint(repo_id: str, root: Path, api: HfApi | None = None) -> int:
         return checkpoint.step
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise ValueError(
-            f"resume_from_hub {repo_id!r} holds no checkpoint, or is not yours to read. Runs with --push_to_hub"
-            " --hub_strategy every_save leave one. To start a new run, leave the flag out."
+            f"resume_from_hub {repo_id!r} holds no checkpoint, or the token can't read it. Runs with --push_to_hub"
+            " --hub_strategy every_save push one. To start a new run, leave the flag out."
         ) from None
     except HFValidationError as error:
-        raise ValueError(f"resume_from_hub {repo_id!r}: {headline(error)}") from None
+        raise ValueError(f"resume_from_hub {repo_id!r} is not a valid name: {headline(error)}") from None
     except DamagedCheckpoint as error:
-        raise ValueError(f"resume_from_hub {repo_id!r}: its checkpoint can't be used: {error}.") from None
-    except Exception as error:  # the client raises many kinds; all mean that it is not to be had now
+        raise ValueError(f"resume_from_hub {repo_id!r} holds a damaged checkpoint: {error}.") from None
+    except Exception as error:  # the client raises many types; each means that the download failed
         raise ValueError(
-            f"resume_from_hub {repo_id!r}: its checkpoint can't be fetched now: {headline(error)} Try again; nothing"
-            " was changed here."
+            f"the checkpoint of resume_from_hub {repo_id!r} can't be fetched now ({headline(error)}). Nothing was"
+            " changed here. Try again later."
         ) from error
     finally:
         shutil.rmtree(arriving, ignore_errors=True)

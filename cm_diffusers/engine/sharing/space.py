@@ -1,4 +1,4 @@
-"""The Space of a model: its demo, with those files of the library that it needs, as this is in no package index."""
+"""The Space of a model: its demo with the needed files of this library, which is not on any package index."""
 
 import shutil
 from pathlib import Path
@@ -27,12 +27,12 @@ SPACE = ("README.md", "app.py", "requirements.txt", "pipelines/*.py", *(f"cm_dif
 
 
 def write_space(folder: Path, model: str, model_dir: Path) -> None:
-    """Fill `folder` with what the Space of a model consists of.
+    """Write all files of a model's Space to `folder`.
 
     Args:
-        folder: an empty one.
-        model: the model's Hub id.
-        model_dir: the model here, with its card, whose licence the Space states.
+        folder: an empty folder.
+        model: Hub id of the model.
+        model_dir: local folder of the model. The licence of its card is copied.
     """
     for source, target, patterns in (
         (Path(cm_diffusers.__file__).parent, folder / "cm_diffusers", LIBRARY),

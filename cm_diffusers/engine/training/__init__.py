@@ -1,1 +1,1 @@
-"""A run: from settings to a saved pipeline, through checkpoints."""
+"""Training runs: from settings through checkpoints to a saved pipeline."""

@@ -1,4 +1,4 @@
-"""What a method gets of the data: samples and their condition, as they are or as they are trained on."""
+"""Batches for a training method: samples with their conditioning, before and after augmentation."""
 
 from typing import Any
 
@@ -16,24 +16,49 @@ from cm_diffusers.pipelines.class_names import null_class
 
 
 def as_they_are(raw: dict[str, Any], data: ImageData, device: torch.device) -> Batch:
-    """Rows of `data` as float32 on `device`: images in [-1, 1], or latents."""
+    """Convert rows of a dataset to a batch (B, C, H, W) on `device`, without augmentation.
+
+    Args:
+        raw: one item of `data.batches`: "images" and "condition". Images of various sizes are cropped in the centre.
+        data: the dataset, of images or of latents.
+        device: the device of the result.
+
+    Returns:
+        float32 images in [-1, 1], or the latents unchanged.
+    """
     images = raw["images"]
     images = images if torch.is_tensor(images) else crops(images, data.resolution)
     images = images.to(device, non_blocking=True)
-    if data.vae is None:  # else they are latents
+    if data.vae is None:  # latents need no scaling
         images = images.float() / 127.5 - 1
     return Batch(images, Condition(raw["condition"]).to(device))
 
 
 def cropped(raw: dict[str, Any], data: ImageData, draws: Draws) -> dict[str, Any]:
-    """Rows of `data`, those that are still to be cropped at places that are drawn."""
+    """Crop images at random places.
+
+    Args:
+        raw: one item of `data.batches`. It is returned unchanged if its images form one tensor (B, C, H, W).
+        data: the dataset, whose resolution is the size of the crops.
+        draws: the random numbers of the training step.
+
+    Returns:
+        `raw` with its images as one uint8 tensor (B, C, H, W).
+    """
     if torch.is_tensor(raw["images"]):
         return raw
     return {**raw, "images": crops(raw["images"], data.resolution, draws.uniform("crop", (2,)).cpu())}
 
 
 def as_trained(batch: Batch, draws: Draws, config: Config, objective: Objective) -> Batch:
-    """The batch mirrored, augmented and with dropped labels, as far as the settings ask for that."""
+    """Apply the random flip, the augmentation and the label dropout of the settings to a batch.
+
+    Args:
+        batch: samples (B, C, H, W) and their conditioning.
+        draws: the random numbers of the training step.
+        config: the settings; only those of these three transformations count.
+        objective: the training method, whose network has the null class for dropped labels.
+    """
     images, condition = batch.samples, batch.condition
     if config.data.random_flip:
         flip = draws.uniform("flip") < 0.5

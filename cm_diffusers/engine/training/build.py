@@ -1,4 +1,4 @@
-"""From settings to what they describe: saved models, the method with its network, the run at its start."""
+"""Build the parts of a run from its settings: saved models, the training method with its network, the trainer."""
 
 import math
 from dataclasses import dataclass, replace
@@ -29,12 +29,13 @@ from cm_diffusers.pipelines import name_classes
 
 @dataclass(frozen=True)
 class SavedModels:
-    """The saved models that the settings name; None for those that they do not.
+    """The saved models that the settings name; each is None if the settings do not name it.
 
     Args:
-        teacher: the diffusion model to distil, and its denoiser under the guidance that was asked for.
-        start: the model that training goes on from.
-        vae: the autoencoder to train in the latents of.
+        teacher: the diffusion model to distil.
+        denoiser: the denoiser of the teacher, with the guidance of `--teacher_guidance_scale`.
+        start: the model whose weights training starts from.
+        vae: the autoencoder in whose latents the model is trained.
     """
 
     teacher: SavedModel | None
@@ -44,7 +45,11 @@ class SavedModels:
 
 
 def load_models(config: Config) -> SavedModels:
-    """Load what is needed beside the data. Raises ValueError for what is not there, or does not fit the settings."""
+    """Load the teacher, the initial model and the autoencoder that `config` names.
+
+    Raises:
+        ValueError: a model is missing or does not fit the settings, or `cache_latents` is set without an autoencoder.
+    """
     model, method = config.model, OBJECTIVES[config.method]
     teacher = load_teacher(config.options.teacher, model) if config.options.teacher else None
     denoiser = None if teacher is None else guided(teacher, model.teacher_guidance_scale)
@@ -53,23 +58,25 @@ def load_models(config: Config) -> SavedModels:
     if vae is not None:
         check_for_latents(config.data, config.options)
     elif config.data.cache_latents:
-        raise ValueError("cache_latents is for latents: give --vae_name_or_path, or a teacher that has its own.")
+        raise ValueError("cache_latents needs an autoencoder: give --vae_name_or_path, or a teacher that has one.")
     return SavedModels(teacher, denoiser, start, vae)
 
 
 def build_objective(
     config: Config, models: SavedModels, images: ImageData | DescribedData, data: ImageData | DescribedData
 ) -> tuple[Config, Objective]:
-    """The method at its start, and the settings with all that is found out on the way.
+    """Build the training method with its initial network; return it after the completed settings.
+
+    The returned settings have `sigma_data` and all defaults that depend on the data or the network.
 
     Args:
-        config: the settings as they were given.
-        models: what `load_models` gives for them.
-        images: the images, which some defaults follow from.
-        data: what is trained on, the images or their latents.
+        config: the settings as the user gave them.
+        models: the result of `load_models(config)`.
+        images: the images, whose resolution and channels determine some defaults.
+        data: the training data: the same images, or their latents.
 
     Raises:
-        ValueError: the models fit neither the data nor each other.
+        ValueError: the models do not fit the data or each other.
     """
     method, options = OBJECTIVES[config.method], config.options
     start = build_start(
@@ -96,7 +103,15 @@ def build_objective(
 
 
 def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
-    """The run that `config` describes, at its start. Raises ValueError for settings that can't be met."""
+    """Build the trainer of a run at its start, and print the facts of its data, model and method.
+
+    Args:
+        config: the settings of the run.
+        accelerator: the processes of the run.
+
+    Raises:
+        ValueError: a dataset or model is missing, or the settings do not fit them.
+    """
     config = config.given or config
     main, folder, model = accelerator.is_main_process, Path(config.run.output_dir), config.model
     models = load_models(config)
@@ -117,19 +132,19 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
 
 
 def _with_epochs(config: Config, images: int, accelerator: Accelerator) -> Config:
-    """The settings with the number of steps that the passes of --num_train_epochs take."""
+    """The settings with `max_train_steps` for the epochs of --num_train_epochs over `images` images."""
     run = config.run
     if run.num_train_epochs is None:
         return config
     batch = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
     steps = math.ceil(run.num_train_epochs * images / batch)
     if accelerator.is_main_process:
-        print(f"For {run.num_train_epochs} passes over {images} images: {steps} steps.", flush=True)
+        print(f"Training {steps} steps, for --num_train_epochs {run.num_train_epochs} of {images} images.", flush=True)
     return replace(config, run=replace(run, max_train_steps=steps))
 
 
 def _measured_before(folder: Path) -> float | None:
-    """The sigma_data that the weights of the run in `folder` were trained with, whatever its images are now."""
+    """The sigma_data of the newest checkpoint in `folder`, or None. It holds even if the images have changed."""
     state = newest_state(folder) or {}
     return state["config"]["sigma_data"] if "data" in state else None
 
@@ -141,13 +156,13 @@ def _latents(config: Config, images: ImageData, vae: nn.Module, accelerator: Acc
 
 
 def _described(trainer: Trainer, models: SavedModels) -> list[str]:
-    """What there is to say of a run at its start."""
+    """Lines that describe a run at its start."""
     config, objective, data, accelerator = trainer.config, trainer.objective, trainer.data, trainer.accelerator
     network, spec, latents = objective.network, objective.spec, data.vae is not None
     lines = [f"Data: {data.description}{' (latents)' if latents else ''}"]
     if config.data.dataloader_num_workers and torch.is_tensor(data.images):
         lines.append(
-            "dataloader_num_workers is for the first pass alone: the dataset fits in memory, and stays there."
+            "dataloader_num_workers applies to the first pass only, because the dataset is then kept in memory."
         )
     if models.teacher is not None:
         lines.append(f"Teacher: {models.teacher}")

@@ -1,4 +1,4 @@
-"""Runs that diverge: which checkpoints are sound, and what the user can do so that the run goes on."""
+"""Diverged runs: which checkpoints are sound, and how the user can continue the run."""
 
 import json
 import math
@@ -15,17 +15,17 @@ from cm_diffusers.engine.config import RunArguments
 from cm_diffusers.engine.files import RunFiles, read_json, replace_file
 
 
-ADVISED = ("learning_rate", "max_grad_norm", "mixed_precision")  # what a run that diverged may be resumed with changed
-FAR = 10.0
-BROKEN = 1000.0  # a factor by which no training that works changes the size of all weights together
+ADVISED = ("learning_rate", "max_grad_norm", "mixed_precision")  # can differ when a diverged run is resumed
+FAR = 10.0  # largest growth of the norm in a sound checkpoint
+BROKEN = 1000.0  # no working training changes the norm of all weights by this factor
 
 
 class Diverged(ValueError):
-    """The weights are broken, or too many steps in a row had no finite loss or gradient."""
+    """The weights are broken, or too many consecutive steps had a loss or gradient that is not finite."""
 
 
 def norm(values: Iterable[Tensor]) -> float:
-    """Root of the sum of squares of all floating-point values; not finite where one of them is not."""
+    """L2 norm of all floating-point tensors in `values` (any shape) together; not finite if one value is not."""
     values = [value for value in values if value.is_floating_point()]
     total = math.hypot(*(part.item() for part in torch._foreach_norm(values))) if values else 0.0
     if math.isfinite(total):
@@ -35,33 +35,37 @@ def norm(values: Iterable[Tensor]) -> float:
 
 
 def breakage(weights: Mapping[str, Tensor], start: float) -> str:
-    """What is wrong with weights that no training can repair; empty where nothing is.
+    """The end of a message about weights that no training can repair; empty for sound weights.
 
     Args:
-        weights: by name.
-        start: their norm at the start of the run.
+        weights: tensors of any shape by their names.
+        start: the norm of the weights at the start of the run.
     """
     size = norm(weights.values())
     if not math.isfinite(size):
         broken = [name for name, value in weights.items() if not value.isfinite().all()]
-        return f"{len(broken)} of {len(weights)} tensors of its weights are not finite, the first is {broken[0]}"
+        return f"{len(broken)} of its {len(weights)} weight tensors are not finite (the first is {broken[0]})"
     if size > BROKEN * start:
         return f"its weights have grown to {size / start:.1e} times their size at the start"
     return ""
 
 
 def is_sound(tensors: Mapping[str, Mapping[str, Tensor]], average: str, start: float, skipped_in_a_row: int) -> bool:
-    """Whether a run can go on from a state, which is finite.
+    """Whether a run can continue from this state, whose values are all finite.
 
-    Its last step had a finite loss and gradient; and the weights are of the size of their average, and that one is of
-    the size that weights had at the start: both within a factor of 10, where those of a broken network are off by
-    hundreds.
+    A state is sound under three conditions:
+
+    - the last step had a finite loss and gradient;
+    - the norm of the weights is at most 10 times that of their average;
+    - the norm of the average is at most 10 times that of the initial weights.
+
+    The weights of a broken network exceed these bounds by factors of hundreds.
 
     Args:
-        tensors: groups of tensors as a checkpoint holds them, with the weights in "model".
-        average: the group of an average of the weights.
+        tensors: groups of tensors (any shape) as a checkpoint holds them, with the weights in "model".
+        average: the name of the group that holds an average (EMA) of the weights.
         start: the norm of the weights at the start of the run.
-        skipped_in_a_row: how many steps up to now were not finite.
+        skipped_in_a_row: the number of consecutive skipped steps up to now.
     """
     if skipped_in_a_row:
         return False
@@ -70,10 +74,15 @@ def is_sound(tensors: Mapping[str, Mapping[str, Tensor]], average: str, start: f
 
 
 def go_back(root: Path, step: int, run: RunArguments) -> int | None:
-    """Set all checkpoints after the newest sound one aside as diverged-checkpoint-<step>; gives its step.
+    """Rename all checkpoints after the newest sound one to diverged-checkpoint-<step>; return the sound one's step.
 
-    None where no checkpoint is sound: all are set aside, and the run starts anew. A note in `root` says that it
-    diverged at `step`, and with which settings.
+    Without a sound checkpoint all are renamed, the result is None, and the run starts again from step 0. A note in
+    `root` records the step of the divergence and the settings.
+
+    Args:
+        root: the folder of the run.
+        step: the training step at which the run diverged.
+        run: the settings of the run, of which those in `ADVISED` are recorded.
     """
     sound = None
     for number, path in list_checkpoints(root):
@@ -91,7 +100,7 @@ def go_back(root: Path, step: int, run: RunArguments) -> int | None:
 
 
 def read_note(root: Path) -> dict[str, Any] | None:
-    """What `go_back` noted: {"step": ..., "settings": {...}}; None in a run that never diverged, or has lost it."""
+    """The note of `go_back` in `root`: {"step": ..., "settings": {...}}; None if it is missing or damaged."""
     try:
         return check_note(root / RunFiles.DIVERGED)
     except (OSError, ValueError):
@@ -99,23 +108,28 @@ def read_note(root: Path) -> dict[str, Any] | None:
 
 
 def check_note(file: Path) -> dict[str, Any]:
-    """The note. Raises OSError, or ValueError whose message goes on after the file's name."""
+    """Read and check the note of `go_back`.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it holds something else. The message continues after the name of the file.
+    """
     note = read_json(file)
     if not isinstance(note, dict) or type(note.get("step")) is not int or not isinstance(note.get("settings"), dict):
-        raise ValueError("does not say at which step the run diverged, and with which settings")
+        raise ValueError("lacks the step or the settings of a diverged run")
     if not note["settings"].keys() <= set(ADVISED):
         raise ValueError(f"holds other settings than {', '.join(ADVISED)}")
     return note
 
 
 def advice(run: RunArguments, precision: str, sound: int | None, weights_moved: bool) -> str:
-    """What to do after a divergence.
+    """Advice to the user after a divergence, in whole sentences.
 
     Args:
         run: the settings of the run.
-        precision: in which it was computed: no, fp16 or bf16.
+        precision: the mixed precision of the run: no, fp16 or bf16.
         sound: the step of the newest sound checkpoint, or None.
-        weights_moved: whether any step was finite; where none was, the pace of training is not what is wrong.
+        weights_moved: whether any step was finite. If none was, learning rate and clipping are not the cause.
     """
     ways = []
     if weights_moved:
@@ -126,13 +140,13 @@ def advice(run: RunArguments, precision: str, sound: int | None, weights_moved: 
         ways.append(f"--mixed_precision no (it is {precision})")
     if not ways:
         return (
-            "No step of the run was finite, so that no setting of the training helps: look at the images, and at the"
-            " model that it starts from."
+            "No step of the run was finite, so no training setting helps. Check the images, and the model that the run"
+            " starts from."
         )
     choice = f"Give the same command with {' or '.join(ways)}: "
     if sound is None:
-        return f"No checkpoint is sound. {choice}the run then starts anew, from step 0."
+        return f"No checkpoint is sound. {choice}the run then starts again from step 0."
     return (
-        f"checkpoint-{sound} is sound; later ones are set aside as diverged-checkpoint-*. {choice}the run then goes on"
+        f"checkpoint-{sound} is sound; later ones are renamed to diverged-checkpoint-*. {choice}the run then continues"
         f" from step {sound}."
     )

@@ -1,4 +1,4 @@
-"""The noise levels at which the model of a run is best, found on its images once it is trained."""
+"""Search for the best noise levels of a trained model, with the images of its run as the reference."""
 
 import time
 from collections.abc import Sequence
@@ -16,34 +16,44 @@ from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.sampling import levels_used, sample_images, with_our_interface
 
 
-REAL = 10_000  # images of the run, at most, that samples are compared with
-SAMPLES = 2_000  # of each distance
-TOLERANCE = 0.2  # of ln sigma
-TRIES = 10  # for a level, at most: golden sections of ln(80 / 0.01), which is 9
+REAL = 10_000  # at most this many images of the run are the reference
+SAMPLES = 2_000  # samples for each distance
+TOLERANCE = 0.2  # precision of the search in ln sigma
+TRIES = 10  # at most, for each level: golden sections of the interval ln(80 / 0.01) = 9
 
 
 def check_place(pipeline: DiffusionPipeline, data: ImageData) -> None:
-    """Raise ValueError where a model has no place for levels, or its images can't be compared."""
+    """Check that the levels of a pipeline can be searched.
+
+    Args:
+        pipeline: the model.
+        data: the images of the run.
+
+    Raises:
+        ValueError: the scheduler can't store noise levels, the data are latents or a stream, or Inception is missing.
+    """
     pipeline = with_our_interface(pipeline)
     if "default_sigmas" not in pipeline.scheduler.config:
         raise ValueError(
-            f"search_levels: a {type(pipeline).__name__} samples by diffusers' {type(pipeline.scheduler).__name__},"
-            " which has no place for noise levels; those of consistency and trajectory models have."
+            f"search_levels needs a scheduler that stores noise levels, as consistency and trajectory models have."
+            f" This {type(pipeline).__name__} has diffusers' {type(pipeline.scheduler).__name__}."
         )
     if data.vae is not None or data.args.streaming:
         kind = "latents" if data.vae is not None else "a stream"
-        raise ValueError(f"search_levels is for images in memory or in files, not for {kind}. evaluate.py can do it.")
+        raise ValueError(
+            f"search_levels can't search on {kind}. Train without it, then use evaluate.py --search_sigmas."
+        )
     if data.labels is None:
-        load_extractor("inception")  # whose weights have to be had
+        load_extractor("inception")  # raises ValueError if its weights are missing
 
 
 def _rows(data: ImageData) -> list[int]:
-    """Which images samples are compared with."""
+    """Indices of the reference images."""
     return permutation(len(data.images), "search_levels")[:REAL].tolist()
 
 
 def _extractor(data: ImageData, device: torch.device) -> Extractor:
-    """What images are compared by: a small classifier where they are labelled, else Inception."""
+    """The feature extractor: a small classifier trained on labelled images, else Inception."""
     if data.labels is None:
         return load_extractor("inception", device=device)
     rows = _rows(data)
@@ -53,9 +63,19 @@ def _extractor(data: ImageData, device: torch.device) -> Extractor:
 def with_better_levels(
     pipeline: DiffusionPipeline, data: ImageData, steps: Sequence[int], device: torch.device
 ) -> ImagePipeline:
-    """The pipeline with levels for so many steps, where they are better than its own on samples of other seeds.
+    """Search noise levels for each number of steps, and store those that beat the pipeline's own levels.
 
-    The Fréchet distance of samples to the images of the run decides. See `core.golden_section.search_levels`.
+    The criterion is the Fréchet distance of samples to the images of the run; see `core.golden_section.search_levels`.
+    The final comparison with the pipeline's own levels uses other seeds than the search.
+
+    Args:
+        pipeline: the trained model, whose scheduler is changed in place.
+        data: the images of the run.
+        steps: numbers of sampling steps.
+        device: the device to sample on.
+
+    Returns:
+        The same model with this library's sampling interface.
     """
     pipeline = with_our_interface(pipeline).to(device)
     pipeline.set_progress_bar_config(disable=True)
@@ -80,9 +100,12 @@ def with_better_levels(
         what = ", ".join(f"{sigma:.4g}" for sigma in levels)
         if after < before:
             found[str(n)] = levels
-            tqdm.write(f"{n} steps: levels {what}, Fréchet distance {after:.4g} instead of {before:.4g}.")
+            tqdm.write(f"{n} steps: levels {what} lower the Fréchet distance from {before:.4g} to {after:.4g}.")
         else:
-            tqdm.write(f"{n} steps: the model's own levels stay, at {before:.4g}; the best others gave {after:.4g}.")
+            tqdm.write(
+                f"{n} steps: the model keeps its own levels with Fréchet distance {before:.4g}; the search reached"
+                f" {after:.4g}."
+            )
     pipeline.scheduler.register_to_config(default_sigmas=found or None)
     return pipeline
 
@@ -90,7 +113,7 @@ def with_better_levels(
 def seconds_of_search(
     pipeline: DiffusionPipeline, data: ImageData, steps: Sequence[int], device: torch.device
 ) -> float:
-    """About how long `with_better_levels` will take at most, by a part of its samples."""
+    """Estimate the longest time of `with_better_levels` with the same arguments, from a tenth of the samples."""
     pipeline, begin = with_our_interface(pipeline).to(device), time.perf_counter()
     pipeline.set_progress_bar_config(disable=True)
     _extractor(data, device)

@@ -1,4 +1,4 @@
-"""The loss by noise level: consistency losses are flat as a whole, so that only their parts tell something."""
+"""The loss by noise level, because the total of a consistency loss stays flat while its parts change."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,11 +11,13 @@ NAMES = [f"{low:g}-{high:g}" for low, high in zip((0, *EDGES), (*EDGES, float("i
 
 
 class LossMeter:
-    """Sums and counts, float64 (bins + terms, 2) on the CPU, of per-sample losses by noise level and of other terms.
+    """Running means of per-sample losses by noise level, and of other terms.
+
+    `values` holds sums and counts, float64 (bins + terms, 2) on the CPU. The bins of sigma have the bounds `EDGES`.
 
     Args:
-        terms: names of what is averaged beside the loss.
-        values: sums and counts to go on from.
+        terms: names of other quantities to average.
+        values: sums and counts to continue from, in the shape of the attribute `values`.
     """
 
     def __init__(self, terms: Sequence[str] = (), values: list | None = None):
@@ -27,7 +29,13 @@ class LossMeter:
         )
 
     def add(self, per_sample: Tensor, sigma: Tensor, terms: Mapping[str, Tensor] = {}) -> None:
-        """Count in losses (B,) at noise levels (B,), and all values of some of the terms."""
+        """Add the losses and terms of one batch.
+
+        Args:
+            per_sample: losses (B,).
+            sigma: noise levels (B,).
+            terms: values of any shape by the names of their terms; terms can be missing.
+        """
         bins = torch.bucketize(sigma.detach().cpu(), torch.tensor(EDGES))
         self.values[:, 0].index_add_(0, bins, per_sample.cpu().double())
         self.values[:, 1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
@@ -37,7 +45,7 @@ class LossMeter:
             row[1] += values.numel()
 
     def read(self) -> dict:
-        """The mean loss, over all and by noise level, and of the terms; what was not drawn is left out."""
+        """Means: "loss" (None without samples), "loss_by_sigma", and each term. Empty bins and terms are omitted."""
         total, count = self.values[: len(NAMES)].sum(0).tolist()
         means = {name: s / n for name, (s, n) in zip((*NAMES, *self.terms), self.values.tolist()) if n}
         terms = {name: means.pop(name) for name in self.terms if name in means}

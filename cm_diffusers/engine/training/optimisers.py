@@ -1,4 +1,4 @@
-"""Optimisers, the learning rate as a pure function of the step, and optimiser state as plain tensors."""
+"""Optimisers with their state as plain tensors, and the learning rate as a pure function of the step."""
 
 import importlib
 import inspect
@@ -17,15 +17,15 @@ NUMBERS = {kind.__name__: kind for kind in (bool, int, float)}
 
 
 def build_optimizer(network: nn.Module, run: RunArguments) -> torch.optim.Optimizer:
-    """The optimiser that `run` names, over all parameters of `network`.
+    """Create the optimiser of `run` for all parameters of `network`.
 
     Raises:
-        ValueError: there is no such class, or it does not take a setting that was given.
+        ValueError: the optimiser class does not exist, or it does not accept a setting that was given.
     """
     cls = optimizer_class(run.optimizer)
     betas, decay = (run.adam_beta1, run.adam_beta2), run.adam_weight_decay
     settings = {"lr": run.learning_rate, "betas": betas, "eps": run.adam_epsilon, "weight_decay": decay}
-    settings["foreach"] = True  # fewer calls than one by one, on a CPU as well
+    settings["foreach"] = True  # fewer calls than one for each tensor, also on a CPU
     known = inspect.signature(cls).parameters
     if not any(part.kind is part.VAR_KEYWORD for part in known.values()):
         _check_taken(cls, known, run)
@@ -33,38 +33,51 @@ def build_optimizer(network: nn.Module, run: RunArguments) -> torch.optim.Optimi
     try:
         return cls(network.parameters(), **settings)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"optimizer {run.optimizer!r} can't be made: {error}") from error
+        raise ValueError(f"optimizer {run.optimizer!r} can't be created: {error}") from error
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class of `--optimizer`. Raises ValueError where there is none of the name."""
+    """The optimiser class for the value `name` of `--optimizer`: adam, adamw, radam, or module:Class.
+
+    Raises:
+        ValueError: the module can't be imported, lacks the class, or the class is not a torch optimiser.
+    """
     if name in NAMED:
         return NAMED[name]
     module, _, attribute = name.partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # of another package's import
+    except Exception as error:  # importing a package can raise anything
         package = module.partition(".")[0]
         raise ValueError(
             f"optimizer {name!r} can't be imported: {error}. If it is missing, `pip install {package}`."
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise ValueError(f"optimizer {name!r} is no torch.optim.Optimizer.")
+        raise ValueError(
+            f"optimizer {name!r} is not a torch.optim.Optimizer. Give {', '.join(NAMED)} or module:Class."
+        )
     return cls
 
 
 def _check_taken(cls: type, known: Any, run: RunArguments) -> None:
-    """Raise ValueError where a setting of Adam was given to what does not take it."""
+    """Raise ValueError if the run sets a parameter of Adam that the optimiser class does not accept."""
     takes = {"betas": ("adam_beta1", "adam_beta2"), "eps": ("adam_epsilon",), "weight_decay": ("adam_weight_decay",)}
     default = {part.name: part.default for part in fields(run)}
     for argument, names in takes.items():
         for name in names:
             if argument not in known and getattr(run, name) != default[name]:
-                raise ValueError(f"{name} has no effect: {cls.__name__} takes no {argument}.")
+                raise ValueError(f"{name} has no effect: {cls.__name__} has no argument {argument}. Leave {name} out.")
 
 
 class LearningRate:
-    """diffusers' learning-rate schedules, called with the step: nothing of them is state."""
+    """A diffusers learning-rate schedule as a function of the step, without state.
+
+    Calling it with a `step`, counted from 0, gives the learning rate of that step. During warm-up the value of the
+    next step is taken, so that the first step also changes the weights.
+
+    Args:
+        run: the settings: peak learning rate, schedule, warm-up and number of steps.
+    """
 
     def __init__(self, run: RunArguments):
         run = run.resolved(run.max_train_steps)
@@ -81,16 +94,20 @@ class LearningRate:
         ).lr_lambdas[0]
 
     def __call__(self, step: int) -> float:
-        return self.peak * self._factor(step + 1 if step < self.warmup_steps else step)  # the first step moves, too
+        return self.peak * self._factor(step + 1 if step < self.warmup_steps else step)  # never 0 at the first step
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as tensors called `<index>.<name>`, and numbers among it as `<index>.<type>:<name>`.
+    """The state of an optimiser as a dictionary of tensors (any shape) for a checkpoint.
 
-    Of its groups, `group<index>.<type>:<name>`, what it may have changed itself: Prodigy keeps its estimates there.
+    - Tensors are named `<index>.<name>`, with the index of their parameter.
+    - Numbers are named `<index>.<type>:<name>`.
+    - Changed numbers of parameter groups are named `group<index>.<type>:<name>`. Prodigy keeps its estimates there.
+
+    The learning rate is left out.
 
     Raises:
-        ValueError: it keeps what is neither tensor nor number.
+        ValueError: the state holds a value that is neither a tensor nor a number.
     """
     found, state = {}, optimizer.state_dict()
     for index, values in state["state"].items():
@@ -110,15 +127,15 @@ def _as_tensor(place: str, name: str, value: Any, optimizer: torch.optim.Optimiz
         return {}
     if type(value) not in NUMBERS.values():
         raise ValueError(
-            f"optimizer {type(optimizer).__name__} keeps {name!r} as a {type(value).__name__}; checkpoints hold"
-            " tensors and numbers."
+            f"optimizer {type(optimizer).__name__} keeps {name!r} as a {type(value).__name__}, but checkpoints can"
+            " hold only tensors and numbers. Choose another --optimizer."
         )
     kind = torch.float64 if type(value) is float else torch.int64
     return {f"{place}.{type(value).__name__}:{name}": torch.tensor(value, dtype=kind)}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Load a state into `optimizer` from `tensors` (any shape), named as `optimizer_tensors` does."""
     state: dict[int, dict[str, Any]] = {}
     groups = optimizer.state_dict()["param_groups"]
     for key, tensor in tensors.items():

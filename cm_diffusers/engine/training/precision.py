@@ -1,4 +1,4 @@
-"""In what precision networks compute: the method's choice, and the pass that Accelerate casts."""
+"""The precision of a run: the default of its method, and the forward pass that Accelerate casts."""
 
 import os
 from typing import Any
@@ -9,18 +9,21 @@ from torch import nn
 from cm_diffusers.objectives import Objective
 
 
-UNSAID = (None, "no")  # "no" is also what accelerate launch hands on where nobody has said anything
+UNSAID = (None, "no")  # accelerate launch also sets "no" if the user gives no precision
 
 
 def choose_precision(method: type[Objective], asked: str | None) -> tuple[str, str | None]:
-    """What `Accelerator` is told for a run of `method`, and a warning where bf16 was insisted on and does harm.
+    """Choose the `mixed_precision` of the `Accelerator`, and a warning if the user's bf16 harms the method.
 
-    On a GPU a method that compares neighbours computes in fp16, which has the 11 bits that it needs, any other in
-    bf16, which needs no scaling of the loss, if the GPU has it. Elsewhere all is float32.
+    The defaults are:
+
+    - without a GPU, or with ACCELERATE_USE_CPU set: float32;
+    - for a method that compares neighbouring noise levels: fp16, which has the 11 significant bits that it needs;
+    - for any other method: bf16, which needs no loss scaling, or fp16 on a GPU without bf16.
 
     Args:
-        method: the method.
-        asked: what the run's settings say, None for nothing; then what the launcher was told counts.
+        method: the training method.
+        asked: the setting of the run; None for the value given to the launcher, or else the default.
     """
     told = asked
     if told is None and (launcher := os.environ.get("ACCELERATE_MIXED_PRECISION")) not in UNSAID:
@@ -31,17 +34,21 @@ def choose_precision(method: type[Objective], asked: str | None) -> tuple[str, s
         return ("fp16" if method.compares_neighbours or not torch.cuda.is_bf16_supported() else "bf16"), None
     if told == "bf16" and method.compares_neighbours:
         return told, (
-            f"{method.name} compares what a network makes of neighbouring noise levels, and bf16 rounds the difference"
-            " away: the gradient's cosine with that in float32 was 0.81 in the last stage of ECT and 0.64 in that of"
-            " iCT, with fp16 0.99 and 0.98. Leave --mixed_precision out (fp16 on a GPU), or give no for float32."
+            f"{method.name} compares the network's outputs at neighbouring noise levels, and bf16 rounds their"
+            " difference away. In the last stage, the cosine of the bf16 and float32 gradients was 0.81 for ECT and"
+            " 0.64 for iCT; with fp16 it was 0.99 and 0.98. Leave --mixed_precision out (fp16 on a GPU), or give"
+            " --mixed_precision no for float32."
         )
     return told, None
 
 
 class CastPass(nn.Module):
-    """A network as it is trained: Accelerate casts this module's forward pass, and not that of the network itself.
+    """A wrapper whose forward pass Accelerate casts to the mixed precision.
 
-    What calls the network itself computes in the precision of its weights, float32: tangents do, compiled or not.
+    Direct calls of `network` compute in the precision of its weights, float32. Tangents call it so, compiled or not.
+
+    Args:
+        network: the network to train.
     """
 
     def __init__(self, network: nn.Module):
@@ -50,8 +57,9 @@ class CastPass(nn.Module):
 
     @property
     def adapt_condition(self) -> Any:
-        """`adapt_condition` of the network; there is none here where it has none."""
+        """The `adapt_condition` of the network; AttributeError if the network has no such attribute."""
         return self.network.adapt_condition
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network with these arguments."""
         return self.network(*args, **kwargs)

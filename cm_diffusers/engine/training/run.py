@@ -1,4 +1,4 @@
-"""From settings to a saved pipeline: what the training scripts call."""
+"""Train a model from its settings and save its pipeline: the entry point of the training scripts."""
 
 import json
 import os
@@ -34,7 +34,15 @@ from cm_diffusers.objectives import OBJECTIVES
 
 
 def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
-    """Parse the command line, train, export; errors of the user end the program with a message and code 2."""
+    """Run a training script: parse the command line, train, and export the model.
+
+    User errors end the program with a message and exit code 2.
+
+    Args:
+        argv: the command-line arguments; None for those of the process.
+        methods: names of the methods that the script trains; the first is the default.
+        description: the text of `--help`.
+    """
     with ends_with_a_line():
         config = parse_config(sys.argv[1:] if argv is None else argv, methods, in_these_words(description))
         if config.run.dry_run:
@@ -51,11 +59,11 @@ def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -
 
 
 def train(config: Config) -> Path:
-    """Train as `config` says, resuming what is there, and export the result. Gives the pipeline's folder.
+    """Train or resume the run of `config`, export the model, and return the folder of its pipeline.
 
     Raises:
-        ValueError: settings or data that can't be, or a run that can't go on.
-        Stopped: the run was asked to stop, and its state is saved.
+        ValueError: the settings or data are invalid, or the run can't continue.
+        Stopped: the run was asked to stop. If it had begun to train, its state is saved.
     """
     with unbroken_output(), Stopping() as stopping:
         try:
@@ -93,7 +101,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
         if accelerator.is_main_process and run.push_to_hub:
             publisher = Publisher(run.hub_model_id, run.hub_private_repo, tqdm.write)
             publisher.check()
-            remove(folder / RunFiles.FOR_HUB)  # copies for pushes of a run that was killed
+            remove(folder / RunFiles.FOR_HUB)  # left by a run that was killed
         with together(accelerator):
             if accelerator.is_main_process:
                 if run.resume_from_hub and not any(folder.glob("checkpoint-*")):
@@ -115,13 +123,13 @@ def _train(config: Config, stopping: Stopping) -> Path:
         goal = [run.max_train_steps, run.export_weights, run.export_variant]
         goal = json.dumps(goal + [run.search_levels] if run.search_levels else goal)
         if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
-            trainer.say(f"This run is finished: {folder / RunFiles.MODEL} holds its model.")
+            trainer.say(f"This run is finished. Its model is in {folder / RunFiles.MODEL}.")
         else:
             if run.trackers:
                 start_trackers(accelerator, trainer.config, trainer.step)
             if publisher is not None and run.hub_strategy == "every_save":
                 trainer.on_save = lambda: _publish_checkpoint(trainer, publisher, folder)
-            stopping.remark = "as the model was exported; the same command exports it anew."
+            stopping.remark = "during the export of the model; the same command exports it again."
             trainer.fit(stopping)
             with together(accelerator):
                 if accelerator.is_main_process:
@@ -129,10 +137,10 @@ def _train(config: Config, stopping: Stopping) -> Path:
                     replace_file(folder / RunFiles.EXPORTED, goal)
                     _say_what_next(folder)
                     if publisher is not None:
-                        stopping.remark = f"as it was published. {_how_to_push(publisher, folder)}"
+                        stopping.remark = f"during the push to the Hub. {_how_to_push(publisher, folder)}"
                         _publish(publisher, folder, run.hub_timeout)
         accelerator.wait_for_everyone()
-        trainer = None  # the distributed wrapper goes before its process group: the other way round gloo can deadlock
+        trainer = None  # delete the distributed wrapper before its process group, or gloo can deadlock
         accelerator.free_memory()
         accelerator.end_training()
     except Stopped:
@@ -146,16 +154,16 @@ def _train(config: Config, stopping: Stopping) -> Path:
 
 
 def _say_what_it_is(trainer: Trainer, folder: Path) -> None:
-    """Leave the settings, and what the data are, for people and other programs."""
+    """Write the settings and the description of the data, for people and other programs."""
     description = trainer.data.description
-    settings = trainer.config.with_settings({"minutes": None, "num_train_epochs": None})  # which set max_train_steps
+    settings = trainer.config.with_settings({"minutes": None, "num_train_epochs": None})  # set max_train_steps
     replace_file(folder / RunFiles.SETTINGS, f"# data: {description}\n{settings.to_yaml()}")
     if not holds(folder / RunFiles.DATA, description.to_json()):
         replace_file(folder / RunFiles.DATA, description.to_json())
 
 
 def _check_end(trainer: Trainer, publisher: Publisher | None) -> None:
-    """Find what could be wrong with the model and its card before there are any; warn of the teacher's licence."""
+    """Check the model and its card before training, and warn about the teacher's licence."""
     pipeline = trainer.exported()
     if trainer.run.search_levels:
         check_place(pipeline, trainer.data)
@@ -168,9 +176,9 @@ def _check_end(trainer: Trainer, publisher: Publisher | None) -> None:
 
 
 def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, last: bool = False) -> None:
-    """Save the model as it is now in `folder`, with its card and pictures; what the card says lies beside it.
+    """Save the current model in `folder` with its card and pictures, and the facts of the card beside the folder.
 
-    The last one of a run is verified, and gets the levels that were asked for.
+    With `last`, the end of the run, the model is verified and gets the levels of --search_levels.
     """
     pipeline = trainer.exported()
     if last and trainer.run.search_levels:
@@ -188,10 +196,10 @@ def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, last: b
 
 
 def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) -> None:
-    """Push the model as it is now, and what the run resumes from, in the background, from copies of their own."""
+    """Push copies of the current model and checkpoint to the Hub in the background."""
     step = f"step-{trainer.step}"
     if publisher.waiting > 2:
-        trainer.say(f"WARNING: {step} is not published, as earlier pushes still wait for the Hub.")
+        trainer.say(f"WARNING: {step} is not published, because earlier pushes are still waiting for the Hub.")
         return
     copies = folder / RunFiles.FOR_HUB / step
     _export(trainer, copies / RunFiles.MODEL, publisher)
@@ -219,13 +227,13 @@ def _publish(publisher: Publisher, folder: Path, timeout: float) -> None:
 
 def _how_to_push(publisher: Publisher, folder: Path) -> str:
     return (
-        f"The model is complete in {folder / RunFiles.MODEL}, but not all of it is on the Hub. Finish the push with:"
+        f"The model in {folder / RunFiles.MODEL} is complete, but not all of it is on the Hub. Finish the push with:"
         f"\n  {command('push')} --model_dir {folder / RunFiles.MODEL} --hub_model_id {publisher.repo_id}"
     )
 
 
 def _holds(folder: Path, export: str) -> bool:
-    """Whether the last export of the run was this one, and is still there."""
+    """Whether the last export of the run was `export`, and its files still exist."""
     model = folder / RunFiles.MODEL
     files = [model / "model_index.json", *model.glob("*/*.json"), *model.glob("*/*.safetensors")]
     return holds(folder / RunFiles.EXPORTED, export) and all(file.is_file() and file.stat().st_size for file in files)

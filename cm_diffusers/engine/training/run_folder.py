@@ -1,4 +1,4 @@
-"""What lies in the folder of a run beside its checkpoints, looked over before a run reads any of it."""
+"""Checks of the files in the folder of a run, except its checkpoints, before the run reads them."""
 
 import os
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from cm_diffusers.engine.training.tracking import read_note as read_tracker
 def _of(kind: type, read: Callable[[Path], Any]) -> Callable[[Path], None]:
     def check(path: Path) -> None:
         if not isinstance(value := read(path), kind):
-            raise ValueError(f"holds {value!r:.40} where a {kind.__name__} belongs")
+            raise ValueError(f"holds {value!r:.40} instead of a {kind.__name__}")
 
     return check
 
 
-# files with what raises an error for another content than a run's; None where only the reader of the file can tell
+# a check for each file, which raises an error for content that no run has written; None if only its reader can tell
 FILES: dict[str, Callable[[Path], Any] | None] = {
     RunFiles.SETTINGS: _of(dict, read_yaml),
     RunFiles.DATA: lambda path: DataDescription.from_dict(read_json(path)),
@@ -37,42 +37,49 @@ FILES: dict[str, Callable[[Path], Any] | None] = {
     RunFiles.LATENTS: None,
 }
 FOLDERS = (RunFiles.PICTURES, RunFiles.MODEL, RunFiles.TRACKERS)
-# at the start, while it trains, at the end
+# files that a run overwrites at its start, during training, or at its end
 OVERWRITTEN = (RunFiles.SETTINGS, RunFiles.MODEL, RunFiles.CURVES, RunFiles.DATA, RunFiles.FACTS)
-# each says that a folder is that of a run
+# any of these marks a folder as that of a run
 MARKS = ("checkpoint-*", "*-checkpoint-*", RunFiles.LOG, RunFiles.EXPORTED, RunFiles.OWNER)
 
 
 def check_ours(folder: Path) -> None:
-    """Raise ValueError where a run would write over files that no run has left there."""
+    """Check that a run in `folder` overwrites no foreign files.
+
+    Raises:
+        ValueError: the folder is not that of a run, but holds files with names that a run overwrites.
+    """
     theirs = [name for name in OVERWRITTEN if os.path.lexists(folder / name)]
     if theirs and not any(any(folder.glob(mark)) for mark in MARKS):
         raise ValueError(
-            f"output_dir {str(folder)!r} is not the folder of a run and holds {', '.join(theirs)}, which a run would"
-            " write over; give another folder."
+            f"output_dir {str(folder)!r} is not the folder of a run, but holds {', '.join(theirs)}, which a run would"
+            " overwrite. Give another folder."
         )
 
 
 def look_over(folder: Path) -> list[str]:
-    """Rename what is not what a run has left to damaged-NAME; lines that say so. A run makes it anew."""
+    """Rename damaged files and folders of the run in `folder` to damaged-NAME, and return a warning for each.
+
+    The run writes them again.
+    """
     faults = {name: _fault(folder / name, check) for name, check in FILES.items()}
     faults |= {name: None if (folder / name).is_dir() else "is not a folder" for name in FOLDERS}
     return [
-        f"WARNING: {folder / name} {fault}; it is renamed to {set_aside(folder / name).name}, and made anew."
+        f"WARNING: {folder / name} {fault}. It is renamed to {set_aside(folder / name).name}, and written again."
         for name, fault in faults.items()
         if fault is not None and os.path.lexists(folder / name)
     ]
 
 
 def _fault(path: Path, check: Callable[[Path], Any] | None) -> str | None:
-    """What is wrong with what lies there in the place of a file."""
+    """The fault of a file, to continue a message after its name; None without a fault."""
     try:
         kind = kind_of(os.stat(path).st_mode)
         if kind is not None:
             return f"is {kind} instead of a file"
         if check is not None:
             check(path)
-    except FileNotFoundError:  # or nothing is there at all
+    except FileNotFoundError:  # or there is no file; `look_over` leaves that out
         return "is a link that leads nowhere"
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         return why(error)

@@ -1,4 +1,4 @@
-"""Whether the settings of a run are those that it was begun with."""
+"""Checks that a resumed run has the settings and data of its checkpoint."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,21 +12,24 @@ from cm_diffusers.engine.training.divergence import ADVISED, read_note
 
 
 def changed_settings(config: Config, state: Mapping[str, Any], early: bool = False) -> dict[str, tuple[Any, Any]]:
-    """The settings that are not those of a checkpoint and must be, by name: their values then and now.
+    """Settings that differ from a checkpoint but must not, by name: their values then and now.
 
-    One is the same where the same was given, and where it comes to the same. So a run goes on by its command, whose
-    shares of the run and defaults may move with --max_train_steps, and by its config.yaml, which has their values.
+    A setting is unchanged if the user gave the same value, or if it resolves to the same value. So a run can be
+    resumed in two ways:
+
+    - by its command, whose defaults and shares of the run can move with --max_train_steps;
+    - by its config.yaml, which holds the resolved values.
 
     Args:
-        config: the settings now, resolved.
-        state: of the checkpoint, with what was given then.
-        early: leave out what the data or the network must tell, which are not read yet.
+        config: the present settings, resolved.
+        state: the state of the checkpoint, with the settings that the user gave.
+        early: leave out settings whose defaults depend on the data or the network, which are not loaded yet.
     """
-    before = config.defaults() | state["config"]  # a setting that is newer than the run had its default
+    before = config.defaults() | state["config"]  # a setting that is newer than the checkpoint had its default
     given, now, flags = config.given.to_dict(), config.to_dict(), config.flags()
     try:
         then = config.with_settings(before).to_dict() if before["method"] == config.method else before
-    except ValueError:  # what can't be now; then what was given is compared alone
+    except ValueError:  # this version refuses the old settings: compare the given values only
         then = before
     changed = {}
     for key in now:
@@ -39,7 +42,15 @@ def changed_settings(config: Config, state: Mapping[str, Any], early: bool = Fal
 
 
 def check_settings(folder: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raise ValueError where settings have changed."""
+    """Check that no setting has changed.
+
+    Args:
+        folder: the folder of the run, for the message.
+        changed: the result of `changed_settings`.
+
+    Raises:
+        ValueError: `changed` is not empty.
+    """
     if changed:
         differences = "; ".join(f"{key} was {before!r}, is {now!r}" for key, (before, now) in changed.items())
         raise ValueError(
@@ -49,17 +60,35 @@ def check_settings(folder: Path, changed: Mapping[str, tuple[Any, Any]]) -> None
 
 
 def check_global_batch(folder: Path, state: Mapping[str, Any], now: int) -> None:
-    """Raise ValueError where a step has another number of images than it had."""
+    """Check the number of images per training step, `now`, against the state of the checkpoint.
+
+    Args:
+        folder: the folder of the run, for the message.
+        state: the state of the checkpoint.
+        now: images per step on all processes together.
+
+    Raises:
+        ValueError: the number has changed.
+    """
     if state["global_batch"] != now:
         raise ValueError(
             f"{folder} holds a run with {state['global_batch']} images per step, but processes x"
-            f" train_batch_size x gradient_accumulation_steps is {now} now. Choose them so that"
-            f" it is {state['global_batch']} again, or another --output_dir."
+            f" train_batch_size x gradient_accumulation_steps is {now} now. Make the product"
+            f" {state['global_batch']} again, or choose another --output_dir."
         )
 
 
 def check_before_data(config: Config, folder: Path, processes: int) -> None:
-    """Raise ValueError for settings that are not those of the newest checkpoint, before the data are read."""
+    """Compare the settings with the newest checkpoint before the data are loaded, as far as that is possible.
+
+    Args:
+        config: the present settings, resolved.
+        folder: the folder of the run.
+        processes: the number of processes.
+
+    Raises:
+        ValueError: a setting or the number of images per step has changed, and must not.
+    """
     state = newest_state(folder)
     if state is None:
         return
@@ -73,29 +102,29 @@ def check_before_data(config: Config, folder: Path, processes: int) -> None:
 def check_same_run(
     config: Config, folder: Path, state: Mapping[str, Any], data: DataDescription, global_batch: int
 ) -> Iterator[str]:
-    """Gives a line for each difference to a checkpoint that a run may have.
+    """Yield a line for each permitted difference between a resumed run and its checkpoint.
 
     Args:
-        config: the settings now, resolved.
-        folder: of the run.
-        state: of the checkpoint.
-        data: what the images are now.
-        global_batch: images of a step now.
+        config: the present settings, resolved.
+        folder: the folder of the run.
+        state: the state of the checkpoint.
+        data: the description of the present images.
+        global_batch: the present number of images per step, on all processes together.
 
     Raises:
-        ValueError: settings, images or their number in a step are others, and must not be.
+        ValueError: a setting, the images, or the number of images per step have changed, and must not.
     """
     changed, run = changed_settings(config, state), config.run
     if read_note(folder) is not None:
         for key in [key for key in changed if key in ADVISED]:
             before, now = changed.pop(key)
-            yield f"{key} was {before!r}, is {now!r} from here on, as this run once diverged."
+            yield f"{key} was {before!r}, is {now!r} from here on; a run that diverged may change it."
     then = DataDescription.from_dict(state["data"]) if "data" in state else None
     if then is None:
-        yield "The checkpoint does not say on which images it was trained; whether they changed is unknown."
+        yield "The checkpoint holds no description of its images, so changes of the images are not detected."
     differences = then.differences(data) if then is not None else []
     if differences and changed.keys() == {"sigma_data"} and not run.allow_data_change:
-        changed = {}  # it was measured on those
+        changed = {}  # it was measured on the other images, which are the fault to report
     check_settings(folder, changed)
     check_global_batch(folder, state, global_batch)
     if differences:
@@ -103,16 +132,17 @@ def check_same_run(
     before = state["config"]["max_train_steps"]
     if before != run.max_train_steps:
         yield (
-            f"max_train_steps was {before}, is {run.max_train_steps} now: schedules that are shares of the run move."
+            f"max_train_steps was {before}, is {run.max_train_steps} now. Schedules given as shares of the run move"
+            " with it."
         )
 
 
 def _allowed_data_change(folder: Path, differences: str, fits: bool, allowed: bool) -> str:
-    """What is said of other images; ValueError unless they were asked for and the network can take them."""
+    """The line about changed images. ValueError unless --allow_data_change is set and they have the same shape."""
     if not (fits and allowed):
         raise ValueError(
             f"{folder} holds a run on another dataset: {differences}. Give the dataset that it was trained"
-            " on, or another --output_dir"
-            + ("; with --allow_data_change the run goes on with this dataset." if fits else ".")
+            " on, or another --output_dir."
+            + (" With --allow_data_change the run continues with this dataset." if fits else "")
         )
-    return f"The dataset is another one from here on, as --allow_data_change says: {differences}."
+    return f"The dataset changes from here on, with --allow_data_change: {differences}."

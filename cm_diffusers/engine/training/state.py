@@ -1,4 +1,4 @@
-"""What a run is at a step: networks, averages, optimisers and counters, as a checkpoint holds them."""
+"""The state of a run, as a checkpoint holds it: networks, averages, optimisers and counters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,23 +18,30 @@ from cm_diffusers.objectives import Objective
 
 
 def average_profiles(run: RunArguments) -> list[HalfLife | ConstantDecay]:
-    """The averages of the weights that a run keeps; the first is exported."""
+    """The averages (EMA) of the weights that `run` asks for; the first one is exported."""
     half_lives = [HalfLife(kimg, run.ema_rampup) for kimg in run.ema_half_life or []]
     return [*half_lives, *(ConstantDecay(decay) for decay in run.ema_decay or [])]
 
 
 def exported_weights(tensors: Mapping[str, Mapping[str, Tensor]], run: RunArguments) -> Mapping[str, Tensor]:
-    """Of the tensors of a checkpoint those that are exported: the first average, or the weights where asked for."""
+    """The weights to export: the first average, or the online weights with `export_weights` "online".
+
+    Args:
+        tensors: groups of tensors (any shape) as a checkpoint holds them.
+        run: the settings of the run.
+    """
     return tensors["model" if run.export_weights == "online" else average_profiles(run)[0].name]
 
 
 class RunState:
-    """The state of a run, at its start until a checkpoint is loaded.
+    """The state of a run; the initial state until `load` is called.
+
+    The constructor prepares the networks of `objective` for `accelerator`, and attaches the objective to them.
 
     Args:
-        objective: the method; its networks are prepared for `accelerator`, and it is attached to them.
-        run: which optimiser, and which averages.
-        accelerator: Accelerate's view of the machine.
+        objective: the training method.
+        run: the settings that choose the optimiser and the averages.
+        accelerator: the processes and devices of the run.
     """
 
     def __init__(self, objective: Objective, run: RunArguments, accelerator: Accelerator):
@@ -58,7 +65,7 @@ class RunState:
         self.meter = LossMeter(objective.terms)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Groups of tensors by name, not copied."""
+        """Groups of tensors (any shape) by name, without copies."""
         auxiliary = {f"auxiliary.{name}": module.state_dict() for name, module in self.objective.auxiliary.items()}
         if self.adversary is not None:
             auxiliary["discriminator"] = self.adversary.network.state_dict()
@@ -71,7 +78,7 @@ class RunState:
         }
 
     def values(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """The rest of the state, as values for JSON."""
         scaler = self.accelerator.scaler
         return {
             "skipped": self.skipped,
@@ -81,7 +88,7 @@ class RunState:
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go to what `tensors` and `values` gave."""
+        """Load the state of `checkpoint`, which holds the results of `tensors` and `values`."""
         tensors, values = checkpoint.tensors, checkpoint.state
         self.objective.network.load_state_dict(tensors["model"])
         for name, shadow in self.ema.shadows.items():
@@ -101,7 +108,7 @@ class RunState:
             self.accelerator.scaler.load_state_dict(values["scaler"])
 
     def gather_meter(self) -> None:
-        """Count on the main process what all have measured."""
+        """Add the losses of all processes to the meter of the main process, and empty the other meters."""
         if self.accelerator.num_processes > 1:
             self.meter.values = self.accelerator.reduce(self.meter.values.to(self.accelerator.device)).cpu()
             if not self.accelerator.is_main_process:

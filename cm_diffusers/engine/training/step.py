@@ -1,4 +1,4 @@
-"""One step of training, the same on any number of processes."""
+"""One training step, with the same result on any number of processes."""
 
 import math
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ from cm_diffusers.objectives import Loss
 
 
 class StepResult(NamedTuple):
-    """What a step has found, the same on all processes but for the norm, which is this one's.
+    """The result of a training step.
 
     Args:
-        norm: of the gradient, before it was clipped.
-        skipped: whether the step was left out, as a loss or a gradient was not finite.
-        stop: whether a process was asked to stop.
+        norm: the norm of this process's gradient before clipping.
+        skipped: whether the step was skipped on all processes, because a loss or gradient was not finite.
+        stop: whether any process was asked to stop.
     """
 
     norm: float
@@ -38,14 +38,14 @@ class StepResult(NamedTuple):
 
 
 class TrainingStep:
-    """Takes the steps of a run, one a call.
+    """Takes one training step for each call.
 
     Args:
         config: the settings.
-        data: the images.
-        state: what a step changes.
-        share: what this process takes of each step's images.
-        accelerator: Accelerate's view of the machine.
+        data: the dataset, of images or latents.
+        state: the state of the run, which a step changes.
+        share: the part of each global batch that this process takes.
+        accelerator: the processes and devices of the run.
     """
 
     def __init__(
@@ -56,7 +56,15 @@ class TrainingStep:
         self.learning_rate = LearningRate(config.run)
 
     def __call__(self, batches: Iterator[dict[str, Any]], stopping: Stopping) -> StepResult:
-        """The next step. Raises StreamFault on all processes, before anything changes, where one gets no images."""
+        """Take the next training step.
+
+        Args:
+            batches: the micro-batches of this process, from `data.batches`.
+            stopping: requests to stop, which the processes share.
+
+        Raises:
+            StreamFault: a process gets no images. It is raised on all processes, before the state changes.
+        """
         state, objective, accelerator = self.state, self.state.objective, self.accelerator
         player, optimizer = objective, state.optimizer
         if state.adversary is not None and state.adversary.has_turn(state.step):
@@ -98,7 +106,7 @@ class TrainingStep:
         return StepResult(norm.item(), skipped, stop)
 
     def _rows(self, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What the forward passes take."""
+        """The rows of the dataset for each forward pass of the step."""
         rows, fault = [], None
         try:
             rows = [next(batches) for _ in range(self.share.accumulation)]
@@ -122,6 +130,6 @@ class TrainingStep:
         scaler = self.accelerator.scaler
         scaled_too_high = scaler is not None and not diverged and scaler.get_scale() > 1
         if scaler is not None:
-            scaler.update()  # lowers its scale
+            scaler.update()  # lowers the scale
         self.state.skipped += 1
-        self.state.skipped_in_a_row += not scaled_too_high  # which says nothing of the run
+        self.state.skipped_in_a_row += not scaled_too_high  # a scale that is too high is not a fault of the run

@@ -1,4 +1,4 @@
-"""Experiment trackers (wandb, tensorboard, ...): checked before any data is read, and resumed with the run."""
+"""Experiment trackers (wandb, tensorboard, ...), checked before the data are read, and resumed with the run."""
 
 import importlib
 import json
@@ -17,12 +17,16 @@ from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.files import RunFiles, headline, read_json, replace_file, why
 
 
-VERSIONS = {"aim": "aim<4"}  # what Accelerate can drive, where it can't drive every version
-SETTINGS_ONCE = ("mlflow", "tensorboard")  # mlflow refuses changed settings, tensorboard shows them as one more run
+VERSIONS = {"aim": "aim<4"}  # versions that Accelerate supports, where it does not support all
+SETTINGS_ONCE = ("mlflow", "tensorboard")  # mlflow refuses changed settings; tensorboard shows them as another run
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise ValueError if one of `names` (of --report_to) is a tracker that can't be used here."""
+    """Check that all trackers in `names` (of --report_to) can be used on this machine.
+
+    Raises:
+        ValueError: a tracker is unknown, not installed, or fails to import.
+    """
     for name in names:
         _check_tracker(name)
 
@@ -31,8 +35,8 @@ def _check_tracker(name: str) -> None:
     known, available = LoggerType.list(), [str(tracker) for tracker in get_available_trackers()]
     if name not in known:
         raise ValueError(
-            f"report_to {name!r} is not a tracker that Accelerate knows; it knows {', '.join(known)};"
-            " none stands for no tracker."
+            f"report_to {name!r} is not a tracker of Accelerate. Give one of {', '.join(known)}, or none for no"
+            " tracker."
         )
     if name == "all":
         if not available:
@@ -44,45 +48,45 @@ def _check_tracker(name: str) -> None:
     package = VERSIONS.get(name, name)
     if name not in available:
         raise ValueError(
-            f"report_to {name!r}: the package {package} is not installed, and nothing would be tracked. Install it"
-            f" with `pip install '{package}'`, or leave --report_to out."
+            f"report_to {name!r} needs the package {package}, which is not installed. Install it with"
+            f" `pip install '{package}'`, or leave --report_to out."
         )
     module = "torch.utils.tensorboard" if name == "tensorboard" else name
     try:
         importlib.import_module(module)
-    except Exception as error:  # of another package's import: whatever it is, nothing would be tracked
+    except Exception as error:  # importing a package can raise anything
         raise ValueError(
-            f"report_to {name!r}: the package {package} is installed, but importing it fails: {headline(error)} Repair"
-            " it, or leave --report_to out."
+            f"report_to {name!r}: the package {package} is installed, but its import fails: {headline(error)} Repair"
+            " the package, or leave --report_to out."
         ) from error
 
 
 def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
-    """Start the trackers of --report_to; a resumed run goes on in the trackers' run that its first start began.
+    """Start the trackers of --report_to. A resumed run continues the tracker's run of its first start.
 
     Args:
-        accelerator: made with these trackers.
-        config: the run's settings, which trackers get as well.
-        step: the last step that was trained; what a tracker holds after it is not of this run any more.
+        accelerator: an accelerator that was created with these trackers.
+        config: the settings of the run, which the trackers record.
+        step: the last training step; tensorboard drops its entries after it.
 
     Raises:
-        ValueError: a tracker does not start (no login, no network, its run was deleted).
+        ValueError: a tracker does not start, for example without a login or network, or because its run was deleted.
     """
     file = Path(config.run.output_dir) / RunFiles.TRACKER
     try:
         note = read_note(file) if file.exists() else _new_note(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} {why(error)}. Delete it, and a new run of the tracker is begun.") from None
+        raise ValueError(f"{file} {why(error)}. Delete it to start a new run in the tracker.") from None
     values = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.to_dict().items()}
     try:
         _start(accelerator, config.run.tracker_project_name, note, file.parent / config.run.logging_dir, step)
         for tracker in accelerator.trackers:
             if tracker.name not in SETTINGS_ONCE or tracker.name not in note["runs"]:
                 tracker.store_init_configuration(values)
-    except Exception as error:  # trackers raise many kinds; training would go on unseen
+    except Exception as error:  # trackers raise many kinds; training would continue untracked
         raise ValueError(
-            f"report_to {' '.join(config.run.trackers)}: the tracker does not start: {headline(error)} If its run was"
-            f" deleted, delete {file}, and a new one is begun. Without --report_to nothing is tracked."
+            f"report_to {' '.join(config.run.trackers)}: the tracker does not start: {headline(error)} If the"
+            f" tracker's run was deleted, delete {file} to start a new one. Without --report_to nothing is tracked."
         ) from error
     if accelerator.is_main_process:
         for tracker in accelerator.trackers:
@@ -91,9 +95,9 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
 
 
 def _start(accelerator: Accelerator, project: str, note: dict[str, Any], logs: Path, step: int) -> None:
-    """Start the trackers one by one: what names the project of others names the run of tensorboard."""
+    """Start the trackers one by one, because tensorboard takes the name of the run in place of a project's name."""
     chosen, started = accelerator.log_with, []
-    logs.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere where its folder is missing
+    logs.mkdir(parents=True, exist_ok=True)  # wandb writes elsewhere if its folder is missing
     for kind in chosen:
         accelerator.log_with, accelerator.trackers = [kind], []
         accelerator.init_trackers(
@@ -104,7 +108,13 @@ def _start(accelerator: Accelerator, project: str, note: dict[str, Any], logs: P
 
 
 def log_pictures(accelerator: Accelerator, pictures: Mapping[str, Path], step: int) -> None:
-    """Hand pictures, files by their names, to the trackers, each by its own call."""
+    """Send pictures to the trackers of `accelerator`, with the call that each tracker has for them.
+
+    Args:
+        accelerator: an accelerator with started trackers.
+        pictures: image files by the names under which the trackers show them.
+        step: the training step of the pictures.
+    """
     for tracker in accelerator.trackers:
         for name, file in pictures.items():
             image = Image.open(file).convert("RGB")
@@ -132,13 +142,18 @@ def _new_note(config: Config) -> dict[str, Any]:
 
 
 def read_note(file: Path) -> dict[str, Any]:
-    """Name, id and runs by tracker, as `start_trackers` wrote them. Raises OSError, or an error of another content."""
+    """Read the name, the id and the runs by tracker that `start_trackers` wrote to `file`.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError, KeyError, TypeError: it holds something else.
+    """
     note = read_json(file)
     return {"name": str(note["name"]), "id": str(note["id"]), "runs": dict(note["runs"])}
 
 
 def _init_kwargs(note: dict[str, Any], logs: Path, step: int) -> dict[str, dict[str, Any]]:
-    """What each tracker takes to begin the run, or to go on with it."""
+    """The arguments by which each tracker starts or resumes its run."""
     name, number, runs = note["name"], note["id"], note["runs"]
     return {
         "wandb": {"id": number, "name": name, "resume": "allow", "dir": str(logs)},
@@ -150,7 +165,7 @@ def _init_kwargs(note: dict[str, Any], logs: Path, step: int) -> dict[str, dict[
         "clearml": {
             "task_name": name,
             "reuse_last_task_id": runs.get("clearml", False),
-            "continue_last_task": 0 if "clearml" in runs else False,  # 0: steps are counted from 0, as they are here
+            "continue_last_task": 0 if "clearml" in runs else False,  # 0: no offset for the steps
         },
         "dvclive": {"dir": str(logs / "dvclive"), "resume": True},
         "tensorboard": {"purge_step": step + 1},
@@ -158,7 +173,7 @@ def _init_kwargs(note: dict[str, Any], logs: Path, step: int) -> dict[str, dict[
 
 
 def _identify(tracker: Any, note: dict[str, Any]) -> str:
-    """By which id the tracker finds the run again; it gets its name where it could not be given before."""
+    """The id by which the tracker finds its run again; also sets a name that could not be set at the start."""
     run = tracker.tracker
     if tracker.name == "comet_ml":
         run.set_name(note["name"])

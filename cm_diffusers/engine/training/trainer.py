@@ -1,4 +1,4 @@
-"""A run from its first step to the last, or from where it stopped: steps, log, checkpoints, pictures."""
+"""The training loop of a new or resumed run: steps, log, checkpoints and pictures."""
 
 import json
 import time
@@ -44,13 +44,13 @@ from cm_diffusers.objectives import Objective
 
 
 class Trainer:
-    """Runs one objective on one dataset to the end, or from where it stopped.
+    """Trains one objective on one dataset, from the start or from a checkpoint.
 
     Args:
         config: the settings.
-        objective: the method, holding the network.
-        data: the images.
-        accelerator: Accelerate's view of the machine.
+        objective: the training method, which holds the network.
+        data: the dataset, of images or latents.
+        accelerator: the processes and devices of the run.
     """
 
     def __init__(self, config: Config, objective: Objective, data: ImageData, accelerator: Accelerator):
@@ -69,16 +69,16 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """How many steps are taken."""
+        """The number of training steps taken so far."""
         return self.state.step
 
     def say(self, text: str) -> None:
-        """Print a line, once for all processes."""
+        """Print the line `text` on the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
     def summary(self) -> RunSummary:
-        """What a model card says of the run beside its settings."""
+        """The facts for the model card that are not settings."""
         channels, (height, width), classes = self.data.channels, self.data.resolution, self.data.num_classes
         shape = f"{channels} x {height} x {width}" + (" latents" if self.data.vae else "")
         shape += f", {classes} classes" if classes else ""
@@ -86,18 +86,21 @@ class Trainer:
         return RunSummary(self.step, self.share.global_batch, processes, shape, self.data.description)
 
     def exported(self) -> DiffusionPipeline:
-        """The pipeline as it would be saved now."""
+        """The pipeline with the present weights, as it would be saved."""
         return exported(self.objective, exported_weights(self.state.tensors(), self.run), self.data.vae)
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
     def fit(self, stopping: Stopping) -> None:
-        """Train to the last step.
+        """Train up to the last step.
+
+        Args:
+            stopping: requests to stop, which are looked at after each step.
 
         Raises:
-            Stopped: a process was asked to stop, and a checkpoint is written.
-            Diverged: no step can be taken from here on.
-            ValueError: a stream of images has failed; a checkpoint is written.
+            Stopped: a process was asked to stop; a checkpoint is saved.
+            Diverged: the run has diverged and can't continue from its present state.
+            ValueError: a stream of images has failed; a checkpoint is saved if any step was trained.
         """
         with stopping.held(), closing(self.data.batches(self.share, self.run.seed, self.step)) as batches:
             self._fit(batches, stopping)
@@ -119,11 +122,11 @@ class Trainer:
                 if result.stop or last or self.step % run.checkpointing_steps == 0:
                     sound = self.save()
                     with together(self.accelerator):
-                        if main and not last and sound:  # the last step is exported anyway
+                        if main and not last and sound:  # the export follows the last step
                             self.on_save()
                 if result.stop:
-                    then, where = "exports the model" if last else "goes on", f"{self.step} of {run.max_train_steps}"
-                    raise stopping.stopped(f"at step {where}, which is saved; the same command {then}.")
+                    then, where = "exports the model" if last else "continues", f"{self.step} of {run.max_train_steps}"
+                    raise stopping.stopped(f"at step {where}, which is saved. The same command {then}.")
                 if run.validation_steps and (last or self.step % run.validation_steps == 0):
                     with together(self.accelerator):
                         if main:
@@ -136,17 +139,17 @@ class Trainer:
             result = self.take_step(batches, stopping)
         except StreamFault as fault:
             if not self.step:
-                raise ValueError(f"{fault} Nothing is trained yet: repair the dataset, and start again.") from None
+                raise ValueError(f"{fault} Nothing is trained yet. Repair the dataset, and start again.") from None
             self.save()
             raise ValueError(
-                f"{fault} The run is saved at step {self.step}: repair the dataset, and the same command resumes it."
+                f"{fault} The run is saved at step {self.step}. Repair the dataset; the same command resumes the run."
             ) from None
         if result.skipped:
             self._look_at_skipped(self.step - 1)
         return result
 
     def _log(self, norm: float, seconds_per_step: float) -> dict[str, Any]:
-        """Write a line of the log for the steps since the last one."""
+        """Append a line to the log for the steps since its last line."""
         state = self.state
         state.gather_meter()
         row = {"step": state.step, **state.meter.read(), "grad_norm": norm}
@@ -165,7 +168,7 @@ class Trainer:
         return row
 
     def _draw(self) -> None:
-        """Pictures of the model as it would be exported now: samples, what it makes of noise, losses."""
+        """Draw samples and diagnostics of the model as it would be exported now, and the loss curves."""
         pipeline, name = self.exported(), self.folder / RunFiles.PICTURES / f"step-{self.step:07d}"
         samples, diagnostics = name.with_suffix(".png"), name.with_name(f"{name.name}-diagnostics.png")
         save_preview(pipeline, samples)
@@ -186,16 +189,20 @@ class Trainer:
                 self.say(f"Step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
         if self.log_file.exists():
             plot_losses(self.log_file, self.folder / RunFiles.CURVES)
-        pictures = {"samples": samples, "diagnostics": diagnostics}  # latents have none
+        pictures = {"samples": samples, "diagnostics": diagnostics}  # latents have no diagnostics
         log_pictures(self.accelerator, {name: file for name, file in pictures.items() if file.exists()}, self.step)
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def save(self) -> bool:
-        """Write a checkpoint of the present step; the log and the meter are complete up to it.
+        """Save a checkpoint of the present step.
 
-        Gives, on the main process, whether a run that diverges later can go on from it. Raises Diverged on all
-        processes where no run could.
+        Returns:
+            On the main process, whether the checkpoint is sound: a run that diverges later can continue from it. On
+            the other processes False.
+
+        Raises:
+            Diverged: the weights are broken and nothing was saved. It is raised on all processes.
         """
         state = self.state
         state.gather_meter()
@@ -223,7 +230,12 @@ class Trainer:
         return sound
 
     def resume(self) -> bool:
-        """Go to the newest checkpoint that verifies; say so. False where the run is new."""
+        """Load the newest checkpoint that verifies, and print its step. False for a new run.
+
+        Raises:
+            DamagedCheckpoint: there are checkpoints, but none verifies.
+            ValueError: the settings or data are not those of the checkpoint, or it is beyond the last step.
+        """
         checkpoint, step, error = None, None, None
         diverged = read_note(self.folder)
         if diverged and all(getattr(self.run, key) == value for key, value in diverged["settings"].items()):
@@ -233,7 +245,7 @@ class Trainer:
                 checkpoint, faults = newest_checkpoint(self.folder)
                 step = checkpoint and checkpoint.step
                 for fault in faults:
-                    self.say(f"WARNING: damaged checkpoint passed over: {fault}")
+                    self.say(f"WARNING: a damaged checkpoint is ignored: {fault}")
             except DamagedCheckpoint as damage:
                 error = str(damage)
         step, error = broadcast_object_list([step, error])
@@ -248,8 +260,8 @@ class Trainer:
             self.say(line)
         if checkpoint.step > self.run.max_train_steps:
             raise ValueError(
-                f"{self.folder} holds a run of {checkpoint.step} steps, and max_train_steps is"
-                f" {self.run.max_train_steps}: give {checkpoint.step} or more to go on, or another --output_dir."
+                f"{self.folder} holds a run at step {checkpoint.step}, but max_train_steps is"
+                f" {self.run.max_train_steps}. Give {checkpoint.step} or more to continue, or another --output_dir."
             )
         self.state.load(checkpoint)
         if self.accelerator.is_main_process:
@@ -266,26 +278,26 @@ class Trainer:
     # --- divergence --------------------------------------------------------------------------------------------
 
     def _look_at_skipped(self, step: int) -> None:
-        """Warn of the first step that is left out; end the run where the weights are broken or steps too many."""
+        """Warn about the first skipped step. End the run if the weights are broken or too many steps are skipped."""
         in_a_row = self.state.skipped_in_a_row
         fault = breakage(self.objective.network.state_dict(), self.state.start_norm)
         if fault:
-            self._diverge(f"The run has diverged by step {step}: {fault}", step)
+            self._diverge(f"The run has diverged by step {step + 1}: {fault}", step)
         if in_a_row > self.run.max_skipped_steps:
             self._diverge(
-                f"{in_a_row} steps in a row, up to step {step}, had a loss or a gradient that is not finite, though"
-                " the weights are",
+                f"{in_a_row} steps in a row, up to step {step + 1}, had a loss or gradient that is not finite, although"
+                " the weights are finite",
                 step,
             )
         if in_a_row == 1:
             self.say(
-                f"WARNING: step {step + 1} is left out, as its loss or gradient is not finite; the weights are as they"
-                " were. Look at the images if that happens often."
+                f"WARNING: step {step + 1} is skipped, because its loss or gradient is not finite. The weights are"
+                " unchanged. Check the images if this happens often."
             )
 
     def _diverge(self, why: str, step: int) -> NoReturn:
-        """End the run so that it can go on from its newest sound checkpoint."""
+        """End the run in a state from which it can continue at its newest sound checkpoint."""
         sound = [go_back(self.folder, step, self.run) if self.accelerator.is_main_process else None]
         (sound,) = broadcast_object_list(sound)
         moved = self.state.skipped <= step
-        raise Diverged(f"{why}; the run ends. " + advice(self.run, self.accelerator.mixed_precision, sound, moved))
+        raise Diverged(f"{why}. The run ends. " + advice(self.run, self.accelerator.mixed_precision, sound, moved))
