@@ -1,6 +1,7 @@
-"""The arguments of a call, read in one place: what users write becomes numbers and tensors, or an error says why not.
+"""Readers of the arguments of a pipeline call: they return numbers and tensors, or raise ValueError.
 
-Most readers take the argument's name for their message, and leave None, an argument that was not given, as it is.
+Most readers take the argument's name for their error message. They pass None on, which means that the argument was not
+given.
 """
 
 import numbers
@@ -23,7 +24,10 @@ Images = torch.Tensor | np.ndarray | Image.Image | Sequence[Image.Image] | None
 
 
 def plain(value: Any) -> Any:
-    """Tensors, arrays and other sequences than text as lists, their scalars and NumPy's as Python's."""
+    """Convert `value` to plain Python: tensors, arrays and sequences to lists, and their scalars to Python numbers.
+
+    Text and all other values are returned unchanged.
+    """
     if torch.is_tensor(value):
         value = value.detach().cpu()
         return (value if value.dtype != torch.bfloat16 else value.float()).tolist()
@@ -35,11 +39,21 @@ def plain(value: Any) -> Any:
 
 
 def is_whole(value: Any) -> bool:
+    """Return whether `value` is an integer, of Python or NumPy. Booleans do not count."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def read_count(name: str, value: Any, least: int | None = 1) -> int | None:
-    """An integer of any type, of at least `least` unless that is None; a float is none, whatever its value."""
+    """Read an integer.
+
+    Args:
+        name: the argument's name in the error message.
+        value: an integer of any type, or None. Floats are refused, even 2.0.
+        least: the smallest allowed value; None for no bound.
+
+    Raises:
+        ValueError: `value` is not an integer, or is below `least`.
+    """
     found = plain(value)
     if found is not None and not (is_whole(found) and (least is None or found >= least)):
         raise ValueError(
@@ -49,7 +63,15 @@ def read_count(name: str, value: Any, least: int | None = 1) -> int | None:
 
 
 def read_number(name: str, value: Any) -> float:
-    """One number, of any type."""
+    """Read one number.
+
+    Args:
+        name: the argument's name in the error message.
+        value: a number of any type. None is refused.
+
+    Raises:
+        ValueError: `value` is not a number.
+    """
     found = plain(value)
     if not _is_number(found):
         raise ValueError(f"{name} must be a number, got {value!r}.")
@@ -57,7 +79,15 @@ def read_number(name: str, value: Any) -> float:
 
 
 def read_numbers(name: str, value: Levels) -> list[float] | None:
-    """Numbers, in any kind of sequence or array; one alone is a list of one. Integers stay integers."""
+    """Read a list of numbers. Integers stay integers.
+
+    Args:
+        name: the argument's name in the error message.
+        value: a flat sequence, array or tensor of numbers; or one number, which becomes a list of one; or None.
+
+    Raises:
+        ValueError: `value` is anything else.
+    """
     found = plain(value)
     if _is_number(found):
         return [found]
@@ -67,7 +97,19 @@ def read_numbers(name: str, value: Levels) -> list[float] | None:
 
 
 def read_samples(name: str, value: Any, shape: Sequence[int | str]) -> torch.Tensor | None:
-    """A tensor of finite floats of the given shape, from a tensor or an array; a size that is text may be any."""
+    """Read a tensor of finite floats.
+
+    Args:
+        name: the argument's name in the error message.
+        value: a tensor or an array of floats, or None.
+        shape: the required shape, such as ("n", 3, 32, 32). A text entry stands for any size.
+
+    Returns:
+        A tensor, for example (n, C, H, W), in the dtype of `value`.
+
+    Raises:
+        ValueError: `value` is of another type or shape, or has infinite values or NaN.
+    """
     if value is None:
         return None
     if isinstance(value, np.ndarray):
@@ -80,28 +122,40 @@ def read_samples(name: str, value: Any, shape: Sequence[int | str]) -> torch.Ten
     if not fits:
         raise ValueError(f"{name} must have the shape {wanted}, got {tuple(value.shape)}.")
     if not value.isfinite().all():
-        raise ValueError(f"{name} must be finite; some of the values are infinite or no numbers.")
+        raise ValueError(f"{name} must be finite; some of its values are infinite or NaN.")
     return value
 
 
 def read_images(
     name: str, value: Images, shape: tuple[int, int | str, int | str], bounded: bool = True
 ) -> torch.Tensor | None:
-    """Images (n, *shape), float32 in [-1, 1], from a tensor (n, C, H, W) or an array (n, H, W, C) in [0, 1], or PIL.
+    """Read images in [0, 1], and scale them to [-1, 1].
 
-    One alone may come without its first dimension. PIL images become grey or RGB as the shape's channels say. A height
-    or width that is text may be any. Only what is `bounded` must lie in [0, 1].
+    Args:
+        name: the argument's name in the error message.
+        value: a tensor (n, C, H, W), an array (n, H, W, C), a PIL image, a list of PIL images, or None. A single image
+            can lack the first dimension. PIL images become grey or RGB, depending on the channels in `shape`.
+        shape: the required channels, height and width. A text entry stands for any size.
+        bounded: refuse values outside [0, 1].
+
+    Returns:
+        A float32 tensor (n, C, H, W); 0 and 1 have become -1 and 1.
+
+    Raises:
+        ValueError: the images are of another type or shape, not finite or, if `bounded`, outside [0, 1].
     """
     if value is None:
         return None
     found = [value] if isinstance(value, Image.Image) else value
     if isinstance(found, (list, tuple)) and found and all(isinstance(one, Image.Image) for one in found):
         if shape[0] not in (1, 3):
-            raise ValueError(f"{name} must be a tensor or an array, as PIL has no images of {shape[0]} channels.")
+            raise ValueError(f"{name} must be a tensor or an array, because PIL has no images of {shape[0]} channels.")
         width, height = (ours if isinstance(ours, int) else n for ours, n in zip(shape[:0:-1], found[0].size))
         if any(one.size != (width, height) for one in found):
             sizes = ", ".join("{} x {}".format(*one.size) for one in found[:4])
-            raise ValueError(f"{name} must be of {width} x {height} pixels, as the model's are, got {sizes}.")
+            raise ValueError(
+                f"{name} must be of {width} x {height} pixels, got {sizes}. Resize or crop before the call."
+            )
         pixels = [np.asarray(one.convert("L" if shape[0] == 1 else "RGB"), dtype=np.float32) for one in found]
         found = np.stack(pixels).reshape(len(found), height, width, shape[0]) / 255
     if isinstance(found, np.ndarray):
@@ -112,16 +166,24 @@ def read_images(
     try:
         images = read_samples(name, found, ("n", *shape))
     except ValueError as error:
-        raise ValueError(f"{error} Images are those of the model's size, floats in [0, 1], or PIL images.") from None
+        raise ValueError(f"{error} Give floats in [0, 1], or PIL images, of the required size.") from None
     assert images is not None
     if bounded and (not images.numel() or images.min() < 0 or images.max() > 1):
-        ends = f"[{images.min():g}, {images.max():g}]" if images.numel() else "none"
+        ends = f"[{images.min():g}, {images.max():g}]" if images.numel() else "no values"
         raise ValueError(f"{name} must lie in [0, 1], got {ends}.")
     return 2 * images.float() - 1
 
 
 def read_generators(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
-    """A generator, or one per image; integers are the seeds of new ones, on the CPU."""
+    """Read generators.
+
+    Args:
+        generator: a generator, an integer seed, a list with one generator or seed per image, or None. Seeds make new
+            generators on the CPU.
+
+    Raises:
+        ValueError: `generator` is anything else, such as a negative seed or an empty list.
+    """
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     found = plain(generator)
@@ -131,19 +193,39 @@ def read_generators(generator: Generators) -> torch.Generator | list[torch.Gener
 
 
 def read_labels(class_labels: Labels, num_classes: int, id2label: dict[int, str] | None) -> torch.Tensor:
-    """Labels, int64 (n,) or (), from integers of any type in any kind of sequence, or from names of classes."""
+    """Read class labels.
+
+    Args:
+        class_labels: one label or a flat sequence, array or tensor of labels. A label is an integer or a class name.
+        num_classes: the number of classes.
+        id2label: the class names by label; None if the model has no names.
+
+    Returns:
+        int64 labels (n,), or () for one label without a sequence.
+
+    Raises:
+        ValueError: a label is outside [0, num_classes), a name is unknown or ambiguous, or the sequence is empty.
+    """
     found = plain(class_labels)
     several = isinstance(found, list)
     found = found if several else [found]
     found = [labels_named(id2label, [label])[0] if isinstance(label, str) else label for label in found]
     if not found or not all(is_whole(label) and 0 <= label < num_classes for label in found):
-        names = "" if id2label is None else " or names of classes"
+        names = "" if id2label is None else " or class names"
         raise ValueError(f"class_labels must be integers in [0, {num_classes - 1}]{names}, got {class_labels!r}.")
     return torch.tensor(found if several else found[0])
 
 
 def read_entries(condition: Entries, batch_size: int) -> dict[str, torch.Tensor]:
-    """Tensors of `batch_size` rows by their names, from tensors or arrays."""
+    """Read further conditioning of the network.
+
+    Args:
+        condition: tensors or arrays (B, ...) by name, or None for none.
+        batch_size: the required number of rows, B.
+
+    Raises:
+        ValueError: `condition` is not a mapping, or an entry is not a tensor or array with `batch_size` rows.
+    """
     if condition is not None and not isinstance(condition, Mapping):
         raise ValueError(f"condition must map names to tensors, got {type(condition).__name__}.")
     found = {}
@@ -157,7 +239,7 @@ def read_entries(condition: Entries, batch_size: int) -> dict[str, torch.Tensor]
 
 
 def count_of(value: Any) -> int | None:
-    """How many images an argument is for, where it has one entry per image."""
+    """Return the number of entries of `value` if it has one per image; None for a single value or none."""
     per_image = isinstance(value, Sequence) and not isinstance(value, str)
     return len(value) if per_image or getattr(value, "ndim", False) else None
 

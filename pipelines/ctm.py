@@ -33,18 +33,21 @@ ONE_TIME = {name: found for name, found in SAMPLED_BY.items() if found[1] not in
 
 
 class CTMPipeline(EditingPipeline):
-    """Images from a consistency trajectory model, unconditional or class-conditional, in 1, 2, ... steps.
+    """Generate images with a consistency trajectory model, in one step or several.
+
+    The model is unconditional or class-conditional.
 
     Args:
-        unet: the network, called as `unet(sample, label, target_timestep=label to jump to, class_labels=...)`, for
-            example a `TwoTimeModel`.
+        unet: the network, called as `unet(sample, label, target_timestep=target_label, class_labels=...)`, for example
+            a `TwoTimeModel`.
         scheduler: a `CTMScheduler`.
-        vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
+        vae: the diffusers autoencoder of a latent model; None for a pixel model.
 
     Raises:
-        ValueError: a network with one time only; another scheduler, here or when one is assigned.
+        ValueError: the network takes only one time, or `scheduler` is of another class. The scheduler is also checked
+            when one is assigned.
 
-    Example:
+    Examples:
         >>> from cm_diffusers import CTMPipeline, CTMScheduler, TwoTimeModel
         >>> from cm_diffusers.models import build_unet
         >>> unet = TwoTimeModel.from_network(build_unet("tiny", (8, 8), 1))  # or from_pretrained("user/model")
@@ -65,21 +68,23 @@ class CTMPipeline(EditingPipeline):
             given = type(scheduler).__name__
             kind, pipeline = ONE_TIME.get(given, (None, None))
             raise ValueError(
-                f"CTMPipeline needs a network with two times, and {type(unet).__name__} takes one only: it has no"
+                f"CTMPipeline needs a network with two times, but {type(unet).__name__} takes only one: it has no"
                 " argument target_timestep. "
                 + (
-                    f"By its {given} this is {kind}, which {pipeline} samples."
+                    f"Its {given} belongs to {kind}: use {pipeline}."
                     if kind
-                    else "Models that jump to clean images alone are sampled by ConsistencyPipeline, diffusion models"
-                    " by DenoisingPipeline."
+                    else "Use ConsistencyPipeline for consistency models, and DenoisingPipeline for diffusion models."
                 )
             )
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     def accept_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
-        """See `ImagePipeline`. Which networks have two times is known by now, so that only one other kind is left."""
+        """Check `scheduler`, see `ImagePipeline`.
+
+        The network has two times, so the only other pipeline to suggest is `MeanFlowPipeline`.
+        """
         mean_flow = is_a(scheduler, "FlowMatchEulerDiscreteScheduler")
-        hint = " Mean flows have two times as well; MeanFlowPipeline samples them." if mean_flow else ""
+        hint = " It belongs to a MeanFlow model: use MeanFlowPipeline." if mean_flow else ""
         check_scheduler("CTMPipeline", scheduler, self._schedulers, hint)
         return scheduler
 
@@ -88,7 +93,7 @@ class CTMPipeline(EditingPipeline):
         return (1, 2)
 
     def jumping(self) -> dict[str, Any]:
-        """See `EditingPipeline`."""
+        """Return the arguments of a call that jumps to clean images, see `EditingPipeline`."""
         return {"gamma": 1.0}
 
     @torch.no_grad()
@@ -115,43 +120,49 @@ class CTMPipeline(EditingPipeline):
         image: Images = None,
         noise_level: float | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Make images.
+        """Generate images.
 
         Args:
-            batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
-            class_labels: one label for all or one per image, or names of classes where the model knows them; drawn
-                from `generator` where the model wants some and neither they nor `latents` are given.
-            num_inference_steps: 1 (the default) or more steps, on the scheduler's grid for "gamma", at Karras' levels
-                for the ODE solvers; or else
-            sigmas: the noise levels, falling, for example [80, 0.8].
-            gamma: in [0, 1], for the solver "gamma": 0 jumps from level to level, 1 jumps to clean images and adds
-                noise of the next level. By default the scheduler's.
-            solver: "gamma", or "euler" or "heun" for the probability-flow ODE with the denoiser that the network is
-                where both times are one. Heun calls the network twice per step.
-            generator: a generator or a seed, or one per image (then an image does not depend on the others of the
-                batch).
-            latents: unit normal noise (batch_size, C, H, W), a tensor or an array, instead of noise from `generator`.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
-            return_dict: give an `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
-                replaces the tensors, and `pipe._interrupt = True` ends the call.
-            callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
-            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
-            guidance_scale: w of classifier-free guidance: 1 is none, more leads further away from what the network
-                makes of no class, by two samples in each network call.
-            guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
-            negative_class_labels: classes to be led away from instead of none, given as class_labels are.
-            timesteps: the levels by the times of `scheduler.timesteps`, instead of sigmas.
-            image: what to begin with instead of pure noise, one for all or one per image: a tensor (n, C, H, W) or an
-                array (n, H, W, C) in [0, 1], or PIL, of the model's size.
-            noise_level: sigma, of the noise that it gets, and of the first step: the higher, the more is made anew.
-                Other levels, whose first one it is, may stand for it.
+            batch_size: number of images. By default it follows from the other arguments with one entry per image, such
+                as `class_labels`, `generator`, `latents` or `image`; else it is 1.
+            class_labels: one label for all images, or one per image: integers, or class names if the model has names.
+                By default a class-conditional model draws them from `generator`; together with `latents` they are
+                required.
+            num_inference_steps: number of steps, 1 by default: on the scheduler's grid for "gamma", at Karras levels
+                for the ODE solvers. Give at most one of this, `sigmas` and `timesteps`.
+            sigmas: strictly decreasing noise levels, for example [80, 0.8].
+            gamma: share of new noise in [0, 1], for the solver "gamma". 0 jumps from level to level; 1 jumps to clean
+                images and adds noise of the next level. By default the scheduler's `gamma`.
+            solver: "gamma"; or "euler" or "heun", which solve the probability-flow ODE. Their denoiser is the network
+                with both times equal. Heun calls the network twice per step, but once in a last step to 0.
+            generator: a `torch.Generator` or a seed, or a list with one per image. With a list, each image is
+                independent of the rest of the batch.
+            latents: unit normal noise (B, C, H, W) to start from, a tensor or an array, instead of noise from
+                `generator`.
+            output_type: "pil", "np", "pt" or "latent". "np" is an array (B, H, W, C) and "pt" a tensor (B, C, H, W),
+                both in [0, 1]. "latent" is the last sample, neither decoded nor rescaled.
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step. It can return
+                `{"latents": ...}` to replace the sample, and set `pipe._interrupt = True` to end the call early.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback receives: "latents" (the
+                sample) and "pred_original_sample" (the estimate of the clean sample).
+            condition: further conditioning of the network, tensors (B, ...) by the names of its arguments.
+            guidance_scale: the weight w of classifier-free guidance. 1 turns guidance off; a larger w moves the images
+                further from those of the null class. Guidance doubles the batch of each network call.
+            guidance_interval: the lowest and the highest noise level sigma with guidance; by default all levels.
+            negative_class_labels: classes to move away from, instead of the null class; in the form of
+                `class_labels`.
+            timesteps: strictly decreasing time labels as in `scheduler.timesteps`, instead of `sigmas`.
+            image: images to start from instead of pure noise: a tensor (n, C, H, W) or an array (n, H, W, C) in
+                [0, 1], or PIL images, of the model's size. One image is for the whole batch.
+            noise_level: sigma of the noise that is added to `image`, and the first noise level. The higher it is, the
+                more of the image changes. Instead of it you can give other levels, which begin with it.
 
         Returns:
-            `ImagePipelineOutput` with `.images`.
+            An `ImagePipelineOutput` with `images` in the form of `output_type`, or the tuple `(images,)`.
 
         Raises:
-            ValueError: an argument that can't be meant, before the network is called.
+            ValueError: an argument is invalid. This is checked before the network is called.
         """
         images, level = self.read_start(image, noise_level, sigmas, timesteps)
         self._choose_levels(num_inference_steps, sigmas, gamma, solver, timesteps, level)
@@ -189,20 +200,21 @@ class CTMPipeline(EditingPipeline):
         class_labels: Labels = None,
         condition: Entries = None,
     ) -> torch.Tensor:
-        """Where the trajectory through `sample` is at `sigma_to`, by one network call: G(x, t, s) of eq. 9.
+        """Jump along the trajectory through `sample` to another level, by one network call: G(x, t, s) of eq. 9.
 
         Args:
-            sample: x0 + sigma_from noise with x0 in [-1, 1], (B, C, H, W).
-            sigma_from: a level in [sigma_min, sigma_max], or one per sample (B,).
-            sigma_to: as `sigma_from`, and not above it unless the scheduler says that the model jumps `upward`.
-            class_labels: one label for all or one per sample, or names of classes, for a conditional model.
-            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
+            sample: noisy samples x0 + sigma_from noise (B, C, H, W), with x0 in [-1, 1] for a pixel model.
+            sigma_from: the level of `sample` in [sigma_min, sigma_max], or one level per sample (B,).
+            sigma_to: the level to jump to, in the form of `sigma_from`. It can exceed `sigma_from` only if the
+                scheduler has upward=True.
+            class_labels: one label for all or one per sample, or class names. A class-conditional model requires them.
+            condition: further conditioning of the network, tensors (B, ...) by the names of its arguments.
 
         Returns:
-            float32 (B, C, H, W).
+            The samples at `sigma_to`, float32 (B, C, H, W).
 
         Raises:
-            ValueError: levels outside their range, a sample of another shape, labels missing or unknown.
+            ValueError: a level is outside its range, `sample` has another shape, or labels are missing or unknown.
         """
         if not torch.is_tensor(sample) or tuple(sample.shape[1:]) != self.sample_shape or not len(sample):
             got = tuple(sample.shape) if torch.is_tensor(sample) else type(sample).__name__
@@ -211,8 +223,8 @@ class CTMPipeline(EditingPipeline):
         t, s = self._read_level("from", sigma_from, len(sample)), self._read_level("to", sigma_to, len(sample))
         if (s > t * (1 + 1e-6)).any() and not self.scheduler.config.upward:
             raise ValueError(
-                f"This model was not trained to jump to higher levels, from {sigma_from} to {sigma_to}. Where it was,"
-                " its scheduler has upward=True; else `invert` with solver='heun' goes up."
+                f"This model was not trained to jump to higher levels, from {sigma_from} to {sigma_to}: its scheduler"
+                " does not have upward=True. To go up, use `invert` with solver='heun'."
             )
         moved = self._jump(sample.to(self._execution_device, torch.float32), t, s, told)
         self.maybe_free_model_hooks()
@@ -228,26 +240,26 @@ class CTMPipeline(EditingPipeline):
         solver: str | None = None,
         condition: Entries = None,
     ) -> torch.Tensor:
-        """The noise that the model makes `images` of, without randomness: data to noise along the trajectories.
+        """Find the noise from which the model generates `images`, along the trajectories and without randomness.
 
-        `pipe(latents=pipe.invert(images, labels), class_labels=labels, gamma=0)` gives the images back as far as the
-        model is exact. With another `sigma_max`, pass `sigmas` that begin with it.
+        `pipe(latents=pipe.invert(images, labels), class_labels=labels, gamma=0)` reconstructs the images, up to the
+        model's error. If you set `sigma_max`, pass that call `sigmas` that begin with it.
 
         Args:
-            images: one or several, as `image` of a call.
-            class_labels: one label for all or one per image, or names of classes, for a conditional model.
-            sigma_max: the level to go up to; by default the scheduler's.
-            num_inference_steps: number of steps, at Karras' levels; by default 1 jump, or 18 steps of Heun.
-            solver: "jump", for models that jump to higher levels (`upward` of the scheduler, for which it is the
-                default); "heun" solves the probability-flow ODE in reverse, by two network calls per step.
-            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
+            images: one image or several, in the form of `image` of a call.
+            class_labels: one label for all or one per image, or class names. A class-conditional model requires them.
+            sigma_max: the highest noise level, where the inversion ends; by default the scheduler's `sigma_max`.
+            num_inference_steps: number of steps between Karras levels; by default 1 for "jump" and 18 for "heun".
+            solver: "jump" jumps to higher levels, for models whose scheduler has upward=True; it is their default.
+                "heun" solves the probability-flow ODE in reverse, with two network calls per step.
+            condition: further conditioning of the network, tensors (B, ...) by the names of its arguments.
 
         Returns:
-            Noise of the unit normal scale, float32 (B, C, H, W), for `latents` of a call.
+            Noise of unit normal scale, float32 (B, C, H, W), for the `latents` of a call.
 
         Raises:
-            ValueError: images that can't be read, labels missing or unknown, a solver that is unknown
-                or does not suit the model, a level or a number of steps outside its range.
+            ValueError: images are invalid, labels are missing or unknown, the solver is unknown or does not fit the
+                model, or a level or number of steps is outside its range.
         """
         config = self.scheduler.config
         solver = solver or ("jump" if config.upward else "heun")
@@ -256,7 +268,7 @@ class CTMPipeline(EditingPipeline):
         if solver == "jump" and not config.upward:
             raise ValueError(
                 "solver='jump' needs a model trained to jump to higher levels, whose scheduler has upward=True;"
-                " use solver='heun'."
+                " use solver='heun' for this one."
             )
         sigma_max = config.sigma_max if sigma_max is None else read_number("sigma_max", sigma_max)
         if not config.sigma_min < sigma_max <= config.sigma_max:
@@ -286,28 +298,29 @@ class CTMPipeline(EditingPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """The way from one image to another through the latent space.
+        """Interpolate between two images through noise space.
 
-        Both are inverted to noise, and what lies between these on the sphere is sampled without randomness. (The
-        straight line would pass through noise of too small a norm, which the model has not seen.) The first and the
-        last image are the model's reconstructions of the two.
+        Both images are inverted to noise. Noises on the arc between the two are then sampled without randomness,
+        because noises on the straight line would have a smaller norm than the model saw in training. The first and the
+        last image are the model's reconstructions of the given ones.
 
         Args:
-            images: the two, as `image` of a call.
-            class_labels: the label of both, for a conditional model: one, or two that are the same. There is no way
-                from class to class.
-            num_images: how many to make, 2 or more, with both ends; they are one batch.
-            num_inference_steps: steps of the sampling, 1 by default.
-            num_inverse_steps: steps of `invert`, its default by default.
-            output_type: "pil", "np" (N, H, W, C in [0, 1]) or "pt" (N, C, H, W in [0, 1]).
-            return_dict: give an `ImagePipelineOutput` rather than a tuple.
+            images: the two images, in the form of `image` of a call.
+            class_labels: the class of both images, for a class-conditional model: one label, or two equal labels.
+                Interpolation from class to class is impossible.
+            num_images: number of images, 2 or more, both ends included. They form one batch.
+            num_inference_steps: number of sampling steps, 1 by default.
+            num_inverse_steps: number of steps of `invert`; by default that of `invert`.
+            output_type: "pil", "np", "pt" or "latent". "np" is an array (N, H, W, C) and "pt" a tensor (N, C, H, W),
+                both in [0, 1]. "latent" is the last sample, neither decoded nor rescaled.
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
 
         Returns:
-            `ImagePipelineOutput` with `.images`.
+            An `ImagePipelineOutput` with `images` in the form of `output_type`, or the tuple `(images,)`.
 
         Raises:
-            ValueError: not two images, images that `invert` refuses, two classes, fewer than 2 images or 1 step asked
-                for, or two images whose noises are opposite, so that there is no one way between them.
+            ValueError: `images` are invalid or not two, their classes differ, `num_images` is below 2, or a number of
+                steps is below 1. Or the two noises are opposite, so that no arc is the shortest.
         """
         pair, told = self.read_sample(images, class_labels, None)
         labels = told.entries.get("class_labels")
@@ -315,14 +328,15 @@ class CTMPipeline(EditingPipeline):
             raise ValueError(f"images must be the two to interpolate between, (2, C, H, W), got {len(pair)}.")
         count = read_count("num_images", num_images, None)
         if count is None or count < 2:
-            raise ValueError(f"num_images must be at least 2, as both ends are made, got {count}.")
+            raise ValueError(f"num_images must be at least 2, because both ends count, got {count}.")
         if labels is not None and labels[0] != labels[1]:
             raise ValueError(
-                f"Both images must be of one class, as nothing lies between two; got class_labels {labels.tolist()}."
+                "Both images must be of one class, because classes can't be interpolated, got class_labels"
+                f" {labels.tolist()}."
             )
         self.check_output(output_type)
         read_count("num_inverse_steps", num_inverse_steps)
-        self._choose_levels(num_inference_steps, None, 0.0, "gamma")  # which checks them, too
+        self._choose_levels(num_inference_steps, None, 0.0, "gamma")  # checks them before any work
         first, last = self.invert(images, labels, num_inference_steps=num_inverse_steps)
         return self(
             class_labels=None if labels is None else labels[:1].expand(count),
@@ -334,7 +348,7 @@ class CTMPipeline(EditingPipeline):
         )
 
     def targets(self, index: int) -> dict[str, torch.Tensor]:
-        """See `ImagePipeline`: the label of the level that it jumps to."""
+        """Return the label of the level that network call `index` jumps to, (), see `ImagePipeline`."""
         return {"target_timestep": self.scheduler.target_timesteps[index]}
 
     def _choose_levels(
@@ -346,11 +360,11 @@ class CTMPipeline(EditingPipeline):
         timesteps: Levels = None,
         noise_level: float | None = None,
     ) -> None:
-        """Tell the scheduler the levels of a call."""
+        """Set the levels of a call in its scheduler."""
         if solver not in CTM_SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(CTM_SOLVERS)}; got {solver!r}.")
         if solver != "gamma" and gamma is not None:
-            raise ValueError(f"gamma={gamma} means nothing to the solver {solver!r}; it is for 'gamma'.")
+            raise ValueError(f"gamma={gamma} has no effect on the solver {solver!r}; it is for solver='gamma'.")
         gamma = None if gamma is None else read_number("gamma", gamma)
         num_inference_steps, sigmas, timesteps = self.read_levels(num_inference_steps, sigmas, timesteps, noise_level)
         if solver != "gamma" and num_inference_steps is not None and sigmas is None and timesteps is None:
@@ -360,12 +374,12 @@ class CTMPipeline(EditingPipeline):
         self.set_levels(num_inference_steps, sigmas, timesteps, gamma=gamma)
 
     def _karras(self, steps: int, sigma_max: float) -> torch.Tensor:
-        """The steps + 1 levels from `sigma_max` to the floor."""
+        """Return the `steps` + 1 Karras levels from `sigma_max` to the floor."""
         read_count("num_inference_steps", steps)
         return torch.from_numpy(self.scheduler.karras_sigmas(steps + 1, sigma_max))
 
     def _read_level(self, name: str, sigma: Levels, batch_size: int) -> torch.Tensor:
-        """A level as a tensor () or (B,), float64."""
+        """Read a level as a float64 tensor () or (B,)."""
         low, high = self.scheduler.config.sigma_min, self.scheduler.config.sigma_max
         level = torch.tensor(read_numbers(f"sigma_{name}", sigma) or [], dtype=torch.float64)
         level = level if count_of(sigma) else level.squeeze()
@@ -379,7 +393,7 @@ class CTMPipeline(EditingPipeline):
     def _network(
         self, sample: torch.Tensor, sigma: torch.Tensor, sigma_to: torch.Tensor, told: Condition | Guidance
     ) -> torch.Tensor:
-        """The network's output F for a jump of `sample` from `sigma` to `sigma_to`."""
+        """Return the network's output F for a jump of `sample` from `sigma` to `sigma_to`."""
         network_input = self.scheduler.precondition_inputs(sample, sigma).to(self.network_dtype)
         timestep, target = (self.scheduler.labels(s, sample.device) for s in (sigma, sigma_to))
         output = call_guided(self.unet, network_input, timestep, told=told, sigma=sigma, target_timestep=target)
@@ -398,7 +412,10 @@ class CTMPipeline(EditingPipeline):
         told: Condition | Guidance,
         solver: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step of Euler or Heun with the denoiser g(x, t, t), down or up, and what it says of the clean sample."""
+        """Make a step of Euler or Heun with the denoiser g(x, t, t), down or up.
+
+        Returns the sample at `sigma_next`, and the estimate of the clean sample.
+        """
         scheduler = self.scheduler
         output = self._network(sample, sigma, sigma, told)
         following = scheduler.jump(output, sample, sigma, sigma_next)

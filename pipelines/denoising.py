@@ -1,14 +1,18 @@
 """Sampling of diffusion models by the probability-flow ODE or the reverse SDE (Karras et al. 2022, arXiv:2206.00364).
 
-Solvers, for x = x0 + sigma noise, whatever process the network was trained on:
+All solvers work on x = x0 + sigma noise, whatever process the network was trained on:
 
-euler, ddim   first order, of the ODE: the step of diffusers' `EDMEulerScheduler`. In sigma, DDIM's step is the same.
-heun          second order, of the ODE: algorithm 1; with s_churn > 0, which euler takes as well, algorithm 2.
-sde, sde_2m   first and second order, of the SDE: SDE-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) by diffusers'
-              `EDMDPMSolverMultistepScheduler`. The step of order 1 is that of ancestral sampling, and of DDIM, eta 1.
+| solver          | equation | order  | method                                                              |
+|-----------------|----------|--------|---------------------------------------------------------------------|
+| `euler`, `ddim` | ODE      | 1      | diffusers' `EDMEulerScheduler`; in terms of sigma, DDIM is the same |
+| `heun`          | ODE      | 2      | algorithm 1 of the paper                                            |
+| `sde`, `sde_2m` | SDE      | 1 or 2 | SDE-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095)                 |
 
-The churn of `EDMEulerScheduler.step` comes after the network was called, so that its slope is not that of the point
-from which it steps. Here it comes before, as in the paper.
+With s_churn > 0, `heun` is algorithm 2 of the paper; `euler` has churn as well. The SDE solvers are those of
+diffusers' `EDMDPMSolverMultistepScheduler`. A step of `sde` equals ancestral sampling, and DDIM with eta 1.
+
+`EDMEulerScheduler.step` adds its churn after the network call, so the slope belongs to another point than the one it
+steps from. Here the churn comes before the network call, as in the paper.
 """
 
 import math
@@ -45,7 +49,7 @@ DEFAULTS = {"prediction": "edm", "time_label": None, "time_scale": 1.0, "noise_s
 
 
 def _as_edm(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The `TrigFlowScheduler` of a diffusion model as an `EDMEulerScheduler`; others as they are."""
+    """Convert the `TrigFlowScheduler` of a diffusion model to an `EDMEulerScheduler`; return others unchanged."""
     if not is_a(scheduler, "TrigFlowScheduler") or scheduler.config.solver == "consistency":
         return scheduler
     levels = {name: scheduler.config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")}
@@ -53,35 +57,45 @@ def _as_edm(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 class DenoisingPipeline(ImagePipeline):
-    """Images from a diffusion or flow model, unconditional or class-conditional, by a solver of the ODE or the SDE.
+    """Generate images with a diffusion or flow model, by a solver of the ODE or the SDE.
 
-    The levels, EDM's preconditioning and the Euler step are those of diffusers' `EDMEulerScheduler`.
+    The model is unconditional or class-conditional. The noise levels, EDM's preconditioning and the Euler step are
+    those of diffusers' `EDMEulerScheduler`.
+
+    By default, `prediction`, `time_label`, `time_scale` and `noise_schedule` come from the config of `scheduler`, if
+    another pipeline stored them there. Therefore `DenoisingPipeline(**pipe.components)` samples the same model as
+    `pipe`.
 
     Args:
         unet: the network, called as `unet(sample, label, class_labels=...)`, for example a `UNet2DModel`.
-        scheduler: an `EDMEulerScheduler` with the model's `sigma_data` (of which flow models have none); the
-            `TrigFlowScheduler` of a diffusion model is converted to it.
-        time_label: the network's time input, by default the first that the prediction allows: "log_sigma"
-            (250 ln sigma), "quarter_log_sigma" (ln(sigma) / 4) or "angle" (atan(sigma / sigma_data)) for "edm",
-            "flow_time" (sigma / (1 + sigma)) for "flow", "timestep" (times between the integers of the noise schedule,
-            by the angle atan(sigma)) for the others.
-        prediction: "edm", the default, for a network under EDM's preconditioning; "flow" for one that is given
-            x_t = (1 - t) x0 + t noise and predicts noise - x0 (Lipman et al. 2022, arXiv:2210.02747); "epsilon" (the
-            noise) or "v_prediction" (alpha noise - std x0) for one that is given alpha x0 + std noise with
-            alpha^2 + std^2 = 1, a tuned DDPM; "trigflow" for a diffusion model of `TrigFlowPipeline`.
-        vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
-        time_scale: factor of the time label of "flow" (1000 for diffusers' flow models), by default 1.
-        noise_schedule: for "epsilon" and "v_prediction" the settings of diffusers' `DDPMScheduler` that make the table
-            of alpha^2, such as {"beta_schedule": "linear"}.
+        scheduler: an `EDMEulerScheduler`, with the model's `sigma_data` for "edm" and "trigflow". The
+            `TrigFlowScheduler` of a diffusion model is converted to one.
+        time_label: the network's time input. By default it is the first that the prediction allows:
 
-    What is not given of the prediction, its time and its noise schedule is what the scheduler of another pipeline says
-    of the network, so that `DenoisingPipeline(**pipe.components)` makes the images of `pipe`.
+            - for "edm": "log_sigma" (250 ln sigma), "quarter_log_sigma" (ln(sigma) / 4) or "angle"
+              (atan(sigma / sigma_data));
+            - for "flow": "flow_time" (sigma / (1 + sigma));
+            - for "epsilon" and "v_prediction": "timestep" (times between the integers of the noise schedule, by the
+              angle atan(sigma));
+            - for "trigflow": "angle".
+        prediction: what the network predicts:
+
+            - "edm", the default: F under EDM's preconditioning;
+            - "flow": noise - x0, from x_t = (1 - t) x0 + t noise (Lipman et al. 2022, arXiv:2210.02747);
+            - "epsilon": the noise, from alpha x0 + std noise with alpha^2 + std^2 = 1, as in DDPM;
+            - "v_prediction": alpha noise - std x0, from the same input;
+            - "trigflow": the velocity over sigma_data, as a diffusion model for `TrigFlowPipeline` does.
+        vae: the diffusers autoencoder of a latent model; None for a pixel model.
+        time_scale: factor of the time label "flow_time" (1000 for diffusers' flow models), by default 1.
+        noise_schedule: for "epsilon" and "v_prediction", the settings of diffusers' `DDPMScheduler` that define the
+            table of alpha^2, such as {"beta_schedule": "linear"}.
 
     Raises:
-        ValueError: unknown prediction, a time label that is not one of its own, no noise schedule where it has to be
-            known; another scheduler, or one for a network of another prediction, here or when one is assigned.
+        ValueError: the prediction is unknown, it does not allow the time label, or a noise schedule is missing or not
+            used. Or `scheduler` is of another class, or for a network with other settings; this is also checked when
+            one is assigned.
 
-    Example:
+    Examples:
         >>> from diffusers import EDMEulerScheduler
         >>> from cm_diffusers import DenoisingPipeline
         >>> from cm_diffusers.models import build_unet
@@ -121,7 +135,7 @@ class DenoisingPipeline(ImagePipeline):
             self._angles = vp_angles(DDPMScheduler(**noise_schedule).alphas_cumprod.double()).numpy()
 
     def accept_scheduler(self, scheduler: SchedulerMixin) -> EDMEulerScheduler:
-        """See `ImagePipeline`: an `EDMEulerScheduler`, told what the network predicts."""
+        """Check and convert `scheduler`, see `ImagePipeline`, and store the network's settings in its config."""
         scheduler = super().accept_scheduler(_as_edm(scheduler))
         return saying(scheduler, {name: self.config[name] for name in DEFAULTS})
 
@@ -132,14 +146,21 @@ class DenoisingPipeline(ImagePipeline):
     def denoise(
         self, sample: torch.Tensor, sigma: torch.Tensor, condition: Condition | Guidance | torch.Tensor | None
     ) -> torch.Tensor:
-        """The estimate of the clean sample from `sample` (B, C, H, W), float32, at the scalar level `sigma` > 0.
+        """Estimate the clean sample from a noisy one.
 
-        The sample is x0 + sigma noise whatever the network predicts; a flow model is given sample / (1 + sigma), one
-        of noise or v sample / sqrt(1 + sigma^2). Class labels (B,), or guidance, may stand for the condition.
+        Args:
+            sample: x0 + sigma noise (B, C, H, W), float32, whatever the network predicts. The network's input is
+                sample / (1 + sigma) for "flow", sample / sqrt(1 + sigma^2) for "epsilon" and "v_prediction", and
+                sample / sqrt(sigma^2 + sigma_data^2) for "edm" and "trigflow".
+            sigma: the noise level, above 0, a tensor ().
+            condition: the conditioning of the network, with or without guidance; class labels (B,) are also accepted.
+
+        Returns:
+            The estimate of x0, float32 (B, C, H, W).
         """
         prediction = self.config.prediction
         given = self._network_input
-        edm = prediction in ("edm", "trigflow")  # whose outputs differ in their sign alone
+        edm = prediction in ("edm", "trigflow")  # their outputs differ only in sign
         network_input = self.scheduler.precondition_inputs(sample, sigma) if edm else sample / given.norm(sigma)
         cast = network_input.to(self.network_dtype)
         label = given.label(sigma)
@@ -155,7 +176,7 @@ class DenoisingPipeline(ImagePipeline):
 
     @property
     def _network_input(self) -> NetworkInput:
-        """How the network is given a sample, as the config and the scheduler of this call say it."""
+        """The input scaling and time label of the network, by the pipeline's config and the scheduler of this call."""
         return NetworkInput(
             self.config.prediction,
             self.config.time_label,
@@ -167,7 +188,10 @@ class DenoisingPipeline(ImagePipeline):
     def _heun_step(
         self, sample: torch.Tensor, denoised: torch.Tensor, euler: torch.Tensor, i: int, told: Condition | Guidance
     ) -> torch.Tensor:
-        """`euler`, the end of a step of order 1 from `sample`, corrected by the slope there, which 0 has not."""
+        """Apply Heun's correction to `euler`, the result of an Euler step from `sample`.
+
+        A step to level 0 is returned unchanged, because there is no slope at 0.
+        """
         now, then = self.scheduler.sigmas[i : i + 2]
         if then == 0:
             return euler
@@ -176,7 +200,7 @@ class DenoisingPipeline(ImagePipeline):
         return heun_end(sample, then - now, slope, slope_then)
 
     def levels_below(self, noise_level: float, num_inference_steps: int) -> list[float]:
-        """See `ImagePipeline`: a Karras grid that ends with sigma_min, before the step to 0."""
+        """Return `num_inference_steps` Karras levels from `noise_level` to sigma_min; a step to 0 follows them."""
         config = self.scheduler.config
         ramp = np.linspace(0, 1, num_inference_steps)
         return karras_sigma(ramp, config.sigma_min, noise_level, config.rho).tolist()
@@ -184,7 +208,7 @@ class DenoisingPipeline(ImagePipeline):
     def _set_levels(
         self, num_inference_steps: int | None, sigmas: list[float] | None, timesteps: list[float] | None
     ) -> None:
-        """Tell the scheduler of the call its levels; ValueError for those that can't be meant."""
+        """Check the levels of a call, and set them in its scheduler."""
         scheduler = self.scheduler
         if sum(given is not None for given in (num_inference_steps, sigmas, timesteps)) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
@@ -200,37 +224,37 @@ class DenoisingPipeline(ImagePipeline):
         if not len(levels) or not ((levels > 0) & (levels <= highest)).all():
             raise ValueError(
                 f"`{name}` must be levels in (0, {scheduler.config.sigma_max:g}], falling, got {given}"
-                + ("." if sigmas is not None else f", which are {levels.tolist()}.")
+                + ("." if sigmas is not None else f", which mean the levels {levels.tolist()}.")
             )
         if (levels[1:] >= levels[:-1]).any():
             raise ValueError(f"`{name}` must fall strictly, got {given}.")
-        # diffusers' own argument `sigmas` takes places on the Karras grid, not levels
+        # diffusers' own argument `sigmas` takes positions on the Karras grid, not levels
         scheduler.set_timesteps(len(levels), device=self._execution_device)
         levels = levels.float()
         scheduler.timesteps = scheduler.precondition_noise(levels).to(self._execution_device)
         scheduler.sigmas = torch.cat([levels, scheduler.sigmas[-1:]])
 
     def _sde_scheduler(self, order: int) -> EDMDPMSolverMultistepScheduler:
-        """The stock solver of the SDE, at the levels of the pipeline's scheduler."""
+        """Return the diffusers solver of the SDE, at the levels of the pipeline's scheduler."""
         settings = {"algorithm_type": "sde-dpmsolver++", "solver_order": order}
-        # settings given by position stand among `_use_default_values`, which from_config would leave out
+        # `_use_default_values` names settings given by position as well, and from_config would drop them
         config = {**self.scheduler.config, "_use_default_values": []}
         scheduler = EDMDPMSolverMultistepScheduler.from_config(config, **settings)
         own = self.scheduler
         scheduler.set_timesteps(own.num_inference_steps, device=self._execution_device)
-        if not torch.allclose(scheduler.sigmas, own.sigmas):  # where both choose the levels they differ by roundings
+        if not torch.allclose(scheduler.sigmas, own.sigmas):  # own levels; on the grid both differ only by rounding
             scheduler.sigmas, scheduler.timesteps = own.sigmas.clone(), own.timesteps
-        scheduler.set_begin_index(0)  # its timesteps differ from those of `self.scheduler` by roundings
+        scheduler.set_begin_index(0)  # no search by timestep: those of `self.scheduler` differ by rounding
         return scheduler
 
     def _edm_output(self, sample: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """What a network under EDM's preconditioning puts out to mean `denoised`, which stock solvers want."""
+        """Return the output of an EDM network whose estimate is `denoised`; diffusers solvers take this output."""
         skip = self.scheduler.precondition_outputs(sample, 0, sigma)
         return (denoised - skip) / self.scheduler.precondition_outputs(0, 1, sigma)
 
     @staticmethod
     def _check_solver(solver: str, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
-        """Raise ValueError for settings that are impossible or would not be used."""
+        """Refuse settings of the solver that are invalid or would have no effect."""
         if solver not in DIFFUSION_SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(DIFFUSION_SOLVERS)}; got {solver!r}.")
         if not 0 <= s_churn < math.inf:
@@ -271,45 +295,52 @@ class DenoisingPipeline(ImagePipeline):
         image: Images = None,
         noise_level: float | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Make images.
+        """Generate images.
 
         Args:
-            batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
-            class_labels: one label for all or one per image, or names of classes where the model knows them; drawn
-                from `generator` where the model wants some and neither they nor `latents` are given.
-            num_inference_steps: number of Karras levels N, 2 or more (18); Heun calls the network 2 N - 1 times, the
-                others N times. The SDE wants more of them than the ODE.
-            solver: "heun", "euler", "ddim" (euler by another name), "sde" or "sde_2m".
-            s_churn: noise to add and take away again on the way, for heun and euler, at least 0: each step starts from
-                a level higher by the factor 1 + min(s_churn / N, sqrt(2) - 1).
-            s_tmin: the lowest level that is churned.
-            s_tmax: the highest such level.
-            s_noise: factor of the noise that is added, a little above 1 where the network removes too much.
-            generator: a generator or a seed, or one per image (then an image does not depend on the others of the
-                batch).
-            latents: unit normal noise (batch_size, C, H, W), a tensor or an array, instead of noise from `generator`.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
-            return_dict: give an `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
-                replaces the tensors, and `pipe._interrupt = True` ends the call.
-            callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
-            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
-            guidance_scale: w of classifier-free guidance: 1 is none, more leads further away from what the network
-                makes of no class, by two samples in each network call.
-            guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
-            negative_class_labels: classes to be led away from instead of none, given as class_labels are.
-            sigmas: the noise levels, falling, instead of a number, for example [5, 1, 0.2]; or else
-            timesteps: the same by the times of `scheduler.timesteps`.
-            image: what to begin with instead of pure noise, one for all or one per image: a tensor (n, C, H, W) or an
-                array (n, H, W, C) in [0, 1], or PIL, of the model's size.
-            noise_level: sigma, of the noise that it gets, and of the first step: the higher, the more is made anew.
-                Other levels, whose first one it is, may stand for it.
+            batch_size: number of images. By default it follows from the other arguments with one entry per image, such
+                as `class_labels`, `generator`, `latents` or `image`; else it is 1.
+            class_labels: one label for all images, or one per image: integers, or class names if the model has names.
+                By default a class-conditional model draws them from `generator`; together with `latents` they are
+                required.
+            num_inference_steps: number N of Karras levels, 2 or more, 18 by default. Heun calls the network 2 N - 1
+                times, the others N times. The SDE solvers need more levels than the ODE solvers. Give at most one of
+                this, `sigmas` and `timesteps`.
+            solver: "heun", "euler", "ddim" (the same as "euler"), "sde" or "sde_2m".
+            s_churn: amount of noise, at least 0, that "heun" and "euler" add before steps. It raises the level of a
+                step by the factor 1 + min(s_churn / N, sqrt(2) - 1).
+            s_tmin: the lowest level with churn.
+            s_tmax: the highest level with churn.
+            s_noise: factor of the added noise; slightly above 1 if the network removes too much noise.
+            generator: a `torch.Generator` or a seed, or a list with one per image. With a list, each image is
+                independent of the rest of the batch.
+            latents: unit normal noise (B, C, H, W) to start from, a tensor or an array, instead of noise from
+                `generator`.
+            output_type: "pil", "np", "pt" or "latent". "np" is an array (B, H, W, C) and "pt" a tensor (B, C, H, W),
+                both in [0, 1]. "latent" is the last sample, neither decoded nor rescaled.
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step. It can return
+                `{"latents": ...}` to replace the sample, and set `pipe._interrupt = True` to end the call early.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback receives: "latents" (the
+                sample) and "pred_original_sample" (the estimate of the clean sample).
+            condition: further conditioning of the network, tensors (B, ...) by the names of its arguments.
+            guidance_scale: the weight w of classifier-free guidance. 1 turns guidance off; a larger w moves the images
+                further from those of the null class. Guidance doubles the batch of each network call.
+            guidance_interval: the lowest and the highest noise level sigma with guidance; by default all levels.
+            negative_class_labels: classes to move away from, instead of the null class; in the form of
+                `class_labels`.
+            sigmas: strictly decreasing noise levels, for example [5, 1, 0.2].
+            timesteps: strictly decreasing time labels ln(sigma) / 4 as in `scheduler.timesteps`, instead of `sigmas`.
+            image: images to start from instead of pure noise: a tensor (n, C, H, W) or an array (n, H, W, C) in
+                [0, 1], or PIL images, of the model's size. One image is for the whole batch.
+            noise_level: sigma of the noise that is added to `image`, and the first noise level. The higher it is, the
+                more of the image changes. Instead of it you can give other levels, which begin with it.
 
         Returns:
-            `ImagePipelineOutput` with `.images`.
+            An `ImagePipelineOutput` with `images` in the form of `output_type`, or the tuple `(images,)`.
 
         Raises:
-            ValueError: an argument that can't be meant, before the network is called.
+            ValueError: an argument is invalid. This is checked before the network is called.
         """
         churning = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
         s_churn, s_tmin, s_tmax, s_noise = (read_number(name, value) for name, value in churning.items())

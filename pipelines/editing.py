@@ -19,51 +19,64 @@ Masks = torch.Tensor | np.ndarray | Image.Image
 
 
 class EditingPipeline(ImagePipeline):
-    """Base of the pipelines whose models jump to clean images: what can be done with these beside making new ones.
+    """Base of the pipelines whose models jump to clean images: zero-shot editing, without further training.
 
-    Nothing has to be trained for it. After each jump to a clean image, what is known of the image is put back, and
-    noise of the next level is added. The result agrees with what is known exactly (but for `output_type` "pil", which
-    rounds), and the rest follows it as far as the later, lower levels carry that. This is no sample of the posterior:
-    on Gaussian data few steps leave the rest between what the data are without the measurement and the posterior, in
-    mean and in spread, and many steps at low levels reach it (`benchmarks/experiments/editing_gaussian.py`).
+    After each jump to a clean image, the known part of the image is put back, and noise of the next level is added.
+    The result agrees exactly with the known part, except for rounding with `output_type` "pil". The rest adapts to it
+    as far as the later, lower levels allow.
 
-    Each of the methods is a call of the pipeline, and takes its further arguments: `num_inference_steps` (20 by
-    default) or `sigmas`, `noise_level` (the highest by default; less keeps more of what the image has where it is not
-    known), `class_labels`, `batch_size` for several of one image, `generator`, `guidance_scale`, `output_type` and so
-    on. They raise ValueError for what can't be meant, before the network is called.
+    The result is not a sample of the posterior. On Gaussian data, few steps leave the rest between the unconditional
+    distribution and the posterior, in mean and in spread. Many steps at low levels reach the posterior
+    (`benchmarks/experiments/editing_gaussian.py`).
 
-    To change an image as a whole (stroke-guided editing, image to image) call the pipeline with `image` and
+    Each method is a call of the pipeline, and accepts the other arguments of a call:
+
+    - `num_inference_steps` (20 by default), `sigmas` or `timesteps`;
+    - `noise_level`, by default the highest: lower levels keep more of the unknown part of the given image;
+    - `class_labels`, `batch_size` for several results from one image, `generator`, `guidance_scale`, `output_type`
+      and so on.
+
+    Methods check their arguments before the network is called.
+
+    To change an image as a whole (stroke-guided editing, image to image), call the pipeline with `image` and
     `noise_level`.
     """
 
     def inpaint(self, image: Images, mask: Masks, **call: Any) -> ImagePipelineOutput | tuple:
-        """Make the part of an image anew that lies under a mask.
+        """Generate the part of an image that lies under a mask.
 
-        With an autoencoder the latents of which all pixels are known are put back, and the result is decoded once.
+        In a latent model, a latent is put back if all its pixels are known, and the result is decoded once.
 
         Args:
-            image: one for all or one per image, as `image` of a call.
-            mask: (H, W), or (n, 1, H, W) with one per image: a tensor, an array or a PIL image of the model's size.
-                From 0.5 on, in PIL from mid-grey on, a pixel is made anew.
-            **call: further arguments of a call.
+            image: one image for all or one per image, in the form of `image` of a call.
+            mask: (H, W), or (n, 1, H, W) with one mask per image: a tensor or an array in [0, 1], or a PIL image, of
+                the model's size. Pixels of at least 0.5 (in PIL, mid-grey) are generated.
+            **call: other arguments of a call.
+
+        Raises:
+            ValueError: an argument is invalid, or masks and images differ in number.
         """
         images, new = self._images(image), self._mask(mask)
         if len(new) > 1:
             if len(images) not in (1, len(new)):
-                raise ValueError(f"There must be one mask, or one per image, {len(images)}; got {len(new)}.")
+                raise ValueError(f"There must be one mask, or one mask per image, {len(images)}; got {len(new)}.")
             images = images.expand(len(new), -1, -1, -1)
         return self._edit(images, self._known(new), None, call)
 
     def outpaint(
         self, image: Images, top: int | None = None, left: int | None = None, **call: Any
     ) -> ImagePipelineOutput | tuple:
-        """Make what lies around an image.
+        """Generate the surroundings of an image.
 
         Args:
-            image: as `image` of a call, but smaller.
-            top: how many rows are made above it; by default as many as below.
-            left: how many columns are made on its left; by default as many as on its right.
-            **call: further arguments of a call.
+            image: in the form of `image` of a call, but smaller.
+            top: number of rows to generate above it; by default as many as below it.
+            left: number of columns to generate on its left; by default as many as on its right.
+            **call: other arguments of a call.
+
+        Raises:
+            ValueError: an argument is invalid, the image is larger than the model's images, or `top` or `left` would
+                move it over the edge.
         """
         images = self._images(image, "height", "width")
         rows, columns = (ours - theirs for ours, theirs in zip(self.image_shape[1:], images.shape[-2:]))
@@ -71,31 +84,37 @@ class EditingPipeline(ImagePipeline):
         above, before = rows // 2 if above is None else above, columns // 2 if before is None else before
         if above > rows or before > columns:
             raise ValueError(
-                f"top and left must be at most {rows} and {columns}, or the image would not be seen whole; got {above}"
-                f" and {before}."
+                f"top and left must be at most {rows} and {columns}, so that the whole image fits in, got {above} and"
+                f" {before}."
             )
         around = (before, columns - before, above, rows - above)
         new = F.pad(torch.zeros(1, 1, *images.shape[-2:]), around, value=1.0)
         return self._edit(F.pad(images, around), self._known(new), None, call)
 
     def colorize(self, image: Images, **call: Any) -> ImagePipelineOutput | tuple:
-        """Give a grey image colours, of which the luma, 0.299 R + 0.587 G + 0.114 B, is that of the image.
+        """Colour a grey image. The luma of the result, 0.299 R + 0.587 G + 0.114 B, equals the grey values.
 
         Args:
-            image: as `image` of a call, with one channel.
-            **call: further arguments of a call.
+            image: in the form of `image` of a call, with one channel.
+            **call: other arguments of a call.
+
+        Raises:
+            ValueError: an argument is invalid, or this is not a pixel model with 3 channels.
         """
         self._check_pixels("colorize")
         if self.image_shape[0] != 3:
-            raise ValueError(f"Colours are for images of 3 channels; those of this model have {self.image_shape[0]}.")
+            raise ValueError(f"colorize needs a model of 3 channels; this model has {self.image_shape[0]}.")
         return self._edit(self._images(image, channels=1).expand(-1, 3, -1, -1), luma, None, call)
 
     def super_resolve(self, image: Images, **call: Any) -> ImagePipelineOutput | tuple:
-        """Make an image of the model's size of a smaller one, whose pixels are averages over its own.
+        """Enlarge an image to the model's size. Averages over the result equal the pixels of the given image.
 
         Args:
-            image: as `image` of a call, but smaller. The two factors may be any.
-            **call: further arguments of a call.
+            image: in the form of `image` of a call, but smaller. Height and width can grow by any factors.
+            **call: other arguments of a call.
+
+        Raises:
+            ValueError: an argument is invalid, or this is a latent model.
         """
         self._check_pixels("super_resolve")
         images, fine = self._images(image, "height", "width"), self.image_shape[1:]
@@ -103,12 +122,16 @@ class EditingPipeline(ImagePipeline):
         return self._edit(F.interpolate(images, fine), averages(coarse, fine), of_averages(images, fine), call)
 
     def denoise(self, image: Images, noise_level: float, **call: Any) -> ImagePipelineOutput | tuple:
-        """Take the noise away from images, by one jump.
+        """Remove noise from images by one jump.
 
         Args:
-            image: as `image` of a call, but that tensors and arrays go beyond [0, 1] as far as the noise does.
-            noise_level: sigma, the standard deviation of the noise of images in [-1, 1]: twice that in [0, 1].
-            **call: further arguments of a call, but for those that choose levels.
+            image: noisy images in the form of `image` of a call. Tensors and arrays can exceed [0, 1].
+            noise_level: sigma, the standard deviation of the noise for images in [-1, 1], above 0. It is twice the
+                standard deviation for images in [0, 1].
+            **call: other arguments of a call, except those that choose levels.
+
+        Raises:
+            ValueError: an argument is invalid, or this is a latent model.
         """
         self._check_pixels("denoise")
         images, sigma = self._images(image, bounded=False), read_number("noise_level", noise_level)
@@ -119,13 +142,16 @@ class EditingPipeline(ImagePipeline):
     def interpolate(
         self, num_images: int = 8, generator: Generators = None, latents: Samples = None, **call: Any
     ) -> ImagePipelineOutput | tuple:
-        """The way from one image of the model to another, by the noises on the arc between those that they come of.
+        """Interpolate between two images of the model, by noises on the arc between their two noises.
 
         Args:
-            num_images: how many to make, 2 or more, with both ends; they are one batch and of one class.
-            generator: the source of the two noises, and of the noise that is added between steps, the same for all.
-            latents: the two noises (2, C, H, W) instead.
-            **call: further arguments of a call.
+            num_images: number of images, 2 or more, both ends included. They form one batch, of one class.
+            generator: the source of the two noises, and of the noise between steps, which is the same for all images.
+            latents: the two noises (2, C, H, W), instead of noises from `generator`.
+            **call: other arguments of a call.
+
+        Raises:
+            ValueError: an argument is invalid, or the two noises are opposite, so that no arc is the shortest.
         """
         source = read_generators(generator)
         read_count("num_images", num_images, 2)
@@ -144,13 +170,17 @@ class EditingPipeline(ImagePipeline):
         return self(**arguments)
 
     def jumping(self) -> dict[str, Any]:
-        """The arguments by which a call jumps to clean images at each step. ValueError where the model can't."""
+        """Return the arguments with which a call jumps to clean images at each step.
+
+        Raises:
+            ValueError: the model can't jump to clean images.
+        """
         return {}
 
     def _edit(self, start: torch.Tensor, project: Projection, told: torch.Tensor | None, call: dict[str, Any]) -> Any:
-        """Algorithm 4: a call that begins with `start` (n, C, H, W) and puts `told` back after each jump.
+        """Algorithm 4: call the pipeline from `start` (n, C, H, W), and put the measurement back after each jump.
 
-        It is what the measurement tells of `start` where it is None, in latents if these are what the network makes.
+        `told` is the measured value. None stands for the measurement of `start`, encoded in a latent model.
         """
         call = dict(call)
         callback = call.pop("callback_on_step_end", None)
@@ -169,7 +199,7 @@ class EditingPipeline(ImagePipeline):
             if step + 1 < len(scheduler.timesteps):
                 change = scheduler.add_noise(
                     agreeing - clean, torch.zeros_like(clean), sigmas=scheduler.sigmas[step + 1]
-                )  # of the share that the clean image has in the next sample
+                )  # scaled by the clean image's share in the next sample
                 latents = tensors["latents"] + change
             seen = {"latents": latents, "pred_original_sample": agreeing}
             return {"latents": self.after_step(callback, step, timestep, seen, names)}
@@ -183,10 +213,10 @@ class EditingPipeline(ImagePipeline):
         return self(**arguments)
 
     def _editing_levels(self, noise_level: float | None, steps: int) -> list[float]:
-        """The levels of an edit: the first one, and then such as carry what is known into the rest.
+        """Return the levels of an edit: the first one, then levels at which the known part influences the rest.
 
-        On Gaussian data these come closer to the posterior than as many of a Karras grid, half of which lie so far
-        above the data that nothing is left of what was put back.
+        On Gaussian data they come closer to the posterior than a Karras grid of the same number of levels. Half of
+        that grid lies so far above the data that nothing is left of what was put back.
         """
         config = self.scheduler.config
         first = config.sigma_max if noise_level is None else read_number("noise_level", noise_level)
@@ -198,11 +228,11 @@ class EditingPipeline(ImagePipeline):
         return [first, *np.geomspace(high, low, steps - 1).tolist()]
 
     def _arguments(self, call: dict[str, Any], **own: Any) -> dict[str, Any]:
-        """The arguments of a call: the user's and `own`, which must be others."""
+        """Return the arguments of a call: the user's and the method's `own`, which must not overlap."""
         own = {**self.jumping(), **own}
         twice = [name for name in own if call.get(name) is not None]
         if twice:
-            raise ValueError(f"{twice[0]} is not for the user to choose here.")
+            raise ValueError(f"{twice[0]} can't be set here, because the method sets it. Leave it out.")
         return {**call, **own}
 
     def _images(
@@ -213,7 +243,7 @@ class EditingPipeline(ImagePipeline):
         channels: int | None = None,
         bounded: bool = True,
     ) -> torch.Tensor:
-        """Images (n, C, H, W) in [-1, 1], see `read_images`, of the model's size, or of any smaller one."""
+        """Read images (n, C, H, W) in [-1, 1], see `read_images`, of the model's size or smaller."""
         ours = self.image_shape
         shape = (channels or ours[0], height or ours[1], width or ours[2])
         images = read_images("image", image, shape, bounded=bounded)
@@ -221,12 +251,12 @@ class EditingPipeline(ImagePipeline):
             raise ValueError("image must be given.")
         if images.shape[-2] > ours[1] or images.shape[-1] > ours[2] or 0 in images.shape:
             raise ValueError(
-                f"image must be at most {ours[1]} x {ours[2]}, as the model's are, got {tuple(images.shape)}."
+                f"image must have at most the model's size of {ours[1]} x {ours[2]}, got {tuple(images.shape)}."
             )
         return images
 
     def _mask(self, mask: Masks) -> torch.Tensor:
-        """What is to be made anew (n, 1, H, W), 1 there and 0 elsewhere."""
+        """Read a mask (n, 1, H, W): 1 for pixels to generate, 0 for known pixels."""
         if torch.is_tensor(mask) or isinstance(mask, np.ndarray):
             mask = torch.as_tensor(mask).float()
             mask = mask[None, None] if mask.ndim == 2 else mask
@@ -236,7 +266,7 @@ class EditingPipeline(ImagePipeline):
         return (new >= 0).float()
 
     def _known(self, new: torch.Tensor) -> Projection:
-        """The pixels out of a mask (n, 1, H, W), or the latents of such pixels alone."""
+        """Return the measurement of the pixels outside a mask (n, 1, H, W), or of latents with only such pixels."""
         if self.vae is not None:
             new = F.max_pool2d(new, self.image_shape[1] // self.sample_shape[1])
         return inside(1 - new)
@@ -244,6 +274,6 @@ class EditingPipeline(ImagePipeline):
     def _check_pixels(self, method: str) -> None:
         if self.vae is not None:
             raise ValueError(
-                f"{method} needs a model of pixels: what it knows of them says nothing of single latents. In latents"
-                " there are inpaint, outpaint and interpolate."
+                f"{method} needs a pixel model, because known pixel values determine no single latents. Latent models"
+                " have inpaint, outpaint and interpolate."
             )

@@ -1,4 +1,4 @@
-"""What the pipelines of this folder share: shapes, latents, labels and images."""
+"""The base of the pipelines: shapes, noise, class labels, guidance, noise levels and images."""
 
 import math
 import os
@@ -39,35 +39,38 @@ from .travel import save_with_code
 
 StepCallback = Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict]
 OneOrMore = torch.Generator | list[torch.Generator] | None
-_signature_keys: dict[tuple[type, type], tuple[Any, Any]] = {}  # as diffusers found them
+_signature_keys: dict[tuple[type, type], tuple[Any, Any]] = {}  # cache of what diffusers finds
 
 
 class ImagePipeline(DiffusionPipeline):
-    """Base of pipelines that make images with one network `unet`, unconditional or class-conditional.
+    """Base of pipelines that generate images with one network `unet`, unconditional or class-conditional.
 
-    With an autoencoder `vae` the network works in its latents, and images are decoded from them.
+    With an autoencoder `vae`, the network works on latents, and images are decoded from them.
     """
 
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]
-    _schedulers: tuple[str, ...]  # names of the classes that it samples with
+    _schedulers: tuple[str, ...]  # names of the scheduler classes that it accepts
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "ImagePipeline":
-        """A pipeline of another's parts and settings; parts given by their names replace those.
+        """Make a pipeline from the components and settings of another one.
 
-        As in diffusers the networks are cast to `torch_dtype`, by default to float32.
+        Args:
+            pipeline: the other pipeline.
+            **kwargs: components by name, which replace those of `pipeline`, and settings. As in diffusers, networks
+                are cast to `torch_dtype`, by default to float32.
 
         Raises:
-            ValueError: parts that this class can't sample with.
+            ValueError: this class can't sample with the components.
         """
-        # diffusers itself takes over only networks of the very class that the signature names
+        # diffusers itself takes over only networks of exactly the class in the signature
         parts = {name: part for name, part in pipeline.components.items() if name in ("unet", "scheduler", "vae")}
         return super().from_pipe(pipeline, **{**parts, **kwargs})
 
     @classmethod
     def _get_signature_keys(cls, obj: Any) -> tuple[Any, Any]:
-        """As diffusers finds them. They are kept: `components` and `device` ask anew, several times in each call."""
+        """Find them as diffusers does, but only once: `components` and `device` ask several times in each call."""
         key = (cls, obj if isinstance(obj, type) else type(obj))
         if key not in _signature_keys:
             _signature_keys[key] = super()._get_signature_keys(obj)
@@ -76,7 +79,7 @@ class ImagePipeline(DiffusionPipeline):
 
     @property
     def _execution_device(self) -> torch.device:
-        """As diffusers finds it, once in each call: where the network is, unless hooks are to bring it somewhere."""
+        """The device of the network or, with offloading hooks, the one that diffusers finds; found once per call."""
         call = current_call(self)
         if call is not None and call.device is not None:
             return call.device
@@ -88,7 +91,7 @@ class ImagePipeline(DiffusionPipeline):
 
     @property
     def network_dtype(self) -> torch.dtype:
-        """The network's dtype, found once in each call, as diffusers asks all modules for it."""
+        """The network's dtype. It is found once per call, because diffusers searches all modules for it."""
         call = current_call(self)
         if call is None:
             return self.unet.dtype
@@ -97,7 +100,11 @@ class ImagePipeline(DiffusionPipeline):
         return call.dtype
 
     def register_modules(self, **modules: Any) -> None:
-        """Take over components as diffusers does. Raises ValueError for a scheduler of a foreign class."""
+        """Register components as diffusers does, after `accept_scheduler` has checked the scheduler.
+
+        Args:
+            **modules: the components by name.
+        """
         if "scheduler" in modules:
             modules["scheduler"] = self.accept_scheduler(modules["scheduler"])
         super().register_modules(**modules)
@@ -106,15 +113,19 @@ class ImagePipeline(DiffusionPipeline):
         super().__setattr__(name, self.accept_scheduler(value) if name == "scheduler" else value)
 
     def accept_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
-        """`scheduler`, or what stands for it here. Raises ValueError for one that the pipeline can't sample with."""
+        """Check a scheduler, and return `scheduler` itself or what the pipeline uses instead of it.
+
+        Raises:
+            ValueError: the pipeline can't sample with the scheduler.
+        """
         check_scheduler(type(self).__name__, scheduler, self._schedulers)
         return scheduler
 
     @property
     def scheduler(self) -> SchedulerMixin:
-        """The scheduler: in a call and its callback the one that this call steps, else the pipeline's own.
+        """The scheduler: during a call and in its callback the call's copy, otherwise the pipeline's own.
 
-        The own one shows the levels of the last call.
+        The own scheduler shows the levels of the last call.
         """
         call = current_call(self)
         return self.__dict__["scheduler"] if call is None else call.scheduler
@@ -124,12 +135,12 @@ class ImagePipeline(DiffusionPipeline):
         self.__dict__["scheduler"] = scheduler
 
     def new_call(self) -> Call:
-        """What a call has of its own."""
+        """Return the state of a new call."""
         return Call(self, self.__dict__["scheduler"], self.__dict__.get("_stops", 0))
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call in progress was told to stop; it does so after its step, with the sample as it is then."""
+        """Whether the call in progress was asked to stop. It ends after the current step, with the current sample."""
         call = current_call(self)
         return call is not None and (call.stopped or call.stops != self.__dict__.get("_stops", 0))
 
@@ -139,7 +150,7 @@ class ImagePipeline(DiffusionPipeline):
 
     @_interrupt.setter
     def _interrupt(self, stop: bool) -> None:
-        """As diffusers' users set it: in a callback to stop that call, elsewhere to stop all calls in progress."""
+        """Set as in diffusers: in a callback to stop that call, elsewhere to stop all calls in progress."""
         call = current_call(self)
         if call is not None:
             call.stopped = stop
@@ -148,12 +159,12 @@ class ImagePipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Number of steps, each with a call of `callback_on_step_end`, of the call in progress or the last one."""
+        """Number of steps of the call in progress, or else of the last call. Each step calls the callback once."""
         return self.scheduler.num_inference_steps or 0
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of what the network makes."""
+        """(channels, height, width) of the samples of the network: images, or latents."""
         size = self.unet.config.sample_size
         return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
@@ -173,44 +184,58 @@ class ImagePipeline(DiffusionPipeline):
 
     @property
     def id2label(self) -> dict[int, str] | None:
-        """What the classes are called, by label, where `name_classes` has told the network; None else."""
+        """The class names by label, as `name_classes` stores them; None if the network has no names."""
         return class_names(self.unet)
 
     @property
     def classes(self) -> list[int] | None:
-        """The labels that can be drawn: those with a name, or all where none has one; None without classes."""
+        """The labels that can be drawn: those with a name, or all if no class has a name. None without classes."""
         return None if self.num_classes is None else list(self.id2label or range(self.num_classes))
 
     def get_label_ids(self, names: str | Sequence[str]) -> list[int]:
-        """The labels of classes by their names, as in diffusers' `DiTPipeline`.
+        """Look up the labels of class names, as in diffusers' `DiTPipeline`.
+
+        Args:
+            names: one name or several.
 
         Raises:
-            ValueError: a name that no class or that several have, or a model that does not know the names.
+            ValueError: a name matches no class or several classes, or the model has no class names.
         """
         return labels_named(self.id2label, [names] if isinstance(names, str) else names)
 
     def levels_below(self, noise_level: float, num_inference_steps: int) -> list[float]:
-        """The levels (n,) of n steps that begin at `noise_level`, falling: on a Karras grid that ends at the floor."""
+        """Return the decreasing noise levels of `num_inference_steps` steps that begin at `noise_level`.
+
+        They lie on a Karras grid; the last step ends at sigma_min.
+        """
         config = self.scheduler.config
         ramp = np.arange(num_inference_steps) / num_inference_steps
         return karras_sigma(ramp, config.sigma_min, noise_level, config.rho).tolist()
 
     @property
     def default_steps(self) -> tuple[int, ...]:
-        """The numbers of steps that show what the model can do, the usual one first."""
+        """Numbers of steps that suit the model. The first one is the default of a call."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, and with the code of the library's classes.
+        """Save as diffusers does, together with the code of the library's classes.
 
-        Once cm_diffusers is imported, `DiffusionPipeline.from_pretrained(folder)` loads it and runs no code of the
-        folder; with `custom_pipeline="pipeline", trust_remote_code=True` nothing but diffusers has to be installed.
-        The arguments are those of `DiffusionPipeline.save_pretrained`.
+        Once cm_diffusers is imported, `DiffusionPipeline.from_pretrained(folder)` loads the folder and runs none of
+        its code. Without cm_diffusers, add `custom_pipeline="pipeline", trust_remote_code=True`.
+
+        Args:
+            save_directory: the folder.
+            *args: further arguments of `DiffusionPipeline.save_pretrained`.
+            **kwargs: further arguments of `DiffusionPipeline.save_pretrained`.
         """
         save_with_code(self, save_directory, *args, **kwargs)
 
     def check_output(self, output_type: str) -> None:
-        """Raise ValueError for a form that the images don't have, before any work."""
+        """Check `output_type`, before any work.
+
+        Raises:
+            ValueError: `output_type` is unknown, or PIL has no images with the model's channels.
+        """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         channels = self.image_shape[0]
@@ -218,12 +243,23 @@ class ImagePipeline(DiffusionPipeline):
             raise ValueError(f"Images of {channels} channels have no PIL form; use output_type 'np' or 'pt'.")
 
     def check_callback(self, callback: StepCallback | None, names: Sequence[str]) -> None:
-        """Raise ValueError for a callback that can't be called, or tensors that it can't be given."""
+        """Check the callback of a call.
+
+        Args:
+            callback: `callback_on_step_end` of a call.
+            names: `callback_on_step_end_tensor_inputs` of a call.
+
+        Raises:
+            ValueError: `callback` is not callable, or `names` has unknown tensors.
+        """
         if callback is not None and not callable(callback):
             raise ValueError(f"callback_on_step_end must be a function or None, got {callback!r}.")
         unknown = [names] if isinstance(names, str) else [n for n in names if n not in self._callback_tensor_inputs]
         if unknown:
-            raise ValueError(f"A callback can be given a list of {self._callback_tensor_inputs}, not {unknown}.")
+            raise ValueError(
+                "callback_on_step_end_tensor_inputs must be a list with some of"
+                f" {self._callback_tensor_inputs}, got {unknown}."
+            )
 
     def resolve_batch_size(
         self,
@@ -234,26 +270,48 @@ class ImagePipeline(DiffusionPipeline):
         condition: Samples = None,
         images: Samples = None,
     ) -> int:
-        """The batch size that the arguments agree on; ValueError where they don't."""
+        """Return the batch size on which the arguments of a call agree; 1 if none determines it.
+
+        Args:
+            batch_size: the given number of images, or None.
+            class_labels: labels; a sequence has one per image.
+            generator: generators; a list has one per image.
+            latents: noise (B, C, H, W), or None.
+            condition: any entry (B, ...) of the further conditioning, or None.
+            images: start images (n, C, H, W), or None. One image is for all.
+
+        Raises:
+            ValueError: `batch_size` is not a positive integer, or the arguments disagree.
+        """
         counts = {
             "batch_size": read_count("batch_size", batch_size),
             "the number of class_labels": count_of(class_labels),
             "the number of generators": count_of(generator),
             "the batch of latents": count_of(latents),
             "the rows of condition": count_of(condition),
-            "the number of images": None if images is None or len(images) == 1 else len(images),  # one is for all
+            "the number of images": None if images is None or len(images) == 1 else len(images),  # one for all
         }
         sizes = {name: size for name, size in counts.items() if size is not None}
         if len(set(sizes.values())) > 1:
             raise ValueError(
-                "These must agree: " + ", ".join(f"{name} is {size}" for name, size in sizes.items()) + "."
+                "The batch sizes must agree: " + ", ".join(f"{name} is {size}" for name, size in sizes.items()) + "."
             )
         return next(iter(sizes.values()), 1)
 
     def prepare_latents(
         self, batch_size: int, generator: OneOrMore, latents: torch.Tensor | None, device: torch.device
     ) -> torch.Tensor:
-        """Unit normal noise (batch_size, *sample_shape) in the network's dtype, or the given latents."""
+        """Draw unit normal noise, or convert the given noise.
+
+        Args:
+            batch_size: number of samples, B.
+            generator: the source of the noise, or one per sample.
+            latents: the given noise (B, *sample_shape), or None.
+            device: the device of the result.
+
+        Returns:
+            The noise (B, C, H, W) on `device` in the network's dtype.
+        """
         if latents is None:
             shape = (batch_size, *self.sample_shape)
             return randn_tensor(shape, generator=generator, device=device, dtype=self.network_dtype)
@@ -262,7 +320,20 @@ class ImagePipeline(DiffusionPipeline):
     def prepare_class_labels(
         self, batch_size: int, class_labels: Labels, generator: OneOrMore, device: torch.device
     ) -> torch.Tensor | None:
-        """Labels (batch_size,) on `device`: those given, or from `generator`; None where the network takes none."""
+        """Read class labels, or draw them.
+
+        Args:
+            batch_size: number of samples, B.
+            class_labels: the given labels, see `read_labels`; None to draw from `classes`.
+            generator: the source of drawn labels, or one per sample.
+            device: the device of the result.
+
+        Returns:
+            int64 labels (B,) on `device`; None for an unconditional network.
+
+        Raises:
+            ValueError: labels are invalid, or are given to an unconditional model.
+        """
         if self.num_classes is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given, but this model is unconditional.")
@@ -285,20 +356,31 @@ class ImagePipeline(DiffusionPipeline):
         generator: OneOrMore,
         device: torch.device,
     ) -> Condition:
-        """What the network is told of each image: class labels, see `prepare_class_labels`, and other entries."""
+        """Return the conditioning of the network: class labels and further entries.
+
+        Args:
+            batch_size: number of samples, B.
+            class_labels: the given labels, see `prepare_class_labels`.
+            entries: further conditioning (B, ...) by name, or None.
+            generator: the source of drawn labels, or one per sample.
+            device: the device of the result.
+        """
         told = of_classes(self.prepare_class_labels(batch_size, class_labels, generator, device))
         return told if entries is None else told.also(**read_entries(entries, batch_size)).to(device)
 
     def guided(
         self, told: Condition, scale: float, interval: Levels, negative_class_labels: Labels
     ) -> Condition | Guidance:
-        """What the network is told, with the guidance that was asked for; ValueError where that can't be.
+        """Add classifier-free guidance to the conditioning of a call.
 
         Args:
-            told: the condition of each image.
-            scale: w; 1 is no guidance.
-            interval: the lowest and the highest noise level of it; None for all.
-            negative_class_labels: classes to be led away from; None for the one that stands for none.
+            told: the conditioning of each sample.
+            scale: the weight w; 1 is no guidance.
+            interval: the lowest and the highest noise level with guidance; None for all levels.
+            negative_class_labels: classes to move away from; None for the null class.
+
+        Raises:
+            ValueError: an argument is invalid, or the null class is needed and the model has none.
         """
         scale, ends = read_number("guidance_scale", scale), read_numbers("guidance_interval", interval)
         if not 0 <= scale < math.inf:
@@ -320,14 +402,12 @@ class ImagePipeline(DiffusionPipeline):
         return Guidance(told, told.also(class_labels=away), scale, *(ends or ()))
 
     def _null_class(self, scale: float) -> int:
-        """The label that stands for no class; ValueError where the network knows none, as guidance wants it."""
+        """Return the label of the null class. ValueError if the network has none, which guidance needs."""
         null = null_class(self.unet)
         if null is None:
-            why = "is unconditional." if self.num_classes is None else "was trained with classes alone."
+            why = "is unconditional." if self.num_classes is None else "was trained without label dropout."
             advice = " Give negative_class_labels, or train with --label_dropout 0.1." if self.num_classes else ""
-            raise ValueError(
-                f"guidance_scale {scale:g} needs a model with a class that stands for none; this one {why}{advice}"
-            )
+            raise ValueError(f"guidance_scale {scale:g} needs a model with a null class; this one {why}{advice}")
         return null
 
     def prepare(
@@ -341,9 +421,16 @@ class ImagePipeline(DiffusionPipeline):
         output_type: str,
         images: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Condition, OneOrMore]:
-        """Unit noise, condition and the source of further noise of a call; ValueError for what can't be done.
+        """Check the arguments of a call, and prepare its noise and conditioning.
 
-        `images` (n, C, H, W) are those that the call begins with, as `read_images` gives them.
+        `batch_size`, `class_labels`, `condition`, `generator`, `latents` and `output_type` are arguments of the call.
+        `images` are its start images (n, C, H, W), as `read_start` returns them, or None.
+
+        Returns:
+            Unit normal noise (B, *sample_shape), the conditioning, and the source of further noise.
+
+        Raises:
+            ValueError: an argument is invalid.
         """
         self.check_output(output_type)
         generator, given = read_generators(generator), latents is not None
@@ -352,8 +439,8 @@ class ImagePipeline(DiffusionPipeline):
         latents = read_samples("latents", latents, (batch_size, *self.sample_shape))
         if given and class_labels is None and self.num_classes is not None:
             raise ValueError(
-                "latents were given without class_labels, and random classes would be drawn; pass the class_labels"
-                f" that they belong to, integers in [0, {self.num_classes - 1}]."
+                "latents were given without class_labels, so random classes would be drawn. Pass the class_labels"
+                f" of the latents, integers in [0, {self.num_classes - 1}]."
             )
         device = self._execution_device
         noise = self.prepare_latents(batch_size, generator, latents, device)
@@ -362,20 +449,26 @@ class ImagePipeline(DiffusionPipeline):
     def read_start(
         self, image: Images, noise_level: float | None, sigmas: Levels, timesteps: Levels
     ) -> tuple[torch.Tensor | None, float | None]:
-        """The images that a call begins with, see `read_images`, and their noise level unless other levels are given.
+        """Read the images from which a call starts, and their noise level.
+
+        `image`, `noise_level`, `sigmas` and `timesteps` are arguments of the call.
+
+        Returns:
+            The images (n, C, H, W) in [-1, 1], or None; and the noise level, or None if other levels are given.
 
         Raises:
-            ValueError: one without the other, a level outside the scheduler's range, or several kinds of levels.
+            ValueError: an image without levels, a noise level without an image or outside the scheduler's range, or
+                several kinds of levels.
         """
         images = read_images("image", image, self.image_shape)
         level = None if noise_level is None else read_number("noise_level", noise_level)
         others = sigmas is not None or timesteps is not None
         if images is None and level is not None:
-            raise ValueError(f"noise_level {level:g} is that of an image to begin with, and no image is given.")
+            raise ValueError(f"noise_level {level:g} has no effect without an image to start from; give image.")
         if level is not None and others:
-            raise ValueError("Sampling begins with the first of sigmas or timesteps; leave noise_level out.")
+            raise ValueError("sigmas and timesteps begin with the noise level of the image; leave noise_level out.")
         if images is not None and level is None and not others:
-            raise ValueError("An image needs a noise_level to begin with, or sigmas: the higher, the more is new.")
+            raise ValueError("image needs a noise_level, or sigmas: the higher, the more of the image changes.")
         low, high = self.scheduler.config.get("sigma_min", 0.0), self.scheduler.config.get("sigma_max", math.inf)
         if level is not None and not (low < level <= high and level < math.inf):
             raise ValueError(f"noise_level must be finite and in ({low:g}, {high:g}], got {level:g}.")
@@ -384,8 +477,17 @@ class ImagePipeline(DiffusionPipeline):
     def read_levels(
         self, num_inference_steps: int | None, sigmas: Levels, timesteps: Levels, noise_level: float | None
     ) -> tuple[int | None, list[float] | None, list[float] | None]:
-        """The arguments of a scheduler's `set_timesteps`, which checks them: a number of steps, by default the usual
-        one, or levels of either kind; those below `noise_level` where that is given."""
+        """Read the levels of a call, for the scheduler's `set_timesteps`, which checks their range and order.
+
+        Args:
+            num_inference_steps: number of steps. If no levels are given, the default is the first of `default_steps`.
+            sigmas: noise levels, or None.
+            timesteps: time labels, or None.
+            noise_level: the noise level of a start image, from which the steps begin; None without one.
+
+        Returns:
+            A number of steps, noise levels and time labels, of which two are None if the call is valid.
+        """
         steps = read_count("num_inference_steps", num_inference_steps, None)
         levels, times = read_numbers("sigmas", sigmas), read_numbers("timesteps", timesteps)
         if steps is None and levels is None and times is None:
@@ -403,17 +505,21 @@ class ImagePipeline(DiffusionPipeline):
         timesteps: list[float] | None = None,
         **how: Any,
     ) -> None:
-        """Tell the scheduler of the call its levels, and how it steps; ValueError for what can't be meant."""
+        """Set the levels of the call in its scheduler, which checks them.
+
+        `num_inference_steps`, `sigmas`, `timesteps` and the further arguments `how`, such as `gamma` or `solver`, are
+        those of the scheduler's `set_timesteps`.
+        """
         self.scheduler.set_timesteps(num_inference_steps, self._execution_device, timesteps, sigmas, **how)
-        self.scheduler.set_begin_index(0)  # no search for the first time, for which a GPU would have to be waited for
+        self.scheduler.set_begin_index(0)  # avoids a search for the first timestep, which waits for a GPU
 
     @property
     def noise_levels(self) -> list[float]:
-        """sigma at each call of the network, of the call in progress or the last one, and where they end."""
+        """sigma at each network call of the call in progress, or else of the last call, and the final level."""
         return self.scheduler.sigmas.tolist()
 
     def begun(self, noise: torch.Tensor) -> torch.Tensor:
-        """Pure noise of the first level from unit noise; float32, as samples are between the steps."""
+        """Scale unit `noise` (B, C, H, W) to the first level, in float32, the dtype of samples between steps."""
         return noise.float() * self.scheduler.init_noise_sigma
 
     def advance(
@@ -425,24 +531,37 @@ class ImagePipeline(DiffusionPipeline):
         told: Condition | Guidance,
         **noise: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sample after a call of the network, and the estimate of the clean one.
+        """Call the network once, and step the scheduler.
 
         Args:
-            sample: (B, ...), float32.
-            index, timestep, sigma: the call's place among `scheduler.timesteps`, its entry there, and its level.
-            told: what the network is told of the samples.
-            **noise: `generator`, or `variance_noise`, for the scheduler's step.
+            sample: the current sample (B, ...), float32.
+            index: the index of the network call in `scheduler.timesteps`.
+            timestep: the entry at `index`.
+            sigma: the noise level at `index`.
+            told: the conditioning of the network, with or without guidance.
+            **noise: `generator` or `variance_noise`, for the scheduler's step.
+
+        Returns:
+            The next sample, and the estimate of the clean sample, both (B, ...).
         """
         network_input = self.scheduler.scale_model_input(sample, timestep).to(self.network_dtype)
         output = call_guided(self.unet, network_input, timestep, told=told, sigma=sigma, **self.targets(index))
         return self.scheduler.step(output.float(), timestep, sample, return_dict=False, **noise)
 
     def targets(self, index: int) -> dict[str, torch.Tensor]:
-        """What a network that jumps is told of where to, in its call `index`."""
+        """Return further keywords of network call `index`: a scalar `target_timestep` for networks that jump."""
         return {}
 
     def encoded(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Images (1 or B, C, H, W) in [-1, 1] as samples like `noise` (B, c, h, w), float32: what `decode` undoes."""
+        """Convert images to clean samples: latents in a latent model, which `decode` converts back.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1], or (1, C, H, W) for all samples.
+            noise: a tensor (B, c, h, w) with the shape and device of the result.
+
+        Returns:
+            float32 samples (B, c, h, w).
+        """
         images = images.to(noise.device)
         if self.vae is not None:
             config = self.vae.config
@@ -451,10 +570,18 @@ class ImagePipeline(DiffusionPipeline):
         return images.expand(noise.shape)
 
     def read_sample(self, image: Images, class_labels: Labels, condition: Entries) -> tuple[torch.Tensor, Condition]:
-        """Images to begin with and no noise, as samples (n, *sample_shape) in float32, and what the network is told.
+        """Read images as clean samples, and their conditioning.
+
+        Args:
+            image: the images, see `read_images`.
+            class_labels: their labels. A class-conditional model requires them, because trajectories depend on them.
+            condition: further conditioning (B, ...) by name, or None.
+
+        Returns:
+            float32 samples (B, *sample_shape), and the conditioning.
 
         Raises:
-            ValueError: no images, or labels missing or unknown, as a trajectory belongs to a class.
+            ValueError: images are missing or invalid, or labels are missing or unknown.
         """
         images = read_images("images", image, self.image_shape)
         if images is None:
@@ -464,14 +591,27 @@ class ImagePipeline(DiffusionPipeline):
         return self.encoded(images, sample), told
 
     def told_of(self, batch_size: int, class_labels: Labels, condition: Entries) -> Condition:
-        """What the network is told of given samples; ValueError where labels are missing, as none are drawn."""
+        """Return the conditioning of given samples. Class labels are not drawn.
+
+        Args:
+            batch_size: number of samples, B.
+            class_labels: labels of the samples. A class-conditional model requires them.
+            condition: further conditioning (B, ...) by name, or None.
+
+        Raises:
+            ValueError: labels are missing or unknown, or an argument has another number of rows.
+        """
         if self.num_classes is not None and class_labels is None:
-            raise ValueError("This model is conditional; pass the class_labels whose trajectories are meant.")
+            raise ValueError("This model is class-conditional; pass the class_labels of the samples.")
         self.resolve_batch_size(batch_size, class_labels, None, None)
         return self.prepare_condition(batch_size, class_labels, condition, None, self._execution_device)
 
     def steps(self, timesteps: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Number and time of each step under a progress bar, until the call is told to stop."""
+        """Yield index and timestep of each step under a progress bar, until the call is asked to stop.
+
+        Args:
+            timesteps: the timesteps (steps,) of the call.
+        """
         times, settings = timesteps.unbind(), getattr(self, "_progress_bar_config", {})
         for i, timestep in enumerate(times if settings.get("disable") else self.progress_bar(times)):
             if self.interrupt:
@@ -486,7 +626,18 @@ class ImagePipeline(DiffusionPipeline):
         tensors: dict[str, torch.Tensor],
         names: Sequence[str],
     ) -> torch.Tensor:
-        """Show the callback the tensors called `names`; give back the latents, as it may have changed them."""
+        """Call the callback of a step, and return the latents (B, C, H, W), which it can replace.
+
+        Args:
+            callback: `callback_on_step_end` of the call, or None.
+            index: the index of the step.
+            timestep: the timestep of the step.
+            tensors: the tensors of the step by name, "latents" among them.
+            names: names of the tensors that the callback receives.
+
+        Raises:
+            ValueError: the callback returned neither None nor a dict with some of `tensors`.
+        """
         if callback is None:
             return tensors["latents"]
         changed = callback(self, index, timestep, {name: tensors[name] for name in names})
@@ -498,14 +649,20 @@ class ImagePipeline(DiffusionPipeline):
         return {**tensors, **(changed or {})}["latents"]
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) in [-1, 1] from latents (B, c, h, w), scaled and shifted as its config says."""
+        """Decode `latents` (B, c, h, w) to images (B, C, H, W) in [-1, 1], by scale and shift of the vae's config."""
         config = self.vae.config
         latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
     def finish(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
-        """Images from a sample in [-1, 1], or in the latents of `vae`: a list of PIL images, an array (B, H, W, C) or
-        a tensor (B, C, H, W); for "latent" the sample itself."""
+        """Convert the last sample to the output of a call, and free offloaded networks.
+
+        Args:
+            sample: images in [-1, 1] (B, C, H, W), or latents.
+            output_type: "pil" for a list of PIL images, "np" for an array (B, H, W, C) and "pt" for a tensor
+                (B, C, H, W) in [0, 1]; "latent" for `sample` itself.
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+        """
         images = sample
         if output_type != "latent":
             if self.vae is not None:

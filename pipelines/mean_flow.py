@@ -16,7 +16,7 @@ from .image_pipeline import ImagePipeline, StepCallback
 from .settings import saying, settings_of, takes_two_times
 
 
-# what the scheduler must not do of its own, as the network jumps exactly from one of the given flow times to the next
+# required settings of the scheduler: it must keep the given flow times, between which the network jumps exactly
 PLAIN_SCHEDULER = {
     "shift": 1.0,
     "use_dynamic_shifting": False,
@@ -30,23 +30,24 @@ PLAIN_SCHEDULER = {
 
 
 class MeanFlowPipeline(ImagePipeline):
-    """Images from a MeanFlow model, unconditional or class-conditional, in 1, 2, ... steps.
+    """Generate images with a MeanFlow model, in one step or several.
 
-    The network gives the average velocity u of x_t = (1 - t) x0 + t noise between the flow times t > r in [0, 1], so
-    that x_r = x_t - (t - r) u.
+    The model is unconditional or class-conditional. The network predicts the average velocity u of
+    x_t = (1 - t) x0 + t noise between two flow times t > r in [0, 1]. Hence x_r = x_t - (t - r) u.
 
     Args:
         unet: the network, called as `unet(x_t, t, target_timestep=r, class_labels=...)`.
-        scheduler: a `FlowMatchEulerDiscreteScheduler` that takes the flow times as they are (its default settings).
-        vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
-        time_scale: the network is told this times the flow times (1000 where it began as a flow model of diffusers);
-            by default what the scheduler of another pipeline says of the network, else 1.
+        scheduler: a `FlowMatchEulerDiscreteScheduler` that does not change the given flow times, as by default.
+        vae: the diffusers autoencoder of a latent model; None for a pixel model.
+        time_scale: factor of the flow times in the network's input, 1000 for a network that was initialised from a
+            diffusers flow model. By default the value in the config of `scheduler`, if another pipeline stored it
+            there, else 1.
 
     Raises:
-        ValueError: a network with one time only; another scheduler, or one for a network of another time scale, here
-            or when one is assigned.
+        ValueError: the network takes only one time. Or `scheduler` is of another class, changes the flow times, or is
+            for a network of another time scale; this is also checked when one is assigned.
 
-    Example:
+    Examples:
         >>> from diffusers import FlowMatchEulerDiscreteScheduler
         >>> from cm_diffusers import MeanFlowPipeline, TwoTimeModel
         >>> from cm_diffusers.models import build_unet
@@ -70,18 +71,19 @@ class MeanFlowPipeline(ImagePipeline):
         super().__init__()
         if not takes_two_times(unet):
             raise ValueError(
-                f"MeanFlowPipeline needs a network with two times, and {type(unet).__name__} takes one only: it has no"
-                " argument target_timestep. Flow models are sampled by DenoisingPipeline with prediction='flow'."
+                f"MeanFlowPipeline needs a network with two times, but {type(unet).__name__} takes only one: it has no"
+                " argument target_timestep. For flow models use DenoisingPipeline with prediction='flow'."
             )
         self.register_to_config(time_scale=settings_of(scheduler, time_scale=time_scale).get("time_scale", 1.0))
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
 
     def accept_scheduler(self, scheduler: FlowMatchEulerDiscreteScheduler) -> FlowMatchEulerDiscreteScheduler:
-        """See `ImagePipeline`: one of default settings, told the time scale of the network."""
+        """Check `scheduler`, see `ImagePipeline`, and store the network's time scale in its config."""
         scheduler = super().accept_scheduler(scheduler)
         changed = {name for name, value in PLAIN_SCHEDULER.items() if scheduler.config.get(name, value) != value}
         if changed:
-            raise ValueError(f"The scheduler of a MeanFlowPipeline must leave {', '.join(sorted(changed))} alone.")
+            settings = ", ".join(f"{name}={PLAIN_SCHEDULER[name]}" for name in sorted(changed))
+            raise ValueError(f"The scheduler of a MeanFlowPipeline must have {settings}.")
         return saying(scheduler, {"time_scale": self.config.time_scale})
 
     @property
@@ -89,13 +91,22 @@ class MeanFlowPipeline(ImagePipeline):
         return (1, 2)
 
     def levels_below(self, noise_level: float, num_inference_steps: int) -> list[float]:
-        """See `ImagePipeline`: steps of equal length in flow time."""
+        """Return `num_inference_steps` noise levels from `noise_level`, in steps of equal length in flow time."""
         first = flow_time_up_to_infinity(noise_level)
         times = [first * (1 - k / num_inference_steps) for k in range(num_inference_steps)]
         return [noise_level, *(time / (1 - time) for time in times[1:])]
 
     def flow_times(self, num_inference_steps: int | None, sigmas: Levels, timesteps: Levels = None) -> list[float]:
-        """Flow times from 1, evenly spaced, or those of `sigmas` or of `timesteps`; ValueError for bad ones."""
+        """Return the flow times in (0, 1] of a call, strictly decreasing. Exactly one argument is given.
+
+        Args:
+            num_inference_steps: number of evenly spaced flow times, from 1.
+            sigmas: noise levels t / (1 - t), above 0 and strictly decreasing; inf is allowed.
+            timesteps: times as in `scheduler.timesteps`: flow times multiplied by its `num_train_timesteps`.
+
+        Raises:
+            ValueError: not exactly one is given, or values are outside their range or do not decrease strictly.
+        """
         if sum(given is not None for given in (num_inference_steps, sigmas, timesteps)) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
         if num_inference_steps is not None:
@@ -139,44 +150,53 @@ class MeanFlowPipeline(ImagePipeline):
         image: Images = None,
         noise_level: float | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Make images.
+        """Generate images.
 
         Args:
-            batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
-            class_labels: one label for all or one per image, or names of classes where the model knows them; drawn
-                from `generator` where the model wants some and neither they nor `latents` are given.
-            num_inference_steps: 1 (the default) or more steps of equal length in flow time, from pure noise; or else
-            sigmas: noise levels t / (1 - t), falling, for example [inf, 1]; inf is pure noise, flow time 1.
-            generator: a generator or a seed, or one per image (then an image does not depend on the others of the
-                batch).
-            latents: unit normal noise (batch_size, C, H, W), a tensor or an array, instead of noise from `generator`.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
-            return_dict: give an `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; what it returns
-                replaces the tensors, and `pipe._interrupt = True` ends the call.
-            callback_on_step_end_tensor_inputs: which tensors it sees: "latents".
-            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
-            guidance_scale: w of classifier-free guidance: 1 is none, more leads further away from what the network
-                makes of no class, by two samples in each network call.
-            guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
-            negative_class_labels: classes to be led away from instead of none, given as class_labels are.
-            timesteps: the levels by the times of `scheduler.timesteps`, instead of sigmas.
-            image: what to begin with instead of pure noise, one for all or one per image: a tensor (n, C, H, W) or an
-                array (n, H, W, C) in [0, 1], or PIL, of the model's size.
-            noise_level: sigma, of the noise that it gets, and of the first step: the higher, the more is made anew.
-                Other levels, whose first one it is, may stand for it.
+            batch_size: number of images. By default it follows from the other arguments with one entry per image, such
+                as `class_labels`, `generator`, `latents` or `image`; else it is 1.
+            class_labels: one label for all images, or one per image: integers, or class names if the model has names.
+                By default a class-conditional model draws them from `generator`; together with `latents` they are
+                required.
+            num_inference_steps: number of steps of equal length in flow time, from pure noise; 1 by default. Give at
+                most one of this, `sigmas` and `timesteps`.
+            sigmas: strictly decreasing noise levels t / (1 - t), for example [inf, 1]. inf is pure noise, flow time 1.
+            generator: a `torch.Generator` or a seed, or a list with one per image. With a list, each image is
+                independent of the rest of the batch.
+            latents: unit normal noise (B, C, H, W) to start from, a tensor or an array, instead of noise from
+                `generator`.
+            output_type: "pil", "np", "pt" or "latent". "np" is an array (B, H, W, C) and "pt" a tensor (B, C, H, W),
+                both in [0, 1]. "latent" is the last sample, neither decoded nor rescaled.
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step. It can return
+                `{"latents": ...}` to replace the sample, and set `pipe._interrupt = True` to end the call early.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback receives: only "latents" (the
+                sample).
+            condition: further conditioning of the network, tensors (B, ...) by the names of its arguments.
+            guidance_scale: the weight w of classifier-free guidance. 1 turns guidance off; a larger w moves the images
+                further from those of the null class. Guidance doubles the batch of each network call.
+            guidance_interval: the lowest and the highest noise level sigma with guidance; by default all levels.
+            negative_class_labels: classes to move away from, instead of the null class; in the form of
+                `class_labels`.
+            timesteps: strictly decreasing times as in `scheduler.timesteps`, instead of `sigmas`.
+            image: images to start from instead of pure noise: a tensor (n, C, H, W) or an array (n, H, W, C) in
+                [0, 1], or PIL images, of the model's size. One image is for the whole batch.
+            noise_level: sigma of the noise that is added to `image`, and the first noise level. The higher it is, the
+                more of the image changes. Instead of it you can give other levels, which begin with it.
 
         Returns:
-            `ImagePipelineOutput` with `.images`.
+            An `ImagePipelineOutput` with `images` in the form of `output_type`, or the tuple `(images,)`.
 
         Raises:
-            ValueError: an argument that can't be meant, before the network is called.
+            ValueError: an argument is invalid. This is checked before the network is called.
         """
         images, level = self.read_start(image, noise_level, sigmas, timesteps)
         self.set_levels(*self.read_levels(num_inference_steps, sigmas, timesteps, level))
         levels, first = self.noise_levels, self.scheduler.sigmas[0]
         if images is not None and first == 1:
-            raise ValueError("An image with noise of an infinite level is no more than noise; leave the image out.")
+            raise ValueError(
+                "At an infinite noise level nothing of the image remains. Leave image out, or start lower."
+            )
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
@@ -204,19 +224,22 @@ class MeanFlowPipeline(ImagePipeline):
         timesteps: list[float] | None = None,
         **how: Any,
     ) -> None:
-        """See `ImagePipeline`: sigmas are noise levels t / (1 - t)."""
+        """Set the levels of the call in its scheduler, which checks them.
+
+        `num_inference_steps`, `sigmas` and `timesteps` are those of `flow_times`; `how` is ignored.
+        """
         times = self.flow_times(num_inference_steps, sigmas, timesteps)
         self.scheduler.set_timesteps(sigmas=times, device=self._execution_device)
         self.scheduler.set_begin_index(0)
 
     @property
     def noise_levels(self) -> list[float]:
-        """See `ImagePipeline`; the scheduler's are flow times."""
+        """The noise levels t / (1 - t), see `ImagePipeline`. The scheduler's `sigmas` are flow times."""
         times = self.scheduler.sigmas
         return (times / (1 - times)).cpu().tolist()
 
     def begun(self, noise: torch.Tensor) -> torch.Tensor:
-        """See `ImagePipeline`: the share of noise at the first flow time."""
+        """Scale unit `noise` (B, C, H, W) to its share at the first flow time, see `ImagePipeline`."""
         return noise.float() * self.scheduler.sigmas[0]
 
     def advance(
@@ -228,7 +251,19 @@ class MeanFlowPipeline(ImagePipeline):
         told: Condition | Guidance,
         **noise: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `ImagePipeline`: the average velocity leads from one flow time to the next."""
+        """Call the network once, and move the sample to the next flow time by the average velocity.
+
+        Args:
+            sample: the current sample (B, C, H, W), float32.
+            index: the index of the network call in `scheduler.timesteps`.
+            timestep: the entry at `index`.
+            sigma: the noise level at `index`.
+            told: the conditioning of the network, with or without guidance.
+            **noise: ignored, because sampling is deterministic.
+
+        Returns:
+            The next sample twice, because there is no estimate of the clean sample.
+        """
         scheduler = self.scheduler
         t, r = (self.config.time_scale * time for time in scheduler.sigmas[index : index + 2])
         x, target = sample.to(self.network_dtype), {"target_timestep": r}
@@ -244,23 +279,23 @@ class MeanFlowPipeline(ImagePipeline):
         num_inference_steps: int = 18,
         condition: Entries = None,
     ) -> torch.Tensor:
-        """The noise that the model makes `images` of: data to noise along the ODE dx/dt = u(x, t, t).
+        """Find the noise from which the model generates `images`, along the ODE dx/dt = u(x, t, t).
 
-        By Heun's method, with two network calls in each step of flow time from 0 to 1. The velocity is that of the
-        model where both times are one. `pipe(latents=pipe.invert(images, labels), class_labels=labels)` gives the
-        images back as far as the model is exact.
+        Heun's method leads from flow time 0 to 1, with two network calls per step. The velocity is the network's
+        output with both times equal. `pipe(latents=pipe.invert(images, labels), class_labels=labels)` reconstructs the
+        images, up to the model's error.
 
         Args:
-            images: one or several, as `image` of a call.
-            class_labels: one label for all or one per image, or names of classes, for a conditional model.
-            num_inference_steps: number of steps, of equal length.
-            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
+            images: one image or several, in the form of `image` of a call.
+            class_labels: one label for all or one per image, or class names. A class-conditional model requires them.
+            num_inference_steps: number of steps of equal length in flow time.
+            condition: further conditioning of the network, tensors (B, ...) by the names of its arguments.
 
         Returns:
-            Noise of the unit normal scale, float32 (B, C, H, W), for `latents` of a call.
+            Noise of unit normal scale, float32 (B, C, H, W), for the `latents` of a call.
 
         Raises:
-            ValueError: images that can't be read, labels missing or unknown, fewer than 1 step.
+            ValueError: images are invalid, labels are missing or unknown, or the number of steps is below 1.
         """
         read_count("num_inference_steps", num_inference_steps)
         sample, told = self.read_sample(images, class_labels, condition)

@@ -1,8 +1,8 @@
-"""The code that a saved pipeline takes along, so that it loads where nothing but diffusers is installed.
+"""The code that a saved pipeline contains, so that it loads with diffusers alone.
 
-`pipeline.py` holds the class of the pipeline, and a `cm_diffusers.py` beside each component of the library the classes
-of all of them, as diffusers copies these files to one place. The index of the folder names the library and not a file:
-once cm_diffusers is imported, diffusers takes its classes and runs no code of the folder.
+`pipeline.py` holds the pipeline's class. Beside each component of a library class is a file `cm_diffusers.py`. It
+holds the classes of all such components, because diffusers copies these files to one place. The folder's index names
+the library, not a file. Once cm_diffusers is imported, diffusers takes its classes and runs no code of the folder.
 """
 
 import ast
@@ -22,9 +22,9 @@ from diffusers.configuration_utils import FrozenDict
 
 LIBRARY = "cm_diffusers"
 MAY_IMPORT = {"torch", "numpy", "diffusers", "PIL", *sys.stdlib_module_names}
-DOCSTRING = """{title}, in one file that needs torch, numpy and diffusers only.
+DOCSTRING = """{title}, in one file that needs only torch, numpy and diffusers.
 
-Of the library cm_diffusers {version} (Apache-2.0), written by its save_pretrained. The folder loads with
+Written by save_pretrained of the library cm_diffusers {version} (Apache-2.0). The folder loads with
 
     DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
 
@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 
 # diffusers copies the files of all folders to one place and runs them under one name, each in the namespace of the
-# last. This one keeps its text, with which it is saved again, and takes a name and so a namespace of its own.
+# last. This file takes a name, and so a namespace, of its own. It keeps its text, to be saved again.
 TRAVELLING_SOURCE = Path(__file__).read_text(encoding="utf-8")
 if __name__.startswith("diffusers_modules."):
     _this_module = sys.modules.pop(__name__)
@@ -46,11 +46,11 @@ if __name__.startswith("diffusers_modules."):
 
 
 def save_with_code(pipeline: DiffusionPipeline, folder: Any, *args: Any, **kwargs: Any) -> None:
-    """diffusers' `save_pretrained`, and the code of the library's classes; stock classes need none.
+    """Save `pipeline` in `folder` as diffusers does, together with the code of the library's classes.
 
-    The arguments are those of `DiffusionPipeline.save_pretrained`. No file names a folder of this machine.
+    Further arguments are those of `DiffusionPipeline.save_pretrained`. No saved file names a folder of this machine.
     """
-    for name, text in travelling_files(pipeline).items():  # first, as with push_to_hub what lies there is uploaded
+    for name, text in travelling_files(pipeline).items():  # first, because push_to_hub uploads the folder
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -59,7 +59,7 @@ def save_with_code(pipeline: DiffusionPipeline, folder: Any, *args: Any, **kwarg
 
 
 def travelling_files(pipeline: DiffusionPipeline) -> dict[str, str]:
-    """The code to save with `pipeline`, by path in its folder; nothing where all classes are stock."""
+    """Return the code to save with `pipeline`, by path in its folder; empty if all classes are from diffusers."""
     files, kind = {}, type(pipeline)
     if is_ours(kind):
         bases = [base.__name__ for base in kind.__mro__[1:] if is_ours(base)]
@@ -76,21 +76,24 @@ def travelling_files(pipeline: DiffusionPipeline) -> dict[str, str]:
 
 
 def is_ours(cls: type) -> bool:
-    """Whether `cls` is a class of the library, installed or out of a saved folder."""
+    """Return whether `cls` is a class of the library, installed or loaded from a saved folder."""
     return cls.__module__.split(".")[0] == LIBRARY or _source_kept(cls) is not None
 
 
 def bundle(sources: dict[str, str], title: str, version: str, hidden: Sequence[str] = ()) -> str:
-    """One self-contained module out of several.
+    """Merge several modules into one self-contained module.
 
     Args:
-        sources: the modules' texts by their full names, each after those of the library that it imports from.
-        title: what the module holds, for its docstring.
-        version: of the library.
-        hidden: names to delete at the end, as diffusers looks for one pipeline in a module.
+        sources: the text of each module by its full name, after the library's modules that it imports from.
+        title: the content of the result, for its docstring.
+        version: the version of the library.
+        hidden: names to delete at the end, because diffusers looks for exactly one pipeline in a module.
+
+    Returns:
+        The text of the merged module.
 
     Raises:
-        ValueError: a name has two meanings, or a module imports what it may not.
+        ValueError: a name has two meanings, or a module imports more than `MAY_IMPORT` allows.
     """
     meanings: dict[str, str] = {}
     imports: set[str] = set()
@@ -107,7 +110,9 @@ def bundle(sources: dict[str, str], title: str, version: str, hidden: Sequence[s
                 found = {name: f"{name} of {module}" for name in _defined(node)}
             for name, meaning in found.items():
                 if meanings.setdefault(name, meaning) != meaning:
-                    raise ValueError(f"In one module {name!r} can't be both {meanings[name]!r} and {meaning!r}.")
+                    raise ValueError(
+                        f"In one module {name!r} can't be both {meanings[name]!r} and {meaning!r}. Rename one."
+                    )
             if is_import:
                 imports |= set(found.values())
             if is_import or position == 0 and about:
@@ -123,7 +128,7 @@ def bundle(sources: dict[str, str], title: str, version: str, hidden: Sequence[s
 
 
 def _imports(node: ast.Import | ast.ImportFrom, module: str, sources: dict[str, str]) -> dict[str, str]:
-    """By the names that it binds, the statement `node` as one per name; nothing for names out of `sources`."""
+    """Split an import statement into one per name: {bound name: statement}. Empty for imports from `sources`."""
     followed = _followed(node, module)
     if followed in sources:
         there = {name for statement in ast.parse(sources[followed]).body for name in _defined(statement)}
@@ -135,13 +140,13 @@ def _imports(node: ast.Import | ast.ImportFrom, module: str, sources: dict[str, 
         statement.names = [alias]
         root = ((node.module or "") if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
         if followed is not None or root not in MAY_IMPORT:
-            raise ValueError(f"{module} can't travel with a saved pipeline, because of: {ast.unparse(statement)}")
+            raise ValueError(f"{module} can't be saved with a pipeline, because of: {ast.unparse(statement)}")
         found[alias.asname or alias.name.split(".")[0]] = ast.unparse(statement)
     return found
 
 
 def _followed(node: ast.stmt, module: str) -> str | None:
-    """The full name of the library's module that a statement of `module` imports names from; None for others."""
+    """Return the full name of the library module that a statement of `module` imports from; None for others."""
     if not isinstance(node, ast.ImportFrom):
         return None
     name = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
@@ -149,7 +154,7 @@ def _followed(node: ast.stmt, module: str) -> str | None:
 
 
 def _merged(imports: set[str]) -> str:
-    """Statements that import one name each, as one per module."""
+    """Merge import statements of one name each to one statement per module."""
     names: dict[str, list[str]] = {}
     for statement in sorted(imports, key=lambda text: (text.startswith("from"), text)):
         start, _, name = statement.partition(" import ")
@@ -158,7 +163,7 @@ def _merged(imports: set[str]) -> str:
 
 
 def _defined(node: ast.stmt) -> list[str]:
-    """The names that a statement of a module defines."""
+    """Return the names that a statement of a module defines."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
@@ -169,7 +174,7 @@ def _version() -> str:
 
 
 def _sources(classes: list[type]) -> dict[str, str]:
-    """The texts of the modules that define `classes`, and of the library's that these import from, those first."""
+    """Return the texts of the modules that define `classes`, after the library modules that they import from."""
 
     def texts(module: ModuleType) -> dict[str, str]:
         source = inspect.getsource(module)
@@ -181,35 +186,35 @@ def _sources(classes: list[type]) -> dict[str, str]:
         return found | {module.__name__: source}
 
     found: dict[str, str] = {}
-    for cls in classes:  # whose __module__ is the library as a whole, that of its functions is not
-        found |= texts(sys.modules[cls.__init__.__module__])  # type: ignore[misc]  # no instance is meant
+    for cls in classes:  # `cls.__module__` is the library as a whole, but its methods name their module
+        found |= texts(sys.modules[cls.__init__.__module__])  # type: ignore[misc]  # on the class, not an instance
     return found
 
 
 def _source_kept(cls: type) -> str | None:
-    """The text of the saved file that `cls` came with; None for other classes."""
+    """Return the text of the saved file that defines `cls`; None for other classes."""
     return getattr(sys.modules.get(cls.__module__), "TRAVELLING_SOURCE", None)
 
 
 def _components(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """The components, compiled ones unwrapped."""
+    """Return the components by name, without the wrappers of compiled ones."""
     return {name: getattr(part, "_orig_mod", part) for name, part in pipeline.components.items()}
 
 
 def _parts(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """The components of the library's classes."""
+    """Return the components whose classes are the library's, by name."""
     return {name: part for name, part in _components(pipeline).items() if is_ours(type(part))}
 
 
 def _network_classes(part: Any) -> set[type]:
-    """The classes of `part` and, for a network, of the networks in it that are the library's."""
+    """Return the class of `part` and, for a network, the library's classes of networks inside it."""
     modules = part.modules() if isinstance(part, ModelMixin) else ()
     return {type(part), *(type(m) for m in modules if isinstance(m, ModelMixin) and is_ours(type(m)))}
 
 
 @contextmanager
 def _portable_configs(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Let the configs for a while name the library for its classes, and no folder that something was loaded from."""
+    """Within the context, let configs name the library for its classes, and no folder that was loaded from."""
     components = {name: getattr(part, "_orig_mod", part) for name, part in pipeline.components.items()}
     kept = [
         (part, part._internal_dict) for part in (pipeline, *components.values()) if hasattr(part, "_internal_dict")

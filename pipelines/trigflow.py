@@ -14,17 +14,21 @@ from .image_pipeline import StepCallback
 
 
 class TrigFlowPipeline(EditingPipeline):
-    """Images from a TrigFlow model, unconditional or class-conditional (Lu & Song 2024, arXiv:2410.11081).
+    """Generate images with a TrigFlow model (Lu & Song 2024, arXiv:2410.11081).
+
+    The model is unconditional or class-conditional. A consistency model needs one step or a few; a diffusion model
+    follows the probability-flow ODE.
 
     Args:
         unet: the network, called as `unet(sample / sigma_data, angle, class_labels=...)`.
-        scheduler: a `TrigFlowScheduler`; its solver says whether this is a consistency model or a diffusion model.
-        vae: the autoencoder of diffusers in whose latents the network works; None for pixels.
+        scheduler: a `TrigFlowScheduler`. Its `solver` is "consistency" for a consistency model, and "euler" or "heun"
+            for a diffusion model.
+        vae: the diffusers autoencoder of a latent model; None for a pixel model.
 
     Raises:
-        ValueError: another scheduler, here or when one is assigned.
+        ValueError: `scheduler` is of another class. This is also checked when one is assigned.
 
-    Example:
+    Examples:
         >>> from cm_diffusers import TrigFlowPipeline, TrigFlowScheduler
         >>> from cm_diffusers.models import build_unet
         >>> unet = build_unet("jvp_tiny", (8, 8), 3)  # or from_pretrained("user/model")
@@ -46,7 +50,10 @@ class TrigFlowPipeline(EditingPipeline):
         return (1, 2) if self.scheduler.config.solver == "consistency" else (18,)
 
     def levels_below(self, noise_level: float, num_inference_steps: int) -> list[float]:
-        """See `ImagePipeline`: angles t sqrt(1 - k / n) of a consistency model; a Karras grid for the solvers."""
+        """Return `num_inference_steps` noise levels from `noise_level`, strictly decreasing.
+
+        For a consistency model they are at the angles t sqrt(1 - k / n); for a diffusion model, on a Karras grid.
+        """
         scheduler = self.scheduler
         if scheduler.config.solver == "consistency":
             angles = scheduler.sigma_to_timestep(noise_level) * np.sqrt(
@@ -56,11 +63,15 @@ class TrigFlowPipeline(EditingPipeline):
         return super().levels_below(noise_level, num_inference_steps)
 
     def jumping(self) -> dict[str, Any]:
-        """See `EditingPipeline`: diffusion models don't jump."""
+        """Return the arguments of a call that jumps to clean images, see `EditingPipeline`.
+
+        Raises:
+            ValueError: this is a diffusion model, which does not jump.
+        """
         if self.scheduler.config.solver != "consistency":
             raise ValueError(
-                "Editing jumps to clean images, and by its solver this is a diffusion model, which can't. To begin"
-                " with an image, call the pipeline with image and noise_level."
+                "Editing jumps to clean images. By the solver of its scheduler this is a diffusion model, which can't."
+                " To start from an image, call the pipeline with image and noise_level."
             )
         return {}
 
@@ -87,47 +98,57 @@ class TrigFlowPipeline(EditingPipeline):
         image: Images = None,
         noise_level: float | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Make images.
+        """Generate images.
 
         Args:
-            batch_size: how many; by default as many as there are class labels, generators or latents, else 1.
-            class_labels: one label for all or one per image, or names of classes where the model knows them; drawn
-                from `generator` where the model wants some and neither they nor `latents` are given.
-            num_inference_steps: the number of levels, of the scheduler's choice: 1 (the default) or more for a
-                consistency model, 2 or more (18) for a diffusion model; or else
-            sigmas: the noise levels, falling, for example [80, 0.8]; the first may be inf; or else
-            timesteps: the same as angles atan(sigma / sigma_data) in (0, pi/2], for example [1.5645, 1.1].
-            solver: "heun" or "euler" instead of a diffusion model's own. Heun calls the network 2 N - 1 times for N
-                levels, Euler N times.
-            generator: a generator or a seed, or one per image (then an image does not depend on the others of the
-                batch).
-            latents: unit normal noise (batch_size, C, H, W), a tensor or an array, instead of noise from `generator`.
-            output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent" (as it is).
-            return_dict: give an `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step, from one level
-                to the next; what it returns replaces the tensors, and `pipe._interrupt = True` ends the call.
-            callback_on_step_end_tensor_inputs: which tensors it sees: "latents", "pred_original_sample".
-            condition: what else the network is told, tensors (batch_size, ...) by the names that it has for them.
-            guidance_scale: w of classifier-free guidance: 1 is none, more leads further away from what the network
-                makes of no class, by two samples in each network call.
-            guidance_interval: the lowest and the highest noise level at which there is guidance; all by default.
-            negative_class_labels: classes to be led away from instead of none, given as class_labels are.
-            image: what to begin with instead of pure noise, one for all or one per image: a tensor (n, C, H, W) or an
-                array (n, H, W, C) in [0, 1], or PIL, of the model's size.
-            noise_level: sigma, of the noise that it gets, and of the first step: the higher, the more is made anew.
-                Other levels, whose first one it is, may stand for it.
+            batch_size: number of images. By default it follows from the other arguments with one entry per image, such
+                as `class_labels`, `generator`, `latents` or `image`; else it is 1.
+            class_labels: one label for all images, or one per image: integers, or class names if the model has names.
+                By default a class-conditional model draws them from `generator`; together with `latents` they are
+                required.
+            num_inference_steps: number N of levels, which the scheduler chooses: at least 1 for a consistency model
+                (default 1), at least 2 for a diffusion model (default 18). Give at most one of this, `sigmas` and
+                `timesteps`.
+            sigmas: strictly decreasing noise levels, for example [80, 0.8]. The first can be inf.
+            timesteps: the levels as angles atan(sigma / sigma_data) in (0, pi/2], for example [1.5645, 1.1].
+            solver: "heun" or "euler", instead of the scheduler's solver of a diffusion model. Heun calls the network
+                2 N - 1 times for N levels, Euler N times.
+            generator: a `torch.Generator` or a seed, or a list with one per image. With a list, each image is
+                independent of the rest of the batch.
+            latents: unit normal noise (B, C, H, W) to start from, a tensor or an array, instead of noise from
+                `generator`.
+            output_type: "pil", "np", "pt" or "latent". "np" is an array (B, H, W, C) and "pt" a tensor (B, C, H, W),
+                both in [0, 1]. "latent" is the last sample, neither decoded nor rescaled.
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step from one level to
+                the next. It can return `{"latents": ...}` to replace the sample, and set `pipe._interrupt = True` to
+                end the call early.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback receives: "latents" (the
+                sample) and "pred_original_sample" (the estimate of the clean sample).
+            condition: further conditioning of the network, tensors (B, ...) by the names of its arguments.
+            guidance_scale: the weight w of classifier-free guidance. 1 turns guidance off; a larger w moves the images
+                further from those of the null class. Guidance doubles the batch of each network call.
+            guidance_interval: the lowest and the highest noise level sigma with guidance; by default all levels.
+            negative_class_labels: classes to move away from, instead of the null class; in the form of
+                `class_labels`.
+            image: images to start from instead of pure noise: a tensor (n, C, H, W) or an array (n, H, W, C) in
+                [0, 1], or PIL images, of the model's size. One image is for the whole batch.
+            noise_level: sigma of the noise that is added to `image`, and the first noise level. The higher it is, the
+                more of the image changes. Instead of it you can give other levels, which begin with it.
 
         Returns:
-            `ImagePipelineOutput` with `.images`.
+            An `ImagePipelineOutput` with `images` in the form of `output_type`, or the tuple `(images,)`.
 
         Raises:
-            ValueError: an argument that can't be meant, before the network is called.
+            ValueError: an argument is invalid. This is checked before the network is called.
         """
         images, level = self.read_start(image, noise_level, sigmas, timesteps)
         self.set_levels(*self.read_levels(num_inference_steps, sigmas, timesteps, level), solver=solver)
         scheduler = self.scheduler
         if images is not None and scheduler.sigmas[0] == math.inf:
-            raise ValueError("An image with noise of an infinite level is no more than noise; leave the image out.")
+            raise ValueError(
+                "At an infinite noise level nothing of the image remains. Leave image out, or start lower."
+            )
         names = callback_on_step_end_tensor_inputs
         self.check_callback(callback_on_step_end, names)
         noise, plain, generator = self.prepare(
@@ -145,7 +166,7 @@ class TrigFlowPipeline(EditingPipeline):
             sample = scheduler.add_noise(self.encoded(images, noise), noise.float(), sigmas=scheduler.sigmas[0])
         order, calls = scheduler.order, list(zip(scheduler.timesteps.unbind(), self.noise_levels))
         for i, began in self.steps(scheduler.timesteps[::order]):
-            for t, sigma in calls[order * i : order * (i + 1)]:  # two of Heun, but for the last step
+            for t, sigma in calls[order * i : order * (i + 1)]:  # Heun has two calls per step, but one in the last
                 sample, denoised = self.advance(sample, i, t, sigma, told, generator=generator)
             tensors = {"latents": sample, "pred_original_sample": denoised}
             sample = self.after_step(callback_on_step_end, i, began, tensors, names)

@@ -1,4 +1,7 @@
-"""Schedulers in the form of diffusers. They import only torch, numpy, diffusers and `core`, to be able to travel."""
+"""Schedulers with the interface of diffusers.
+
+They import only torch, numpy, diffusers and `core`, so that their code can be saved with a pipeline.
+"""
 
 from cm_diffusers.registration import of_the_library
 from cm_diffusers.schedulers.ctm import CTMScheduler, CTMSchedulerOutput

@@ -21,10 +21,12 @@ from .stock import CheckedConfig
 
 @dataclass
 class CTMSchedulerOutput(BaseOutput):
-    """
+    """Output of a step of `CTMScheduler`.
+
     Args:
-        prev_sample (`torch.Tensor`): the sample at the next level, the input of the next network call.
-        pred_original_sample (`torch.Tensor`): the clean sample if what the network says held down to the floor.
+        prev_sample (`torch.Tensor`): the sample (B, ...) at the next level, for the next network call.
+        pred_original_sample (`torch.Tensor`): the estimate of the clean sample (B, ...): a jump with the network's
+            output down to the floor.
     """
 
     prev_sample: torch.Tensor
@@ -32,40 +34,45 @@ class CTMSchedulerOutput(BaseOutput):
 
 
 class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
-    """Gamma sampling: from sigma_i jump below sigma_{i+1}, then add noise up to sigma_{i+1}.
+    """Scheduler of consistency trajectory models (Kim et al. 2023, arXiv:2310.02279), by gamma sampling.
 
-    The samples are x0 + sigma noise. The network F has two times, the level t of its input and the level s to jump to
-    (`.timesteps` and `.target_timesteps`, as labels). Under EDM's preconditioning, without a floor,
+    From the level sigma_i, a step jumps below sigma_{i+1} and then adds noise up to sigma_{i+1}. The samples are
+    x0 + sigma noise. The network F has two times: the level t of its input, and the level s to jump to. As labels they
+    are `timesteps` and `target_timesteps`. Under EDM's preconditioning, without a floor,
 
         g(x, t, s) = c_skip(t) x + c_out(t) F(c_in(t) x, t, s)
         G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s)                                            (eq. 9)
 
-    so that G(x, t, t) = x for any network, and g(x, t, t) is a denoiser. For other predictions g is the clean sample
-    that they mean. With gamma = 0 all is deterministic, a chain of jumps; gamma = 1 is multistep consistency sampling.
-    The last jump goes to the floor and gives the sample.
+    so that G(x, t, t) = x for any network, and g(x, t, t) is a denoiser. For other predictions, g is the clean sample
+    that follows from the output. With gamma = 0, sampling is a deterministic chain of jumps. With gamma = 1, it is
+    multistep consistency sampling. The last jump goes to the floor and yields the final sample.
 
     Args:
-        num_train_timesteps: length of the Karras grid that `num_inference_steps` picks its levels from.
-        sigma_min: the floor that stands for 0; above 0 for the label "log_sigma", which is a logarithm.
+        num_train_timesteps: length of the Karras grid from which `num_inference_steps` selects levels.
+        sigma_min: the floor that stands for 0. It must be above 0 for the label "log_sigma", a logarithm.
         sigma_max: the level of pure noise, where sampling starts.
         sigma_data: root mean square of the training data.
         rho: exponent of the Karras grid.
-        clip_denoised: clamp what a jump to the floor gives to [-1, 1] (images; not latents). Other jumps stay exact.
-        time_label: the network's time inputs; see `MultistepConsistencyScheduler`, as for the last three.
-        gamma: share of the noise that is drawn anew, in [0, 1], unless `set_timesteps` is told otherwise.
-        gamma_rule: "paper" jumps to sqrt(1 - gamma^2) sigma, not below the floor; "official" to
-            sqrt(1 - gamma^2) (sigma - sigma_min) + sigma_min as the authors' code does. The noise makes up for either.
-        upward: whether the network has learned to jump to higher levels, too, which the paper's training leaves out.
-        prediction: what the network predicts: "edm" (F), "flow", "epsilon" or "v_prediction".
-        time_scale: factor of the time label of "flow".
-        noise_schedule: for "epsilon" and "v_prediction" the settings of diffusers' `DDPMScheduler`.
-        default_sigmas: the levels of `num_inference_steps`, by that number as a string, where they are not to be those
-            of the grid: {"2": [80.0, 0.8]}, as `training/evaluate.py --search_sigmas` finds them.
+        clip_denoised: clamp the result of jumps to the floor to [-1, 1], for images but not for latents. Other jumps
+            stay exact.
+        time_label: the network's time inputs, see `MultistepConsistencyScheduler`.
+        gamma: share of the noise that is drawn anew, in [0, 1]. `set_timesteps` can override it.
+        gamma_rule: the level to which a step jumps, before noise leads up to the next level sigma:
+
+            - "paper": sqrt(1 - gamma^2) sigma, but not below the floor;
+            - "official", as in the authors' code: sqrt(1 - gamma^2) (sigma - sigma_min) + sigma_min.
+        upward: whether the network was also trained to jump to higher levels, unlike in the paper.
+        prediction: what the network predicts: "edm" (F), "flow", "epsilon" or "v_prediction", see
+            `MultistepConsistencyScheduler`.
+        time_scale: factor of the time label "flow_time", for "flow".
+        noise_schedule: for "epsilon" and "v_prediction", the settings of diffusers' `DDPMScheduler`.
+        default_sigmas: noise levels for given numbers of steps, instead of those of the grid. The keys are numbers of
+            steps as text: {"2": [80.0, 0.8]}. `training/evaluate.py --search_sigmas` finds such levels.
 
     Raises:
-        ValueError: an unknown label or rule, or numbers outside their range.
+        ValueError: a setting is unknown or outside its range, or does not fit another setting.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers import CTMScheduler, TwoTimeModel
         >>> from cm_diffusers.models import build_unet
@@ -82,7 +89,7 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
 
     order = 1
     _compatibles: list[str] = []
-    _samples = "networks with two times, that of their input and that to jump to"
+    _samples = "networks with two times, one of their input and one to jump to"
 
     @register_to_config
     def __init__(
@@ -124,11 +131,11 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         self._set_sigmas(self.karras_sigmas(num_train_timesteps), gamma, None)
 
     def karras_sigmas(self, n: int, sigma_max: float | None = None) -> np.ndarray:
-        """`n` levels (n,) from `sigma_max`, by default the configured one, down to the floor."""
+        """Return `n` Karras levels (n,) from `sigma_max`, by default the configured one, down to the floor."""
         return self._karras(np.linspace(0, 1, n), sigma_max)
 
     def _karras(self, ramp: np.ndarray, sigma_max: float | None = None) -> np.ndarray:
-        # the floor itself where jumps end, not its neighbour, which stock schedulers have
+        # jumps end at the floor itself; the formula of stock schedulers would give a neighbouring number
         return np.where(ramp == 1, self.config.sigma_min, super()._karras(ramp, sigma_max))
 
     def set_timesteps(
@@ -139,19 +146,19 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         sigmas: Sequence[float] | None = None,
         gamma: float | None = None,
     ) -> None:
-        """Choose the noise levels, by exactly one of the three.
+        """Set the noise levels, by exactly one of `num_inference_steps`, `timesteps` and `sigmas`.
 
         Args:
-            num_inference_steps: 1 to `num_train_timesteps` levels: those of `default_sigmas`, else evenly spaced on
-                the Karras grid from sigma_max.
-            device: where `timesteps` and `target_timesteps` go.
-            timesteps: time labels as in `.timesteps`, falling. Grid indices are refused.
-            sigmas: noise levels in (sigma_min, sigma_max], falling; sampling starts from noise of the first.
-            gamma: in [0, 1], for these levels instead of the configured one.
+            num_inference_steps: number of levels, 1 to `num_train_timesteps`. They come from `default_sigmas`, or else
+                are evenly spaced on the Karras grid from sigma_max.
+            device: the device of `timesteps` and `target_timesteps`.
+            timesteps: strictly decreasing time labels as in `.timesteps`. Grid indices are refused.
+            sigmas: strictly decreasing noise levels in (sigma_min, sigma_max]. Sampling starts at the first.
+            gamma: overrides the configured gamma for these levels, in [0, 1].
 
         Raises:
-            ValueError: not exactly one was given, or levels that do not fall, or lie at or below the floor or beyond
-                sigma_max, or gamma outside [0, 1].
+            ValueError: not exactly one is given, levels do not decrease strictly or are outside
+                (sigma_min, sigma_max], or `gamma` is outside [0, 1].
         """
         gamma = self._check_gamma(self.config.gamma if gamma is None else gamma)
         levels = self._chosen_levels(num_inference_steps, timesteps, sigmas)
@@ -164,9 +171,9 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         return float(gamma)
 
     def _set_sigmas(self, levels: np.ndarray, gamma: float, device: str | torch.device | None) -> None:
-        """Keep levels that end with the floor, and where the calls jump to, in float64 on the CPU.
+        """Store levels that end with the floor, and the targets of the jumps, in float64 on the CPU.
 
-        The labels go to `device`, where it knows float64.
+        The labels go to `device`, in float32 if it lacks float64.
         """
         self.gamma, self._step_index, self._begin_index = gamma, None, None
         choice = (levels.tobytes(), gamma, device)
@@ -181,13 +188,16 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         self._keep(*choice)
 
     def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """What the sample is divided by for the network, the factors of jumps to the floor and to the target."""
+        """Return for each step: the norm of the network's input, the factors of the jumps, and the noise's std.
+
+        There are two factors, of sample and output, for the jump to the floor and two for the jump to the target.
+        """
         sigma, floor = self.sigmas[:-1], torch.as_tensor(self.config.sigma_min, dtype=torch.float64)
         jumps = (self._jump_scalings(sigma, to) for to in (floor, self.target_sigmas))
         return self.input.norm(sigma), *next(jumps), *next(jumps), self._noise_stds
 
     def _targets(self, following: np.ndarray, gamma: float) -> np.ndarray:
-        """Where the calls jump to, for the levels `following` the first; the last one to the floor."""
+        """Return the targets of the jumps, for the levels `following` the first. The last target is the floor."""
         floor, kept = self.config.sigma_min, math.sqrt(1 - gamma**2)
         if gamma == 0:
             targets = following
@@ -198,13 +208,13 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         return np.append(targets, floor)
 
     def _factor(self, values: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """`values` () or (B,) as a factor of `sample` (B, ...), in float32 for half-precision samples."""
+        """Shape `values`, () or (B,), as a factor of `sample` (B, ...), in float32 for half-precision samples."""
         if values.ndim:
             values = append_dims(values, sample)
         return values.to(sample.device, torch.promote_types(sample.dtype, torch.float32))
 
     def precondition_inputs(self, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """The network's input, for "edm" c_in x: `sample` (B, ...) in its scale at `sigma`, () or (B,)."""
+        """Scale `sample` (B, ...) at the level `sigma`, () or (B,), to the network's input: c_in x for "edm"."""
         return sample / self._factor(self.input.norm(as_float64(sigma)), sample)
 
     def jump(
@@ -214,37 +224,46 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         sigma: float | torch.Tensor,
         sigma_to: float | torch.Tensor,
     ) -> torch.Tensor:
-        """G(x, t, s) of eq. 9, from the network's output F.
+        """Jump to another level: G(x, t, s) of eq. 9, from the network's output F.
 
-        It is linear in s: G = x + (s - t) (pull x - gain F), with the pull and the gain of `velocity`, which is
-        computed in this form, as it holds at t = 0, too. With F of the diagonal, F(c_in x, t, t), it is Euler's step.
+        The jump is linear in s: G = x + (s - t) (pull x - gain F), with the pull and the gain of `velocity`. This form
+        also holds at t = 0. With the diagonal output F(c_in x, t, t), the jump is an Euler step.
 
         Args:
             model_output: F (B, ...) for `precondition_inputs(sample, sigma)`.
             sample: x (B, ...) at the level `sigma`.
-            sigma: t, () or (B,), 0 or above.
-            sigma_to: s, () or (B,), 0 or above.
+            sigma: the level t, () or (B,), at least 0.
+            sigma_to: the level s, () or (B,), at least 0.
+
+        Returns:
+            The sample (B, ...) at `sigma_to`.
         """
         scalings = self._jump_scalings(as_float64(sigma), as_float64(sigma_to))
         keep, change = (self._factor(factor, sample) for factor in scalings)
         return keep * sample.to(keep.dtype) + change * model_output.to(keep.dtype)  # eq. 9
 
     def _jump_scalings(self, t: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of x and F in G(x, t, s), in float64."""
+        """Return the factors of x and F in G(x, t, s), in float64."""
         pull, gain = slope_scalings(self.config.prediction, t, self.config.sigma_data)
         return 1 + (s - t) * pull, (t - s) * gain
 
     def velocity(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """dx / dsigma = (x - g(x, t, t)) / t of the probability-flow ODE, from F(c_in x, t, t).
+        """Return dx / dsigma = (x - g(x, t, t)) / t of the probability-flow ODE, from F(c_in x, t, t).
 
-        Computed as pull x - gain F; for "edm" t / (t^2 + sigma_data^2) and sigma_data / sqrt(t^2 + sigma_data^2).
+        It is computed as pull x - gain F. For "edm", pull = t / (t^2 + sigma_data^2), and
+        gain = sigma_data / sqrt(t^2 + sigma_data^2).
+
+        Args:
+            model_output: F (B, ...), of a network call with both times equal.
+            sample: x (B, ...) at the level `sigma`.
+            sigma: the level t, () or (B,), at least 0.
         """
         scalings = slope_scalings(self.config.prediction, as_float64(sigma), self.config.sigma_data)
         pull, gain = (self._factor(value, sample) for value in scalings)
         return pull * sample.to(pull.dtype) - gain * model_output.to(pull.dtype)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
-        """`sample` divided by sqrt(sigma^2 + sigma_data^2), the network's input at `timestep`."""
+        """Scale `sample` (B, ...) to the network's input at `timestep`: for "edm", / sqrt(sigma^2 + sigma_data^2)."""
         index = self._index_now(timestep)
         return sample / self._factors(index, torch.promote_types(sample.dtype, torch.float32))[0]
 
@@ -257,16 +276,16 @@ class CTMScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
         return_dict: bool = True,
         variance_noise: torch.Tensor | None = None,
     ) -> CTMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """One step: the sample at the next level, and the clean sample that the network's output means.
+        """Make one step: return the sample at the next level, and the estimate of the clean sample.
 
         Args:
             model_output: the network's output (B, ...) for `scale_model_input(sample, timestep)`, `timestep` and the
                 entry of `.target_timesteps` at the same index.
             timestep: one of `.timesteps`.
             sample: the current sample (B, ...).
-            generator: source of the noise; a list has one per sample. None is drawn for gamma = 0.
-            return_dict: give an output object rather than a tuple.
-            variance_noise: the noise (B, ...) to add, unit normal, instead of what `generator` would give.
+            generator: the source of the noise, or a list with one per sample. With gamma = 0 no noise is drawn.
+            return_dict: return an output object rather than a tuple.
+            variance_noise: unit normal noise (B, ...) to add, instead of noise from `generator`.
         """
         index = self._index_now(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""What schedulers share: the choice of noise levels, the current step, and for Karras grids noise at any level."""
+"""Common parts of the schedulers: the choice of noise levels, the current step, and noise at any level."""
 
 import math
 import numbers
@@ -13,43 +13,44 @@ from ..core.karras import karras_sigma
 from ..core.parameterisation import NetworkInput
 
 
-# settings that are numbers: above 0, or at least 0; and those that are True or False
+# settings that must be above 0, settings that must be at least 0, and settings that must be True or False
 POSITIVE = ("sigma_data", "sigma_max", "rho", "time_scale")
 NOT_NEGATIVE = ("sigma_min", "s_noise")
 SWITCHES = ("clip_denoised", "upward")
 
 
 class Levels:
-    """A part of a scheduler with levels of its choice, whose `config` has default_sigmas.
+    """Base of schedulers that choose their levels; their `config` has `default_sigmas`.
 
-    It sets with each choice of levels `sigmas`, `timesteps`, `_labels` and `_step_index = _begin_index = None`.
+    With each choice of levels, a subclass sets `sigmas`, `timesteps`, `_labels` and
+    `_step_index = _begin_index = None`.
     """
 
-    config: Any  # of diffusers' ConfigMixin
+    config: Any  # diffusers' ConfigMixin sets it
     sigmas: torch.Tensor
     timesteps: torch.Tensor
     _step_index: int | None
     _begin_index: int | None
-    _labels: np.ndarray  # the timesteps, on the CPU
-    _choice: tuple[Any, ...] = (None,)  # the config and what was chosen last
-    _tables: dict[torch.dtype, list[tuple[float, ...]]]  # what steps multiply by, by the type of their arithmetic
+    _labels: np.ndarray  # the timesteps as an array, on the CPU
+    _choice: tuple[Any, ...] = (None,)  # the config and the last choice
+    _tables: dict[torch.dtype, list[tuple[float, ...]]]  # factors of each step, by dtype of the arithmetic
 
     @property
     def step_index(self) -> int | None:
-        """Index of the current network call, or None before the first."""
+        """Index of the current network call, or None before the first call."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """Index to start from, or None for the first step that is asked for."""
+        """Index to start from; None if the first timestep decides."""
         return self._begin_index
 
     def _index_of(self, timestep: float | torch.Tensor) -> int:
-        """The index to begin at, where the first network call is told of `timestep`; ValueError for none of them."""
+        """Return the index at which `timestep`, the time of the first network call, begins. ValueError if unknown."""
         raise NotImplementedError
 
     def _index_now(self, timestep: float | torch.Tensor) -> int:
-        """Index of the current network call, which `timestep` tells at the first."""
+        """Return the index of the current network call. `timestep` decides it at the first call only."""
         if self._step_index is None:
             self._step_index = self._index_of(timestep)
         if self._step_index >= len(self._labels):
@@ -57,21 +58,21 @@ class Levels:
         return self._step_index
 
     def _is_chosen(self, *choice: Any) -> bool:
-        """Whether the last choice of levels was this one, so that all that follows from it is there."""
+        """Return whether the last choice of levels was the same, so that everything is already computed."""
         return self._choice[0] is self.config and self._choice[1:] == choice
 
     def _keep(self, *choice: Any) -> None:
-        """Remember a choice, once all that follows from it is there but the tables, which wait for a first step."""
+        """Store the choice whose levels are now set. The tables of factors are computed at the first step."""
         self._choice, self._tables = (self.config, *choice), {}
 
     def _factors(self, index: int, dtype: torch.dtype) -> tuple[float, ...]:
-        """What step `index` multiplies by in arithmetic of `dtype`, computed for all steps at the first one."""
+        """Return the factors of step `index` in `dtype`. They are computed for all steps at the first one."""
         if dtype not in self._tables:
             self._tables[dtype] = list(zip(*(column.to(dtype).tolist() for column in self._columns(dtype))))
         return self._tables[dtype][index]
 
     def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Each factor by steps."""
+        """Return the factors, each as a tensor (steps,)."""
         raise NotImplementedError
 
     def _check_begin_index(self, begin_index: int) -> None:
@@ -79,7 +80,7 @@ class Levels:
             raise ValueError(f"begin_index must be an integer in [0, {len(self.timesteps) - 1}], got {begin_index!r}.")
 
     def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
-        """The levels (n,), which must be some that can be sampled at; ValueError, which calls them `name`, if not."""
+        """Check that the scheduler can sample at `levels` (n,), and return them. Errors call the argument `name`."""
         raise NotImplementedError
 
     def _check_one(self, *ways: Any) -> None:
@@ -87,10 +88,7 @@ class Levels:
             raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
 
     def _check_settings(self, unset: Sequence[str] = ()) -> None:
-        """Raise ValueError for settings of which each by itself is no number, count or switch of its range.
-
-        Those called `unset` must be None.
-        """
+        """Check each setting by itself: numbers, counts and switches. Settings named in `unset` must be None."""
         for name in unset:
             if self.config[name] is not None:
                 raise ValueError(f"{name} must be None with in_place_of, got {self.config[name]!r}.")
@@ -106,7 +104,7 @@ class Levels:
             raise ValueError(f"num_train_timesteps must be an integer of at least 2, got {total!r}.")
         if not isinstance(self.config.default_sigmas or {}, dict):
             raise ValueError(
-                'default_sigmas must map numbers of steps to levels, such as {"2": [80.0, 0.8]}, got'
+                'default_sigmas must map numbers of steps to noise levels, such as {"2": [80.0, 0.8]}, got'
                 f" {self.config.default_sigmas!r}."
             )
 
@@ -115,13 +113,13 @@ class Levels:
             name = f"default_sigmas[{steps!r}]"
             levels = self._check_levels(name, np.array(read_numbers(name, sigmas), dtype=float))
             if str(len(levels)) != steps:
-                raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels, got {len(levels)}.")
+                raise ValueError(f"default_sigmas[{steps!r}] must hold as many levels as its key, got {len(levels)}.")
 
 
 class KarrasLevels(Levels):
-    """A part of a scheduler whose `config` has num_train_timesteps, sigma_min, sigma_max and rho as well.
+    """Base of schedulers with a Karras grid.
 
-    It sets `input`, too.
+    Their `config` also has `num_train_timesteps`, `sigma_min`, `sigma_max` and `rho`. A subclass also sets `input`.
     """
 
     input: NetworkInput
@@ -132,7 +130,7 @@ class KarrasLevels(Levels):
         return float(self.sigmas[0])
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start from step `begin_index`, of those that were set."""
+        """Start from step `begin_index` of the current levels."""
         self._check_begin_index(begin_index)
         self._begin_index = begin_index
 
@@ -140,15 +138,15 @@ class KarrasLevels(Levels):
         return self.config.num_train_timesteps
 
     def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
-        """The network's time input at `sigmas`."""
+        """Convert noise levels `sigmas`, any shape, to the network's time input."""
         return self.input.label(sigmas)
 
     def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
-        """The noise levels whose time input `timesteps` is."""
+        """Convert the network's time inputs `timesteps`, any shape, to noise levels."""
         return self.input.sigma(timesteps)
 
     def labels(self, sigmas: float | torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor:
-        """The network's time input at `sigmas`, any shape, on `device`: float64 where the device knows it."""
+        """Convert noise levels `sigmas`, any shape, to time inputs on `device`, in float32 if it lacks float64."""
         return as_labels(self.sigma_to_timestep(as_float64(sigmas).numpy()), device)
 
     def _karras(self, ramp: np.ndarray, sigma_max: float | None = None) -> np.ndarray:
@@ -157,7 +155,7 @@ class KarrasLevels(Levels):
     def _chosen_levels(
         self, num_inference_steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
     ) -> np.ndarray:
-        """The levels (n,) that the arguments of `set_timesteps` name; ValueError unless they do."""
+        """Return the levels (n,) for the arguments of `set_timesteps`, which it checks."""
         self._check_one(num_inference_steps, timesteps, sigmas)
         if num_inference_steps is not None:
             return self._default_levels(num_inference_steps)
@@ -178,7 +176,7 @@ class KarrasLevels(Levels):
 
     @property
     def _range(self) -> tuple[float, float]:
-        """The level below all that are sampled at, and the highest one."""
+        """The exclusive lower bound and the inclusive upper bound of the levels."""
         return self.config.sigma_min, self.config.sigma_max
 
     def _check_levels(self, name: str, levels: np.ndarray) -> np.ndarray:
@@ -196,7 +194,7 @@ class KarrasLevels(Levels):
         return levels
 
     def _refuse_index(self, wanted: str, timesteps: Any) -> None:
-        """See `refuse_index`; a network with a table of times is told its indices."""
+        """Refuse integer timesteps, see `refuse_index`, unless the network itself takes indices of a table."""
         if self.input.time_label != "timestep":
             refuse_index(wanted, timesteps)
 
@@ -205,10 +203,10 @@ class KarrasLevels(Levels):
             total = self.config.num_train_timesteps
             hint = ""
             if values and all(0 <= t < total for t in values):
-                # counted from sigma_max and sampled in rising order, as in diffusers' own scheduler
+                # as in diffusers' own scheduler, indices count from sigma_max, and are sampled in increasing order
                 same = self._karras(np.array(sorted(set(values))) / (total - 1))
                 levels = [round(float(s), 6) for s in same if s > self.config.sigma_min * (1 + 1e-9)]
-                hint = f" As indices into its grid of {total} they mean sigmas={levels}."
+                hint = f" As indices into the grid of {total} levels, they mean sigmas={levels}."
             raise ValueError(
                 "`timesteps` are the network's time labels as in `.timesteps` (floats), not grid indices;"
                 f" got {values}. Pass `sigmas`, the noise levels, instead.{hint}"
@@ -232,22 +230,22 @@ class KarrasLevels(Levels):
         *,
         sigmas: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """original_samples + sigma noise, at any level of each sample.
+        """Return original_samples + sigma noise, at any level for each sample.
 
         Args:
             original_samples: clean samples (B, ...).
             noise: unit normal noise of the same shape.
-            timesteps: time labels (B,) or one for all, floats; or else
-            sigmas: noise levels (B,) or one for all.
+            timesteps: time labels, one for all samples or one per sample (B,), as floats.
+            sigmas: noise levels, one for all samples or one per sample (B,), instead of `timesteps`.
 
         Raises:
-            ValueError: not exactly one was given, or integers as time labels.
+            ValueError: not exactly one of `timesteps` and `sigmas` is given, or time labels are integers.
         """
         levels = append_dims(self._noise_levels(timesteps, sigmas), original_samples)
         return original_samples + levels.to(original_samples.device, original_samples.dtype) * noise
 
     def _noise_levels(self, timesteps: torch.Tensor | None, sigmas: torch.Tensor | None) -> torch.Tensor:
-        """The levels that arguments of `add_noise` name, in float64 on the CPU."""
+        """Return the levels for the arguments of `add_noise`, in float64 on the CPU."""
         if timesteps is not None and sigmas is None:
             self._refuse_index("time labels as in `scheduler.timesteps` (floats)", timesteps)
             return as_float64(self.timestep_to_sigma(as_float64(timesteps).numpy()))
@@ -257,18 +255,24 @@ class KarrasLevels(Levels):
 
 
 def is_real(value: Any) -> bool:
+    """Return whether `value` is a real number, of Python or NumPy. Booleans do not count."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def is_integer(value: Any) -> bool:
+    """Return whether `value` is an integer, of Python or NumPy. Booleans do not count."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def read_numbers(name: str, values: Any) -> list[float]:
-    """The numbers in any kind of sequence or array; one alone is a list of one. Integers stay integers.
+    """Read a list of numbers. Integers stay integers.
+
+    Args:
+        name: the argument's name in the error message.
+        values: a flat sequence, array or tensor of numbers; or one number, which becomes a list of one.
 
     Raises:
-        ValueError: anything else, called `name`.
+        ValueError: `values` is anything else.
     """
     found = values.tolist() if hasattr(values, "tolist") else values
     found = [found] if is_real(found) else found
@@ -280,19 +284,30 @@ def read_numbers(name: str, values: Any) -> list[float]:
 
 
 def refuse_index(wanted: str, timesteps: Any) -> None:
-    """Raise ValueError for integers, which other schedulers take for indices into their grid."""
+    """Refuse integer timesteps, which other schedulers use as indices into their grid.
+
+    Args:
+        wanted: the expected argument, for the error message.
+        timesteps: the given number, sequence, array or tensor.
+
+    Raises:
+        ValueError: `timesteps` are not floats.
+    """
     floats = timesteps.is_floating_point() if torch.is_tensor(timesteps) else np.asarray(timesteps).dtype.kind == "f"
     if not floats:
         raise ValueError(f"Pass {wanted}, not the integer index {timesteps}.")
 
 
 def as_float64(values: float | np.ndarray | torch.Tensor) -> torch.Tensor:
-    """`values` on the CPU; not through float32, torch's type for a number."""
+    """Convert `values`, any shape, to a float64 tensor on the CPU, without rounding numbers to float32."""
     return values.cpu().double() if torch.is_tensor(values) else torch.as_tensor(values, dtype=torch.float64)
 
 
 def as_labels(values: np.ndarray, device: str | torch.device | None) -> torch.Tensor:
-    """Time labels on `device`: float64 where it knows it, and integers as they are."""
+    """Convert time labels `values`, any shape, to a tensor on `device`.
+
+    Floats become float64, or float32 if the device lacks float64. Integers become int64.
+    """
     labels = torch.as_tensor(values)
     floats = torch.float32 if lacks_float64(device) else torch.float64
     return labels.to(device, floats if labels.is_floating_point() else torch.int64)

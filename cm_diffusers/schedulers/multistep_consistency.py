@@ -29,10 +29,11 @@ from .stock import (
 
 @dataclass
 class MultistepConsistencySchedulerOutput(BaseOutput):
-    """
+    """Output of a step of `MultistepConsistencyScheduler`.
+
     Args:
-        prev_sample (`torch.Tensor`): the sample at the next level, the input of the next network call.
-        pred_original_sample (`torch.Tensor`): the network's estimate of the clean sample at this step.
+        prev_sample (`torch.Tensor`): the sample (B, ...) at the next level, for the next network call.
+        pred_original_sample (`torch.Tensor`): the estimate of the clean sample (B, ...) at this step.
     """
 
     prev_sample: torch.Tensor
@@ -40,48 +41,59 @@ class MultistepConsistencySchedulerOutput(BaseOutput):
 
 
 class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig):
-    """Jump to the clean sample, add noise of the next level, repeat; the last step adds none.
+    """Scheduler of consistency models: jump to the clean sample, add noise of the next level, and repeat.
 
-    The unit of time is `sigma`, the standard deviation of the noise on data of scale `sigma_data`. The default
-    configuration means what that of diffusers' `CMStochasticIterativeScheduler` means, and gives the same numbers;
-    unlike it this scheduler takes any levels, not only those of a grid, and adds noise at any levels.
+    The last step adds no noise. The unit of time is `sigma`, the standard deviation of the noise on data of scale
+    `sigma_data`. The default configuration equals that of diffusers' `CMStochasticIterativeScheduler`, and gives the
+    same numbers. Unlike it, this scheduler samples and adds noise at any levels, not only at those of a grid.
 
-    `from_config` of a scheduler with a table of betas, or of linear flow, makes one that takes its place in diffusers'
-    pipelines. With `in_place_of` all is as these have it: samples are in the network's scale, alpha x0 + std noise,
-    which is not scaled again and starts from unit noise; `num_inference_steps` picks the levels of diffusers'
-    `LCMScheduler` or `FlowMatchLCMScheduler`, and the samples are theirs but for rounding.
+    `from_config` also accepts the config of a stock scheduler with a table of betas, or of linear flow. It returns a
+    scheduler with `in_place_of`, which replaces the stock one in diffusers' pipelines:
+
+    - Samples are in the network's scale, alpha x0 + std noise. They start from unit noise and are not scaled again.
+    - `num_inference_steps` selects the levels of diffusers' `LCMScheduler` or `FlowMatchLCMScheduler`.
+    - The samples equal those of that scheduler, except for rounding.
 
     Args:
-        num_train_timesteps: length of the Karras grid that `num_inference_steps` picks its levels from; with
-            `in_place_of` the number of times of training.
-        sigma_min: the floor, at which the model is the identity; 0 for models trained without one (ECT). None with
-            `in_place_of`: 0.
-        sigma_max: the level of pure noise, where sampling starts. None with `in_place_of`: that of the table, or
-            infinite.
+        num_train_timesteps: length of the Karras grid from which `num_inference_steps` selects levels; with
+            `in_place_of`, the number of training timesteps.
+        sigma_min: the floor, at which the model is the identity; 0 for models trained without a floor (ECT). With
+            `in_place_of` it must be None, which stands for 0.
+        sigma_max: the level of pure noise, where sampling starts. With `in_place_of` it must be None, which stands for
+            the highest level of the table, or for infinity.
         sigma_data: root mean square of the training data.
         s_noise: factor of the noise that is added between steps.
         rho: exponent of the Karras grid.
-        clip_denoised: clamp the estimate of the clean sample to [-1, 1] (images; not latents).
-        time_label: the network's time input, by default the first that the prediction allows: "log_sigma"
-            (250 ln sigma), "quarter_log_sigma" (ln(sigma) / 4) or "angle" (atan(sigma / sigma_data)) for "edm",
-            "flow_time" (sigma / (1 + sigma)) for "flow", "timestep" (times between the integers of the noise schedule,
-            by the angle atan(sigma)) for the others.
-        renoise: "floor" adds noise of std sqrt(sigma^2 - sigma_min^2), "full" of std sigma. They agree at sigma_min 0.
-        prediction: what the network predicts: "edm", F under EDM's scalings with the floor; or, for students that keep
-            the process of a diffusion model, "flow" (noise - x0, given (1 - t) x0 + t noise), "epsilon" (the noise) or
-            "v_prediction" (alpha noise - std x0), given alpha x0 + std noise with alpha^2 + std^2 = 1.
-        time_scale: factor of the time label of "flow" (1000 for diffusers' flow models).
-        noise_schedule: for "epsilon" and "v_prediction" the settings of diffusers' `DDPMScheduler` that make the table
+        clip_denoised: clamp the estimate of the clean sample to [-1, 1], for images but not for latents.
+        time_label: the network's time input. By default it is the first that the prediction allows:
+
+            - for "edm": "log_sigma" (250 ln sigma), "quarter_log_sigma" (ln(sigma) / 4) or "angle"
+              (atan(sigma / sigma_data));
+            - for "flow": "flow_time" (sigma / (1 + sigma));
+            - for "epsilon", "v_prediction" and "sample": "timestep" (times between the integers of the noise schedule,
+              by the angle atan(sigma)).
+        renoise: the std of added noise: sqrt(sigma^2 - sigma_min^2) for "floor", sigma for "full". Both are equal at
+            sigma_min 0.
+        prediction: what the network predicts. All but "edm" are for students that keep the process of a diffusion
+            model:
+
+            - "edm": F under EDM's scalings with the floor;
+            - "flow": noise - x0, from (1 - t) x0 + t noise;
+            - "epsilon": the noise, from alpha x0 + std noise with alpha^2 + std^2 = 1;
+            - "v_prediction": alpha noise - std x0, from the same input;
+            - "sample": x0, from the same input.
+        time_scale: factor of the time label "flow_time" (1000 for diffusers' flow models).
+        noise_schedule: for the time label "timestep", the settings of diffusers' `DDPMScheduler` that define the table
             of alpha^2, such as {"beta_schedule": "linear"}.
-        default_sigmas: the levels of `num_inference_steps`, by that number as a string, where they are not to be those
-            of the grid: {"2": [80.0, 0.8]}, as `training/evaluate.py --search_sigmas` finds them.
-        in_place_of: the settings by which the stock scheduler in whose place this one steps chooses its levels, as
-            `from_config` writes them: of `LCMScheduler` for a noise_schedule, of `FlowMatchLCMScheduler` for "flow".
+        default_sigmas: noise levels for given numbers of steps, instead of those of the grid. The keys are numbers of
+            steps as text: {"2": [80.0, 0.8]}. `training/evaluate.py --search_sigmas` finds such levels.
+        in_place_of: settings with which the replaced stock scheduler chooses its levels, as `from_config` writes them:
+            settings of `FlowMatchLCMScheduler` for "flow", and of `LCMScheduler` for a noise_schedule.
 
     Raises:
-        ValueError: a setting outside its range, or that does not go with another.
+        ValueError: a setting is unknown or outside its range, or does not fit another setting.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from diffusers import LCMScheduler
         >>> from cm_diffusers import MultistepConsistencyScheduler
@@ -148,25 +160,25 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         return None if stock == GRID_SCHEDULER else settings_in_place(stock, config)
 
     def _take_place(self, settings: dict[str, Any]) -> None:
-        """Let the stock scheduler of `settings` choose levels, in the place of which this one steps."""
+        """Let a stock scheduler with `settings` choose the levels, to step in its place."""
         if self.config.prediction == "edm":
-            raise ValueError("in_place_of is for the predictions of flow or with a noise_schedule; got 'edm'.")
+            raise ValueError("in_place_of needs the prediction 'flow', or one with a noise_schedule; got 'edm'.")
         self._stock = StockLevels(self.input, settings)
         levels, labels = self._stock.all()
         self._top = float(levels[0])
         if self.config.prediction == "epsilon" and self._top == math.inf:
             raise ValueError(
-                "prediction must not be 'epsilon' on a table that ends with pure noise (rescale_betas_zero_snr), of"
-                " which the noise tells nothing."
+                "prediction must not be 'epsilon' on a table that ends with pure noise (rescale_betas_zero_snr): an"
+                " estimate of that noise does not determine x0. Use another prediction or table."
             )
         self._set_sigmas(levels, None, labels)
 
     @property
     def compatibles(self) -> list[type]:
-        """The classes of diffusers that can take this one's place, by `from_config` of its config.
+        """The diffusers classes whose `from_config` accepts the config of this scheduler.
 
-        Those with a table of betas, or of flow, where `in_place_of` is set; the one of the same grid where nothing is
-        that it lacks.
+        With `in_place_of` they are those with a table of betas, or those of flow. Otherwise it is
+        `CMStochasticIterativeScheduler`, if the time label is "log_sigma" and `renoise` is "floor", as there.
         """
         names: Sequence[str] = ()
         if self._stock is not None:
@@ -174,13 +186,13 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         elif (self.config.time_label, self.config.renoise) == ("log_sigma", "floor"):
             names = (GRID_SCHEDULER,)
         kinds = [kind for kind in self._get_compatibles() if kind.__name__ in names]
-        if (self.config.noise_schedule or {}).get("rescale_betas_zero_snr"):  # where others would have another table
+        if (self.config.noise_schedule or {}).get("rescale_betas_zero_snr"):  # other classes would make another table
             kinds = [kind for kind in kinds if "rescale_betas_zero_snr" in settings_of(kind)]
         return kinds
 
     @property
     def init_noise_sigma(self) -> float:
-        """The factor of unit noise at the first step."""
+        """The factor of unit noise at the first step; 1 with `in_place_of`."""
         return super().init_noise_sigma if self._stock is None else 1.0
 
     def set_timesteps(
@@ -193,30 +205,31 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         strength: float = 1.0,
         mu: float | None = None,
     ) -> None:
-        """Choose the noise levels, by exactly one of num_inference_steps, timesteps and sigmas.
+        """Set the noise levels, by exactly one of `num_inference_steps`, `timesteps` and `sigmas`.
 
         Args:
-            num_inference_steps: 1 to `num_train_timesteps` levels: those of `default_sigmas`, else evenly spaced on
-                the Karras grid from sigma_max; with `in_place_of` those that the stock scheduler chooses.
-            device: where `timesteps` go.
-            timesteps: time labels as in `.timesteps`, falling. Grid indices are refused; the times of a noise_schedule
-                may be integers.
-            sigmas: noise levels in (sigma_min, sigma_max], falling; sampling starts from noise of the first. In the
-                place of a flow scheduler they are flow times in (0, 1] before the shift, as its pipelines pass them.
+            num_inference_steps: number of levels, 1 to `num_train_timesteps`. They come from `default_sigmas`, or else
+                are evenly spaced on the Karras grid from sigma_max. With `in_place_of`, the stock scheduler chooses
+                them.
+            device: the device of `timesteps`.
+            timesteps: strictly decreasing time labels as in `.timesteps`. Grid indices are refused, but the times of a
+                noise_schedule can be integers.
+            sigmas: strictly decreasing noise levels in (sigma_min, sigma_max]. Sampling starts at the first. In the
+                place of a flow scheduler they are flow times in (0, 1] before the shift, as in its pipelines.
             original_inference_steps: in the place of a scheduler with a table of betas, the number of evenly spaced
-                times among which `num_inference_steps` are picked.
-            strength: there, the share of the levels that is left, as the pipelines of LCM pass it.
-            mu: in the place of a flow scheduler with use_dynamic_shifting, the shift.
+                times from which `num_inference_steps` selects.
+            strength: there, the share of levels in (0, 1] that is kept, as LCM pipelines pass it.
+            mu: in the place of a flow scheduler with use_dynamic_shifting, its shift.
 
         Raises:
-            ValueError: not exactly one was given, or levels that do not fall, or lie at or below the floor or beyond
-                sigma_max, or what has no meaning for this scheduler.
+            ValueError: not exactly one is given, levels do not decrease strictly or are outside
+                (sigma_min, sigma_max], or an argument has no effect on this scheduler.
         """
         if self._stock is None:
             if (original_inference_steps, strength, mu) != (None, 1.0, None):
                 raise ValueError(
-                    "original_inference_steps, strength and mu are for schedulers in the place of a stock one, whose"
-                    " in_place_of is set."
+                    "original_inference_steps, strength and mu need a scheduler with in_place_of, as from_config of a"
+                    " stock scheduler makes it."
                 )
             levels, labels = self._chosen_levels(num_inference_steps, timesteps, sigmas), None
         else:
@@ -240,20 +253,20 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
     def _set_sigmas(
         self, levels: np.ndarray, device: str | torch.device | None, labels: np.ndarray | None = None
     ) -> None:
-        """Keep the levels and the floor in float64 on the CPU; the labels go to `device`, where it knows float64."""
+        """Store levels and floor in float64 on the CPU; labels go to `device`, in float32 if it lacks float64."""
         self._step_index = self._begin_index = None
         choice = (levels.tobytes(), None if labels is None else labels.tobytes(), device)
         if self._is_chosen(*choice):
             return
         self.sigmas = torch.from_numpy(np.append(levels, self.config.sigma_min or 0.0))
-        self._labels = self.sigma_to_timestep(levels) if labels is None else labels  # as NumPy's: no wait for a device
+        self._labels = self.sigma_to_timestep(levels) if labels is None else labels  # an array: no wait for a device
         self.timesteps = as_labels(self._labels, device)
         self._keep(*choice)
 
     def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """What the sample is divided by for the network, the factors of sample and output in D, and the noise's std.
+        """Return for each step the norm of the network's input, the factors of sample and output, and the noise's std.
 
-        With `in_place_of`: the factors of data and noise on the network's process, c_skip and c_out.
+        With `in_place_of` they are the factors of data and noise on the network's process, c_skip and c_out.
         """
         if self._stock is not None:
             boundaries = [self._stock.boundary(float(label)) for label in self._labels]
@@ -264,12 +277,15 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         return self.input.norm(sigma), *scalings, (sigma**2 - floor**2) ** 0.5
 
     def _shares(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of data and noise in the network's scale at `sigma` (float64; infinite for pure noise)."""
+        """Return the factors of data and noise in the network's scale at `sigma`, float64, inf for pure noise."""
         alpha = 1 / self.input.norm(sigma)
         return alpha, torch.where(sigma.isinf(), 1.0, sigma * alpha)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
-        """`sample` in the scale of the network's input at `timestep`: for "edm" / sqrt(sigma^2 + sigma_data^2)."""
+        """Scale `sample` (B, ...) to the network's input at `timestep`: for "edm", / sqrt(sigma^2 + sigma_data^2).
+
+        With `in_place_of` it is returned unchanged.
+        """
         index = self._index_now(timestep)
         if self._stock is not None:
             return sample
@@ -284,15 +300,15 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         return_dict: bool = True,
         variance_noise: torch.Tensor | None = None,
     ) -> MultistepConsistencySchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """One step: the estimate of the clean sample, and the sample at the next level.
+        """Make one step: return the sample at the next level, and the estimate of the clean sample.
 
         Args:
             model_output: the network's output (B, ...) for `scale_model_input(sample, timestep)`.
             timestep: one of `.timesteps`.
             sample: the current sample (B, ...).
-            generator: source of the noise; a list has one per sample.
-            return_dict: give an output object rather than a tuple.
-            variance_noise: the noise (B, ...) to add, unit normal, instead of what `generator` would give.
+            generator: the source of the noise, or a list with one per sample.
+            return_dict: return an output object rather than a tuple.
+            variance_noise: unit normal noise (B, ...) to add, instead of noise from `generator`.
         """
         index = self._index_now(timestep)
         # float32 arithmetic for half-precision samples
@@ -312,7 +328,7 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         return MultistepConsistencySchedulerOutput(prev_sample, denoised)
 
     def _denoised(self, output: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
-        """The estimate of the clean sample, clamped where that is set."""
+        """Return the estimate of the clean sample, clamped if `clip_denoised` is set."""
         clip = self.config.clip_denoised
         if self._stock is None:
             _, keep, gain, _ = self._factors(index, sample.dtype)
@@ -328,12 +344,12 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         model_output: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """Unit normal noise in the type in which the stock schedulers draw it."""
+        """Draw unit normal noise in the dtype in which the stock schedulers draw it."""
         dtype = denoised.dtype if self._stock is not None and self._stock.of_flow else model_output.dtype
         return randn_tensor(denoised.shape, generator=generator, device=denoised.device, dtype=dtype)
 
     def _renoised(self, denoised: torch.Tensor, noise: torch.Tensor, index: int) -> torch.Tensor:
-        """A sample at the level of `index` with the clean sample `denoised`."""
+        """Add noise of the level at `index` to the clean sample `denoised`."""
         if self._stock is None:
             return denoised + noise * self.config.s_noise * self._factors(index, denoised.dtype)[3]  # algorithm 1
         alpha, std, _, _ = self._factors(index, denoised.dtype)
@@ -347,7 +363,20 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         *,
         sigmas: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `KarrasLevels.add_noise`; with `in_place_of` alpha original_samples + std noise."""
+        """Add noise to clean samples at any level for each sample.
+
+        The result is original_samples + sigma noise or, with `in_place_of`, alpha original_samples + std noise.
+
+        Args:
+            original_samples: clean samples (B, ...).
+            noise: unit normal noise of the same shape.
+            timesteps: time labels, one for all samples or one per sample (B,). They are floats, or the integer times
+                of a noise_schedule.
+            sigmas: noise levels, one for all samples or one per sample (B,), instead of `timesteps`.
+
+        Raises:
+            ValueError: not exactly one of `timesteps` and `sigmas` is given, or time labels are invalid.
+        """
         if self._stock is None:
             return super().add_noise(original_samples, noise, timesteps, sigmas=sigmas)
         levels = append_dims(self._noise_levels(timesteps, sigmas), original_samples)
@@ -355,5 +384,8 @@ class MultistepConsistencyScheduler(KarrasLevels, SchedulerMixin, CheckedConfig)
         return alpha * original_samples + std * noise
 
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """`add_noise` under the name and with the order of arguments that flow schedulers have."""
+        """Call `add_noise` by the name and with the argument order of flow schedulers.
+
+        `sample` (B, ...) is clean, `noise` has its shape, and `timestep` is for all samples or per sample (B,).
+        """
         return self.add_noise(sample, noise, timestep)

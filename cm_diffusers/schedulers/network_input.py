@@ -1,4 +1,4 @@
-"""What a network is given, as the settings of a scheduler say it."""
+"""The input of a network by the settings of its scheduler."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,18 +17,19 @@ def network_input(
     noise_schedule: Mapping[str, Any] | None,
     predictions: Sequence[str] = JUMP_PREDICTIONS,
 ) -> NetworkInput:
-    """The input of a network by its prediction: "edm", or one on the process of a diffusion or flow model.
+    """Return the input scaling and time label of a network, by its prediction.
 
     Args:
-        prediction: one of `predictions`.
-        time_label: one of its labels; None for the first.
+        prediction: one of `predictions`: "edm", or one on the process of a diffusion or flow model.
+        time_label: one of the labels that the prediction allows; None for the first.
         sigma_data: root mean square of the data, for "edm".
         time_scale: factor of the label "flow_time".
-        noise_schedule: for the label "timestep" the settings of diffusers' `DDPMScheduler`.
-        predictions: those that the scheduler can read.
+        noise_schedule: for the label "timestep", the settings of diffusers' `DDPMScheduler`.
+        predictions: the predictions that the scheduler supports.
 
     Raises:
-        ValueError: an unknown prediction, a label that is not its own, a schedule that is missing or not called for.
+        ValueError: the prediction is unknown, it does not allow the label, or the noise schedule is invalid, missing
+            or not used.
     """
     time_label = checked_label(prediction, time_label, noise_schedule is not None, predictions)
     angles = None
@@ -36,5 +37,7 @@ def network_input(
         try:
             angles = vp_angles(DDPMScheduler(**noise_schedule).alphas_cumprod.double().numpy())
         except (TypeError, ValueError, NotImplementedError) as error:
-            raise ValueError(f"noise_schedule {noise_schedule!r} is none of a DDPMScheduler: {error}") from None
+            raise ValueError(
+                f"noise_schedule must hold settings of DDPMScheduler, got {noise_schedule!r}: {error}"
+            ) from None
     return NetworkInput(prediction, time_label, sigma_data=sigma_data, time_scale=time_scale, angles=angles)

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers in whose place ours can step: what their configs say, and the levels that they choose."""
+"""Stock schedulers that the library's schedulers can replace: the meaning of their configs, and their levels."""
 
 import copy
 import inspect
@@ -13,7 +13,7 @@ from ..core.parameterisation import NetworkInput
 from .levels import is_integer, is_real, read_numbers
 
 
-# of networks on a VP process with a table of betas, and on the process of linear flow
+# schedulers of networks on a VP process with a table of betas, and on the process of linear flow
 TABLE_SCHEDULERS = (
     "LCMScheduler", "TCDScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
     "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
@@ -22,7 +22,7 @@ TABLE_SCHEDULERS = (
     "UniPCMultistepScheduler",
 )  # fmt: skip
 FLOW_SCHEDULERS = ("FlowMatchLCMScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-GRID_SCHEDULER = "CMStochasticIterativeScheduler"  # whose settings mean what ours of the same names mean
+GRID_SCHEDULER = "CMStochasticIterativeScheduler"  # its settings mean the same as ours of the same names
 
 TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 TABLE_PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -31,7 +31,7 @@ FLOW_SETTINGS = (
     "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
     "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "time_shift_type",
 )  # fmt: skip
-# what we have nothing like, by name with the values that mean nothing
+# settings without a counterpart in our schedulers, with the values that have no effect
 NOT_OURS: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
     "timestep_type": ("discrete",),
@@ -44,24 +44,32 @@ NOT_OURS: dict[str, tuple[Any, ...]] = {
 
 
 class CheckedConfig(ConfigMixin):
-    """diffusers' `from_config` and `from_pretrained` for schedulers, which by themselves drop what a class lacks.
+    """Loading of configs with checks: diffusers' `from_config` and `from_pretrained` drop unknown settings silently.
 
-    A config of another scheduler is translated where the class can take its place, and refused where it can't.
+    The config of another scheduler is translated if the class can take its place, and refused otherwise.
     """
 
-    _samples: str  # what the class samples, for a refusal
+    _samples: str  # what the class samples, for error messages
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The step of `from_config` that picks settings. Raises ValueError for a config that can't be meant."""
+        """Select the settings from a config, as a step of `from_config`, after translating the config if necessary.
+
+        Args:
+            config_dict: the config, of this class or of another scheduler.
+            **kwargs: settings that override those of the config.
+
+        Raises:
+            ValueError: the class can't take the place of the config's scheduler, or an override would have no effect.
+        """
         name, ours = config_dict.get("_class_name"), settings_of(cls)
         others = [key for key in config_dict if key not in ours and key[0] != "_"]
         if name in [base.__name__ for base in cls.__mro__]:
             stray = sorted(set(kwargs) & set(others))
             if stray:
                 raise ValueError(
-                    f"{', '.join(stray)} would change nothing: the config is that of a {name}, where other settings"
-                    " stand for it. Give it to from_config with the config of the stock scheduler."
+                    f"{', '.join(stray)} would change nothing, because the config of a {name} has other settings for"
+                    " this. Pass the override to from_config together with the config of the stock scheduler."
                 )
             return super().extract_init_dict(config_dict, **kwargs)
         stock = name if isinstance(name, str) and hasattr(diffusers, name) else None
@@ -72,7 +80,7 @@ class CheckedConfig(ConfigMixin):
                 whose = f"a {stock}" if stock else f"a scheduler with the settings {', '.join(others[:5])}"
                 raise ValueError(f"{cls.__name__} can't take the place of {whose}: {error}") from None
             if settings is not None:
-                # the settings that are not ours stay beside ours, for pipelines that read them and for the way back
+                # foreign settings stay in the config, for pipelines that read them and for the conversion back
                 kept = {key: config_dict[key] for key in others}
                 kept |= {key: kwargs.pop(key) for key in list(kwargs) if key not in ours}
                 config_dict = {**kept, **settings, "_class_name": name or cls.__name__}
@@ -80,30 +88,38 @@ class CheckedConfig(ConfigMixin):
 
     @classmethod
     def _in_place(cls, stock: str | None, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The settings of this class that mean what a config of the class `stock` of diffusers means.
+        """Translate the config of the diffusers class `stock` to settings of this class.
 
-        None where those of the same names mean the same. Without a name the settings tell what they are of.
+        Returns None if settings of the same names mean the same. If `stock` is None, the settings identify the class.
 
         Raises:
-            ValueError: there are none; the message says why.
+            ValueError: no translation exists; the message gives the reason.
         """
         raise ValueError(f"it samples {cls._samples}.")
 
 
 def settings_in_place(stock: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """See `CheckedConfig._in_place`, for networks of noise, v or clean samples on a table of betas, or of flow."""
+    """Translate the config of a stock scheduler to settings of `MultistepConsistencyScheduler` with `in_place_of`.
+
+    Args:
+        stock: the class of the scheduler in diffusers; None to identify it by its settings.
+        config: its config, on a table of betas (noise, v or clean samples) or on linear flow.
+
+    Raises:
+        ValueError: the scheduler is of another kind, or has a setting without a counterpart.
+    """
     said = _said(stock, config)
     of_table = stock in TABLE_SCHEDULERS or stock is None and {*TABLE[:4], "prediction_type"} <= said.keys()
     of_flow = stock in FLOW_SCHEDULERS or stock is None and {"num_train_timesteps", *FLOW_SETTINGS} <= said.keys()
     if of_table == of_flow or stock is None and "sigma_data" in said:
         raise ValueError(
-            f"it takes that of schedulers with a table of betas ({', '.join(TABLE_SCHEDULERS)}), of"
-            f" {', '.join(FLOW_SCHEDULERS)}, and of {GRID_SCHEDULER}"
-            + ("." if stock else ". Add the _class_name of the scheduler if it is one of these.")
+            f"it can replace schedulers with a table of betas ({', '.join(TABLE_SCHEDULERS)}),"
+            f" {', '.join(FLOW_SCHEDULERS)}, and {GRID_SCHEDULER}."
+            + ("" if stock else " Add the _class_name of the scheduler to the config if it is one of these.")
         )
     for key, values in NOT_OURS.items():
         if key in said and said[key] not in values:
-            raise ValueError(f"it has nothing like {key}={said[key]!r}.")
+            raise ValueError(f"it has no counterpart of {key}={said[key]!r}.")
     ends = {"sigma_min": None, "sigma_max": None}
     return (_of_flow(said) if of_flow else _of_table(said, config)) | ends
 
@@ -125,7 +141,7 @@ def _of_table(said: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
         raise ValueError(f"prediction_type must be one of {', '.join(TABLE_PREDICTIONS)}; it is {prediction!r}.")
     clip = bool(said.get("clip_sample", False))
     if clip and said.get("clip_sample_range", 1.0) != 1:
-        raise ValueError(f"it clips to [-1, 1], and not to a clip_sample_range of {said['clip_sample_range']}.")
+        raise ValueError(f"it clips to [-1, 1], not to a clip_sample_range of {said['clip_sample_range']}.")
     table = {key: said[key] for key in TABLE if said.get(key) is not None}
     if "trained_betas" in table:
         betas = table["trained_betas"] = [float(beta) for beta in table["trained_betas"]]
@@ -133,7 +149,7 @@ def _of_table(said: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
             raise ValueError(f"num_train_timesteps must be the number of trained_betas, {len(betas)}; it is {total}.")
     settings = {key: config.get(key, default) for key, default in LCM_SETTINGS.items()}
     return {
-        **settings,  # by their own names, too, for the pipelines of LCM
+        **settings,  # also under their own names, for LCM pipelines
         "num_train_timesteps": total,
         "prediction": prediction,
         "noise_schedule": table,
@@ -143,30 +159,30 @@ def _of_table(said: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
 
 
 def _said(stock: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a scheduler, defaults included; others, which its config keeps of other classes, say nothing."""
+    """Return the settings of a scheduler, with defaults, without those that its config keeps of other classes."""
     known = settings_of(getattr(diffusers, stock)) if stock else {}
-    if not known:  # the class is not told, or lacks a package that it needs
+    if not known:  # the class is unknown, or a package that it needs is missing
         return dict(config)
     return {key: config.get(key, default) for key, default in known.items()}
 
 
 def settings_of(cls: type) -> dict[str, Any]:
-    """The settings that a scheduler's constructor takes, with their defaults."""
+    """Return the settings that the constructor of the scheduler class `cls` takes, with their defaults."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
     return {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 class StockLevels:
-    """Levels as a stock few-step scheduler chooses them, and the boundary condition that it adds to D.
+    """The levels that a stock few-step scheduler chooses, and the boundary condition that it adds to D.
 
-    That is `LCMScheduler` for networks with a table of times, and `FlowMatchLCMScheduler` for those of flow.
+    The stock scheduler is `LCMScheduler` for networks with a table of times, and `FlowMatchLCMScheduler` for flow.
 
     Args:
-        network: how the network is given a sample and told the time.
-        settings: of the stock scheduler, apart from the table: of LCM's `LCM_SETTINGS`, of flow's `FLOW_SETTINGS`.
+        network: the input scaling and time label of the network.
+        settings: settings of the stock scheduler apart from the table, among `LCM_SETTINGS` or `FLOW_SETTINGS`.
 
     Raises:
-        ValueError: they are no settings of that scheduler.
+        ValueError: `settings` has other settings.
     """
 
     def __init__(self, network: NetworkInput, settings: Mapping[str, Any]):
@@ -179,11 +195,11 @@ class StockLevels:
 
     @property
     def _end(self) -> float:
-        """The network's highest time."""
+        """The highest time of the network."""
         return self.network.time_scale if self.of_flow else len(self.network.angles) - 1  # type: ignore[arg-type]
 
     def all(self) -> tuple[np.ndarray, np.ndarray]:
-        """The levels (n,) and the times (n,) of training, falling."""
+        """Return the noise levels (n,) and the times (n,) of training, decreasing."""
         return self._at(self.stock.timesteps.numpy())
 
     def chosen(
@@ -195,16 +211,27 @@ class StockLevels:
         strength: float,
         mu: float | None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The levels (n,) and the network's times (n,) that arguments of `set_timesteps` name, unchecked but for kind.
+        """Return the noise levels (n,) and the network's times (n,) for the arguments of `set_timesteps`.
 
-        Of the first three one is given.
+        Range and order of the levels remain to be checked.
+
+        Args:
+            n: number of levels. Exactly one of `n`, `timesteps` and `sigmas` is given.
+            timesteps: times of the network.
+            sigmas: noise levels, or for flow, flow times in (0, 1] before the shift.
+            original_inference_steps: for a table, the number of times from which `n` selects; None for the default.
+            strength: share of the levels in (0, 1] that is kept; the highest are left out.
+            mu: for flow, the shift; None without one.
+
+        Raises:
+            ValueError: an argument is invalid, or has no effect on this kind of scheduler.
         """
         if not is_real(strength) or not 0 < strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], got {strength!r}.")
         if self.of_flow and (original_inference_steps is not None or strength != 1):
-            raise ValueError("original_inference_steps and strength choose among a table of times; flow has none.")
+            raise ValueError("original_inference_steps and strength select from a table of times; flow has none.")
         if not self.of_flow and mu is not None:
-            raise ValueError(f"mu shifts the times of flow, and the network has a table of times; got {mu}.")
+            raise ValueError(f"mu shifts the times of flow, but this network has a table of times; got {mu}.")
         stock = copy.copy(self.stock)
         if n is not None and (not is_integer(n) or n < 1):
             raise ValueError(f"num_inference_steps must be an integer of at least 1, got {n!r}.")
@@ -216,7 +243,7 @@ class StockLevels:
         if self.of_flow:
             numbers = None if sigmas is None else read_numbers("sigmas", sigmas)
             if numbers is not None and not all(0 < number <= 1 for number in numbers):
-                raise ValueError(f"`sigmas` of a flow scheduler's place are flow times in (0, 1], got {numbers}.")
+                raise ValueError(f"`sigmas` in the place of a flow scheduler are flow times in (0, 1], got {numbers}.")
             stock.set_timesteps(n, sigmas=numbers, mu=mu)
         elif sigmas is not None:
             levels = np.array(read_numbers("sigmas", sigmas), dtype=float)
@@ -227,16 +254,16 @@ class StockLevels:
         return self._at(stock.timesteps.numpy())
 
     def _start(self, n: int, strength: float) -> int:
-        """Where the levels of image-to-image begin, of which the highest are left out."""
+        """Return the index of the first level of image-to-image, which leaves out the highest levels."""
         return n - int(n * strength)
 
     def _at(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.network.sigma(times.astype(float)), times
 
     def boundary(self, time: float) -> tuple[float, float]:
-        """c_skip and c_out of LCM, by which f = c_skip x + c_out D is x at time 0 (Luo et al. 2023, arXiv:2310.04378).
+        """Return c_skip and c_out of LCM (Luo et al. 2023, arXiv:2310.04378) at `time`, a time of the network.
 
-        x is in the network's scale. Flow models have D alone.
+        With them, f = c_skip x + c_out D equals x at time 0, for x in the network's scale. For flow, f = D.
         """
         if self.of_flow:
             return 0.0, 1.0

@@ -1,4 +1,4 @@
-"""Sampling of TrigFlow models, few-step or by the probability-flow ODE (Lu & Song 2024, arXiv:2410.11081)."""
+"""Sampling of TrigFlow models in a few steps or by the probability-flow ODE (Lu & Song 2024, arXiv:2410.11081)."""
 
 import math
 from collections.abc import Sequence
@@ -24,10 +24,11 @@ TRIGFLOW_SOLVERS = ("consistency", "euler", "heun")
 
 @dataclass
 class TrigFlowSchedulerOutput(BaseOutput):
-    """
+    """Output of a step of `TrigFlowScheduler`.
+
     Args:
-        prev_sample (`torch.Tensor`): the input of the next network call.
-        pred_original_sample (`torch.Tensor`): the network's estimate of the clean sample at this call.
+        prev_sample (`torch.Tensor`): the sample (B, ...) for the next network call.
+        pred_original_sample (`torch.Tensor`): the estimate of the clean sample (B, ...) at this call.
     """
 
     prev_sample: torch.Tensor
@@ -35,33 +36,35 @@ class TrigFlowSchedulerOutput(BaseOutput):
 
 
 class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
-    """Samples x_t = cos(t) x0 + sin(t) sigma_data noise at the angle t = atan(sigma / sigma_data) in [0, pi/2].
+    """Scheduler of TrigFlow models: consistency models and diffusion models.
 
-    The network is called as F(x_t / sigma_data, t) and puts out the velocity over sigma_data, so that the estimate of
-    the clean sample is D = cos(t) x_t - sin(t) sigma_data F. The angles given to the network are `.timesteps`; the
-    noise levels that they stand for are `.sigmas`, which end with 0.
+    Samples are x_t = cos(t) x0 + sin(t) sigma_data noise at the angle t = atan(sigma / sigma_data) in [0, pi/2]. The
+    network is called as F(x_t / sigma_data, t). Its output is the velocity divided by sigma_data, so the estimate of
+    the clean sample is D = cos(t) x_t - sin(t) sigma_data F. `timesteps` are the angles for the network. `sigmas` are
+    the noise levels at these angles, and end with 0.
 
-    - "consistency" jumps to D and adds noise of the next angle; the last step adds none (section 4.1 of the paper).
-    - "euler" turns x_t by the angle t - s, which is exact where D does not change along the path (section 3).
-    - "heun" calls the network at both ends of a step and turns by the mean of the two velocities, the second one
-      turned back to t: 2 n - 1 calls for n levels, with each angle but the first twice in `.timesteps`. It is of
-      second order, except for the last step, to 0.
+    - "consistency" jumps to D and adds noise of the next angle. The last step adds none (section 4.1 of the paper).
+    - "euler" turns x_t by the angle t - s, which is exact if D does not change along the path (section 3).
+    - "heun" calls the network at both ends of a step, and turns the second velocity back to t. The mean of both
+      velocities turns x_t. It makes 2 n - 1 calls for n levels; each angle but the first is twice in `timesteps`.
+      The order is 2, except in the last step, to 0.
 
     Args:
         sigma_data: root mean square of the training data.
-        sigma_max: the noise level where sampling starts unless told otherwise.
-        sigma_min: the last level of the solvers' grid, before 0; a consistency model has no floor.
+        sigma_max: the noise level where sampling starts by default.
+        sigma_min: the last level above 0 of the solvers' grid. A consistency model has no floor.
         rho: exponent of the solvers' Karras grid.
         solver: "consistency" for consistency models, "euler" or "heun" for diffusion models.
-        clip_denoised: clamp a consistency model's estimate of the clean sample to [-1, 1] (images; not latents).
-        default_sigmas: the levels of `num_inference_steps`, by that number as a string, where they are not to be those
-            of the grid: {"2": [80.0, 0.8]}, as `training/evaluate.py --search_sigmas` finds them.
+        clip_denoised: clamp a consistency model's estimate of the clean sample to [-1, 1], for images but not for
+            latents.
+        default_sigmas: noise levels for given numbers of steps, instead of those of the grid. The keys are numbers of
+            steps as text: {"2": [80.0, 0.8]}. `training/evaluate.py --search_sigmas` finds such levels.
 
     Raises:
-        ValueError: unknown solver; levels not in the order 0 < sigma_min < sigma_max; a number that is none, not
-            finite or not positive; `default_sigmas` that `set_timesteps` would refuse, or of another number.
+        ValueError: the solver is unknown, a number is not positive and finite, sigma_min is not below sigma_max, or
+            `default_sigmas` has invalid levels or another number of them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cm_diffusers import TrigFlowScheduler
         >>> from cm_diffusers.models import build_unet
@@ -77,8 +80,8 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
     """
 
     _compatibles: list[str] = []
-    _samples = "networks of TrigFlow's process, told its angles"
-    _begun: tuple[float, torch.Tensor, torch.Tensor] | None  # t, x and velocity of a step of "heun" that is half made
+    _samples = "networks on TrigFlow's process, with its angles as time"
+    _begun: tuple[float, torch.Tensor, torch.Tensor] | None  # t, x and velocity after the first half of a "heun" step
 
     @register_to_config
     def __init__(
@@ -95,7 +98,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
             raise ValueError(f"solver must be one of {', '.join(TRIGFLOW_SOLVERS)}; got {solver!r}.")
         self._check_settings()
         if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"sigma_min must lie in (0, sigma_max), sigma_max in (0, inf): {sigma_min}, {sigma_max}.")
+            raise ValueError(f"sigma_min must lie in (0, sigma_max), got {sigma_min} and sigma_max {sigma_max}.")
         self._check_default_sigmas()
         self.num_inference_steps: int | None = None
         self.solver = solver
@@ -113,22 +116,26 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
 
     @property
     def state_in_first_order(self) -> bool:
-        """Whether the next call to `step` begins a step; False in the middle of a step of "heun"."""
+        """Whether the next call of `step` begins a step. False in the middle of a "heun" step."""
         return self._begun is None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start from the network call `begin_index`, which for "heun" must be an even one: those begin a step."""
+        """Start from the network call `begin_index`. For "heun" it must be even, because odd calls end a step.
+
+        Raises:
+            ValueError: `begin_index` is not the index of a call that begins a step.
+        """
         self._check_begin_index(begin_index)
         if begin_index % self.order:
             raise ValueError(f"A step of 'heun' begins at an even index of `timesteps`, not at {begin_index}.")
         self._begin_index = begin_index
 
     def sigma_to_timestep(self, sigmas: np.ndarray) -> np.ndarray:
-        """The angles of the noise levels `sigmas`, pi/2 for inf."""
+        """Convert noise levels `sigmas`, any shape, to angles in radians; inf becomes pi/2."""
         return TIME_LABELS["angle"].from_sigma(np.asarray(sigmas), self.config.sigma_data)
 
     def timestep_to_sigma(self, timesteps: np.ndarray) -> np.ndarray:
-        """The noise levels of the angles `timesteps`, inf for pi/2."""
+        """Convert angles `timesteps` in radians, any shape, to noise levels; pi/2 becomes inf."""
         return TIME_LABELS["angle"].to_sigma(np.asarray(timesteps), self.config.sigma_data)
 
     def set_timesteps(
@@ -139,20 +146,20 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         sigmas: Sequence[float] | None = None,
         solver: str | None = None,
     ) -> None:
-        """Choose the levels, by exactly one of the three.
+        """Set the noise levels, by exactly one of `num_inference_steps`, `timesteps` and `sigmas`.
 
         Args:
-            num_inference_steps: the number of levels n: those of `default_sigmas`, else for consistency models the
-                angles t_max sqrt(1 - k / n), of which the second of two is near the paper's 1.1; for the solvers the
-                Karras grid from sigma_max to sigma_min, n >= 2.
-            device: where `timesteps` go.
-            timesteps: angles in (0, pi/2], falling, each once.
-            sigmas: noise levels in (0, sigma_max], falling; the first may be inf.
-            solver: "euler" or "heun", for these levels instead of the configured one of the two.
+            num_inference_steps: the number of levels n. They come from `default_sigmas`, if it has n. Otherwise a
+                consistency model has the angles t_max sqrt(1 - k / n); the second of two is near the paper's 1.1. A
+                diffusion model has a Karras grid from sigma_max to sigma_min, with n of at least 2.
+            device: the device of `timesteps`.
+            timesteps: strictly decreasing angles in (0, pi/2].
+            sigmas: strictly decreasing noise levels in (0, sigma_max]. The first can be inf.
+            solver: "euler" or "heun", instead of the configured solver of a diffusion model.
 
         Raises:
-            ValueError: not exactly one was given, or levels that do not fall or are outside their range, or a solver
-                for a model of the other kind.
+            ValueError: not exactly one is given, levels do not decrease strictly or are outside their range, or the
+                solver does not fit the model.
         """
         if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `sigmas` and `timesteps`.")
@@ -175,9 +182,9 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         configured = self.config.solver
         if solver != configured and "consistency" in (solver, configured):
             reason = (
-                "a consistency model estimates where its path ends, which is no velocity to follow"
+                "a consistency model predicts the end of its path, which gives no velocity to follow"
                 if configured == "consistency"
-                else "a diffusion model estimates the mean of all that may have been, to which one can't jump"
+                else "a diffusion model predicts a posterior mean, which is not a sample, so it can't jump"
             )
             raise ValueError(f"The solver {solver!r} does not fit a model of the solver {configured!r}: {reason}.")
 
@@ -218,7 +225,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         return angles.clip(max=math.pi / 2)  # which float32 and 1.5708 exceed
 
     def _set_levels(self, angles: np.ndarray, device: str | torch.device | None) -> None:
-        """Keep angles and levels in float64 on the CPU; `timesteps` go to `device`, where it knows float64."""
+        """Store angles and levels in float64 on the CPU; `timesteps` go to `device`, float32 if it lacks float64."""
         self._step_index = self._begin_index = self._begun = None
         choice = (angles.tobytes(), self.order, device)
         if self._is_chosen(*choice):
@@ -241,7 +248,7 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         return index * self.order
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
-        """`sample` divided by sigma_data, the network's input at every angle."""
+        """Divide `sample` (B, ...) by sigma_data, the scaling of the network's input at every `timestep`."""
         self._index_now(timestep)
         return sample / self.config.sigma_data
 
@@ -254,16 +261,15 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         return_dict: bool = True,
         variance_noise: torch.Tensor | None = None,
     ) -> TrigFlowSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """The estimate of the clean sample, and the sample that the next network call is given.
+        """Return the sample for the next network call, and the estimate of the clean sample.
 
         Args:
             model_output: the network's output F (B, ...) for `scale_model_input(sample, timestep)`.
             timestep: one of `.timesteps`.
             sample: the current sample (B, ...).
-            generator: source of a consistency model's noise; a list has one per sample.
-            return_dict: give an output object rather than a tuple.
-            variance_noise: the noise (B, ...) that a consistency model adds, unit normal, instead of what `generator`
-                would give.
+            generator: the source of a consistency model's noise, or a list with one per sample.
+            return_dict: return an output object rather than a tuple.
+            variance_noise: unit normal noise (B, ...) that a consistency model adds, instead of one from `generator`.
         """
         index = self._index_now(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)  # float32 arithmetic for half-precision samples
@@ -288,13 +294,13 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         return TrigFlowSchedulerOutput(prev_sample, denoised)
 
     def _jump(self, x: torch.Tensor, output: torch.Tensor, index: int) -> torch.Tensor:
-        """The clean sample that a consistency model jumps to."""
+        """Return the clean sample to which a consistency model jumps."""
         cos, sin, _, _ = self._factors(index, x.dtype)
         denoised = cos * x - sin * output
         return denoised.clamp(-1, 1) if self.config.clip_denoised else denoised
 
     def _columns(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """cos(t) and sigma_data sin(t), here and at the next level."""
+        """Return cos(t) and sigma_data sin(t), of each call and of the next level."""
         angles = torch.tensor(self._angles, dtype=torch.float64)
         cos, sin = angles.cos(), self.config.sigma_data * angles.sin()
         return cos[:-1], sin[:-1], cos[1:], sin[1:]
@@ -309,11 +315,11 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         return _turned(x, velocity, t - t_next), denoised
 
     def _correct(self, x_next: torch.Tensor, velocity_next: torch.Tensor, t_next: float) -> torch.Tensor:
-        """The second half of a step of "heun", from what the network says of the end that "euler" found.
+        """Make the second half of a "heun" step, with the velocity at the end that "euler" found.
 
-        With D and the noise held fixed, the velocity turns as the sample does, dv/dt = -x. Turned back to t, the one
-        at the end can be averaged with the one at the start. (This is Heun's rule in the coordinate tan(s - t), in
-        which the paths of fixed D are straight lines.)
+        With D and the noise held fixed, the velocity turns as the sample does: dv/dt = -x. The velocity at the end is
+        turned back to t, and averaged with the velocity at the start. This is Heun's rule in the coordinate
+        tan(s - t), in which the paths of fixed D are straight lines.
         """
         assert self._begun is not None
         t, x, velocity = self._begun
@@ -329,16 +335,16 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
         *,
         sigmas: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """cos(t) original_samples + sin(t) sigma_data noise, at any level of each sample.
+        """Return cos(t) original_samples + sin(t) sigma_data noise, at any level for each sample.
 
         Args:
             original_samples: clean samples (B, ...).
             noise: unit normal noise of the same shape.
-            timesteps: angles (B,) or one for all, floats; or else
-            sigmas: noise levels (B,) or one for all.
+            timesteps: angles, one for all samples or one per sample (B,), as floats.
+            sigmas: noise levels, one for all samples or one per sample (B,), instead of `timesteps`.
 
         Raises:
-            ValueError: not exactly one was given, or integers as angles.
+            ValueError: not exactly one of `timesteps` and `sigmas` is given, or angles are integers.
         """
         if timesteps is not None and sigmas is None:
             refuse_index("angles as in `scheduler.timesteps` (floats)", timesteps)
@@ -356,5 +362,5 @@ class TrigFlowScheduler(Levels, SchedulerMixin, CheckedConfig):
 
 
 def _turned(x: torch.Tensor, velocity: torch.Tensor, angle: float) -> torch.Tensor:
-    """`x` turned back by `angle`, which is where the path of a fixed clean sample leads; D itself at angle 0."""
+    """Turn `x` back by `angle`, along the path of a fixed clean sample. By the whole angle t, the result is D."""
     return math.cos(angle) * x - math.sin(angle) * velocity

@@ -285,8 +285,8 @@ class Trainer:
             self._diverge(f"The run has diverged by step {step + 1}: {fault}", step)
         if in_a_row > self.run.max_skipped_steps:
             self._diverge(
-                f"{in_a_row} steps in a row, up to step {step + 1}, had a loss or gradient that is not finite, although"
-                " the weights are finite",
+                f"{in_a_row} steps in a row, up to step {step + 1}, had a loss or gradient that is not finite,"
+                " although the weights are finite",
                 step,
             )
         if in_a_row == 1:
