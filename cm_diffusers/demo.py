@@ -409,10 +409,12 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="FOLDER_OR_REPO", help="folder or Hub id of the model")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860 on)")
-    parser.add_argument("--share", action="store_true", help="make a public link for a week, through gradio's servers")
+    parser.add_argument("model", metavar="FOLDER_OR_REPO", help="Folder or Hub id of the model.")
+    parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub. Default: the main branch.")
+    parser.add_argument("--port", type=int, help="Port of the page. Default: the first free one from 7860 on.")
+    parser.add_argument(
+        "--share", action="store_true", help="Make a public link for a week, through the servers of gradio."
+    )
     args = parser.parse_args(argv)
     try:
         load_page(args.model, args.revision).launch(server_port=args.port, share=args.share, show_error=True)

@@ -1,13 +1,19 @@
 """Docstrings of public names describe arguments, shapes and errors."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import pkgutil
 import re
 import textwrap
+from pathlib import Path
 
 import pytest
+
+from cm_diffusers.engine.config import DataArguments, ModelArguments, RunArguments
+from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
+from cm_diffusers.objectives import OBJECTIVES
 
 
 PACKAGES = ["core", "objectives", "schedulers", "models", "convert", "evaluation", "toys", "pipelines", "sampling"]
@@ -79,3 +85,23 @@ def parts(name, function, text):
 def test_docstrings_describe_arguments_shapes_and_errors(module):
     found = {name: list(parts(name, function, text)) for name, function, text in functions_of(module)}
     assert not {name: missing for name, missing in found.items() if missing}
+
+
+GROUPS = [DataArguments, ModelArguments, RunArguments, EvaluationArguments, *(m.Options for m in OBJECTIVES.values())]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+def test_help_texts_are_whole_sentences(group):
+    for field in dataclasses.fields(group):
+        assert re.fullmatch(r"[A-Z0-9].*\.", field.metadata["help"], re.DOTALL), field.name
+
+
+def test_help_pages_have_whole_sentences():
+    """Of every option of every command, also those that are declared by argparse alone."""
+    for page in (Path(__file__).parents[1] / "training/help").glob("*.txt"):
+        texts = re.findall(r"^  (?:-|[a-zA-Z]\w* ).*(?:\n {10,}.*)*", page.read_text(encoding="utf-8"), re.MULTILINE)
+        for text in texts:
+            if text.lstrip().startswith("-h, "):
+                continue
+            words = " ".join(text.split())
+            assert re.search(r"\.( \(default: [^()]*\))?$", words), f"{page.name}: {words}"

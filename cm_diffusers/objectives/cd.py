@@ -45,7 +45,7 @@ class CDOptions(TeacherOptions):
     mu: float = option(0.95, "EMA decay of the target network.", "[0, 1]")
     distance: str = distance_option("l2")
     huber_c: float = option(
-        0.0, "c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
+        0.0, "Constant c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
     )
     weighting: str = option(
         "uniform",

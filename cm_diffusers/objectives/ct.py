@@ -43,7 +43,7 @@ class CTOptions(Options):
     )
     distance: str = distance_option("l2")
     huber_c: float = option(
-        0.0, "c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
+        0.0, "Constant c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
     )
     weighting: str = option(
         "uniform",

@@ -33,7 +33,7 @@ class CTMOptions(TeacherOptions, AdversaryOptions):
     )
     distance: str = distance_option("pseudo_huber", " The paper uses lpips.")
     huber_c: float = option(
-        0.03, "c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
+        0.03, "Constant c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
     )
     dsm_weight: float = option(1.0, "Weight of the diffusion loss (denoising score matching).", "[0, 1e6]")
     balance: str = option(

@@ -66,7 +66,7 @@ class ECTOptions(Options):
     p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.", "[1e-3, 10]")
     distance: str = distance_option("pseudo_huber")
     huber_c: float = option(
-        0.0, "c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
+        0.0, "Constant c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c; 0 gives the plain norm.", "[0, 1e6]"
     )
     weighting: str = option(
         "inverse_gap",
