@@ -131,7 +131,9 @@ def budget(paper: dict) -> str:
         return "not given"
     recipe = yaml.safe_load((ROOT / f"training/configs/{paper['recipe']}.yaml").read_text(encoding="utf-8"))
     gpus, steps = paper["gpus"], recipe["max_train_steps"]
-    return f"{steps:,} steps of {recipe['train_batch_size'] * gpus:,} images, {gpus} GPU{'s' * (gpus > 1)}"
+    start = recipe.get("pretrained_teacher_model") or recipe.get("pretrained_model_name_or_path")
+    after = f", after `{Path(start).parent.name}`" if start else ""
+    return f"{steps:,} steps of {recipe['train_batch_size'] * gpus:,} images, {gpus} GPU{'s' * (gpus > 1)}{after}"
 
 
 def ours(method: str) -> str:
