@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# datasets 5.2.0 + torchdata 0.11.0: a StatefulDataLoader over a stream, resumed in the middle of an epoch, leaves out
-# what came before that spot in ALL later epochs, without a message.
+# datasets 5.2.0 + torchdata 0.11.0: after a StatefulDataLoader over a stream is resumed in the middle of an epoch, ALL
+# later epochs skip the rows before that point, without a message.
 #
-# IterableDataset.load_state_dict keeps the state and starts every iteration from it, until set_epoch gives a new
-# epoch. A StatefulDataLoader never calls set_epoch. So after a resume at row 25 of 60 each epoch has 35 rows, with
-# num_workers=0 and with persistent workers; workers that start anew each epoch are right. Whoever resumes a long run
-# trains on a part of the data from there on. Calling dataset.set_epoch(epoch) before each epoch is the remedy
-# for datasets alone.
+# IterableDataset.load_state_dict keeps the state and starts every iteration from it, until set_epoch sets another
+# epoch. A StatefulDataLoader never calls set_epoch. So after a resume at row 25 of 60, each epoch has 35 rows, both
+# with num_workers=0 and with persistent workers. Workers that restart in each epoch read all rows. A resumed long run
+# therefore trains on a part of the data only. With datasets alone, calling dataset.set_epoch(epoch) before each epoch
+# is a remedy.
 #
-# What we do: engine/data/streams.py counts rows itself and starts each epoch from the first one.
+# Our workaround: engine/data/streams.py counts rows itself and starts each epoch from the first row.
 # Output seen (2026-11-28, Python 3.11, torch 2.13.0+cpu), rows of four epochs after the resume:
 #   datasets alone: [35, 35, 35, 35]
 #   datasets alone, with set_epoch: [35, 60, 60, 60]

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# datasets 5.2.0, load_dataset("webdataset"): the types of all samples are those of the first five. A number that is
-# whole in these loses its fraction in all later samples (4.75 is read as 4), and what these do not have, a key of the
-# JSON or a member such as .txt, is left out of later samples. Nothing is said, streamed or not.
+# datasets 5.2.0, load_dataset("webdataset"): the first five samples determine the types of all samples. A number that
+# is whole in these five loses its fraction in all later samples (4.75 is read as 4). JSON keys and members such as
+# .txt that these five lack are dropped from later samples. No message appears, whether streamed or not.
 #
 # So a shard whose first five scores happen to be whole (5, 6, 5, 7, 6) gives whole scores for a million samples, and
-# filters by them choose other images. The webdataset package itself reads every value as it is.
+# filters by score select other images. The webdataset package itself reads every value unchanged.
 #
-# What we do: of shards we read images and labels alone. A label or an image that is missing in a later sample is an
-# error that names the row, and labels must be whole numbers or names.
+# Our workaround: we read only images and labels from shards. A later sample without a label or an image is an error
+# that names the row, and labels must be whole numbers or names.
 # Output seen (2026-11-29, Python 3.11):
 #   datasets, streaming=False: scores 5, 6, 5, 7, 6, 4, 8; captions of the last two None, None
 #   datasets, streaming=True: scores 5, 6, 5, 7, 6, 4, 8; captions of the last two None, None

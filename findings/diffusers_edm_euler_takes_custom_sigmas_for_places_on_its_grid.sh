@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# diffusers 0.42.1: EDMEulerScheduler.set_timesteps(sigmas=...) does not sample at these noise levels. It takes them for
-# places between 0 and 1 on its own grid, where 0 is sigma_max and 1 is sigma_min.
+# diffusers 0.42.1: EDMEulerScheduler.set_timesteps(sigmas=...) does not sample at these noise levels. It treats them
+# as positions between 0 and 1 on its own grid, where 0 is sigma_max and 1 is sigma_min.
 #
-# The docstring says "Custom sigmas to use for the denoising process". The levels 80, 2, 0.5 become -2.6e14, -1.4 and
-# 2.5, and the times that the network is told are no numbers; nothing is raised. A list, which the docstring allows as
-# well, raises AttributeError. What people would have to pass for three levels is [0, 0.5, 1].
+# The docstring reads "Custom sigmas to use for the denoising process". The levels 80, 2, 0.5 become -2.6e14, -1.4 and
+# 2.5, and two of the network's three times are nan, without an error. A list, which the docstring also allows, raises
+# AttributeError. The working argument for three levels would be the tensor [0, 0.5, 1].
 #
-# What we do: DenoisingPipeline sets the scheduler's levels itself, pipelines/denoising.py.
+# Our workaround: DenoisingPipeline (pipelines/denoising.py) sets the scheduler's levels itself.
 # Output seen (2026-11-29, Python 3.11, torch 2.13.0+cpu):
 #   sigmas for tensor([80, 2, 0.5]): [-263019082809344.0, -1.379, 2.515, 0.0]
 #   times: [nan, nan, 0.231]

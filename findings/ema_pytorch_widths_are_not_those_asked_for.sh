@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# ema-pytorch 0.8.3: PostHocEMA(model, sigma_rels=(0.05, 0.1)), defaults otherwise, averages with widths of 0.24 and
-# 0.18, and 42 % and 68 % of the averages' weight lies on the first percent of the training steps.
+# ema-pytorch 0.8.3: with default settings, the averages of PostHocEMA(model, sigma_rels=(0.05, 0.1)) have widths of
+# 0.24 and 0.18. 42 % and 68 % of their weight lies on the first percent of the training steps.
 #
-# KarrasEMA updates the average once in `update_every=100` steps, yet with the decay (1 - 1/t)^(1 + gamma) of EDM2's
-# algorithm 2, which is meant for one step; a hundred steps need its hundredth power. So the exponent of the profile
+# KarrasEMA updates the average every `update_every=100` steps, but with the decay (1 - 1/t)^(1 + gamma) of EDM2's
+# algorithm 2, which is meant for one step. A hundred steps need its hundredth power. So the exponent of the profile
 # t^gamma becomes about (1 + gamma) / 100 - 1, which is negative: the oldest weights count most. Post-hoc synthesis
-# assumes the profiles that were asked for, so it can't repair this. With `update_every=1` the widths are right.
+# assumes the requested profiles, so it can't repair this. With `update_every=1` the widths are right.
 # The script gives each step its own one-hot weights, so that the average is the profile itself.
 #
-# What we do: our averages are our own (core/ema.py updates at every step). Whoever compares with a model that was
-# trained with these defaults compares with an average of the start of its training.
+# Our workaround: we have our own averages (core/ema.py), updated at every step. A comparison with a model trained with
+# these defaults is a comparison with an average of the start of its training.
 # Output seen (2026-11-28, Python 3.11, torch 2.13.0+cpu):
 #   defaults: asked for 0.05, got 0.2429; share of the first 1 % of the steps 0.417
 #   defaults: asked for 0.1, got 0.1806; share of the first 1 % of the steps 0.680

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# torch 2.13.0 + onnxscript 0.7.2: torch.onnx.export fails on x.chunk(2) along a dimension whose size may be any.
+# torch 2.13.0 + onnxscript 0.7.2: torch.onnx.export fails on x.chunk(2) along a dynamic dimension.
 #
-# `chunk` along a dynamic dimension becomes SplitToSequence with a length that is computed; the constant folding of
-# onnxscript's optimizer, which export runs by default, then reads a missing shape and the export ends with a PassError.
-# Classifier-free guidance is usually written so: cat of two conditions, one call, chunk(2). With a fixed batch, with
-# optimize=False, and with slices instead of chunk the same graph is exported.
+# `chunk` along a dynamic dimension becomes SplitToSequence with a computed length. The constant folding of onnxscript's
+# optimizer, which export runs by default, then reads a missing shape, and the export ends with a PassError.
+# Classifier-free guidance usually has this form: cat of two conditions, one call, chunk(2). The same graph is exported
+# with a fixed batch, with optimize=False, and with slices instead of chunk.
 #
-# What we do: core/guidance.py cuts by slices.
+# Our workaround: core/guidance.py uses slices.
 # Output seen (2026-11-29, Python 3.11, torch 2.13.0+cpu, onnx 1.23.2):
 #   chunk, any batch: PassError, from AttributeError: 'NoneType' object has no attribute 'ndim'
 #   chunk, batch of 2: exported

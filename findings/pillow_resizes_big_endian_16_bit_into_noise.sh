@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Pillow 12.3.0 resizes a 16-bit grey image of a big-endian TIFF file (mode I;16B) into noise, without an error.
+# Pillow 12.3.0 resizes a 16-bit grey image from a big-endian TIFF file (mode I;16B) into noise, without an error.
 #
 # The file opens with the right values, and Image.convert("I") keeps them. Every filter that computes sums of pixels
-# (BOX when it shrinks, BILINEAR, HAMMING, BICUBIC, LANCZOS) returns pixels of a wrong order of magnitude, and so do
-# thumbnail() and ImageOps.fit(), which use them. NEAREST is right. The same values as a little-endian file (I;16) are
-# right to one level (BICUBIC rounds down there). Microscopes, astronomy and ImageJ write big-endian TIFF.
+# (BOX when it shrinks, BILINEAR, HAMMING, BICUBIC, LANCZOS) returns pixels of a wrong order of magnitude. So do
+# thumbnail() and ImageOps.fit(), which use these filters. NEAREST is right. A little-endian file (I;16) with the same
+# values is right to one level (BICUBIC rounds down there). Microscopes, astronomy and ImageJ write big-endian TIFF.
 #
-# What we do: cm_diffusers/pixels.py brings every image to 8 bits before anything resizes it (tests/test_pixels.py).
+# Our workaround: cm_diffusers/pixels.py converts every image to 8 bits before any resizing (tests/test_pixels.py).
 # Output seen (2026-11-28, Python 3.11, Linux x86-64):
 #   I;16B opens right: True, convert('I') right: True
 #   largest error of 65535, little-endian: BOX 0.8 BILINEAR 0.7 HAMMING 0.9 BICUBIC 0.7 LANCZOS 0.8 NEAREST 0.0

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# torch 2.13.0: torchrun starts each worker in a session of its own. A SIGKILL to torchrun's whole process group, as a
-# batch system or `kill -9 -- -GROUP` sends it, ends torchrun and no worker: each trains on, with nobody to stop it.
+# torch 2.13.0: torchrun starts each worker in its own session. A SIGKILL to torchrun's whole process group, as from a
+# batch system or `kill -9 -- -GROUP`, ends torchrun but no worker: each worker trains on, and nothing stops it.
 #
-# SIGTERM, SIGINT and SIGHUP reach them, as torchrun hands these on. `accelerate launch` of several processes starts them
-# by the same code (accelerate 1.15.0; not run here).
+# SIGTERM, SIGINT and SIGHUP reach the workers, because torchrun passes them on. `accelerate launch` with several
+# processes uses the same code (accelerate 1.15.0; not run here).
 #
-# What we do: engine/stopping.py looks once a second whether the launcher is there, and saves and stops without it; that
-# a process leads a session is no sign that it was detached on purpose.
+# Our workaround: engine/stopping.py checks once a second that the launcher still runs; otherwise it saves and stops. A
+# process that leads a session is not assumed to be detached on purpose.
 # Output seen (2026-11-28, Python 3.11, torch 2.13.0+cpu):
 #   workers that lead a session of their own: 2 of 2
 #   after SIGKILL to the process group of torchrun: torchrun ended, 2 of 2 workers run

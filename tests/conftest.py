@@ -1,4 +1,4 @@
-"""What the tests of several folders share."""
+"""Fixtures for tests in several folders."""
 
 import gc
 import math
@@ -13,13 +13,13 @@ from cm_diffusers.models import build_unet
 
 
 def pytest_collection_finish(session):
-    """Leave what is loaded by now out of later collections: each run of training ends with one."""
+    """Exclude loaded objects from later garbage collections, because each training run ends with one."""
     gc.collect()
     gc.freeze()
 
 
 class GaussianDenoiser(ModelMixin, ConfigMixin):
-    """The network whose denoiser is exact for data N(mean of the class, data_std^2), under EDM's preconditioning."""
+    """A network with the exact denoiser of data N(mean of the class, data_std^2), under EDM's preconditioning."""
 
     @register_to_config
     def __init__(self, sample_size=4, in_channels=1, num_class_embeds=None, data_std=0.3, sigma_data=0.5, angle=False):
@@ -43,7 +43,7 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
         return UNet2DOutput(output) if return_dict else (output,)
 
     def ode_solution(self, x, sigma, class_labels=None):
-        """Where the probability-flow ODE brings `x` from `sigma`."""
+        """The solution of the probability-flow ODE from `x` at `sigma`."""
         mean = self.mean(class_labels)
         return mean + (x - mean) * self.config.data_std / math.hypot(sigma, self.config.data_std)
 
@@ -55,7 +55,7 @@ def seeded():
 
 @pytest.fixture
 def tiny_unet():
-    """A maker of tiny U-Nets with random weights, class-conditional by default."""
+    """A function that makes tiny U-Nets with random weights, class-conditional by default."""
 
     def make(size=(8, 8), channels=1, num_classes=10, dropout=0.0):
         return build_unet("tiny", size, channels, num_classes, dropout).eval()
@@ -65,5 +65,5 @@ def tiny_unet():
 
 @pytest.fixture
 def gaussian_denoiser():
-    """A maker of networks that are exact for Gaussian data."""
+    """A function that makes networks which are exact for Gaussian data."""
     return GaussianDenoiser

@@ -1,4 +1,4 @@
-"""The benchmarks keep up with the library."""
+"""The benchmarks work with the current library."""
 
 import json
 from pathlib import Path

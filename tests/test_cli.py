@@ -1,4 +1,4 @@
-"""The command `cm-diffusers`: its words are the scripts, and what it says next it can do."""
+"""The command `cm-diffusers`: it runs the scripts, and the commands that it proposes work."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def console(monkeypatch):
 def test_every_script_has_a_word_and_every_word_a_script():
     assert WORDS.keys() == SCRIPTS - {"quickstart"}
     assert set(WORDS.values()) | {"recipes", "demo"} == cli.COMMANDS.keys()
-    assert (cli.CONSOLE, cli.CALLED_BY) == (commands.CONSOLE, commands.CALLED_BY)  # cli imports nothing that is slow
+    assert (cli.CONSOLE, cli.CALLED_BY) == (commands.CONSOLE, commands.CALLED_BY)  # copies, which import fast
     assert all(word in (ROOT / "README.md").read_text() for word in ("cm-diffusers train", "cm-diffusers recipes"))
 
 
@@ -98,7 +98,7 @@ def test_a_script_is_called_as_its_user_calls_it(monkeypatch):
     assert command("prepare_data") == "cm-diffusers prepare"
     assert in_these_words(text) == "Do this: cm-diffusers train --x 1, as cm-diffusers push does."
     monkeypatch.delenv(commands.CALLED_BY)
-    monkeypatch.setattr(commands, "SCRIPTS", Path("site-packages/cm_diffusers/scripts"))  # there are no files to start
+    monkeypatch.setattr(commands, "SCRIPTS", Path("site-packages/cm_diffusers/scripts"))  # a missing folder
     assert command("sample") == "cm-diffusers sample"
 
 
@@ -106,7 +106,7 @@ def test_recipes_are_found_by_name_and_paths_by_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert recipe_file("digits_ect").read_text() == (ROOT / "training/configs/digits_ect.yaml").read_text()
     (tmp_path / "digits_ect").write_text("method: ect\n")
-    assert recipe_file("digits_ect") == Path("digits_ect")  # a file of that name goes before
+    assert recipe_file("digits_ect") == Path("digits_ect")  # a file with that name has priority
     assert recipe_file("nowhere/mine.yaml") == Path("nowhere/mine.yaml")
     with pytest.raises(
         ValueError, match="'mnist_etc' is neither a file nor a recipe of the library. Similar recipes: mnist_ect"
@@ -139,7 +139,7 @@ def test_a_reader_that_has_enough_is_no_fault():
 
 @pytest.fixture
 def started(monkeypatch):
-    """The command line of a launcher that would run in this process."""
+    """The command lines of launchers that would run in this process."""
     found = []
     monkeypatch.setattr(cli.runpy, "run_module", lambda name, **how: found.extend(sys.argv))
     monkeypatch.setattr(cli.logging, "disable", lambda level: None)

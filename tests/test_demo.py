@@ -1,4 +1,4 @@
-"""The demo, by gradio's own client and in a browser."""
+"""The demo, through gradio's client and in a browser."""
 
 import importlib
 import socket
@@ -40,7 +40,7 @@ def random_weights(network):
 
 
 def consistency_model(num_classes=3):
-    """Of stock classes."""
+    """A consistency model of stock classes."""
     network = random_weights(build_unet("tiny", (8, 8), 1, num_classes))
     return ConsistencyModelPipeline(network, CMStochasticIterativeScheduler())
 
@@ -51,7 +51,7 @@ def trajectory_model(channels=3, **settings):
 
 
 class Page:
-    """A page that is served, and how often its network was called."""
+    """A served page, with a count of its network's calls."""
 
     def __init__(self, demo):
         self.demo, self.calls = demo, 0
@@ -67,7 +67,7 @@ class Page:
         self.calls += 1
 
     def ask(self, name, **values):
-        """What a click gives, pictures as arrays."""
+        """The outputs of a click, with pictures as arrays."""
         self.calls = 0
         answers = self.client.predict(api_name=f"/{name}", **values)
         return [np.asarray(Image.open(a)) if a.endswith(".png") else a for a in answers]
@@ -92,7 +92,7 @@ def trajectory():
     yield from served(Demo(trajectory_model(), "a/trajectory"))
 
 
-ROW = 242 + CAPTION  # of a grid of four, in pixels
+ROW = 242 + CAPTION  # row height of a grid of four, in pixels
 
 
 def test_a_click_gives_a_grid_of_the_seeds_images_and_their_levels(consistency):
@@ -139,7 +139,7 @@ def test_a_list_of_levels_goes_before_the_number_of_steps(consistency):
 def test_the_same_seed_gives_the_same_image_whatever_is_beside_it(consistency):
     alone, _ = consistency.ask("sample", steps=2, seed=7, count=1)
     beside, _ = consistency.ask("sample", steps=2, seed=6, count=2)
-    assert np.abs(alone[:480:60, :480:60].astype(int) - beside[:240:30, 242:482:30]).max() <= 1  # rounding
+    assert np.abs(alone[:480:60, :480:60].astype(int) - beside[:240:30, 242:482:30]).max() <= 1  # up to rounding
     assert not np.array_equal(beside[:240, :240], beside[:240, 242:482])
 
 
@@ -174,7 +174,7 @@ def test_what_can_t_be_done_is_an_error_on_the_page(consistency, values, message
 
 
 def controls(page):
-    """The labels of what is on the page, as it is served."""
+    """The labels of the controls on the served page."""
     components = page.page.config["components"]
     return {c["props"].get("label") for c in components if c["props"].get("visible") is not False}
 
@@ -226,7 +226,7 @@ def test_a_jump_from_a_sample(trajectory):
 
 
 def test_an_inversion_of_an_upload(trajectory, tmp_path):
-    """A wide RGBA picture, of whose middle half is transparent, and so white, and half blue."""
+    """The upload is a wide RGBA picture; half of its middle is transparent, and so white, and half is blue."""
     pixels = np.zeros((40, 80, 4), np.uint8)
     pixels[:, 40:] = (0, 0, 255, 255)
     Image.fromarray(pixels).save(tmp_path / "upload.png")
@@ -245,7 +245,7 @@ def test_an_inversion_of_an_upload(trajectory, tmp_path):
 
 
 def drawn(folder, pixels, layer=None):
-    """What an editor holds: a picture, and strokes on it."""
+    """The value of an image editor: a picture, and strokes on it."""
     Image.fromarray(pixels).save(folder / "picture.png")
     value = {"background": handle_file(folder / "picture.png"), "layers": [], "composite": None}
     if layer is not None:
@@ -282,7 +282,7 @@ def test_edits_of_a_picture_are_those_of_the_pipeline(trajectory, tmp_path):
             shown = grid[:240:30, 242 * i : 242 * i + 240 : 30].astype(int)
             assert np.abs(shown - made.images[i] * 255).max() <= 2, kind
     noisy, grid = trajectory.ask("edit", kind="Denoise", drawn=value, label="1", seed=5, noise_level=0.5, count=2)
-    assert trajectory.calls == 1 and np.array_equal(grid[:240, :240], grid[:240, 242:482])  # no noise is drawn anew
+    assert trajectory.calls == 1 and np.array_equal(grid[:240, :240], grid[:240, 242:482])  # no new noise is drawn
 
 
 def test_edits_are_those_that_the_model_can_do(consistency, trajectory):

@@ -1,4 +1,4 @@
-"""The Python blocks of README and docs run as they stand, and the site has a page for every module."""
+"""The Python blocks of README and docs run unchanged, and the site has a page for every module."""
 
 import pkgutil
 import re
@@ -30,7 +30,7 @@ def blocks(page, language):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with the models that the pages name."""
+    """A folder with the models in the pages' examples."""
     folder = tmp_path_factory.mktemp("pages")
     unet = build_unet("tiny", (8, 8), 3, num_classes=10)
     ConsistencyPipeline(unet, MultistepConsistencyScheduler()).save_pretrained(folder / "runs/quickstart/pipeline")
@@ -41,7 +41,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def names(models):
-    """What the blocks take for given."""
+    """The names that the blocks use without defining them."""
     picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
     small = picture.resize((4, 4))
     trajectories = CTMPipeline.from_pretrained(models / "runs/trajectory/pipeline")

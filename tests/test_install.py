@@ -1,4 +1,4 @@
-"""The package as people get it: from a wheel, in the tree, and (as these tests run) from an editable install."""
+"""The package from a wheel, in the source tree, and (where these tests run) from an editable install."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ SHOW = (
 
 @pytest.fixture(scope="module")
 def wheel_folder(tmp_path_factory):
-    """A folder into which a wheel was installed, built of a copy, since builds leave files and use them."""
+    """A folder with an installed wheel, built from a copy of the source, because builds leave files and reuse them."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("cm_diffusers", "hub_cards", "pipelines", "training"):
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -64,7 +64,7 @@ def test_a_wheel_holds_the_package_and_its_pipelines(wheel_folder, tmp_path):
 
 @pytest.mark.wide
 def test_a_source_distribution_holds_what_git_holds(tmp_path):
-    """But for what only this repository needs."""
+    """Files that only this repository needs are excepted."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("this is no checkout of git")
@@ -83,7 +83,7 @@ def test_a_source_distribution_holds_what_git_holds(tmp_path):
 
 
 def test_a_wheel_trains(wheel_folder, tmp_path):
-    """The engine finds what it reads at import, such as the template of model cards."""
+    """The engine finds the files that it reads at import, such as the template of model cards."""
     show = (
         "import cm_diffusers.engine.training.run, cm_diffusers.engine.sharing.card as c; print(c.TEMPLATE.read_text())"
     )

@@ -1,11 +1,11 @@
-"""What must not change: losses of every method, samples of saved folders, and runs that an earlier version began.
+"""Invariants: losses of every method, samples of saved folders, and runs that an earlier version began.
 
-`tests/invariance/` holds what was recorded. To renew it, after a change that is meant to move numbers:
+`tests/invariance/` holds the recorded values. To renew them after an intended change of numbers:
 
     OMP_NUM_THREADS=1 python -m tests.test_invariance --renew
 
-Numbers are equal to the bit on a machine like that which recorded them, and close on others, whose kernels round
-otherwise. The archives of folders and runs were written by version 0.1.0 (commit bb2b019) and are never renewed.
+On a machine like the recording one, numbers are equal to the bit. On others, whose kernels round differently, they are
+close. Version 0.1.0 (commit bb2b019) wrote the archives of folders and runs, which are never renewed.
 """
 
 import json
@@ -71,7 +71,7 @@ BEGUN = {
 
 
 def machine():
-    """What decides how kernels round."""
+    """The properties of this machine on which the rounding of kernels depends."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else []
     parts = [names[0] if names else platform.processor(), torch.backends.cpu.get_cpu_capability(), torch.__version__]
@@ -79,7 +79,7 @@ def machine():
 
 
 def teachers():
-    """Diffusion models of fixed random weights: one of a stock network, and one that knows a class for none."""
+    """Diffusion models with fixed random weights: one with a stock network, and one with a null class."""
     for name, preset in (("teacher", "tiny"), ("guided", "ddpmpp_tiny")):
         torch.manual_seed(7)
         network = build_unet(preset, (8, 8), 1, 10)
@@ -96,7 +96,7 @@ def config_of(method, settings):
 
 
 def fit(method, settings):
-    """Train in the present folder to the last step, or from where it stopped; gives losses and gradient norms."""
+    """Train in the current folder to the end, resuming if possible; returns losses and gradient norms."""
     accelerator = start_accelerator(mixed_precision="no")
     trainer = build_trainer(config_of(method, settings), accelerator)
     trainer.resume()
@@ -107,7 +107,7 @@ def fit(method, settings):
 
 
 def sample(folder):
-    """Images (2, C, H, W) in [0, 1] of a saved pipeline by its usual arguments."""
+    """Images (2, C, H, W) in [0, 1] from a saved pipeline, with its usual arguments."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     steps = 2 if "diffusion" not in Path(folder).name else 4
@@ -123,7 +123,7 @@ def sample(folder):
 
 
 def assert_same(found, recorded, recorded_on):
-    """Equal to the bit where both are of machines that round alike, else close."""
+    """Assert equality to the bit if both machines round alike, and closeness otherwise."""
     found, recorded = (torch.as_tensor(values, dtype=torch.float64) for values in (found, recorded))
     if recorded_on == machine():
         assert found.equal(recorded), (found - recorded).abs().max()
@@ -133,7 +133,7 @@ def assert_same(found, recorded, recorded_on):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Sums are rounded as where the numbers were recorded."""
+    """Use one thread, so that sums round as in the recording."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -142,7 +142,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def workplace(one_thread, tmp_path_factory):
-    """A folder with the teachers."""
+    """A folder with the teachers of `teachers`."""
     before, folder = os.getcwd(), tmp_path_factory.mktemp("teachers")
     os.chdir(folder)
     teachers()
@@ -185,7 +185,7 @@ def test_a_run_that_was_begun_before_goes_on(one_thread, tmp_path, monkeypatch, 
 
 
 def renew():
-    """Record losses and images anew; the archives stay."""
+    """Record losses and images again; the archives stay."""
     torch.set_num_threads(1)
     found = {"machine": machine(), "runs": {}, "begun": {}}
     with tempfile.TemporaryDirectory() as folder:

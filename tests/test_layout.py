@@ -1,4 +1,4 @@
-"""Which part may know of which, and what must not be used anywhere."""
+"""The imports that each part may have, and code that is forbidden everywhere."""
 
 import ast
 import re
@@ -17,13 +17,13 @@ LIBRARY = ROOT / "cm_diffusers"
 ENGINE = LIBRARY / "engine"
 STDLIB = set(sys.stdlib_module_names)
 
-# the parts of the library that a part may import beside itself, and the packages; the standard library is free
+# for each part: other parts and packages that it may import, besides the standard library
 PARTS = {
     "core": ((), {"torch", "numpy"}),
     "registration": ((), set()),
     "models": (("registration",), {"torch", "numpy", "diffusers"}),
     "schedulers": (("core", "registration"), {"torch", "numpy", "diffusers"}),
-    "pipelines": (("core",), {"torch", "numpy", "diffusers", "PIL"}),  # which diffusers needs
+    "pipelines": (("core",), {"torch", "numpy", "diffusers", "PIL"}),  # diffusers needs PIL
     "lookup": ((), {"huggingface_hub"}),
     "parent": ((), set()),
     "sampling": (("lookup", "pipelines"), {"torch", "numpy", "diffusers", "PIL"}),
@@ -31,9 +31,9 @@ PARTS = {
     "demo": (("core", "pipelines", "sampling", "pixels"), {"torch", "numpy", "diffusers", "PIL", "gradio"}),
     "convert": (("models", "schedulers", "pipelines"), {"torch", "diffusers", "safetensors"}),
     "evaluation": (("core", "convert", "lookup"), {"torch", "safetensors", "transformers"}),
-    "objectives": (("core", "models", "schedulers", "pipelines"), {"torch", "diffusers", "lpips"}),  # an extra
+    "objectives": (("core", "models", "schedulers", "pipelines"), {"torch", "diffusers", "lpips"}),  # lpips: an extra
 }
-# the rooms of the engine, each with those that it may use
+# the engine's rooms, each with the other rooms that it may use
 ROOMS = {
     "ground": (),
     "data": (),
@@ -57,7 +57,7 @@ def folder_of(part):
 
 
 def imports(path):
-    """Full names of what a file imports: modules, and for `from a import b` both a.b and a."""
+    """Full names of a file's imported modules; `from cm_diffusers import x` gives cm_diffusers and cm_diffusers.x."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -105,7 +105,7 @@ def test_the_engine_is_imported_by_the_engine_alone(path):
 
 @pytest.mark.parametrize("path", sources(ENGINE), ids=name_of)
 def test_arrows_between_the_rooms_of_the_engine_lead_one_way(path):
-    """Files outside of all rooms are the ground, which every room may use and which uses none."""
+    """Files outside all rooms are the ground, which every room may use and which uses no room."""
     room = path.relative_to(ENGINE).parts[0] if path.parent != ENGINE else "ground"
     for name in imports(path):
         parts = name.split(".")
@@ -121,7 +121,7 @@ def test_every_room_of_the_engine_is_known():
 
 @pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
 def test_nothing_is_pickled(path):
-    """Foreign pickles are read in one place, by a reader that refuses names, and by torch's that does."""
+    """Only convert/reading.py reads foreign pickles, by a reader that refuses names and by torch's safe reader."""
     tree = ast.parse(path.read_text())
     forbidden = {("torch", "save"), ("torch", "load"), ("pickle", "load"), ("pickle", "loads")}
     modules = {"pickle", "cPickle", "cloudpickle", "dill", "joblib"}

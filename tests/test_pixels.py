@@ -1,4 +1,4 @@
-"""Pixels of every type become 8 bits with their values kept to one level, or are refused with what they hold."""
+"""Pixels of every type become 8 bits with errors below one level, or are refused with a description of the image."""
 
 import io
 
@@ -17,14 +17,14 @@ def random(seed, *channels, high=256, dtype=np.uint8):
 
 
 def pixels(image, channels=3, scales=None):
-    """Values (H, W, channels) after conversion."""
+    """The values (H, W, channels) after conversion."""
     converted = to_uint8(image, channels, scales)
     assert converted.mode == {1: "L", 3: "RGB"}[channels]
     return np.asarray(converted).reshape(*size_of(converted), channels).astype(int)
 
 
 def saved(image, format, **options):
-    """The image as it comes back from a file."""
+    """The image after saving and opening a file."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     image = Image.open(buffer)
@@ -33,7 +33,7 @@ def saved(image, format, **options):
 
 
 def assert_level(got, expected):
-    """Values that differ from what they should be by less than one level."""
+    """Assert that values differ from the expected ones by less than one level."""
     assert np.abs(got - expected).max() < 1
 
 
@@ -65,7 +65,7 @@ def palette_image():
 
 
 def eight_bit_images():
-    """(name, image, its RGB values by hand)."""
+    """(name, image, reference RGB values)."""
     luma, rgb, rgba = random(3), random(4, 3), random(5, 4)
     yield "1", Image.fromarray(luma > 99), np.repeat((luma > 99)[..., None] * 255, 3, -1)
     yield "L", Image.fromarray(luma), np.repeat(luma[..., None], 3, -1)
@@ -92,7 +92,7 @@ CASES = [pytest.param(image, expected, id=name) for name, image, expected in eig
 def test_an_image_with_eight_bits_keeps_its_values(image, expected):
     assert extrema(image) is None
     assert np.abs(pixels(image) - expected).max() <= 1
-    assert np.abs(pixels(image, 1)[..., 0] - grey(expected)).max() <= 1.5  # colours were rounded before their luma
+    assert np.abs(pixels(image, 1)[..., 0] - grey(expected)).max() <= 1.5  # colours are rounded before their luma
 
 
 def test_premultiplied_alpha_is_taken_off_and_laid_over_white():
@@ -149,7 +149,7 @@ def test_a_big_endian_tiff_keeps_its_values():
 
 def test_the_transparent_grey_of_a_deep_png_is_white():
     image = Image.fromarray(np.uint16([[0, 300, 65535]]))
-    image.info["transparency"] = 300  # where Pillow has it from a tRNS chunk
+    image.info["transparency"] = 300  # Pillow's place for a tRNS chunk
     assert pixels(image, 1)[..., 0].tolist() == [[0, 255, 255]]
 
 
@@ -208,7 +208,7 @@ def test_arrays_of_all_channels_in_either_layout(channels, grey, first, dtype, s
     eight = values.astype(float) * (255 / scale)
     if channels in (2, 4):
         eight = on_white(eight[..., :-1], eight[..., -1])
-    assert np.abs(pixels(image, 1 if grey else 3) - eight).max() <= 1.5  # alpha is rounded, too
+    assert np.abs(pixels(image, 1 if grey else 3) - eight).max() <= 1.5  # alpha is rounded as well
 
 
 def test_an_array_of_one_plane_and_nested_lists():
@@ -324,7 +324,7 @@ def test_an_image_that_the_range_of_its_dataset_does_not_fit_is_refused(values, 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_random_datasets_keep_their_values_to_one_level(seed):
-    """Some images of several types, each type in a range of its own, dark and bright ones among them."""
+    """Images of several types, dark and bright, with a separate range for each type."""
     rng = np.random.default_rng(seed)
     images, expected = [], []
     for dtype in rng.permutation(["uint8", "uint16", "int32", "int64", "float32", "float64"])[: rng.integers(1, 5)]:

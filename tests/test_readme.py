@@ -1,4 +1,4 @@
-"""README and docs: tables are those of the code, links lead somewhere, commands can be given."""
+"""README and docs: tables agree with the code, links have targets, and commands are valid."""
 
 import re
 import shlex
@@ -44,7 +44,7 @@ def test_links_lead_to_files(page):
 
 
 class Parsed(Exception):
-    """The options were read; what they are for is not begun."""
+    """Raised once the options are parsed, before the script's work."""
 
 
 def parsed(parser, argv=None, read=ArgumentParser.parse_args):
@@ -53,7 +53,7 @@ def parsed(parser, argv=None, read=ArgumentParser.parse_args):
 
 
 def commands():
-    """The command lines of `cm-diffusers` in the shell blocks of all pages, with the page that each is from."""
+    """The `cm-diffusers` command lines in the shell blocks of all pages, each with its page."""
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
             for line in block.replace("\\\n", " ").splitlines():
@@ -66,7 +66,7 @@ def commands():
 
 @pytest.mark.parametrize("words", commands())
 def test_commands_can_be_given(words, capsys):
-    """Those that train run with `--dry_run`; of the others the options are read."""
+    """Training commands run with `--dry_run`; for the others only the options are parsed."""
     word, *rest = words
     launch = [i for i, text in enumerate(rest) if text in ("--num_processes", "--accelerate_config")]
     rest = [text for i, text in enumerate(rest) if i not in launch and i - 1 not in launch]

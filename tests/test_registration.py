@@ -1,4 +1,4 @@
-"""diffusers finds our classes, whichever of the two is imported first."""
+"""diffusers finds the library's classes, whichever of the two is imported first."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What setup.py asks for: everything that is imported, at lower bounds that are tried."""
+"""The requirements in setup.py: they cover all imports, with tested lower bounds."""
 
 import ast
 import importlib
@@ -16,14 +16,14 @@ import cm_diffusers
 
 
 ROOT = Path(__file__).parents[1]
-CALLED = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # packages that are imported by another name
-TRIED = ("demo",)  # extras of the environment of the lowest versions
-TOOLS = {"pytest", "pytest-timeout", "pytest-xdist"}  # which run the tests there
+CALLED = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # packages with another import name
+TRIED = ("demo",)  # extras in the environment with the lowest versions
+TOOLS = {"pytest", "pytest-timeout", "pytest-xdist"}  # they run the tests there
 
 
 @pytest.fixture
 def setup(monkeypatch):
-    """What setup.py hands to setuptools."""
+    """The arguments that setup.py passes to setuptools."""
     given = {}
     monkeypatch.setitem(
         sys.modules, "setuptools", SimpleNamespace(setup=given.update, find_packages=lambda include: [])
@@ -34,13 +34,13 @@ def setup(monkeypatch):
 
 
 def bounds(requirements):
-    """Names and versions of requirements, without zeros at the end."""
+    """Versions of requirements by name, without trailing zeros."""
     pairs = [re.fullmatch(r"([\w-]+)(?:>=|==)([\d.]+)", line).groups() for line in requirements]
     return {name: re.sub(r"(\.0)+$", "", version) for name, version in pairs}
 
 
 def imported(*folders):
-    """The distributions that the files of some folders import, by these folders' names."""
+    """The distributions that the files of the named folders import."""
     for folder in folders:
         for path in (ROOT / folder).rglob("*.py") if (ROOT / folder).is_dir() else [ROOT / folder]:
             for node in ast.walk(ast.parse(path.read_text())):
@@ -62,7 +62,7 @@ def test_a_space_gets_what_sampling_needs(setup):
     assert set(asked) <= set(setup["install_requires"])
     files = ("core", "models", "schedulers", "sampling.py", "pixels.py", "lookup.py", "demo.py")
     used = set(imported(*(f"cm_diffusers/{name}" for name in files), "pipelines"))
-    assert used - {"gradio"} <= bounds(asked).keys()  # which Spaces have
+    assert used - {"gradio"} <= bounds(asked).keys()  # Spaces provide gradio
 
 
 def test_a_model_can_be_used_with_the_base_alone(setup):

@@ -1,4 +1,4 @@
-"""The published numbers and what is said of them."""
+"""The published numbers and the texts about them."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ RESULTS, MOVED = PUBLISHED["results"], PUBLISHED["moved"]
 
 @pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["name"])
 def test_a_number_comes_with_its_commit_hardware_and_command(result):
-    """YAML makes a number of a commit such as 8191753 or 12345e6 unless it is quoted."""
+    """Without quotes, YAML reads a commit such as 8191753 or 12345e6 as a number."""
     assert isinstance(result["commit"], str) and re.match(r"[0-9a-f]{7}\b", result["commit"])
     assert isinstance(result["hardware"], str)
     assert ("command" in result) != ("commands" in result)
@@ -31,7 +31,7 @@ def nothing_in(value):
 
 @pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["name"])
 def test_no_key_was_cut_at_its_comma(result):
-    """YAML reads `{5,000 images: 1}` as two entries, of which the first has no value."""
+    """YAML reads `{5,000 images: 1}` as two entries, the first without a value."""
     assert not nothing_in(result)
 
 

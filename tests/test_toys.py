@@ -1,4 +1,4 @@
-"""The exact answers of the toy problems, and that training finds them."""
+"""The exact solutions of the toy problems, and training, which finds them."""
 
 import json
 import math
@@ -93,7 +93,7 @@ def test_the_tasks_of_the_line_have_the_shapes_of_their_names():
 
 
 def plane(name):
-    """Points (B, 2) of a shape, in the units of its definition."""
+    """Points (B, 2) of a shape, in its definition's units."""
     task = SHAPES[name]
     points = task.sample(ToyDraws(0, 0, range(20_000))).flatten(1)
     return points * (task.square + task.noise**2) ** 0.5 / task.sigma_data
@@ -166,7 +166,7 @@ def test_sliced_distance_of_a_shift_is_its_mean_over_directions():
 
 
 class ExactNetwork(ToyNetwork):
-    """The F whose jumps are those of `task`, and whose denoiser, where both times are one, is the posterior mean."""
+    """The F with the jumps of `task`, whose denoiser, at two equal times, is the posterior mean."""
 
     def forward(self, sample, timestep, target_timestep, class_labels=None, return_dict=True):
         t, s = (0.5 * label.double().tan().expand(len(sample)) for label in (timestep, target_timestep))
@@ -190,11 +190,11 @@ def test_exact_jumps_reach_the_data_by_every_sampler(name):
     assert list(measured) == SAMPLERS
     for sampler in ("data", "one_step", "two_steps", "gamma_0.5"):
         assert measured[sampler] < 0.012, measured
-    assert 0.015 < measured["euler_10"] < 0.1, measured  # what ten steps of Euler leave of the exact ODE
+    assert 0.015 < measured["euler_10"] < 0.1, measured  # the error of ten Euler steps along the exact ODE
 
 
 def train(folder, **settings):
-    """The report of a run of train_toy.py, whose picture is there."""
+    """The report of a run of train_toy.py, which must also save a picture."""
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     load_script("train_toy").main([*words, "--output_dir", str(folder)])
     assert (folder / "toy.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Files of each family, as the tests' own writer makes them, become the right pipelines with the right numbers."""
+"""Checkpoints of each family, written by a test helper, become the right pipelines with the right numbers."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.helpers.training_runs import run
 
 
 CASES = list(foreign.DENOISED)
-EXPECTED = {  # family, pipeline and what its scheduler knows
+EXPECTED = {  # family, pipeline and settings of its scheduler
     "ddpmpp": ("edm", "DenoisingPipeline", {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}),
     "ncsnpp": ("edm", "DenoisingPipeline", {}),
     "skip": ("edm", "DenoisingPipeline", {}),
@@ -40,7 +40,7 @@ EXPECTED = {  # family, pipeline and what its scheduler knows
 }
 
 
-SAMPLED = {  # as their authors do
+SAMPLED = {  # settings with which their authors sample
     **dict.fromkeys(("ddpmpp", "ncsnpp", "skip", "adm", "vp", "ve"), "--num_inference_steps 18"),
     **dict.fromkeys(("cd", "ct", "ctm", "ctm_cifar"), "--num_inference_steps 1"),
     **{"ect": "--sigmas 80 0.821", "edm_openai": "--num_inference_steps 40", "scm": "--num_inference_steps 2"},
@@ -53,7 +53,7 @@ def convert(path, **options):
 
 
 def denoised(pipeline, case):
-    """What the pipeline makes of the image that the numbers in `foreign` belong to."""
+    """The pipeline's denoised image for the input of the numbers in `foreign`."""
     if type(pipeline) is ConsistencyModelPipeline:
         pipeline = cm_diffusers.ConsistencyPipeline(**pipeline.components)
     channels, size = pipeline.sample_shape[:2]
@@ -63,7 +63,7 @@ def denoised(pipeline, case):
     with torch.no_grad():
         if case.startswith("ctm"):
             return denoiser.jump(x, sigma, torch.tensor([0.1, 0.1]), of_classes(labels))
-        if case == "scm":  # its images are half as large
+        if case == "scm":  # its images have half the size
             return denoiser(2 * x, 2 * sigma) / 2
         return denoiser(x, sigma, of_classes(labels))
 
@@ -133,7 +133,7 @@ def test_a_network_of_iddpm_comes_alone(tmp_path):
     torch.testing.assert_close((x - 0.7 * noise)[0, 0, 0, :4], torch.tensor(foreign.IDDPM), rtol=0, atol=5e-6)
 
 
-# the order of queries, keys and values
+# --- the order of queries, keys and values
 
 
 def test_orders_of_qkv_by_hand():
@@ -155,19 +155,19 @@ def test_files_of_the_legacy_order_give_the_same_numbers_with_the_flag(case, tmp
     for name in [name for name in values if ".qkv." in name]:
         tensor = values[name]
         tensor = tensor.reshape(3, -1, head_dim, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
-        values[name] = tensor[..., 0] if tensor.ndim == 4 else tensor  # and 1x1 convolutions of one dimension
+        values[name] = tensor[..., 0] if tensor.ndim == 4 else tensor  # one-dimensional 1x1 convolutions as well
     foreign.save(values, path)
     check_numbers(convert(path, **options, qkv_order="legacy").result, case)
     wrong = denoised(convert(path, **options).result, case)[0, 0, 0, :4] - torch.tensor(foreign.DENOISED[case])
     assert wrong.abs().max() > 1e-3
 
 
-# which weights
+# --- which weights
 
 
 @pytest.fixture
 def training_state(tmp_path):
-    """A training state, whose only weights are the online ones."""
+    """A training state that holds online weights only."""
     values = {name: 2 * value if "resample" not in name else value for name, value in foreign.edm_tensors().items()}
     content = {"net": foreign.edm_content(values)["ema"], "optimizer_state": {"state": {}, "param_groups": []}}
     return foreign.save(content, tmp_path / "training-state-000128.pt")
@@ -227,7 +227,7 @@ def test_kind_decides_where_networks_are_the_same(case, kind, tmp_path):
     if case == "scm":
         assert result.scheduler.config.solver == "heun"
         result.scheduler.set_timesteps(18)
-        assert result.scheduler.sigmas[[0, -2]].tolist() == pytest.approx([160, 0.004])  # of images twice as large
+        assert result.scheduler.sigmas[[0, -2]].tolist() == pytest.approx([160, 0.004])  # for images of twice the size
     else:
         assert type(result).__name__ == {"diffusion": "DenoisingPipeline"}.get(kind, "ConsistencyModelPipeline")
 
@@ -237,7 +237,7 @@ def test_cdm_is_told_by_its_loss(tmp_path):
     assert convert(foreign.dump(content, tmp_path / "a.pkl")).family == "cdm"
 
 
-# what is refused
+# --- refused files
 
 
 @pytest.mark.parametrize("case", ["cd", "ct"])
@@ -285,7 +285,7 @@ def test_tensors_must_add_up(case, tmp_path):
 
 @pytest.mark.parametrize("case", ["ddpmpp", "cd", "scm", "simo"])
 def test_shapes_that_say_nothing_are_refused(case, tmp_path):
-    """Those that the network's shape is read from."""
+    """The shapes from which the converter reads the network's size."""
     path, options = foreign.write(case, tmp_path)
     values, options = (
         (foreign.edm_tensors(), {}) if case == "ddpmpp" else (torch.load(path, weights_only=True), options)
@@ -357,11 +357,11 @@ def test_a_narrow_network_of_two_times_is_refused(tmp_path):
         convert(foreign.save(values, tmp_path / "a.pt"), num_head_channels=16)
 
 
-# converted models go on
+# --- converted models in training
 
 
 def test_a_converted_model_is_a_teacher(tmp_path):
-    """Distilled into networks of one and of two times, in a step or two, and loaded again."""
+    """It is distilled into networks with one time and with two, in a step or two, and loaded again."""
     layout = foreign.edm_layout(classes=10, channels=1)
     path = foreign.dump(foreign.edm_content(foreign.tensors(layout, "model.")), tmp_path / "edm.pkl")
     convert(path).result.save_pretrained(tmp_path / "teacher")
@@ -380,7 +380,7 @@ def test_a_converted_trajectory_model_is_trained_as_it_is(tmp_path):
     assert OBJECTIVES["ctm"].adapt(network, ModelSpec(0.5)) is network
 
 
-# the script
+# --- the script
 
 
 def run_script(*words):

@@ -1,4 +1,4 @@
-"""Hostile and damaged files: nothing of them runs, and the message says what to do."""
+"""Hostile and damaged files: none of their code runs, and the message names the next step."""
 
 import collections
 import io
@@ -26,7 +26,7 @@ ADVICE = re.compile(
 
 
 class Payload:
-    """What runs when it is unpickled: it makes a file."""
+    """An object whose unpickling would create a file."""
 
     def __init__(self, marker, call=exec):
         self.marker, self.call = marker, call
@@ -38,7 +38,7 @@ class Payload:
 
 
 class Custom:
-    """An object of a class of the file's author."""
+    """An object of a custom class."""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def marker(tmp_path):
 
 
 def refused(path):
-    """The message with which a file is refused, which says what to do."""
+    """The error message for a refused file, which must name the next step."""
     with pytest.raises(ValueError) as error:
         convert_checkpoint(path)
     message = str(error.value)
@@ -63,7 +63,7 @@ def edm_file(path, **content):
 
 
 def storage_of(content):
-    """Bytes that stand where those of a tensor's storage should."""
+    """`content` in torch.save's legacy format, as bytes for the place of a tensor's storage."""
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
     return buffer.getvalue()
@@ -75,7 +75,7 @@ def test_the_payload_works(tmp_path):
         assert (tmp_path / str(i)).exists()
 
 
-# pickles
+# --- pickles
 
 
 @pytest.mark.parametrize("call, name", [(exec, "builtins.exec"), (os.system, "posix.system")])
@@ -124,7 +124,7 @@ def test_objects_of_unknown_classes_are_refused_by_name(tmp_path):
 
 
 def test_getattr_gets_nothing(tmp_path):
-    """A loss of ECT mentions it; here it would fetch what could be called."""
+    """ECT's pickled losses name it; here it would fetch a callable."""
 
     class Fetch:
         def __reduce__(self):
@@ -135,7 +135,7 @@ def test_getattr_gets_nothing(tmp_path):
 
 
 def opcodes(*parts):
-    """A pickle by hand; text is a name to call for, module and name."""
+    """A handwritten pickle; a text argument is the module and name of a global to load."""
     named = (f"c{part.replace(' ', chr(10))}\n".encode() if isinstance(part, str) else part for part in parts)
     return b"\x80\x02" + b"".join(named) + b"."
 
@@ -143,7 +143,7 @@ def opcodes(*parts):
 @pytest.mark.parametrize(
     "data",
     [
-        # attributes set on what stands for functions and classes
+        # attributes set on the stand-ins of functions and classes
         opcodes("torch._utils _rebuild_parameter", b"N}X\x01\x00\x00\x00aNs\x86b"),
         opcodes("torch.nn.modules.container ModuleDict", b"N}X\x0c\x00\x00\x00__setstate__Ns\x86b"),
         opcodes("collections OrderedDict", b"N}X\x08\x00\x00\x00__init__Ns\x86b"),
@@ -155,7 +155,7 @@ def opcodes(*parts):
         opcodes("numpy.core.multiarray _reconstruct", b"0"),
         b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
         b"\x80\x04\x8c\x08builtins\x8c\x04set.__reduce__\x93.",
-        b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b".",  # so many bytes
+        b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b".",  # the announced length of the bytes
         b"\x80\x04" + b"(" * 100_000 + b".",
         b"\x80\x04}",
         b"\x80\x04",
@@ -167,12 +167,12 @@ def test_opcodes_do_no_harm(data, tmp_path):
     refused(path)
     for part in (RestrictedUnpickler, collections.OrderedDict):
         assert "a" not in vars(part)
-    check = convert_checkpoint(edm_file(tmp_path / "b.pkl"))  # and reading still works
+    check = convert_checkpoint(edm_file(tmp_path / "b.pkl"))  # reading still works
     assert check.family == "edm"
 
 
 class Rebuilt:
-    """A tensor of any shape over a storage of 4 numbers."""
+    """A tensor of any shape over a storage of four numbers."""
 
     def __init__(self, offset, size, stride):
         self.how = offset, size, stride
@@ -251,7 +251,7 @@ def test_a_network_that_contains_itself_is_refused(tmp_path):
         flatten(content["ema"])
 
 
-# files of torch.save
+# --- files of torch.save
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -285,7 +285,7 @@ def test_a_legacy_archive_is_refused(marker, tmp_path):
 
 
 def test_a_compressed_storage_is_refused(tmp_path):
-    """A small file that unpacks to a large one."""
+    """A small file that would unpack to a large one."""
     content = {"net": foreign.Persistent("Layer", _buffers={"a": torch.zeros(1000)})}
     path, bomb = foreign.save(content, tmp_path / "a.pt"), tmp_path / "b.pt"
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
@@ -303,7 +303,7 @@ def test_a_file_that_accelerate_would_run_is_refused(marker, tmp_path):
     refused(foreign.save(Payload(marker), tmp_path / "custom_checkpoint_0.pkl"))
 
 
-# files of other kinds
+# --- files of other kinds
 
 
 def test_a_folder_is_refused(marker, tmp_path):
@@ -376,7 +376,7 @@ def entry(start, end, shape=(1,), dtype="F32"):
         ({"a": entry(0, 4, (2**63, 2**63))}, bytes(4), None),
         ({"a": entry(0, 400, (100,))}, bytes(4), None),
         ({"a": entry(0, 4, dtype="F33")}, bytes(4), None),
-        ({"a": entry(0, 4)}, bytes(8), None),  # something behind the tensors
+        ({"a": entry(0, 4)}, bytes(8), None),  # bytes after the tensors
     ],
 )
 def test_hostile_safetensors_are_refused(header, body, length, tmp_path):

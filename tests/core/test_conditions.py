@@ -1,4 +1,4 @@
-"""Conditions: rows that are picked, moved, dropped and joined without anybody looking at what they are."""
+"""Conditions: their rows are picked, moved, dropped and joined, whatever they hold."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_what_does_not_fit_together_is_refused(entries, nulls, message):
 
 
 class Wrapped(torch.nn.Module):
-    """As what wraps a network for several processes."""
+    """Like the wrapper of a network for several processes."""
 
     def __init__(self, module):
         super().__init__()

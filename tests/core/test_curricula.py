@@ -1,4 +1,4 @@
-"""The grids, laws and weights of CT and iCT, against numbers computed by hand from the papers' formulas."""
+"""The grids, laws and weights of CT and iCT, against values from the papers' formulas."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_indices_follow_their_law(law):
 
 
 def test_a_number_at_the_edge_of_two_bins_is_the_next_one_s():
-    """Bins are [0, 1/4), [1/4, 1/2), [1/2, 1), so that uniform numbers in [0, 1) have exactly their law."""
+    """The bins [0, 1/4), [1/4, 1/2), [1/2, 1) give uniform numbers in [0, 1) exactly the bins' law."""
     law = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
     uniform = torch.tensor([0.0, 0.25 - 2**-26, 0.25, 0.5 - 2**-25, 0.5, 1 - 2**-24])
     assert draw_bins(law, uniform).tolist() == [0, 0, 1, 1, 2, 2]

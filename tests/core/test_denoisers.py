@@ -72,13 +72,13 @@ def test_denoiser_feeds_scaled_input_label_and_class():
 
 
 def two_time_network(sample, label, target_timestep, class_labels=None):
-    """A smooth function of all that it is told."""
+    """A smooth function of all its inputs."""
     times = (label / 300).sin() + (target_timestep / 200).cos() + class_labels
     return SimpleNamespace(sample=(sample + times.reshape(-1, 1, 1, 1)).sin())
 
 
 def gaussian_trajectories(sigma_data, std):
-    """The network of 250 ln(sigma) labels whose jumps and denoiser are exact for data N(0, std^2)."""
+    """A network with labels 250 ln(sigma) whose jumps and denoiser are exact for data N(0, std^2)."""
 
     def network(sample, label, target_timestep, class_labels=None):
         t, s = ((value / 250).exp().reshape(-1, 1, 1, 1) for value in (label, target_timestep))
@@ -142,7 +142,7 @@ PROCESSES["v_prediction"] = (VP(ABAR), {"noise_schedule": SCHEDULE})
 
 @pytest.mark.parametrize("prediction", PROCESSES)
 def test_jumps_of_other_predictions_are_equation_9_and_those_of_the_scheduler(prediction):
-    """g is what `to_denoised` makes of the network's output on its own process."""
+    """g is `to_denoised` of the network's output on the network's own process."""
     process, config = PROCESSES[prediction]
     x, t, s = torch.randn(6, 1, 4, 4).double(), LEVELS, LEVELS.flip(0) / 2
     time_scale = config.get("time_scale", 1.0)
@@ -176,12 +176,12 @@ def test_jumps_and_denoiser_of_a_gaussian():
     torch.testing.assert_close(model.denoise(x, t), denoised, rtol=1e-9, atol=1e-9)
 
 
-# --- networks on a process of their own
+# --- networks with their own process
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.7])
 def test_a_trigflow_network_is_edm_s_of_the_opposite_sign_on_the_same_input(sigma_data):
-    """cos(t) / sigma_data is c_in: the network sees x_t / sigma_data, of variance 1 for data of std sigma_data."""
+    """c_in is cos(t) / sigma_data: the network gets x_t / sigma_data, of variance 1 for data of std sigma_data."""
     seen = []
 
     def network(sample, label, class_labels=None, sign=1):
@@ -200,7 +200,7 @@ def test_a_trigflow_network_is_edm_s_of_the_opposite_sign_on_the_same_input(sigm
 
 
 def test_a_sample_beyond_the_process_is_shrunk_onto_its_highest_level():
-    """D(x, sigma) = D(x sigma_max / sigma, sigma_max) above a table; below it the network is told time 0."""
+    """Above a table, D(x, sigma) = D(x sigma_max / sigma, sigma_max). Below it the network gets time 0."""
     process, times = VP(ABAR), []
 
     def network(sample, time, class_labels=None):
@@ -242,7 +242,7 @@ def test_time_labels_round_trip(name, sigma_data):
 @pytest.mark.parametrize("name", ["angle", "flow_time"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bounded_time_labels_end_at_infinite_sigma(name, dtype):
-    """pi / 2 rounded to float32 is above pi / 2, where the tangent is negative."""
+    """In float32, pi / 2 is rounded to a number above pi / 2, whose tangent is negative."""
     label = TIME_LABELS[name].from_sigma(torch.tensor([1e30]), 0.5).to(dtype)
     assert label.item() == {"angle": float(np.float32(math.pi / 2)), "flow_time": 1.0}[name]
     assert TIME_LABELS[name].to_sigma(label, 0.5).item() == math.inf

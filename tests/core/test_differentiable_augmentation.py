@@ -19,7 +19,7 @@ def uniforms(count, rows=8):
     return torch.rand(rows, count, generator=torch.Generator().manual_seed(1))
 
 
-# the same, of one image at a time, as one would say it
+# a plain reference for one image at a time
 
 
 def coloured(x, u):

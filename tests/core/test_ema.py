@@ -9,7 +9,7 @@ BATCH = 64
 
 
 def constant_then_jump(profile, steps, batch_size=BATCH):
-    """The share of the first weight that is left in the average after `steps` updates with another weight."""
+    """The first weight's share of the average after `steps` updates with another weight."""
     module = nn.Linear(1, 1, bias=False).double()
     nn.init.ones_(module.weight)
     ema = EMA(module, [profile])
@@ -20,7 +20,7 @@ def constant_then_jump(profile, steps, batch_size=BATCH):
 
 
 def averaged(weights, decay, dtype):
-    """The recursion in `dtype`, of weights (steps, n); the first is where the average starts."""
+    """The recursion in `dtype` over weights (steps, n); the average starts at the first ones."""
     average = weights[0].to(dtype)
     for weight in weights[1:]:
         average = average.lerp(weight.to(dtype), 1 - decay)
@@ -107,7 +107,7 @@ def test_every_average_has_the_buffers_that_are_saved_and_no_others():
 
 
 def test_weights_that_layers_share_are_averaged_under_all_their_names():
-    """Else loading the average would give the layers the weights of before training, by their second name."""
+    """Otherwise loading the average would give the layers their untrained weights, under their second name."""
     module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     module[1].weight = module[0].weight
     ema, before = EMA(module, [ConstantDecay(0.75)]), module[0].weight.detach().clone()

@@ -1,4 +1,4 @@
-"""The search against functions whose minimum is known."""
+"""The search, against functions with known minima."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_each_call_divides_the_interval_by_the_golden_ratio():
 
 
 def bowl(best):
-    """A distance that is 1 and least at the levels `best`, bent so that the levels depend on each other."""
+    """A distance with its minimum, 1, at the levels `best`; the best value of each level depends on the others."""
 
     def distance(sigmas):
         assert sigmas[0] == 80 and all(a > b > 0.01 for a, b in zip(sigmas, sigmas[1:]))

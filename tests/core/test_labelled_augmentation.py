@@ -1,4 +1,4 @@
-"""Images that say how they were augmented: against formulas on smooth pictures, and exactly where pixels only move."""
+"""Augmented images and their labels: against formulas on smooth pictures, and exactly where pixels only move."""
 
 import math
 
@@ -11,7 +11,7 @@ from cm_diffusers.core.labelled_augmentation import SYM6, _filters, _read, augme
 
 
 def waves(x, y, height, width):
-    """A smooth picture without symmetry that goes on beyond its outermost pixels as its mirror image does."""
+    """A smooth picture without symmetry, continued beyond its edges by its mirror image."""
     x, y = math.pi * x / (width - 1), math.pi * y / (height - 1)
     return np.cos(x) + 0.6 * np.cos(2 * x) * np.cos(y) - 0.4 * np.cos(y)
 
@@ -30,9 +30,9 @@ def noise(rows=8, shape=(3, 16, 24), dtype=torch.float64):
 
 
 def as_said(label, height, width, sign):
-    """The waves as a label says: by where each pixel comes from, in complex numbers.
+    """The waves augmented as `label` describes, computed from each pixel's origin in complex numbers.
 
-    A stretch a along an axis has the label of -a along the opposite axis; `sign` tells which it is.
+    A stretch a along an axis has the same label as -a along the opposite axis; `sign` selects one of the two.
     """
     mirror_x, mirror_y, scale, cos, sin, along, across, right, down = label
     y, x = pixels(height, width)
@@ -51,7 +51,7 @@ def test_images_are_what_their_labels_say(size):
     for image, label in zip(images[:, 0].numpy(), labels.double().tolist()):
         errors = [np.abs(image - as_said(label, *size, sign)).max() for sign in (1, -1)]
         assert min(errors) < 0.003
-        if abs(label[5]) > 0.5 and not label[6]:  # along the rows: the sign is that of the label
+        if abs(label[5]) > 0.5 and not label[6]:  # along the rows the label gives the sign
             assert errors[label[5] < 0] < 0.003 < 0.02 < max(errors)
 
 

@@ -1,4 +1,4 @@
-"""Measurements of images: projections that keep what they tell."""
+"""Measurements of images: projections keep the measured values."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_averages_are_those_over_the_cells(coarse):
 
 
 def cell_average(pixels, top, height, left, width, fine=420):
-    """The average over a rectangle, by points that are finer than pixels (420 is a multiple of all sizes here)."""
+    """The average over a rectangle, on a grid finer than pixels (420 is a multiple of all sizes here)."""
     rows = np.floor(top + (np.arange(fine) + 0.5) * height / fine).astype(int)
     columns = np.floor(left + (np.arange(fine) + 0.5) * width / fine).astype(int)
     return pixels[np.ix_(rows, columns)].mean()

@@ -1,4 +1,4 @@
-"""The forms in which read-outs, labels and grids are written agree with each other, and to the bit with stock ones."""
+"""The forms of read-outs, labels and grids agree with each other, and to the bit with stock ones."""
 
 import math
 
@@ -38,7 +38,7 @@ every_jump = pytest.mark.parametrize("prediction", JUMP_PREDICTIONS)
 
 
 def samples(dtype=torch.float64):
-    """Levels (B, 1), samples at them and outputs (B, 5)."""
+    """Levels (B, 1), and samples at these levels and outputs, both (B, 5)."""
     sigma = LEVELS.to(dtype)[:, None]
     return sigma, sigma * torch.randn(len(sigma), 5, dtype=dtype), torch.randn(len(sigma), 5, dtype=dtype)
 

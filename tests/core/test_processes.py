@@ -1,4 +1,4 @@
-"""The forward processes and predictions beside EDM's: one coordinate, round trips, and where pure noise is."""
+"""Forward processes and predictions besides EDM's: one coordinate, round trips, and the place of pure noise."""
 
 import math
 
@@ -14,7 +14,7 @@ SIGMAS = torch.tensor([0.002, 0.02, 0.5, 0.821, 1.0, 1.526, 2.0, 5.0, 80.0, 800.
 
 
 def scaled_linear(zero_terminal_snr=False):
-    """The schedule of Stable Diffusion, and its rescaling to zero terminal SNR (Lin et al. 2023, algorithm 1)."""
+    """Stable Diffusion's schedule, and its rescaling to zero terminal SNR (Lin et al. 2023, algorithm 1)."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = (1 - betas).cumprod(0)
     if zero_terminal_snr:
@@ -93,14 +93,14 @@ def test_vp_times_are_the_integers_of_its_table():
     torch.testing.assert_close(process.sigma(numbers.double()), sigma)
 
 
-ANGLES = [0.1, 0.3, 0.4, 0.8]  # of a table of four times
+ANGLES = [0.1, 0.3, 0.4, 0.8]  # a table of four times
 FOUR_TIMES = VP(torch.tensor(ANGLES, dtype=torch.float64).cos() ** 2)
 
 
 @pytest.mark.parametrize(
     "angle, time",
     [
-        *((angle, time) for time, angle in enumerate(ANGLES)),  # the points of the table, its ends among them
+        *((angle, time) for time, angle in enumerate(ANGLES)),  # the table's points, including its ends
         *((0.2, 0.5), (0.35, 1.5), (0.5, 2.25), (0.7, 2.75)),
     ],
 )
@@ -124,7 +124,7 @@ def test_times_outside_a_table_have_the_levels_of_its_ends_as_in_the_schedulers(
     low, high = process.sigma(torch.tensor([0.0, 999.0], dtype=torch.float64)).tolist()
     assert process.sigma(times).tolist() == [low] * 4 + [high] * 3 and high == process.sigma_max
     theirs = network_input("epsilon", None, 0.5, 1.0, schedule).sigma(times.numpy())
-    torch.testing.assert_close(process.sigma(times), torch.from_numpy(theirs), rtol=1e-4, atol=0)  # of a float32 table
+    torch.testing.assert_close(process.sigma(times), torch.from_numpy(theirs), rtol=1e-4, atol=0)  # a float32 table
 
 
 @pytest.mark.parametrize("abar", [[0.9, 0.9], [0.5, 0.9], [1.1, 0.5], [0.9, -0.1], [0.9]])

@@ -213,7 +213,7 @@ def test_batch_norm_in_evaluation_mode_is_fine():
     x, v = torch.rand(2, 2, 1, 4, 4)
     with jvp_ready(network):
         tangent = jvp(network, (x,), (v,), mode="exact")[1]
-    assert relative(tangent, network(x + v) - network(x)) < 1e-5  # it is linear
+    assert relative(tangent, network(x + v) - network(x)) < 1e-5  # the network is linear
 
 
 def test_finite_differences_need_nothing():

@@ -13,12 +13,12 @@ SIGMA_DATA = 0.5
 
 
 def denoise(x, sigma):
-    """Exact for data N(0, SIGMA_DATA^2)."""
+    """The exact denoiser of data N(0, SIGMA_DATA^2)."""
     return x * append_dims(SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2), x)
 
 
 def endpoint_error(step, n, sigma=5.0, end=0.01):
-    """Distance to the exact solution after `n` steps along a Karras grid, which becomes smooth as it is refined."""
+    """Distance to the exact solution after `n` steps along a Karras grid, which becomes smooth under refinement."""
     x = torch.tensor([[1.7]], dtype=torch.float64)
     exact = x * math.hypot(end, SIGMA_DATA) / math.hypot(sigma, SIGMA_DATA)
     grid = karras_sigmas(n + 1, end, sigma)
@@ -76,7 +76,7 @@ def test_many_small_jumps_converge_to_the_consistency_function():
     assert endpoint_error(jump, 4000, end=1e-4) < 2e-4
     x, sigma = torch.tensor([[1.7]]), torch.tensor([5.0])
     f = x * SIGMA_DATA / math.hypot(5.0, SIGMA_DATA)
-    assert (jump(x, sigma, torch.zeros(1)) - f).abs() > 0.1  # a single one gives the mean instead
+    assert (jump(x, sigma, torch.zeros(1)) - f).abs() > 0.1  # a single jump gives the mean instead
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_order_of_convergence(step, order):
 
 
 def moments_of_the_sde(n, start=2.0, end=0.1):
-    """What `n` steps of the SDE make of the mean x and the variance 0 of a point x, which they know no more of."""
+    """Mean (in units of x) and variance after `n` steps of the SDE from a fixed point x."""
     mean, variance = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     zero = torch.zeros_like(mean)
     grid = karras_sigmas(n + 1, end, start)[:, None]

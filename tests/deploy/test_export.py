@@ -1,4 +1,4 @@
-"""Whole samplers: they are the pipeline's calls, in PyTorch, as programs for any batch, and in onnxruntime alone."""
+"""Whole samplers give the pipeline's images: in PyTorch, as programs for any batch, and in onnxruntime alone."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_a_sampler_is_the_pipeline_s_call(kind, levels, guidance):
     wanted = pipe(**call, **levels, output_type="pt").images
     with torch.no_grad():
         made = sampler(**given)
-        torch.testing.assert_close(made, sampler(**given), rtol=0, atol=0)  # the same again
+        torch.testing.assert_close(made, sampler(**given), rtol=0, atol=0)  # a second call gives the same images
     torch.testing.assert_close(made, wanted, rtol=0, atol=1e-6)
     assert made.shape == (3, 1, 8, 8) and made.std() > 0.003
     adds = len(sampler.noise_levels) > 1 and kind not in ("ctm", "mean flow")
@@ -121,13 +121,13 @@ def test_programs_take_any_batch_and_onnxruntime_gives_the_pipeline_s_images(nam
     wanted = pipe(**call, **levels, output_type="pt").images
     half = found["dtype"] == "float16"
     torch.testing.assert_close(loaded(**given), wanted, rtol=0, atol=0.01 if half else 1e-5)
-    checked = check_sampler(pipe, tmp_path, found, **levels)  # of batches of 1, 2 and 5
+    checked = check_sampler(pipe, tmp_path, found, **levels)  # with batches of 1, 2 and 5
     assert checked["largest_difference"] <= (0.01 if half else 1e-5)
     assert checked["onnxruntime_seconds"] > 0 and checked["pipeline_seconds"] > 0
 
 
 def test_halves_of_a_guided_batch_are_cut_and_not_chunked():
-    """`chunk` becomes a sequence in ONNX, at which onnxscript's optimizer fails if the batch may be any."""
+    """`chunk` becomes a sequence in ONNX, at which onnxscript's optimizer fails if the batch size is dynamic."""
     f = torch.randn(4, 3)
     told = of_classes(torch.tensor([1, 2]))
     made = guide(lambda both: f, told, told, 2.5)
@@ -154,7 +154,7 @@ def export(model, folder, *words):
 
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
-    """What the script leaves, with the page and a runtime that is none."""
+    """The script's output, with the page and a dummy runtime."""
     runtime, folder = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("exported")
     for name in ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"):
         (runtime / name).write_text(name)

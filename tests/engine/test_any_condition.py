@@ -1,4 +1,4 @@
-"""Conditions that are no labels, through training, resumption, export and sampling, by methods of each kind."""
+"""Conditions other than labels, through training, resumption, export and sampling, by methods of each kind."""
 
 import copy
 import shutil
@@ -31,9 +31,9 @@ SETTINGS = {
 
 
 class ConditionedNetwork(ModelMixin, ConfigMixin):
-    """A small convolutional network that is told a vector (B, 5), or an image to go by (B, 1, H, W), and no label.
+    """A small convolutional network conditioned on a vector (B, 5) or an image (B, 1, H, W), not on a label.
 
-    It knows what to do without, as networks are tried on blank images before training.
+    It also works without the condition, because training first tries each network on blank images.
     """
 
     @register_to_config
@@ -45,7 +45,7 @@ class ConditionedNetwork(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(8, in_channels, 3, padding=1)
 
     def adapt_condition(self, condition):
-        """An image is called so in the data and `beside` here, as networks call things as they like."""
+        """The data's `image` is `beside` here, because each network has its own names."""
         return {{"image": "beside"}.get(name, name): entry for name, entry in condition.entries.items()}
 
     def forward(self, sample, timestep, target_timestep=None, vector=None, beside=None, return_dict=True):
@@ -61,7 +61,7 @@ class ConditionedNetwork(ModelMixin, ConfigMixin):
 
 
 class ConditionedData(ImageData):
-    """The digits, with numbers of their own beside each, or each image upside down."""
+    """The digits, each with a vector of its own or with its upside-down image as the condition."""
 
     kind = "vector"
 

@@ -1,4 +1,4 @@
-"""Runs that start from diffusion models of diffusers: they train, resume, and leave a model that samples."""
+"""Runs that start from diffusers models: they train, resume and save a model that samples."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ SETTINGS |= {"ctm": {"solver_steps": 2}}
 
 
 def start(kind, method, folder, **settings):
-    """A run of `method` from the model of diffusers of that kind, which teaches where the method has a teacher."""
+    """A run of `method` from the diffusers model `kind`, which is the teacher if the method has one."""
     teacher = PIPELINES[kind]()
     save(kind, folder / "teacher", teacher)
     network = teacher.components.get("unet") or teacher.transformer
@@ -42,7 +42,7 @@ def start(kind, method, folder, **settings):
         settings["class_conditional"] = None
     taught = "pretrained_teacher_model" in OBJECTIVES[method].Options.__dataclass_fields__
     settings["pretrained_teacher_model" if taught else "pretrained_model_name_or_path"] = folder / "teacher"
-    # random weights and an L2 distance at sigma 80 make gradients that RAdam's first steps don't scale down
+    # with random weights, an L2 distance at sigma 80 has gradients that RAdam's first steps do not scale down
     defaults = {"model_preset": None, "max_train_steps": 4, "learning_rate": 1e-6, "optimizer": "adam"}
     defaults |= SETTINGS.get(method, {})
     return run(folder / "run", method, **{**defaults, **settings})
@@ -62,7 +62,7 @@ def test_a_student_keeps_its_teacher_s_process_and_samples_after_reloading(kind,
     x = sigma.reshape(-1, 1, 1, 1) * torch.randn(4, *student.sample_shape)
     with torch.no_grad():
         moved = denoiser(x, sigma, of_classes(labels)) - teacher.denoiser(x, sigma, of_classes(labels))
-    assert 0 < moved.abs().max() and moved.square().mean().sqrt() < 0.3  # four steps from the teacher
+    assert 0 < moved.abs().max() and moved.square().mean().sqrt() < 0.3  # after four training steps
 
     again = DiffusionPipeline.from_pretrained(folder)
     again.set_progress_bar_config(disable=True)
@@ -86,7 +86,7 @@ def test_a_trajectory_model_begins_as_its_teacher_and_jumps_after_reloading(kind
         x, sigma = 3.3 * noise, torch.full((2,), 3.3)
         denoised = teacher.denoiser(x, sigma, of_classes(labels))
         jumped = student.jump(x, 3.3, 1.1, labels)
-        torch.testing.assert_close(jumped, (x + 2 * denoised) / 3, rtol=0.03, atol=0.03)  # two steps from the teacher
+        torch.testing.assert_close(jumped, (x + 2 * denoised) / 3, rtol=0.03, atol=0.03)  # after two training steps
     made = student(class_labels=labels, latents=noise, sigmas=[3.3, 0.5], output_type="latent").images
     again = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     again.set_progress_bar_config(disable=True)
@@ -123,8 +123,8 @@ def test_a_diffusion_model_is_tuned_on_its_own_process_and_teaches(kind, method,
             moved = load_teacher(str(folder), ModelArguments()).denoiser(x, levels, of_classes(labels)) - denoised
             assert moved.abs().max() < 1e-3
             away = denoised - teacher.denoiser(x, levels, of_classes(labels))
-        assert 0 < away.square().mean().sqrt() < 0.3  # two steps
-    verify_export(tuned, folder)  # in a clean process, where the code of the folder samples the same images
+        assert 0 < away.square().mean().sqrt() < 0.3  # after two training steps
+    verify_export(tuned, folder)  # in a clean process, the folder's own code samples the same images
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v", "flow", "edm, v"])
@@ -163,12 +163,12 @@ def test_a_stopped_run_is_resumed_bit_for_bit(kind, method, tmp_path, monkeypatc
 
 
 def test_the_exported_folder_is_verified_in_a_clean_process(tmp_path, monkeypatch):
-    """A DiT with an autoencoder, on a VP process: the code of network, scheduler and pipeline travels."""
+    """A DiT with an autoencoder on a VP process: the folder holds the code of network, scheduler and pipeline."""
     folder = start("dit", "ect", tmp_path, max_train_steps=1) / "pipeline"
     verify_export(load_pipeline(str(folder)), folder)
 
 
-# --- what can't be started, and says what can
+# --- refused starts, whose messages name possible ones
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_guided_distillation_differs(tmp_path):
 
 @pytest.fixture
 def tiny_dit(tmp_path):
-    """A DiT on latents of an AutoencoderTiny, which halves images as often as it has stages."""
+    """A DiT on latents of an AutoencoderTiny, which halves images once per stage."""
     vae = autoencoder_tiny()
     vae.save_pretrained(tmp_path / "vae")
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_a_dit_on_latents_of_a_tiny_autoencoder(tiny_dit, tmp_path):
 
 
 def test_latents_are_those_of_the_autoencoder_and_decode(tmp_path):
-    """The latents of training are shifted and scaled; a pipeline undoes it."""
+    """Training shifts and scales the latents; the pipeline undoes both."""
     from cm_diffusers.engine.data.latents import encode
 
     vae, images = autoencoder_kl(), torch.rand(3, 1, 8, 8) * 2 - 1
@@ -313,7 +313,7 @@ def test_a_latent_model_from_nothing_and_its_distillation_are_watched_without_im
         )
         levels = {name: value for name, value in exported.scheduler.config.items() if name[0] != "_"}
         assert levels.items() <= watched.scheduler.config.items()
-    elsewhere = SimpleNamespace(device=torch.device("meta"), is_main_process=True)  # as a GPU is
+    elsewhere = SimpleNamespace(device=torch.device("meta"), is_main_process=True)  # stands for a GPU
     [(_, watched)] = follow(student, elsewhere, (), tmp_path / "aside")
     assert watched.unet.device == watched.vae.device == elsewhere.device
 

@@ -1,4 +1,4 @@
-"""Runs of so many minutes: what fits into them, and that a resumed run keeps its length."""
+"""Runs with a budget in minutes: the steps that fit, and the unchanged length of a resumed run."""
 
 import time
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def test_steps_pictures_checkpoints_and_the_end_fit(costs, seconds, every, steps
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Costs by which 0.1 minutes come to 8 steps, in place of a measurement; and how often one was made."""
+    """Replace the measurement by costs that fit 8 steps into 0.1 minutes; the list has an entry per measurement."""
     calls = []
 
     def measure(*_):

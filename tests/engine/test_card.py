@@ -1,4 +1,4 @@
-"""Model cards: every number from the run, nothing of this machine, a snippet that is Python."""
+"""Model cards: every number comes from the run, nothing identifies this machine, and the snippet is valid Python."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints: what was written is read back, or the one before is, whatever happens in between."""
+"""Checkpoints: the newest one is read back unchanged, or else the one before, whatever happens in between."""
 
 import builtins
 import json
@@ -240,7 +240,7 @@ NO_FILES = {
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "model.safetensors"])
 def test_what_is_no_file_is_named_and_neither_waited_for_nor_read(tmp_path, monkeypatch, make, name):
     write(tmp_path, 3, 6)
-    monkeypatch.chdir(tmp_path / "checkpoint-6")  # names of sockets have to be short
+    monkeypatch.chdir(tmp_path / "checkpoint-6")  # the path of a socket must be short
     Path(name).unlink()
     make(Path(name))
     checkpoint, faults = newest_checkpoint(tmp_path)
@@ -306,7 +306,7 @@ def test_a_state_that_does_not_verify_is_passed_over(tmp_path, raw):
 
 
 def test_a_state_that_does_not_verify_says_nothing_of_soundness(tmp_path):
-    """The run diverged after step 3, whose checkpoint is the one to go on from."""
+    """The run diverged after step 3, so it resumes from that step's checkpoint."""
     for step, sound in ((3, True), (6, False), (9, False), (12, False)):
         if step == 12:
             empty(tmp_path / "checkpoint-9" / "state.json", None, None)
@@ -368,7 +368,7 @@ def test_a_fault_at_any_call_leaves_a_sound_checkpoint(tmp_path, monkeypatch, na
     for k in range(1, 40):
         root, calls = tmp_path / str(k), []
         write(root, 3, 6)
-        shutil.copytree(root / "checkpoint-6", root / ".tmp-9")  # a leftover, for rmtree
+        shutil.copytree(root / "checkpoint-6", root / ".tmp-9")  # a leftover for rmtree
         with monkeypatch.context() as patch:
             patch.setattr(holder, attribute, fails_at(getattr(holder, attribute), k, calls))
             try:
@@ -385,8 +385,8 @@ def test_a_fault_at_any_call_leaves_a_sound_checkpoint(tmp_path, monkeypatch, na
         assert folders(root) == sorted(["checkpoint-12", f"checkpoint-{checkpoint.step}"])
         if len(calls) < k:
             break
-    read = 2 if name in ("os.open", "open") else 0  # manifest and state of an older one, to see whether it is sound
-    assert failures + read == k - 1 >= 1  # every call of a save was made to fail once
+    read = 2 if name in ("os.open", "open") else 0  # the soundness check reads a manifest and a state
+    assert failures + read == k - 1 >= 1  # every call of a save has failed once
 
 
 @contextmanager
@@ -414,7 +414,7 @@ def test_where_the_disk_is_full_nothing_partial_stays(tmp_path, size):
 
 
 def forge(root, files=None, **changes):
-    """A checkpoint whose manifest is consistent with whatever it claims."""
+    """A checkpoint whose manifest is consistent with its false claims."""
     write(root, 3)
     path = root / "checkpoint-3" / "manifest.json"
     manifest = json.loads(path.read_text())

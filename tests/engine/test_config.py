@@ -1,4 +1,4 @@
-"""Settings: flags and YAML are one thing, and every mistake is named."""
+"""Settings: flags and YAML are equivalent, and messages name every mistake."""
 
 import math
 import os
@@ -119,7 +119,7 @@ def test_options_of_another_method_are_refused_by_name(tmp_path, name):
     path = write_yaml(tmp_path / "c.yaml", dataset_name="digits", **{name: 2})
     with pytest.raises(ValueError, match=expected):
         parse("--config", path, method="diffusion")
-    assert parse_digits(f"--{name}", 2).to_dict()[name] == 2  # its own method takes it
+    assert parse_digits(f"--{name}", 2).to_dict()[name] == 2  # the flag's own method accepts it
 
 
 def test_a_method_of_another_script_is_refused(tmp_path):
@@ -282,7 +282,7 @@ def test_unreadable_files_are_refused_by_name(tmp_path, name, reason):
         parse("--config", tmp_path / name)
 
 
-# --- what expands, nests or repeats itself ---------------------------------------------------------------------------
+# --- aliases, nesting and repetition ---------------------------------------------------------------------------------
 
 
 def nested(levels):
@@ -294,12 +294,12 @@ def nested_by_lines(levels):
 
 
 def nested_by_aliases(levels):
-    """Each level is half of what is above the limit; only where they are joined it is too much."""
+    """Each level has half of an excessive number of values; only joined they exceed the limit."""
     return f"a: &a {'[' * levels}{']' * levels}\nq: {'[' * levels}*a{']' * levels}"
 
 
 def expanded(values):
-    """A list of ten, repeated until there are a little more than so many values."""
+    """A list of ten, repeated until there are slightly more than the given number of values."""
     return f"a: &a [{', '.join('x' * 10)}]\nq: [{', '.join(['*a'] * (values // 11))}]"
 
 

@@ -1,4 +1,4 @@
-"""Data: every source, every kind of image, every fault before training, and an order that only the seed decides."""
+"""Data: every source, every kind of image, every fault before training, and an order set by the seed alone."""
 
 import io
 
@@ -152,7 +152,7 @@ def test_labels_outside_the_classes_are_refused(monkeypatch, wrong):
     plain = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     columns = {"image": [random_image(i) for i in range(3)], "label": [0, 2, wrong]}
     source = datasets.Dataset.from_dict(columns, features=plain)
-    source.info.features = features  # as a foreign file may claim
+    source.info.features = features  # as a foreign file can claim
     monkeypatch.setattr(data_module, "load_source", lambda *args: source)
     with pytest.raises(ValueError, match=rf"integers in \[0, 2\]; row 2 has {wrong}"):
         ImageData(DataArguments(dataset_name="any"), True, show_progress=False)
@@ -182,7 +182,7 @@ def test_only_the_first_samples_are_used(image_folder):
 
 
 def spoil(folder):
-    """Bad files of all kinds among good ones; gives their names."""
+    """Add bad files of all kinds to good ones; returns the bad files' names."""
     good = as_bytes(random_image(7, (64, 64)))
     bad = {
         "truncated.png": good[: len(good) // 2],
@@ -333,7 +333,7 @@ def test_resizing_is_bicubic_with_antialiasing():
     assert np.array_equal(got, np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC), int))
     wave = Image.fromarray(
         (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    )  # aliases to black without a filter
+    )  # would alias to black without a filter
     smooth = np.asarray(resize_and_crop(wave, (8, 8)), float)
     assert np.abs(smooth[1:-1, 1:-1] - 127.5).max() < 2
     aliased = np.asarray(wave.resize((8, 8), Image.Resampling.NEAREST), float)
@@ -440,7 +440,7 @@ def streamed(folder, conditional, share, batches):
 
 @pytest.fixture
 def stream_folder(tmp_path):
-    """Twenty images of one value each, 0, 10, ..., 190, with the class value // 100."""
+    """Twenty constant images with the values 0, 10, ..., 190 and the class value // 100."""
     images = [Image.new("L", (4, 4), 10 * i) for i in range(20)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=2)})
     return write_parquet(tmp_path / "d", features, image=images, label=[i // 10 for i in range(20)])

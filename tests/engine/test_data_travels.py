@@ -1,4 +1,4 @@
-"""What the data are: in checkpoints, settings, saved models and cards; held against the data when a run goes on."""
+"""The description of the data: in checkpoints, settings, saved models and cards, and its check on resumption."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ BEFORE = DataDescription(8, 1, (8, 8), 2, {0: "cat", 1: "dog"}, "a" * 64)
 
 
 def pictures(folder, classes=("cat", "dog"), count=4, seed=0):
-    """A folder of grey pictures, by class."""
+    """A folder of grey pictures in one folder per class."""
     random = np.random.default_rng(seed)
     for name in classes:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -43,13 +43,13 @@ def train(folder, data, **settings):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folders of a finished run of three steps and of its pictures."""
+    """The folder of a finished run of three steps, and the folder of its pictures."""
     folder = tmp_path_factory.mktemp("travels")
     data = pictures(folder / "data")
     return train(folder / "run", data, max_train_steps=3), data
 
 
-# --- where it is ---------------------------------------------------------------------------------------------------
+# --- its places ----------------------------------------------------------------------------------------------------
 
 
 def test_the_description_is_in_the_checkpoint_the_settings_the_model_and_what_is_published(trained):
@@ -118,7 +118,7 @@ def test_a_run_is_resumed_on_other_data_only_when_that_is_asked_for(trained, tmp
     assert "another one from here on" in said and "Resumed from step 3 of 4" in said
     state = newest_checkpoint(folder)[0].state
     assert state["config"]["sigma_data"] == newest_checkpoint(trained[0])[0].state["config"]["sigma_data"]
-    train(folder, data, max_train_steps=5)  # the new data are those of the run now
+    train(folder, data, max_train_steps=5)  # the run now has the new data
 
 
 def test_the_same_images_elsewhere_are_the_same_data(trained, tmp_path):
@@ -144,7 +144,7 @@ def test_a_checkpoint_without_a_description_is_resumed_and_that_is_said(trained,
         ({"channels": 3, "size": (8, 16)}, ["channels was 1, is 3", "size was 8 x 8, is 8 x 16"]),
         ({"classes": {0: "dog", 1: "cat"}}, ["class 0 was 'cat', is 'dog'", "class 1 was 'dog', is 'cat'"]),
         ({"classes": {1: "dog"}}, ["class 0 was 'cat', is 'none'"]),
-        ({"number": None, "fingerprint": None}, []),  # a stream does not know
+        ({"number": None, "fingerprint": None}, []),  # unknown for a stream
         ({"number": None, "fingerprint": None, "classes": {0: "cat", 1: "eel"}}, ["class 1 was 'dog', is 'eel'"]),
     ],
 )
@@ -152,7 +152,7 @@ def test_what_differs_between_two_datasets(now, words):
     assert BEFORE.differences(replace(BEFORE, **now)) == words
 
 
-# --- classes that no image has -------------------------------------------------------------------------------------
+# --- classes without images ----------------------------------------------------------------------------------------
 
 
 def test_classes_that_no_image_has_are_said_and_never_drawn(tmp_path, capsys):
@@ -174,12 +174,12 @@ def test_classes_that_no_image_has_are_said_and_never_drawn(tmp_path, capsys):
     assert {label for labels in seen for label in labels.tolist()} == {1, 3, 4}
 
 
-# --- names where images are shown ----------------------------------------------------------------------------------
+# --- names beside images -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def named(tiny_unet):
-    """A pipeline of four classes of which three have names, one of them twice."""
+    """A pipeline with four classes; three have names, and two share one."""
     pipe = ConsistencyPipeline(tiny_unet(num_classes=4), MultistepConsistencyScheduler())
     name_classes(pipe.unet, {0: "cat", 2: "dog", 3: "dog"})
     pipe.set_progress_bar_config(disable=True)
@@ -200,14 +200,14 @@ def test_a_grid_shows_captions_below_its_images():
     assert plain.size == (132, 132) and captioned.size == (132, 156)
     below = np.array(captioned)[64:76]
     assert (below[:, :64] < 128).any() and (below[:, 66:130] == 255).all()
-    assert (np.array(captioned)[142:154, 64:66] == 255).all()  # the long one is cut to the image's width
+    assert (np.array(captioned)[142:154, 64:66] == 255).all()  # the long caption is cut to the image's width
 
 
 def test_the_samples_of_a_model_are_drawn_with_the_names(named, tmp_path, monkeypatch):
     seen = []
     grid = "cm_diffusers.engine.sharing.card.image_grid"
     monkeypatch.setattr(grid, lambda *a, captions: seen.append(captions) or a[0])
-    with pytest.raises(AttributeError):  # the stand-in of the picture can't be saved
+    with pytest.raises(AttributeError):  # the picture's stand-in can't be saved
         draw_grids(named, tmp_path)
     assert seen[0][:4] == ["cat", "dog", "dog", "cat"]
 

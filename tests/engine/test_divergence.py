@@ -1,4 +1,4 @@
-"""Runs that diverge: what is kept, and that the message's advice works when it is followed."""
+"""Runs that diverge: the checkpoints that are kept, and the advice in the message, which works."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ SHORT = {"max_train_steps": 30, "checkpointing_steps": 1, "max_skipped_steps": 2
 
 @pytest.fixture
 def explode(monkeypatch):
-    """Makes the weights large after `step` steps, and the losses three steps later nan, until called with None."""
+    """A function that makes weights large after `step` steps and losses nan three steps later; None undoes it."""
     original = ECT.loss
 
     def set_step(step, factor=100.0, broken=True):
@@ -53,14 +53,14 @@ def steps_of(folder):
 
 
 def diverge(folder, **settings):
-    """The message of a run that diverges."""
+    """The error message of a diverging run."""
     with pytest.raises(Diverged) as error:
         run(folder, **{**SHORT, **settings})
     return str(error.value)
 
 
 def test_the_newest_sound_checkpoint_outlives_those_after_a_blow_up(tmp_path, explode):
-    """Weights that are finite and useless are no place to go on from, however many such checkpoints come after."""
+    """A run never resumes from finite but useless weights, however many such checkpoints follow."""
     explode(3)
     message = diverge(tmp_path)
     assert "checkpoint-3 is sound" in message and "The last checkpoint is sound" not in message
@@ -72,7 +72,7 @@ def test_the_newest_sound_checkpoint_outlives_those_after_a_blow_up(tmp_path, ex
 
 
 def test_weights_that_are_large_and_give_finite_losses_end_the_run(tmp_path, explode):
-    """One wild gradient leaves weights of 1e13: the loss stays finite, and no later step repairs them."""
+    """One wild gradient leaves weights of 1e13. The loss stays finite, and no later step repairs the weights."""
     explode(3, 1e13, broken=False)
     message = diverge(tmp_path)
     assert "has diverged by step 4, which is not saved: its weights have grown to 1.0e+13 times" in message
@@ -91,7 +91,7 @@ def test_a_weight_that_is_no_number_ends_the_run_before_anything_of_it_is_saved(
     monkeypatch.setattr(ECT, "after_step", broken)
     message = diverge(tmp_path / "often", checkpointing_steps=1)
     assert "by step 4, which is not saved: 1 of " in message and "not finite (the first is conv_in.weight)" in message
-    message = diverge(tmp_path / "seldom", checkpointing_steps=3)  # found by the loss of the step after it
+    message = diverge(tmp_path / "seldom", checkpointing_steps=3)  # the next step's loss reveals it
     assert "diverged by step 5: 1 of " in message and "checkpoint-3 is sound" in message
     for folder in (tmp_path / "often", tmp_path / "seldom"):
         assert steps_of(folder)[0] == 3 and not list(folder.glob("diverged-*"))
@@ -186,7 +186,7 @@ def test_without_a_sound_checkpoint_the_run_starts_anew_with_what_the_message_ad
 
 @pytest.mark.wide
 def test_a_real_blow_up_ends_with_a_message_and_code_2_and_its_advice_trains_to_the_end(tmp_path):
-    """By the command line, with a learning rate that breaks the network, and then as the message says."""
+    """A command with a learning rate that breaks the network, and then one that follows the message's advice."""
     settings = {**SHORT, "learning_rate": 1000.0, "max_skipped_steps": 4}
     command = [sys.executable, str(SCRIPT), *flags(tmp_path / "r", **settings)]
     first = subprocess.run(command, capture_output=True, text=True)
@@ -198,7 +198,7 @@ def test_a_real_blow_up_ends_with_a_message_and_code_2_and_its_advice_trains_to_
     assert read_log(tmp_path / "r")[-1]["skipped"] == 0
 
 
-# --- what is said, and of what -------------------------------------------------------------------------------------
+# --- messages, and sound states ------------------------------------------------------------------------------------
 
 
 def test_where_no_step_was_finite_the_pace_is_not_blamed(tmp_path, monkeypatch):
@@ -231,8 +231,8 @@ def test_the_advice_is_of_settings_that_are_not_so_yet(run_settings, precision, 
         (1.0, 1.0, 1, False),
         (float("nan"), 1.0, 0, False),
         (1.0, float("inf"), 0, False),
-        (30.0, 1.0, 0, False),  # it has just blown up
-        (300.0, 299.0, 0, False),  # and the average has followed
+        (30.0, 1.0, 0, False),  # blown up just now
+        (300.0, 299.0, 0, False),  # blown up, and the average has followed
     ],
 )
 def test_what_a_sound_state_is(weights, average, skipped, sound):

@@ -1,4 +1,4 @@
-"""Every setting that somebody gave has an effect in its run, or the run is refused; flags win by what they answer."""
+"""Every given setting has an effect, or the run is refused; a flag overrides all settings that answer its question."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from cm_diffusers.objectives.options import Length, phases, steps_of
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 TEACHER = ("--pretrained_teacher_model", "user/teacher")
 STUDENT = ("--pretrained_model_name_or_path", "user/model")
-# steps of pretraining, of a stage, of the learning rate's and of the tangent's warm-up in the recipes at their length
+# steps by recipe: pretraining, a stage, learning rate warm-up, tangent warm-up
 LENGTHS = {
     "afhqv2_cdm": (None, None, 78125, None),
     "afhqv2_edm": (None, None, 39062, None),

@@ -1,4 +1,4 @@
-"""Evaluations of tiny models of the digits: the numbers, what is refused, cards, the search of levels, watching."""
+"""Evaluations of tiny digit models: the numbers, refusals, cards, the search for levels, and watching a run."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def words(model, cache, tmp_path):
-    """A maker of command lines; None takes a default away."""
+    """A function that makes command lines; None removes a default."""
 
     def make(**settings):
         values = {**DATA, "num_samples": 50, "batch_size": 16, "feature_extractor": "classifier"}
@@ -77,7 +77,7 @@ def words(model, cache, tmp_path):
 
 @pytest.fixture
 def judged(words):
-    """Run an evaluation in this process."""
+    """A function that runs an evaluation in this process."""
 
     def judged(**settings):
         return evaluate(*parse_groups(words(**settings), (EvaluationArguments, DataArguments), "evaluate", ""))
@@ -109,7 +109,7 @@ def test_the_numbers_are_those_of_the_parts(judged, model, tmp_path):
     assert len({row["frechet_distance"] for row in report["results"]}) == 3
     assert report["extractor"] == {"name": "classifier", "fingerprint": extractor.fingerprint}
     assert report["reference"]["data_hash"] == reference.facts["data_hash"] and report["dataset"] == "digits"
-    assert not any("fid" in row for row in report["results"])  # by 50 images and another network
+    assert not any("fid" in row for row in report["results"])  # needs more than 50 images, and Inception features
     spent = report["time"]
     assert spent.pop("processes") == 1
     assert spent.keys() == {"sampling", "features", "metrics", "frechet_distance", "reference", "total"}
@@ -165,7 +165,7 @@ def test_processes_that_do_not_know_of_each_other_are_told(judged, monkeypatch):
         judged()
 
 
-# --- what is refused, before sampling
+# --- refused before sampling
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_the_search_saves_a_copy_that_takes_the_levels_it_found(judged, model, t
     search, rows = report["search"], {row["name"]: row for row in report["results"]}
     tried = search["levels_and_frechet_distances"]
     assert tried[0][:2] == search["from"] and [*search["to"], min(row[2] for row in tried)] in tried
-    assert search["to"] != search["from"] and search["first_seed"] == 50  # seeds 0 to 49 are those of the results
+    assert search["to"] != search["from"] and search["first_seed"] == 50  # the results have seeds 0 to 49
     assert rows.keys() == {"1 step", "2 steps", f"sigmas {', '.join(f'{s:g}' for s in search['from'])}"}
     assert rows["2 steps"]["sigmas"] == search["to"]
     copy = tmp_path / "out" / "pipeline"
@@ -297,7 +297,7 @@ def test_a_run_is_watched_until_it_ends(judged, model, tmp_path, monkeypatch):
     shutil.move(folder / "checkpoint-6", tmp_path)
     lock = FileLock(folder / ".lock")
 
-    def pause(seconds):  # the run goes on meanwhile
+    def pause(seconds):  # meanwhile the run continues
         waited.append(seconds)
         if len(waited) == 2:
             shutil.move(tmp_path / "checkpoint-6", folder)
@@ -323,7 +323,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(model, tmp_path, 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    """A diffusion model that knows a class for none."""
+    """A diffusion model with a null class."""
     settings = {"model_preset": "ddpmpp_tiny", "label_dropout": 0.3, "max_train_steps": 20, "train_batch_size": 32}
     return run(tmp_path_factory.mktemp("runs") / "labelled", "diffusion", **settings) / "pipeline"
 
@@ -379,7 +379,7 @@ def test_a_series_is_not_continued_in_another_way(judged, model, tmp_path):
     file.write_text(json.dumps({**report, "sampling": [{"solver": "euler"}]}))
     with pytest.raises(ValueError, match="holds results of another sampling: .*euler.* instead of None"):
         judged(watch=folder, num_inference_steps=[1])
-    del report["sampling"]  # as earlier versions left it
+    del report["sampling"]  # as in reports of earlier versions
     file.write_text(json.dumps(report))
     assert [row["step"] for row in judged(watch=folder, num_inference_steps=[1])["results"]] == [3, 6]
 

@@ -1,4 +1,4 @@
-"""What holds for a run of every method: exact resume, any split of the batch, a model that loads."""
+"""Properties of every method's runs: exact resume, any split of the batch, a model that loads."""
 
 import os
 import signal
@@ -24,14 +24,14 @@ SETTINGS = {
     "ct": {"s1": 12},
     "ict": {"s0": 4, "s1": 16},
     "cd": {"num_scales": 12},
-    # where r = 0 a student that still is its teacher has residuals of rounding size; c > 0 takes their weight away
+    # at r = 0 a student equal to its teacher has residuals of rounding size; c > 0 removes their weight
     "ecd": {"stage_steps": 2, "p_mean": 1.0, "p_std": 0.5, "huber_c": 0.01},
     "sct": {"model_preset": "jvp_tiny", "tangent_warmup_steps": 3},
     "scd": {"from_scratch": True, "tangent_warmup_steps": 3},
     "mean_flow": {"model_preset": "jvp_tiny"},
-    # short rollouts end so near to where they start that rounding shows in the product of two differences
+    # short rollouts end so close to their start that rounding shows in the product of two differences
     "cdm": {"rollout_steps": 2, "epsilon_min": 0.5, "epsilon_max": 1.0},
-    # the weights of balanced parts are those of each pass
+    # other balances compute the weights of the parts in each pass
     "ctm": {"solver_steps": 2, "gan_weight": 0.5, "discriminator_start_step": 3, "balance": "fixed"},
 }
 CONTINUOUS = ("sct", "scd", "mean_flow")
@@ -41,13 +41,13 @@ STATE = {"ct": TARGET, "cd": TARGET, "ctm": TARGET | {"discriminator", "discrimi
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A diffusion model, trained a little."""
+    """The folder of a briefly trained diffusion model."""
     return run(tmp_path_factory.mktemp("runs") / "teacher", "diffusion", max_train_steps=4) / "pipeline"
 
 
 @pytest.fixture
 def train(teacher):
-    """A maker of short runs of any method."""
+    """A function that makes short runs of any method."""
 
     def make(folder, method, **settings):
         if "pretrained_teacher_model" in OBJECTIVES[method].Options.__dataclass_fields__:
@@ -82,7 +82,7 @@ def test_a_stopped_run_is_resumed_bit_for_bit(train, tmp_path, monkeypatch, meth
 def test_the_target_average_is_saved_and_loaded(train, tmp_path, monkeypatch, method):
     trainers, resume = [], Trainer.resume
     monkeypatch.setattr(Trainer, "resume", lambda self: (trainers.append(self), resume(self))[1])
-    for _ in range(2):  # the second time the run is finished: it is only loaded
+    for _ in range(2):  # the second call finds a finished run and only loads it
         train(tmp_path, method)
     trained, loaded = (trainer.objective.target.state_dict() for trainer in trainers)
     saved = {key: value for (group, key), value in tensors(tmp_path).items() if group == "auxiliary.target"}
@@ -117,7 +117,7 @@ def test_two_passes_of_eight_are_one_of_sixteen(train, tmp_path, method):
         assert {key: b[key] for key in numbers} == pytest.approx({key: a[key] for key in numbers}, rel=1e-6)
     a, b = tensors(whole), tensors(split)
     for key in a:
-        if key[0] != "optimizer" and not key[1].endswith("to_k.bias"):  # whose true gradient is zero
+        if key[0] != "optimizer" and not key[1].endswith("to_k.bias"):  # the true gradient of this bias is zero
             torch.testing.assert_close(b[key], a[key], rtol=0, atol=1e-5)
 
 
@@ -247,7 +247,7 @@ def test_other_models_load_with_nothing_but_diffusers_and_their_own_code(train, 
         generator = torch.Generator().manual_seed(0)
         images = pipe(class_labels=[1, 2, 3], num_inference_steps=2, generator=generator, output_type="np").images
         assert images.std() > 0
-        # new processes agree to the bit; in this one, earlier work can move sums by a rounding
+        # new processes agree to the bit; in this one, earlier work can change the rounding of sums
         np.testing.assert_allclose(np.load(folder / "images.npy"), images, rtol=0, atol=1e-6)
 
 
@@ -264,7 +264,7 @@ def function_of(pipeline, x, sigma):
 
 @pytest.mark.parametrize("interpolant, time_label", [("trigflow", None), ("edm", "angle")])
 def test_a_student_starts_as_its_teacher(tmp_path, interpolant, time_label):
-    """TrigFlow's F is EDM's with the sign turned: a run whose learning rate is nothing exports the same function."""
+    """TrigFlow's F is EDM's with the opposite sign. At a negligible learning rate a run exports the same function."""
     teacher = run(tmp_path / "t", "diffusion", interpolant=interpolant, time_label=time_label) / "pipeline"
     student = run(tmp_path / "s", "scd", pretrained_teacher_model=teacher, max_train_steps=1, learning_rate=1e-12)
     x, sigma = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 1.0, 5.0, 80.0])

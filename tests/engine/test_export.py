@@ -1,4 +1,4 @@
-"""Saved models load with nothing but diffusers, and with the library without running their code; all or nothing."""
+"""Saved models load with diffusers alone, and with the library without running their code. Saving is atomic."""
 
 import ast
 import json
@@ -68,10 +68,10 @@ OURS = {
 }
 STOCK = {
     "stock": lambda: ConsistencyModelPipeline(a_network(), CMStochasticIterativeScheduler()),
-    # the index says "scheduler: cm_diffusers", the class of the pipeline is diffusers' own
+    # the index says "scheduler: cm_diffusers", but the pipeline's class belongs to diffusers
     "stock with ours": lambda: ConsistencyModelPipeline(a_network(), MultistepConsistencyScheduler()),
 }
-SPLIT = "ctm jvp"  # the one with several files of weights, and a variant
+SPLIT = "ctm jvp"  # the kind with several weight files and a variant
 
 
 def files(folder):
@@ -80,7 +80,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The folder of all saved pipelines, and their images."""
+    """The folder of all saved pipelines, and their images by kind."""
     folder, images = tmp_path_factory.mktemp("saved"), {}
     for kind, make in {**OURS, **STOCK}.items():
         pipeline = make()
@@ -120,9 +120,9 @@ assert "cm_diffusers" not in sys.modules
 
 @pytest.fixture(scope="module")
 def clean(saved, tmp_path_factory):
-    """The same after a process without the library has loaded, sampled, saved and loaded them all, and one more.
+    """`saved`, after a process without the library has loaded, sampled, saved and loaded every pipeline.
 
-    That one has code that differs from that of "ctm jvp" and the same names.
+    One more pipeline, "other code", has the names of "ctm jvp" and different code.
     """
     base, images = saved
     shutil.copytree(base / SPLIT, base / "other code")
@@ -158,7 +158,7 @@ def test_saved_again_there_it_is_the_same_folder(clean, kind):
     again, first = files(base / "again" / kind), files(base / kind)
     variants = {name for name in first if "fp16" in name}
     assert bool(variants) == (kind in (SPLIT, "other code"))
-    if kind == "other code":  # whose weights were saved whole
+    if kind == "other code":  # its weights were saved in one file
         again, first = ({k: v for k, v in which.items() if "safetensors" not in k} for which in (again, first))
     assert again == {name: data for name, data in first.items() if name not in variants}
 
@@ -205,12 +205,12 @@ def test_a_pipeline_of_the_folder_with_components_of_the_library_is_saved_whole(
 def test_a_compiled_network_is_saved_with_its_code(saved, tmp_path):
     base, _ = saved
     pipeline = OURS["trigflow"]()
-    pipeline.unet = torch.compile(pipeline.unet)  # compiles at the first call
+    pipeline.unet = torch.compile(pipeline.unet)  # compiled at the first call
     pipeline.save_pretrained(tmp_path)
     assert files(tmp_path) == files(base / "trigflow")
 
 
-# --- what is in a folder -------------------------------------------------------------------------------------------
+# --- the content of a folder ----------------------------------------------------------------------------------------
 
 
 def test_the_folders_hold_this_and_nothing_else(saved):
@@ -241,7 +241,7 @@ def test_no_text_names_a_folder_of_this_machine(saved, tmp_path):
             if not name.endswith(".safetensors"):
                 for path in (base, tmp_path, ROOT, Path.home(), Path(sys.prefix)):
                     assert str(path) not in data.decode(), (kind, name)
-        assert Path(loaded.config["_name_or_path"]) == base / kind  # which saving has left alone
+        assert Path(loaded.config["_name_or_path"]) == base / kind  # saving has not changed it
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -316,7 +316,7 @@ def test_what_can_not_be_bundled_is_refused(b, message):
         bundle({"p.a": A, "p.b": b}, "", "")
 
 
-# --- variants, files of weights -------------------------------------------------------------------------------------
+# --- variants and weight files --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
@@ -359,7 +359,7 @@ class Killed(BaseException):
 
 
 def killed_at(monkeypatch, step, save):
-    """Call `save`, which ends at the given one of its steps on the disk; whether it came to an end before."""
+    """Call `save` and kill it at disk operation number `step`; returns whether it finished before that."""
     steps = []
 
     def counted(function, after=False):
@@ -480,7 +480,7 @@ def test_a_run_whose_model_is_refused_keeps_the_old_one_and_exports_again(tmp_pa
 
 def test_the_average_is_exported_or_the_online_weights_on_request(tmp_path):
     for choice, group in (("ema", "ema_halflife_500kimg"), ("online", "model"), ("ema", "ema_halflife_500kimg")):
-        run(tmp_path, export_weights=choice)  # the first of them trains
+        run(tmp_path, export_weights=choice)  # the first run trains
         exported, kept = (
             load_file(tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"),
             tensors(tmp_path),

@@ -1,4 +1,4 @@
-"""Folders of images: which files are the data, in which order, of which classes, whatever they are called."""
+"""Folders of images: the files that are data, their order and their classes, whatever their names."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def put(folder, *names, **save):
-    """Images of 4x4 pixels, each of its own, at these paths; gives the folder."""
+    """Save distinct images of 4x4 pixels at the paths `names` below `folder`; returns `folder`."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ FORMATS = {"png": {}, "PNG": {}, "bmp": {}, "Tiff": {}, "webp": {"lossless": Tru
 
 
 def random_folder(root, seed):
-    """A tree of class folders with all that may lie about in it; gives its random numbers."""
+    """Write a tree of class folders with stray files, links and archives; returns the random generator."""
     rng = np.random.default_rng(seed)
     classes = rng.permutation(WORDS)[: rng.integers(2, 6)]
     files = []
@@ -72,12 +72,12 @@ def random_folder(root, seed):
             files.append(file.with_name(f"{file.name}.{kind}"))
             if rng.random() < 0.3:
                 file.with_name(f"{file.name}.{rng.choice(['txt', 'json', 'npy', 'html'])}").write_text("{}")
-    if rng.random() < 0.5:  # files and folders of elsewhere, and a circle
+    if rng.random() < 0.5:  # links to outside files and folders, and a circular link
         put(root.parent, "elsewhere/deep/linked.png", "elsewhere/other.png")
         (root / classes[0] / "linked folder").symlink_to(root.parent / "elsewhere")
         (root / classes[1] / "linked file.png").symlink_to(root.parent / "elsewhere" / "other.png")
         (root / classes[1] / "circle").symlink_to(root)
-    if rng.random() < 0.5:  # what systems leave
+    if rng.random() < 0.5:  # leftovers of operating systems
         put(root, f"{classes[0]}/.hidden.png", ".thumbs/0.png", "__MACOSX/0.png")
         (root / classes[0] / "Thumbs.db").write_bytes(b"x")
     if rng.random() < 0.4:
@@ -90,7 +90,7 @@ def random_folder(root, seed):
 
 
 def plain_walk(root):
-    """Images (H, W, C) and the first folder of each by a walk with the standard library and Pillow, in order."""
+    """Images (H, W, C) and their top folders, in order, by a walk with the standard library and Pillow."""
     found, ends = [], tuple(f".{kind.lower()}" for kind in FORMATS)
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "." and name not in ("circle", "__MACOSX")]
@@ -147,7 +147,7 @@ def test_any_folder_with_metadata_has_the_labels_of_its_rows(tmp_path, seed, kin
         else:
             file.writelines(json.dumps(row) + "\n" for row in rows[::-1])
     data = train_on(root, label_column="label")
-    if seed % 2 and kind == "csv":  # numbers in a CSV are numbers, in JSON they may be text
+    if seed % 2 and kind == "csv":  # numbers are numbers in CSV, but can be text in JSON
         assert [str(label) for label in data.labels.tolist()] == [row["label"] for row in rows]
     else:
         assert [data.description.classes[label] for label in data.labels.tolist()] == [row["label"] for row in rows]

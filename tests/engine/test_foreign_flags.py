@@ -1,4 +1,4 @@
-"""Options of other programs, and what is written here instead."""
+"""Options of other programs, and their replacements here."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ from tests.helpers.diffusers_flags import FLAGS_OF_DIFFUSERS
 
 OURS = {f.name for cls in (DataArguments, ModelArguments, RunArguments) for f in fields(cls)}
 OF_METHODS = {f.name for cls in OBJECTIVES.values() for f in fields(cls.Options)}
-OF_SCRIPTS = {"watch", "num_processes"}  # of evaluate.py and of the command
+OF_SCRIPTS = {"watch", "num_processes"}  # flags of evaluate.py and of the command
 
 
 def test_no_option_is_both_ours_and_foreign():

@@ -1,4 +1,4 @@
-"""Model folders that try to reach out: whatever they name, nothing outside is read, imported or run."""
+"""Hostile model folders: whatever they name, nothing outside the folder is read, imported or run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ OUTSIDE = [
     "unet/../../outside/evil",
 ]
 
-# loads every folder under an audit hook; tells for each what it said, and what it touched beyond a sound folder
+# loads every folder under an audit hook; reports the message of each and its accesses beyond a sound folder's
 CLIENT = """
 import json, sys, warnings
 from pathlib import Path
@@ -69,7 +69,7 @@ def edit(folder, name, **changes):
 
 
 def shard(folder, target):
-    """Weights by an index that names `target`."""
+    """Weights with an index that names `target`."""
     os.rename(folder / WEIGHTS, folder / "unet/real.safetensors")
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": {"conv_in.weight": target}}))
 
@@ -113,7 +113,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """What happened with each case."""
+    """The outcome of each case, and the folder of all models."""
     root = tmp_path_factory.mktemp("models").resolve()
     (root / "outside").mkdir()
     pipeline = CTMPipeline(TwoTimeModel.from_network(build_unet("jvp_tiny", (8, 8), 1)), CTMScheduler())
@@ -140,7 +140,7 @@ def report(tmp_path_factory):
     return {name: found[folder] for name, folder in zip(CASES, folders)}, root
 
 
-IGNORED = ("component", "auto_map", "custom pipeline")  # what they add is not looked at, and the model loads
+IGNORED = ("component", "auto_map", "custom pipeline")  # their additions are ignored, and the model loads
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -154,7 +154,7 @@ def test_nothing_outside_a_model_is_touched(report, case):
 
 
 def test_the_hook_sees_what_is_touched(report):
-    """Links are followed by diffusers, which shows that the hook sees it."""
+    """diffusers follows links, which shows that the hook sees accesses."""
     assert report[0]["linked config"]["from_pretrained"]["outside"]
 
 

@@ -1,4 +1,4 @@
-"""Levels that are searched after training, and saved with the model."""
+"""The search for levels after training, which are saved with the model."""
 
 import json
 
@@ -20,7 +20,7 @@ def scheduler_of(folder):
 
 
 def test_levels_that_are_better_are_saved_with_the_model_and_used(tmp_path, monkeypatch):
-    """The distance is that of the second level to 0.5, whatever the images are."""
+    """The stand-in for the distance is |ln(second level / 0.5)|, whatever the images."""
     wanted = []
     monkeypatch.setattr(levels, "frechet_distance", lambda made, real: wanted[-1])
     sample = levels.sample_images
@@ -39,7 +39,7 @@ def test_levels_that_are_better_are_saved_with_the_model_and_used(tmp_path, monk
     assert pipeline.noise_levels[:2] == found
     wanted.clear()
     run(tmp_path, search_levels=2)
-    assert not wanted  # the run is finished, and has the levels that were asked for
+    assert not wanted  # the finished run already has these levels
     run(tmp_path, search_levels=[2, 3])
     assert {"2", "3"} <= scheduler_of(where)["default_sigmas"].keys()
 

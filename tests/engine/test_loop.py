@@ -1,4 +1,4 @@
-"""The loop: exact resume, skipped steps, accumulation, what a run starts from and what it leaves."""
+"""The training loop: exact resume, skipped steps, accumulation, starts and results of a run."""
 
 import json
 import os
@@ -39,13 +39,13 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def diffusion_model(tmp_path_factory):
-    """A diffusion model with settings that are no defaults."""
+    """A diffusion model with non-default settings."""
     settings = {"time_label": "angle", "sigma_data": 0.6, "max_train_steps": 2}
     return run(tmp_path_factory.mktemp("runs") / "diffusion", "diffusion", **settings) / "pipeline"
 
 
 def stopped(monkeypatch, folder, step, number=signal.SIGTERM, **settings):
-    """A run that gets a signal in the middle of the step after `step`."""
+    """The exit code of a run that gets a signal in the middle of the step after `step`."""
     loss = ECT.loss
 
     def loss_with_signal(self, batch, draws):
@@ -61,7 +61,7 @@ def stopped(monkeypatch, folder, step, number=signal.SIGTERM, **settings):
 
 
 def break_steps(monkeypatch, steps, kind, only_pass=None):
-    """In `steps`, make the loss nan or inf, or its "gradient" nan; in the forward pass `only_pass` or in all."""
+    """In `steps`, make the loss nan or inf, or its "gradient" nan, in all forward passes or in `only_pass`."""
     loss, passes = ECT.loss, []
 
     def broken(self, batch, draws):
@@ -233,7 +233,7 @@ def test_a_run_with_only_damaged_checkpoints_is_not_started_anew(tmp_path, whole
     assert read_log(tmp_path / "r") == read_log(whole)
 
 
-# --- steps that are skipped ----------------------------------------------------------------------------------------
+# --- skipped steps -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
@@ -279,7 +279,7 @@ def test_skipped_steps_in_a_row_are_counted_across_a_stop(tmp_path, monkeypatch)
         run(tmp_path, **settings)
 
 
-# --- the same numbers by other ways --------------------------------------------------------------------------------
+# --- the same numbers in other ways --------------------------------------------------------------------------------
 
 
 def losses_and_weights(folder):
@@ -291,7 +291,7 @@ def assert_close(a, b, loss_tolerance, weight_tolerance):
     (losses, weights), (other_losses, other_weights) = losses_and_weights(a), losses_and_weights(b)
     assert losses == pytest.approx(other_losses, rel=loss_tolerance)
     for key, value in weights.items():
-        if "to_k.bias" not in key:  # softmax does not see it: its gradient is rounding, which Adam scales up
+        if "to_k.bias" not in key:  # softmax cancels this bias: its gradient is rounding, which Adam scales up
             assert (value - other_weights[key]).abs().max() <= weight_tolerance, key
 
 
@@ -321,7 +321,7 @@ def test_sample_grids_do_not_touch_the_run(tmp_path, whole):
     assert not np.array_equal(*images) and Image.open(tmp_path / "losses.png").size > (100, 100)
 
 
-# --- what a run leaves ---------------------------------------------------------------------------------------------
+# --- the results of a run ------------------------------------------------------------------------------------------
 
 
 def test_a_run_folder_holds_tensors_text_and_pictures_only(tmp_path):
@@ -379,7 +379,7 @@ def test_the_settings_of_a_run_are_kept_as_yaml_that_repeats_it(tmp_path, whole,
     from cm_diffusers.engine.training.run import train
 
     verify = "cm_diffusers.engine.saved.export.verify_export"
-    monkeypatch.setattr(verify, lambda pipeline, folder: None)  # takes seconds
+    monkeypatch.setattr(verify, lambda pipeline, folder: None)  # it takes seconds
     train(parse_config(["--config", str(whole / "config.yaml"), "--output_dir", str(tmp_path)], ["ect"], ""))
     assert differences(tmp_path, whole) == [] and read_log(tmp_path) == read_log(whole)
 
@@ -428,7 +428,7 @@ def test_the_folder_is_free_after_an_error(tmp_path):
     assert (tmp_path / "pipeline" / "model_index.json").exists()
 
 
-# --- what a run starts from ----------------------------------------------------------------------------------------
+# --- the start of a run --------------------------------------------------------------------------------------------
 
 
 def test_a_consistency_model_starts_from_a_diffusion_model(tmp_path, diffusion_model, monkeypatch):

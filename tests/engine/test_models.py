@@ -1,4 +1,4 @@
-"""What a saved model is to the engine: a pipeline, a denoiser, a start for training."""
+"""Saved models in the engine: as a pipeline, as a denoiser and as a start for training."""
 
 from types import SimpleNamespace
 

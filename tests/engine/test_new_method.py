@@ -1,4 +1,4 @@
-"""A method that somebody adds outside of the package trains, resumes and is saved as ours are."""
+"""A method from outside the package trains, resumes and saves models like the package's methods."""
 
 import os
 import shutil

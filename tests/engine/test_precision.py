@@ -1,4 +1,4 @@
-"""In what precision a run computes, by its method, and compiled runs."""
+"""The precision of a run, which depends on its method, and compiled runs."""
 
 import copy
 import functools
@@ -35,13 +35,13 @@ NEIGHBOURS = {"ct", "ict", "cd", "ect", "ecd", "ctm"}
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A diffusion model, trained a little."""
+    """The folder of a briefly trained diffusion model."""
     return run(tmp_path_factory.mktemp("runs") / "teacher", "diffusion", max_train_steps=2) / "pipeline"
 
 
 @pytest.fixture
 def train(teacher, tmp_path):
-    """A maker of runs of two steps; gives their losses."""
+    """A function that trains for two steps and returns the losses."""
 
     def make(name, method, **settings):
         if "pretrained_teacher_model" in OBJECTIVES[method].Options.__dataclass_fields__:
@@ -54,7 +54,7 @@ def train(teacher, tmp_path):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """torch.compile traces and wraps networks, and leaves the traced operations as they are, which is quick."""
+    """torch.compile traces and wraps networks, but runs the traced operations unchanged, which is quick."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
@@ -62,7 +62,7 @@ def traced(monkeypatch):
 # --- compiled ------------------------------------------------------------------------------------------------------
 
 
-QUICK = ("cdm", "mean_flow")  # the others take a minute and more
+QUICK = ("cdm", "mean_flow")  # the others take a minute or more
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_compiled_run_is_that_without(train, traced, method):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As on a GPU, whose support of bf16 can be given."""
+    """Simulate a GPU with bf16 support, which the returned monkeypatch can change."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
@@ -93,7 +93,7 @@ def test_methods_that_compare_neighbours_say_so():
 @pytest.mark.parametrize("method", OBJECTIVES.values())
 @pytest.mark.parametrize("launcher", [None, "no"])
 def test_on_a_gpu_the_method_chooses(gpu, method, launcher):
-    if launcher:  # what accelerate launch hands on where nobody has said anything
+    if launcher:  # accelerate launch passes this on by default
         gpu.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     assert choose_precision(method, None) == ("fp16" if method.name in NEIGHBOURS else "bf16", None)
 
@@ -134,7 +134,7 @@ def test_bf16_is_warned_of_where_it_does_harm_and_taken_all_the_same(monkeypatch
 
 @pytest.fixture
 def accelerate():
-    """Accelerate, whose precision is settled once in a process, unsettled before and after."""
+    """Reset accelerate's precision, which is set once per process, before and after the test."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -148,7 +148,7 @@ def test_a_run_says_its_precision_and_warns_once(accelerate, tmp_path, capfd, as
     assert f"Precision: {said}\n" in text
 
 
-# --- what it does to gradients -------------------------------------------------------------------------------------
+# --- effect on gradients -------------------------------------------------------------------------------------------
 
 
 LABELS = {"edm": "log_sigma", "trigflow": "angle", "flow": "flow_time"}
@@ -162,7 +162,7 @@ def digits():
 
 @functools.cache
 def diffusion_model(prediction):
-    """The network of a diffusion model, trained a little, and its spec."""
+    """A briefly trained network of a diffusion model, and its spec."""
     torch.manual_seed(0)
     network = build_unet("tiny" if prediction == "edm" else "jvp_tiny", (8, 8), 1)
     keep_time_embedding_in_float32(network)
@@ -178,17 +178,17 @@ def diffusion_model(prediction):
 
 
 def gradient(name, step, dtype, **options):
-    """The gradient of a method at `step` of 8000, whose passes are cast to `dtype`."""
+    """The gradient of a method at `step` of 8000, with passes cast to `dtype`."""
     network, spec = diffusion_model({"sct": "trigflow", "mean_flow": "flow"}.get(name, "edm"))
     cls = OBJECTIVES[name]
-    torch.manual_seed(0)  # the layers of a second time are new
+    torch.manual_seed(0)  # for the new layers of a second time
     trained = cls.adapt(copy.deepcopy(network), spec)
     objective = cls(trained, spec, cls.Options(**options), 8000)
     objective.attach(CastPass(trained))
     if dtype != torch.float32:
         objective.model.forward = torch.autocast("cpu", dtype)(objective.model.forward)
     loss = objective.loss(Batch(digits()[:48]), Draws(1, step, range(48))).total
-    for scale in (1024, 32, 1) if dtype == torch.float16 else (1,):  # as a gradient scaler does
+    for scale in (1024, 32, 1) if dtype == torch.float16 else (1,):  # as by a gradient scaler
         (loss * scale).backward(retain_graph=True)
         vector = torch.cat([p.grad.flatten() for p in trained.parameters() if p.grad is not None])
         if vector.isfinite().all():
@@ -197,7 +197,7 @@ def gradient(name, step, dtype, **options):
 
 
 def cosine(name, step, dtype, **options):
-    """Of the gradients in float32 and with passes in `dtype`."""
+    """Cosine similarity of the gradients with passes in float32 and in `dtype`."""
     gradients = (gradient(name, step, kind, **options) for kind in (torch.float32, dtype))
     return torch.cosine_similarity(*gradients, dim=0).item()
 
@@ -232,13 +232,13 @@ def test_tangents_are_float32_and_the_pass_that_is_trained_is_cast(
     seen, forward = set(), JVPUNet2DModel.forward
 
     def spy(self, *args, **kwargs):
-        if self.training:  # not the teacher
+        if self.training:  # skip the teacher
             cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
             seen.add((torch.is_grad_enabled(), cast))
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(JVPUNet2DModel, "forward", spy)
-    if compiled:  # without tracing, which has no room for the spy
+    if compiled:  # without tracing, which would bypass the spy
         monkeypatch.setattr(torch, "compile", lambda network: torch._dynamo.OptimizedModule(network, lambda f: f))
     train("run", method, mixed_precision="bf16", compile=compiled)
     assert seen == {(False, torch.float32), (True, torch.bfloat16)}
@@ -249,7 +249,7 @@ def test_tangents_are_float32_and_the_pass_that_is_trained_is_cast(
 
 @pytest.fixture
 def fp16(accelerate, monkeypatch):
-    """As on a GPU, runs in fp16 with a gradient scaler, whose first scale is settled by calling this."""
+    """A function of the initial scale, after which runs compute in fp16 with a gradient scaler, as on a GPU."""
     start = run_module.start_accelerator
 
     def patch(scale):
@@ -266,7 +266,7 @@ def fp16(accelerate, monkeypatch):
 
 
 def states(folder):
-    """Of each step: weights and averages, and the scale."""
+    """For each step: the weights and averages in one vector, and the scale."""
     count = len(list(folder.glob("checkpoint-*")))
     read = [load_checkpoint(folder / f"checkpoint-{step}") for step in range(1, count + 1)]
     groups = ("model", "ema_halflife_500kimg")
@@ -282,7 +282,7 @@ def test_fp16_takes_the_steps_of_float32(fp16, tmp_path):
     fp16(256.0)
     run(tmp_path / "half", max_grad_norm=1.0)
     full, half = (read_log(tmp_path / name) for name in ("full", "half"))
-    for key in ("loss", "grad_norm"):  # the scale is in neither
+    for key in ("loss", "grad_norm"):  # neither contains the scale
         assert [row[key] for row in half] == pytest.approx([row[key] for row in full], rel=0.01)
     assert [row["skipped"] for row in half] == [0] * 6
 
@@ -344,7 +344,7 @@ def test_a_norm_that_overflows_moves_no_weight_though_each_gradient_is_finite(fp
 
 @pytest.fixture
 def matmul():
-    """The setting, which pytest's patches can't take back."""
+    """The TF32 setting, off during the test; monkeypatch can't restore it."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield torch.backends.cuda.matmul

@@ -1,4 +1,4 @@
-"""Data preparation: every kind of source, what is refused, what the images become, and that a stop changes nothing."""
+"""Data preparation: every kind of source, refusals, the resulting images, and stops, which change nothing."""
 
 import gzip
 import hashlib
@@ -38,14 +38,14 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def prepare(source, output, *words):
-    """Run the script in this process; gives its exit code."""
+    """Run the script in this process; returns its exit code."""
     with pytest.raises(SystemExit) as end:
         load_script("prepare_data").main([str(source), str(output), *map(str, words)])
     return end.value.code
 
 
 def read(output, split="train"):
-    """Features, images as arrays, and labels, as load_dataset gives them."""
+    """Features, images as arrays, and labels from load_dataset."""
     data = datasets.load_dataset(str(output), split=split)
     labels = data["label"][:] if "label" in data.features else None
     return data.features, [np.asarray(image) for image in data["image"]], labels
@@ -63,7 +63,7 @@ def png(array):
 
 
 def folder(path, count=7, classes=("cat", "dog"), size=(8, 8)):
-    """Images in a folder per class, alphabetical; gives their arrays and labels in that order."""
+    """Write images in one folder per class; returns their arrays and labels in alphabetical order."""
     arrays = [pixels(i, *size) for i in range(count)]
     for i, array in enumerate(arrays):
         file = path / classes[i % len(classes)] / f"{i}.png"
@@ -146,7 +146,7 @@ def test_a_zip_of_class_folders_under_one_folder(tmp_path):
 
 
 def python2_batch(images, labels):
-    """A batch of CIFAR-10 as Python 2 pickled it: its texts and bytes are of one type."""
+    """A CIFAR-10 batch as pickled by Python 2, where texts and bytes have one type."""
 
     def text(value):
         return b"T" + struct.pack("<i", len(value)) + value
@@ -178,7 +178,7 @@ def tar(path, members):
 
 
 def batches():
-    """Rows of 3072 bytes and labels of the five training batches and the test batch."""
+    """Rows of 3072 bytes, and labels, for the five training batches and the test batch."""
     return [(np.stack([pixels(10 * b + i, 1, 3072, 1)[0] for i in range(3)]), [b, 9, 0]) for b in range(6)]
 
 
@@ -217,7 +217,7 @@ def test_mnist(tmp_path, pack, suffix):
     assert read(tmp_path / "out", "test")[2] == [2, 1, 0]
 
 
-# --- what images become --------------------------------------------------------------------------------------------
+# --- the resulting images ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape, box", [((9, 6), (0, 1, 6, 7)), ((6, 11), (2, 0, 8, 6)), ((6, 6), (0, 0, 6, 6))])
@@ -278,7 +278,7 @@ def test_grey_stays_grey_where_all_are_unless_rgb_is_asked_for(tmp_path):
     assert same(read(tmp_path / "rgb")[1], [np.stack([pixels(0, channels=1)] * 3, -1)])
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
+# --- refused -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zip_it", [False, True])
@@ -439,7 +439,7 @@ def test_words_that_mean_nothing_are_refused(tmp_path, capsys, words, reason):
 
 
 def contents(output):
-    """SHA-256 of all that a finished dataset consists of."""
+    """The SHA-256 of every file of a finished dataset."""
     files = [file for file in sorted(output.rglob("*")) if file.is_file() and file.name not in (".lock", ".owner")]
     return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -456,7 +456,7 @@ def test_a_run_that_is_stopped_at_any_write_gives_the_same_bytes(tmp_path, monke
     def stopping(path, data):
         writes.append(path)
         if len(writes) == stop_at[0]:
-            path.with_name(f".tmp-{path.name}").write_bytes(data[:100])  # what a kill leaves of a file
+            path.with_name(f".tmp-{path.name}").write_bytes(data[:100])  # a partial file, as left by a kill
             raise KeyboardInterrupt
         write(path, data)
 
@@ -469,12 +469,12 @@ def test_a_run_that_is_stopped_at_any_write_gives_the_same_bytes(tmp_path, monke
         writes.clear()
         with pytest.raises(KeyboardInterrupt):
             script.main([str(tmp_path / "in"), str(output)])
-        assert not (output / "train").exists()  # nobody takes a part for the whole
+        assert not (output / "train").exists()  # a part is not mistaken for the whole
         looks.clear()
         stop_at[0] = 0
         assert prepare(tmp_path / "in", output) == 0
         assert contents(output) == expected
-        assert len(looks) == (14 if k == 1 else 7 - 2 * (k - 2))  # neither checked nor written again
+        assert len(looks) == (14 if k == 1 else 7 - 2 * (k - 2))  # no finished shard is checked or written again
 
 
 @pytest.mark.parametrize("moment, shards", [("to_uint8", 0), ("replace_file", 2)])
@@ -485,7 +485,7 @@ def test_a_killed_process_leaves_nothing_that_the_same_command_does_not_mend(tmp
 
     def killed(*args):
         calls.append(1)
-        if len(calls) == 4:  # of writes the third shard's, after the plan
+        if len(calls) == 4:  # for writes, the third shard's, after the plan
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args)
 

@@ -1,4 +1,4 @@
-"""Diffusion models as EDM trains them: augmented images with labels, class labels left out, EDM's networks."""
+"""Diffusion training as in EDM: augmented images with labels, dropped class labels, EDM's networks."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """What the loop makes of each batch: the images and labels as they are read, the draws, and the batch."""
+    """For each batch of the loop: the images and labels as read, the draws, and the resulting batch."""
     seen, read, make = [], trainer.as_they_are, step_module.as_trained
 
     def as_they_are(raw, data, device):
@@ -79,7 +79,7 @@ def test_the_loop_trains_on_augmented_images_and_says_so(tmp_path, batches):
         assert torch.equal(batch.samples, images) and torch.equal(batch.condition.entries["augment_labels"], labels)
         left_out = batch.condition.entries["class_labels"] != raw["condition"]["class_labels"]
         assert (batch.condition.entries["class_labels"][left_out] == 10).all() and 4 <= left_out.sum() <= 22
-    raw, draws, batch = batches[-1]  # pictures are of the images and labels as they are
+    raw, draws, batch = batches[-1]  # previews use unchanged images and labels
     assert draws is None and "augment_labels" not in batch.condition.entries
     assert torch.equal(batch.samples, raw["images"].float() / 127.5 - 1) and torch.equal(
         batch.condition.entries["class_labels"], raw["condition"]["class_labels"]
@@ -169,7 +169,7 @@ def test_presets_that_take_no_labels_are_refused_with_those_that_do(preset, tmp_
 
 
 def test_the_warm_up_of_the_recipe_is_edms_ramp_one_step_ahead():
-    """Theirs is min(images seen / 10^7, 1) of the peak, by the images before the step (app. F.2)."""
+    """EDM's is min(images seen / 10^7, 1) of the peak, for the images seen before the step (app. F.2)."""
     config = parse_config(["--config", str(RECIPES / "cifar10_edm_cond.yaml")], ["diffusion"], "")
     rate, batch = LearningRate(config.run), 8 * config.run.train_batch_size
     for step in (0, 1, 9_000, 19_529, 19_530, 19_532, 390_624):

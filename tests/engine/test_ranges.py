@@ -1,4 +1,4 @@
-"""What white is, is a fact of a whole dataset: training's reader, streams and prepare_data.py give the same pixels."""
+"""The range of pixels belongs to the whole dataset: training, streams and prepare_data.py give the same pixels."""
 
 import datasets
 import numpy as np
@@ -42,7 +42,7 @@ def prepared(folder, output):
 
 
 def write(folder, images):
-    """Files in the order of `images`: (ending, values)."""
+    """Write a file for each (ending, values) of `images`, in order; returns `folder`."""
     folder.mkdir(exist_ok=True)
     for i, (ending, values) in enumerate(images):
         if values.dtype == np.dtype(">u2"):
@@ -54,7 +54,7 @@ def write(folder, images):
 
 
 def random_images(rng):
-    """Files of several types of pixels in ranges of their own, and their values with 8 bits by hand (N, 8, 8, 3)."""
+    """Files of several pixel types, each with its own range, and reference values in 8 bits, (N, 8, 8, 3)."""
     types = {
         "8 bits": (("png", "bmp", "tif"), np.uint8, 255),
         "colours": (("png", "webp", "tif"), np.uint8, 255),
@@ -63,14 +63,14 @@ def random_images(rng):
         "32 bits": (("tif",), np.int32, int(rng.choice([255, 4095, 65535]))),
         "floats": (("tif",), np.float32, int(rng.choice([1, 255]))),
     }
-    types["big-endian"] = (*types["big-endian"][:2], types["16 bits"][2])  # the same values, in another order
+    types["big-endian"] = (*types["big-endian"][:2], types["16 bits"][2])  # the same range, in another byte order
     files, expected = [], []
     for name in rng.permutation([*types] * 2):
         endings, dtype, scale = types[name]
         shape = (8, 8, 3) if name == "colours" else (8, 8)
         high = scale * (1 if scale == 1 else rng.uniform(0.2, 1))
         if name not in {file[0] for file in files}:
-            high = scale  # one of each type is bright
+            high = scale  # one image of each type reaches white
         values = rng.random(shape) * high
         values.flat[0] = high
         values = (values if dtype == np.float32 else values.round()).astype(dtype)
@@ -88,7 +88,7 @@ def test_random_types_of_pixels_keep_their_values_to_one_level_wherever_they_are
     assert np.abs(prepared(folder, tmp_path / "prepared") - expected).max() < 1
     assert np.abs(streamed(folder, len(files), monkeypatch) - expected).max() < 1
     monkeypatch.setattr(data_module, "CACHE_BYTES", 0)
-    for _ in range(2):  # the second one remembers what the first one found
+    for _ in range(2):  # the second pass uses the cached findings of the first
         assert np.abs(all_of(read(folder, tmp_path / "images_checked.safetensors")) - expected).max() < 1
 
 

@@ -1,4 +1,4 @@
-"""Reports: what the page shows of runs, complete or not, and that nothing in a run can get out of its place."""
+"""Reports: the page of complete and incomplete runs, and the escaping of hostile content."""
 
 import json
 import math
@@ -20,11 +20,11 @@ from tests.helpers.training_runs import run
 
 
 VOID = {"meta", "img", "br", "input", "link"}
-HOSTILE = "<script>alert(1)</script>\"'&$x^{$"  # what lies between the dollars is no formula
+HOSTILE = "<script>alert(1)</script>\"'&$x^{$"  # the text between the dollars is not a formula
 
 
 class Page(HTMLParser):
-    """A page by its parts; that its elements are closed in order is checked on the way."""
+    """A page in parts; parsing checks that its elements are closed in order."""
 
     def __init__(self, path):
         super().__init__()
@@ -68,7 +68,7 @@ def result(n, distance, **more):
 
 
 def make_run(folder, rows=20, **settings):
-    """What a run of 640 images per step leaves, ten steps a second."""
+    """The folder of a run with 640 images per step and ten steps a second."""
     (folder / "samples").mkdir(parents=True)
     (folder / "pipeline" / "samples").mkdir(parents=True)
     settings = {"method": "ect", "max_train_steps": 100 * rows, "learning_rate": 1e-3, "q": 2.0, **settings}
@@ -156,7 +156,7 @@ def test_only_points_of_one_sampler_are_joined_and_no_chart_is_empty(tmp_path):
 
 
 def drawn(svg, colour):
-    """Points of the curve of a colour."""
+    """The points (n, 2) of the curve with this colour."""
     path = re.search(rf'<path d="([^"]*)"[^>]*stroke: {colour}', svg)[1]
     return np.array([[float(n) for n in point] for point in re.findall(r"[ML] (\S+) (\S+)", path)])
 
@@ -204,7 +204,7 @@ def test_quality_is_drawn_against_calls_steps_and_time(tmp_path):
     page, _ = page_of(a, b)
     charts = dict(re.findall(r'aria-label="(against [^"]*)">(.*?)</figure>', page.text, re.DOTALL)[:3])
     assert list(charts) == ["against network calls", "against training steps", "against hours of training"]
-    assert len(drawn(charts["against network calls"], "#2f7ed8")) == 2  # of the newest step
+    assert len(drawn(charts["against network calls"], "#2f7ed8")) == 2  # for the newest step
     assert len(drawn(charts["against training steps"], "#2f7ed8")) == 3
     steps, hours = (drawn(charts[f"against {x}"], "#2f7ed8")[:, 0] for x in ("training steps", "hours of training"))
     assert np.corrcoef(steps, hours)[0, 1] ** 2 == pytest.approx(1, abs=1e-9)  # the rate is constant
@@ -219,7 +219,7 @@ def test_measurements_that_can_t_be_compared_are_said_to_be_so(tmp_path):
     assert page_of(a, b)[0].says("different numbers of samples. Don't compare")
 
 
-# --- what is missing, damaged or hostile ---------------------------------------------------------------------------
+# --- missing, damaged or hostile files -----------------------------------------------------------------------------
 
 
 def test_what_is_missing_is_said_in_the_page(tmp_path):
@@ -320,5 +320,5 @@ def test_in_a_browser_the_page_is_light_or_dark_and_no_wider_than_its_window(tmp
             subprocess.run([chromium, *flags, f"file://{tmp_path / name}.html"], check=True, capture_output=True)
             pixels = np.asarray(Image.open(picture).convert("RGB"))[:, : 390 if name == "phone" else 1280]
             assert tuple(pixels[2, 2]) == back
-            assert (pixels[:, -4:] == back).all()  # nothing reaches the right margin, not even a bar to scroll by
+            assert (pixels[:, -4:] == back).all()  # nothing reaches the right margin, not even a scroll bar
             assert (pixels != back).any(-1).mean() > 0.01

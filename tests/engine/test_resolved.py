@@ -1,4 +1,4 @@
-"""What settings come to: shown before a run and beside it; what can't be is refused before an image is read."""
+"""Resolved settings: shown before a run and saved beside it; impossible ones are refused before reading images."""
 
 import json
 import shutil
@@ -26,11 +26,11 @@ def settings_of(folder):
 
 
 def resume(folder, *words):
-    """Go on by the run's own config.yaml."""
+    """Resume by the run's config.yaml."""
     train(parse_config(["--config", str(folder / "config.yaml"), *map(str, words)], list(OBJECTIVES), ""))
 
 
-# --- what is shown
+# --- shown settings
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
@@ -127,7 +127,7 @@ def test_other_values_than_those_that_defaults_came_to_are_refused(tmp_path):
 
 @pytest.mark.wide
 def test_a_run_of_an_earlier_version_goes_on_by_the_values_that_are_shown_since(tmp_path):
-    """Its checkpoints hold what was given, as they do now; its config.yaml is one with nulls until it goes on."""
+    """Its checkpoints hold the given settings, as today; its config.yaml has nulls until it resumes."""
     folder = run(tmp_path / "run", **SHARES)
     old = yaml.safe_dump(newest_state(folder)["config"])
     assert "stage_steps: null" in old
@@ -138,12 +138,12 @@ def test_a_run_of_an_earlier_version_goes_on_by_the_values_that_are_shown_since(
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"] == 8
 
 
-# --- what is refused before an image is read
+# --- refused before an image is read
 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The numbers of the images that were decoded."""
+    """The indices of the decoded images."""
     numbers, decode = [], scan.DecodedImages.__getitem__
     monkeypatch.setattr(scan.DecodedImages, "__getitem__", lambda self, i: numbers.append(i) or decode(self, i))
     return numbers

@@ -1,4 +1,4 @@
-"""Shards of webdataset, several datasets, crops at drawn places and large images, each through the one reader."""
+"""WebDataset shards, several datasets, crops at random places and large images, all through one reader."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from training.prepare_data import main as prepare_data
 
 @pytest.fixture
 def shards(tmp_path):
-    """A folder of three shards whose images are 0 to 11 in their order."""
+    """A folder of three shards whose images have the values 0 to 11, in order."""
     for i in range(3):
         write_shard(tmp_path / "shards" / f"s-{i:03d}.tar", range(4 * i, 4 * i + 4))
     return tmp_path / "shards"
@@ -55,7 +55,7 @@ def test_shards_are_streamed(shards):
 
 
 def test_a_label_that_a_later_sample_lacks_is_an_error_and_no_guess(tmp_path):
-    """The datasets library takes the members of the first five for those of all."""
+    """The datasets library assumes that all samples have the members of the first five."""
     path = write_shard(tmp_path / "s.tar", range(6))
     with tarfile.open(path, "a") as archive:
         member, content = tarfile.TarInfo("s_9999.png"), png(picture(9))
@@ -94,7 +94,7 @@ def test_prepare_data_reads_shards(shards, tmp_path):
 
 
 def folder(path, classes):
-    """A folder per class, of grey images with these values."""
+    """Grey images with these values, in one folder per class."""
     for name, values in classes.items():
         (path / name).mkdir(parents=True)
         for value in values:
@@ -168,7 +168,7 @@ def test_a_run_of_two_datasets_by_their_weights(tmp_path, shards):
 
 
 def wide(path):
-    """An image of 8 x 24 pixels, each of the value of its column."""
+    """An image of 8 x 24 pixels, each with the value of its column."""
     path.mkdir()
     Image.fromarray(np.tile(np.arange(24, dtype=np.uint8), (8, 1))).save(path / "a.png")
     return path
@@ -244,7 +244,7 @@ def test_shapes_of_buckets_have_no_more_pixels_and_sides_that_halve():
 
 @pytest.fixture
 def shapes(tmp_path):
-    """Twelve images of 32 x 32, 8 of 24 x 40 and one of 41 x 24, each of a grey of its own."""
+    """Twelve images of 32 x 32, eight of 24 x 40 and one of 41 x 24, each with its own grey."""
     sizes = [(32, 32)] * 12 + [(24, 40)] * 8 + [(41, 24)]
     (tmp_path / "shapes").mkdir()
     for i, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Diffusion models of diffusers as denoisers in sigma: closed forms, and the stock schedulers' own steps."""
+"""diffusers models as denoisers in sigma, against closed forms and the stock schedulers' steps."""
 
 import math
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ from cm_diffusers.engine.saved.stock import is_few_step, read_scheduler, read_st
 from tests.helpers.stock_pipelines import COSINE, PIPELINES, ZERO_SNR, dit, save, unet
 
 
-# --- the closed form on a mixture of Gaussians, whose score is known
+# --- the closed form on a mixture of Gaussians with a known score
 
 
 CENTRES, SPREAD = torch.tensor([-0.6, 0.1, 0.7], dtype=torch.float64), 0.2
@@ -53,7 +53,7 @@ SCHEDULES = {
 
 
 def mixture(x, sigma):
-    """E[x0 | x0 + sigma noise = x] for images whose pixels are independent, of three Gaussians each."""
+    """E[x0 | x0 + sigma noise = x] for images of independent pixels, each a mixture of three Gaussians."""
     sigma = torch.as_tensor(sigma).double().reshape(-1, 1, 1, 1, 1)
     x, variance = x.double()[..., None], SPREAD**2 + sigma**2
     weights = (-((x - CENTRES) ** 2) / (2 * variance)).softmax(-1)
@@ -61,7 +61,7 @@ def mixture(x, sigma):
 
 
 def exact(prediction, alpha, std, x_t):
-    """What a perfect network of this prediction puts out for x_t = alpha x0 + std noise."""
+    """The output of a perfect network with this prediction for x_t = alpha x0 + std noise."""
     alpha, std = (v.reshape(-1, 1, 1, 1) for v in (alpha, std))
     x0 = mixture(x_t / alpha, std.flatten() / alpha.flatten())
     noise = (x_t.double() - alpha * x0) / std
@@ -69,7 +69,7 @@ def exact(prediction, alpha, std, x_t):
 
 
 def vp_network(scheduler):
-    """Told times between the integers of the scheduler's own table."""
+    """A perfect network for fractional times between the entries of the scheduler's table."""
     abar = scheduler.alphas_cumprod.double().numpy()
     angles = np.arctan2(np.sqrt(1 - abar), np.sqrt(abar))
 
@@ -82,7 +82,7 @@ def vp_network(scheduler):
 
 
 def noised(levels, dtype=torch.float64):
-    """Data at `levels` (B,) in VE."""
+    """Noisy data (B, 1, 4, 4) at the VE noise levels `levels` (B,)."""
     centre = CENTRES[torch.randint(3, (len(levels), 1, 4, 4))]
     x = centre + SPREAD * torch.randn(centre.shape) + levels.reshape(-1, 1, 1, 1) * torch.randn(centre.shape)
     return x.to(dtype)
@@ -127,7 +127,7 @@ def test_a_perfect_edm_network_gives_the_closed_form(cls, prediction):
         sigma = (4 * t).exp().reshape(-1, 1, 1, 1)
         x = c_in_x * (sigma**2 + 0.36).sqrt()
         F = (mixture(x, sigma.flatten()) - 0.36 / (sigma**2 + 0.36) * x) / (sigma * 0.6 / (sigma**2 + 0.36).sqrt())
-        return SimpleNamespace(sample=F)  # a network of "v_prediction" has its sign turned while it is read
+        return SimpleNamespace(sample=F)  # loading already turns the sign of a "v_prediction" network
 
     x = noised(levels)
     denoiser = read_scheduler(scheduler).denoiser(network)
@@ -174,16 +174,16 @@ EVERY_PAIR = pytest.mark.parametrize("schedule, prediction", [*PAIRS, ("zero snr
 
 
 def same(ours, theirs):
-    """Equal to 1e-5 of the size of the sample."""
+    """Assert equality to 1e-5 of the sample's norm."""
     error = torch.linalg.vector_norm(ours.double() - theirs.double()) / torch.linalg.vector_norm(theirs.double())
     assert error < 1e-5, error
 
 
 def both(folder, pipeline):
-    """The pipeline as saved and loaded by diffusers, and our denoiser of the same folder."""
+    """The pipeline saved and loaded by diffusers, and our teacher from the same folder, with float64 networks."""
     pipeline.save_pretrained(folder)
     stock, teacher = type(pipeline).from_pretrained(folder), load_teacher(str(folder), ModelArguments())
-    stock.unet.double()  # the rounding of the network itself is not what is compared
+    stock.unet.double()  # the comparison excludes the network's rounding
     teacher.network.double()
     return stock, teacher
 
@@ -232,7 +232,7 @@ def test_euler_and_heun_steps(schedule, prediction, cls, tmp_path):
 
 
 def scheduler_levels(scheduler, i):
-    """The levels between which the step number `i` goes; Heun's list has the inner ones twice."""
+    """The levels at the start and end of step `i`; Heun's list has the inner levels twice."""
     sigmas = scheduler.sigmas
     if scheduler.order == 2:
         sigmas = torch.cat([sigmas[:1], sigmas[1::2]])
@@ -262,14 +262,14 @@ def test_flow_match_euler_steps(shift, tmp_path):
     for i, t in enumerate(scheduler.timesteps):
         now, then = scheduler.sigmas[i : i + 2].double()
         following = scheduler.step(stock.unet(x, t).sample, t, x).prev_sample.double()
-        if now < 1:  # pure noise has no place in VE
+        if now < 1:  # pure noise has no level in VE
             sigma, sigma_next = now / (1 - now), then / (1 - then)
             ours = euler_step(teacher.denoiser, x / (1 - now), level(sigma), level(sigma_next))
             same(ours * (1 - then), following)
         x = following
 
 
-# --- what is read, said and refused
+# --- read, printed and refused settings
 
 
 LINES = {
@@ -306,7 +306,7 @@ def test_every_student_but_that_of_clean_images_is_the_identity_without_noise(ki
 @pytest.mark.parametrize("make", [unet, dit])
 @torch.no_grad()
 def test_a_learned_variance_is_cut_off(make):
-    """The channels that are kept are, to the bit or nearly, the first half."""
+    """The kept channels are the first half, up to rounding."""
     if make is dit:
         network, x = dit(), torch.randn(2, 4, 4, 4)
         call = {"timestep": torch.tensor([3.0, 500.0]), "class_labels": torch.tensor([1, 2])}
@@ -325,7 +325,7 @@ def refused(pipeline, folder, message):
 
 
 def changed(scheduler, **config):
-    """A scheduler whose config says something that its class would not allow to be made."""
+    """A scheduler with config values that its class would not accept."""
     scheduler.register_to_config(**config)
     return scheduler
 
@@ -380,7 +380,7 @@ def test_a_class_made_from_the_scheduler_of_a_consistency_model_is_one():
 
 
 class Halved(DDPMScheduler):
-    """A DDPM scheduler with levels of its own, which no setting says."""
+    """A DDPM scheduler with its own levels, which no setting shows."""
 
     def __init__(self, **settings):
         super().__init__(**settings)
@@ -388,7 +388,7 @@ class Halved(DDPMScheduler):
 
 
 class FlowMatchShiftedTwice(FlowMatchEulerDiscreteScheduler):
-    """Flow times that are shifted behind the network's back."""
+    """A scheduler whose sigmas are shifted and whose timesteps are not."""
 
     def set_timesteps(self, *args, **kwargs):
         super().set_timesteps(*args, **kwargs)
@@ -437,7 +437,7 @@ def test_settings_that_only_choose_among_the_levels_are_no_trouble(cls):
 
 
 def test_a_dit_that_older_diffusers_saved_is_read(tmp_path):
-    """As facebook/DiT-XL-2-256 is: by the name that its class had."""
+    """facebook/DiT-XL-2-256, for example, has the class's former name."""
     save("dit", tmp_path)
     index, config = tmp_path / "model_index.json", tmp_path / "transformer" / "config.json"
     for path in (index, config):

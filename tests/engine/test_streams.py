@@ -1,4 +1,4 @@
-"""Streams: the same images for any number of processes and workers, from any step on; faults named with their row."""
+"""Streams: the same images for any number of processes and workers, from any step; messages name the faulty row."""
 
 import io
 import itertools
@@ -36,7 +36,7 @@ def take(iterator, count):
 
 
 def order(n, share, seed=0, step=0):
-    """The numbers of rows of each forward pass."""
+    """The row numbers of each forward pass."""
     stream = StreamOrder([{"image": i} for i in range(n)], share, seed, step)
     return ([number for number, row in batch] for batch in stream)
 
@@ -56,7 +56,7 @@ def test_each_epoch_has_every_row_once_and_no_two_are_alike(n, batch):
 
 def test_rows_move_by_about_the_size_of_the_buffer():
     numbers = flat(take(order(600, ProcessShare(600)), 1))
-    assert all(number <= place + 6 for place, number in enumerate(numbers))  # none before it is read
+    assert all(number <= place + 6 for place, number in enumerate(numbers))  # no row before it is read
     assert sum(number != place for place, number in enumerate(numbers)) > 400
 
 
@@ -106,19 +106,19 @@ def test_to_start_far_on_at_most_two_epochs_are_read_before():
 
 
 def grey_images(n):
-    """Images of one value each: 0, 1, 2, ..."""
+    """Constant images with the values 0, 1, 2, ..."""
     return [Image.new("L", (8, 8), i) for i in range(n)]
 
 
 def write_shards(folder, *shards, classes=4):
-    """Shards of parquet, each a list of (image, label); an image may be bytes."""
+    """Write parquet shards, each from a list of (image, label); an image can be bytes. Returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=classes)})
     plain = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     for number, rows in enumerate(shards):
         images = [{"bytes": image, "path": None} if isinstance(image, bytes) else image for image, _ in rows]
         shard = datasets.Dataset.from_dict({"image": images, "label": [label for _, label in rows]}, plain)
-        shard.info.features = features  # labels outside of it are not looked at
+        shard.info.features = features  # without a check of the labels
         shard.to_parquet(folder / f"train-{number:05d}-of-{len(shards):05d}.parquet")
     return folder
 
@@ -207,7 +207,7 @@ def test_a_folder_of_images_can_be_streamed(tmp_path):
 
 
 def deep(values):
-    """The bytes of a TIFF."""
+    """The bytes of an 8x8 TIFF with these values."""
     buffer = io.BytesIO()
     Image.fromarray(np.resize(values, (8, 8))).save(buffer, "TIFF")
     return buffer.getvalue()
@@ -243,7 +243,7 @@ def test_what_a_scan_would_find_is_found_in_the_stream_with_its_row(tmp_path, mo
     before = set(psutil.Process().children())
     with pytest.raises(StreamFault, match=message) as kept:
         take(data.batches(ProcessShare(4), 0), 5)
-    assert kept.value and set(psutil.Process().children()) <= before  # the error does not keep the workers
+    assert kept.value and set(psutil.Process().children()) <= before  # the error does not keep the workers alive
 
 
 def test_what_is_wrong_with_the_first_rows_is_found_before_training(tmp_path):
@@ -278,7 +278,7 @@ def test_a_stream_that_ends_in_an_error_gives_all_before_it(workers):
 
 
 def corrupt(folder):
-    """Cut off the last of the shards."""
+    """Truncate the last shard; returns `folder`."""
     file = sorted(folder.glob("*.parquet"))[-1]
     file.write_bytes(file.read_bytes()[:-20])
     return folder

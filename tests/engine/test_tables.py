@@ -1,4 +1,4 @@
-"""Datasets in tables of any tool: their types, splits and paths, and one opener for whatever they hold as an image."""
+"""Dataset tables of any tool: their types, splits and paths, and one opener for every kind of image."""
 
 import io
 import json
@@ -67,7 +67,7 @@ def test_names_and_images_in_the_types_of_other_tools(tmp_path, kind, image):
     images = records() if image == "struct" else pa.array(map(png, range(3)), getattr(pa, image)())
     try:
         pq.write_table(pa.table({"picture": images, "label": KINDS[kind]}), tmp_path / "[a] 100%.parquet")
-    except pa.ArrowNotImplementedError:  # views in pyarrow 17
+    except pa.ArrowNotImplementedError:  # pyarrow 17 has no views
         pytest.skip(f"this pyarrow doesn't write {kind}")
     data = read(tmp_path / "[a] 100%.parquet")
     assert holds(data, 0, 1, 2) and data.labels.tolist() == [0, 1, 0]

@@ -1,4 +1,4 @@
-"""Trackers: refused where they can't be used, and one run of theirs for one run of ours."""
+"""Trackers: refused if they can't be used, and one tracker run per training run."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ TRACKERS = ["wandb", "swanlab", "trackio", "comet_ml", "mlflow", "aim", "clearml
 
 
 def stand_in(name):
-    """A package in place of the tracker's: the module, and the function that begins a run of it."""
+    """A stand-in for the tracker's package: its module, and the function that begins a tracker run."""
     module = MagicMock(__version__="9.0")
     module.utils.validation.MAX_PARAM_VAL_LENGTH = 500
     module.utils.validation.MAX_PARAMS_TAGS_PER_BATCH = 100
@@ -39,7 +39,7 @@ def stand_in(name):
 
 @pytest.fixture
 def install(monkeypatch):
-    """Makes the stand-in of a tracker the installed one; gives the module and what begins a run."""
+    """A function that installs a tracker's stand-in; it returns the module and the function that begins a run."""
 
     def make(name):
         module, begin = stand_in(name)
@@ -51,7 +51,7 @@ def install(monkeypatch):
 
 
 def start(folder, name, step=0, **settings):
-    """Start a tracker as a run in `folder` does after `step`."""
+    """Start a tracker like a run in `folder` after `step`."""
     folder.mkdir(parents=True, exist_ok=True)
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tracker"))
     config = parse_config(flags(folder, report_to=name, **settings), ["ect"], "")
@@ -101,7 +101,7 @@ def test_a_tracker_that_does_not_start_ends_the_run_before_training(tmp_path, in
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker(tmp_path, install, name):
-    """By the id that it was given, or by the one that it chose itself."""
+    """By the id that it was given, or by the id that it chose."""
     _, begin = install(name)
     folder = tmp_path / "faces"
     start(folder, name)
@@ -167,11 +167,11 @@ def test_tensorboard_shows_one_run_without_the_steps_that_a_resumed_run_trains_a
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run(tmp_path / "faces", max_train_steps=6, report_to="tensorboard")
-    (tmp_path / "faces" / "checkpoint-6" / "model.safetensors").unlink()  # so that it goes on from step 3
+    (tmp_path / "faces" / "checkpoint-6" / "model.safetensors").unlink()  # the run resumes from step 3
     run(tmp_path / "faces", max_train_steps=8, report_to="tensorboard")
     (curves,) = {path.parent for path in (tmp_path / "faces" / "tracker").glob("*/events.out.*")}
     assert curves.name.startswith("faces-ect-")
-    assert len([path for path in curves.iterdir() if path.is_dir()]) <= 2  # the settings, twice as accelerate has them
+    assert len([path for path in curves.iterdir() if path.is_dir()]) <= 2  # accelerate writes the settings twice
     steps = [event.step for event in EventAccumulator(str(curves)).Reload().Scalars("loss")]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
 

@@ -1,4 +1,4 @@
-"""Flags that diffusers' scripts have: optimisers by class, schedules, passes, going back, variants, trackers."""
+"""Flags of diffusers scripts: optimisers by class, schedules, passes, going back, variants, trackers."""
 
 import json
 
@@ -28,7 +28,7 @@ def settings_of(folder, **settings):
 
 
 class Counting(torch.optim.Optimizer):
-    """Keeps numbers beside tensors, and an estimate in its group, as Prodigy does."""
+    """An optimiser with numbers besides tensors in its state and an estimate in its group, like Prodigy."""
 
     def __init__(self, params, lr=1e-3, growth=1.0):
         super().__init__(params, {"lr": lr, "growth": growth, "d": 1.0, "steps": 0, "begun": False})
@@ -46,7 +46,7 @@ class Counting(torch.optim.Optimizer):
 
 
 class Keeping(Counting):
-    """Keeps what no checkpoint can hold."""
+    """An optimiser with a state that checkpoints can't hold."""
 
     def step(self, closure=None):
         super().step(closure)

@@ -14,12 +14,12 @@ REAL, LABELS = column(0.0, 1.0, 2.0, 10.0, 11.0), torch.tensor([0, 0, 2, 2, 1])
 
 def test_neighbours_on_a_line_by_hand():
     made = column(0.1, 0.6, 10.6)
-    # of three neighbours: 0 0 2 -> 0; 1 0 2 -> 0; 11 10 2 -> 2 2 1 -> 2
+    # three neighbours: 0 0 2 -> 0; 1 0 2 -> 0; 11 10 2 -> 2 2 1 -> 2
     assert label_agreement(REAL, LABELS, made, torch.tensor([0, 0, 2]), k=3) == 1
     assert label_agreement(REAL, LABELS, made, torch.tensor([0, 2, 1]), k=3) == pytest.approx(1 / 3)
-    # of one each: the nearest of 10.6 is 11
+    # one neighbour each: the nearest to 10.6 is 11
     assert label_agreement(REAL, LABELS, made, torch.tensor([0, 0, 1]), k=1) == 1
-    # of two that differ the nearest decides: 10 is nearer to 10.4
+    # between two different neighbours the nearest decides: 10 is nearer to 10.4
     assert label_agreement(REAL, LABELS, column(10.4, 10.6), torch.tensor([2, 1]), k=2) == 1
 
 
@@ -29,7 +29,7 @@ def test_a_real_image_is_no_neighbour_of_its_own():
 
 
 def test_two_gaussians_are_told_apart_as_often_as_the_closed_form_says(monkeypatch):
-    """With many neighbours the rule is that of Bayes, which errs with probability Phi(-distance / 2)."""
+    """With many neighbours the rule becomes Bayes' rule, which errs with probability Phi(-distance / 2)."""
     monkeypatch.setattr(agreement, "BLOCK", 100_000)  # several blocks
     n, distance = 4000, 2.0
     labels = torch.arange(2 * n) % 2

@@ -27,7 +27,7 @@ MODELS = {
             intermediate_size=16,
             image_size=(32, 24),
             patch_size=8,
-            num_labels=16,  # as many as other layers give
+            num_labels=16,  # as many as the outputs of other layers
         )
     ),
     "resnet": lambda: ResNetForImageClassification(
@@ -41,7 +41,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Tiny models with their processors, as the Hub has them."""
+    """Folders of tiny models with their processors, like those on the Hub."""
     paths = {}
     for kind, make in MODELS.items():
         with torch.random.fork_rng():
@@ -63,7 +63,7 @@ def test_features_of_a_hub_classifier_are_what_its_logits_are_made_of(folders, k
     extractor = load_extractor(folders[kind])
     features = extractor(images())
     model = extractor.network.model
-    pixels = images(size=(32, 24))  # which need no resizing
+    pixels = images(size=(32, 24))  # these need no resizing
     mean, std = (torch.tensor(SETTINGS[key])[:, None, None] for key in ("image_mean", "image_std"))
     logits = model(pixel_values=(pixels - mean) / std).logits
     torch.testing.assert_close(extractor.network.head(extractor(pixels)), logits)
@@ -86,12 +86,12 @@ def test_images_are_prepared_as_the_models_own_processor_does(folders):
 
 @pytest.mark.parametrize("resample", [2, 3])
 def test_edges_are_resized_as_the_models_own_processor_does(folders, tmp_path, resample):
-    """Bicubic resizing overshoots there; PIL clips what it gives to the range of pixels."""
+    """Bicubic resizing overshoots at edges; PIL clips the result to the range of pixels."""
     ViTForImageClassification.from_pretrained(folders["vit"]).save_pretrained(tmp_path)
     processor = Processor(**SETTINGS, resample=resample)
     processor.save_pretrained(tmp_path)
     edges = torch.zeros(1, 3, 40, 30)
-    edges[..., 11:] = 1  # along one axis, as PIL clips after each
+    edges[..., 11:] = 1  # along one axis only, because PIL clips after each axis
     picture = Image.fromarray((edges[0].permute(1, 2, 0) * 255).to(torch.uint8).numpy())
     seen, extractor = [], load_extractor(str(tmp_path))
     extractor.network.model.register_forward_pre_hook(
@@ -196,7 +196,7 @@ def test_the_classifier_knows_its_shape_and_needs_labels():
 
 @pytest.mark.parametrize("n, epochs", [(3, 20), (10, 20), (11, 19), (100, 2), (201, 1)])
 def test_the_classifier_is_shown_about_so_many_images(monkeypatch, n, epochs):
-    """200 here: each of up to 10 images 20 times, of more all together about 200."""
+    """With 200 images to show: up to 10 images for 20 epochs each, more images about 200 times in total."""
     shown = []
 
     def train(images, labels, seed, epochs):

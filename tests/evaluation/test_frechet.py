@@ -38,7 +38,7 @@ def test_no_distance_is_negative_by_rounding():
 
 @pytest.mark.parametrize("other", [[1.0, 4.0, 9.0, 0.25, 2.0, 3.0, 1.0], [1.0, 4.0, 9.0, 0.25, 0.0, 0.0, 0.0]])
 def test_features_that_are_zero_for_all_images_cost_no_digits(other):
-    mix = torch.linalg.qr(normals(7, 7, seed=2)).Q  # so that what is singular is not along the axes
+    mix = torch.linalg.qr(normals(7, 7, seed=2)).Q  # so that singular directions are not along the axes
     deviations = torch.tensor([[4.0, 1.0, 1.0, 4.0, 0.0, 0.0, 0.0], other]).double().sqrt()
     white = exactly([0.0] * 7, torch.eye(7)) * deviations[:, None] @ mix
     expected = (deviations[0] - deviations[1]).square().sum()
@@ -52,7 +52,7 @@ def test_distance_is_that_of_torchmetrics():
     theirs = FrechetInceptionDistance(identity)
     theirs.update(a, real=True)
     theirs.update(b, real=False)
-    theirs.orig_dtype = torch.float64  # what it rounds its result to
+    theirs.orig_dtype = torch.float64  # it rounds its result to this type
     assert frechet_distance(a, b) == pytest.approx(theirs.compute().item(), rel=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""The FID Inception against torch-fidelity 0.4.0, whose numbers below were made once with the weights of `state`."""
+"""The FID Inception, against numbers from torch-fidelity 0.4.0 with the weights of `state`."""
 
 import hashlib
 import urllib.error
@@ -21,11 +21,11 @@ def keyed(key, shape):
 
 @pytest.fixture(scope="module")
 def state():
-    """Weights by the published names, a function of the names, on the scale of trained ones."""
+    """Weights with the published names, as a function of the names, on the scale of trained weights."""
     weights = {}
     for key, value in FIDInception().state_dict().items():
         value = keyed(key, value.shape)
-        if key.endswith("num_batches_tracked"):  # which the published file lacks
+        if key.endswith("num_batches_tracked"):  # the published file lacks these
             continue
         elif key.endswith("conv.weight"):
             value *= (2 / value[0].numel()) ** 0.5
@@ -67,7 +67,7 @@ def test_features_are_those_of_torch_fidelity(published, monkeypatch):
 
 def test_resizing_reads_pixel_i_at_i_times_the_ratio():
     ramp = torch.arange(4.0)[None, None, :, None].expand(1, 1, 4, 6)
-    expected = torch.arange(10.0) * 0.4  # and held beyond the last pixel
+    expected = torch.arange(10.0) * 0.4  # constant beyond the last pixel
     assert torch.allclose(resize_as_tensorflow(ramp, 10)[0, 0, :, 3], expected.clamp(max=3))
     assert torch.allclose(resize_as_tensorflow(torch.ones(1, 3, 500, 400), 299), torch.ones(299))
 

@@ -7,7 +7,7 @@ from tests.helpers.gaussians import normals
 
 
 def test_distance_of_gaussians_is_the_closed_form_within_its_error():
-    # for d = 1, E (x y + 1)^3 = 1 + 3 E x E y + 3 E x^2 E y^2 + E x^3 E y^3, and the distance a sum of squares
+    # for d = 1, E (x y + 1)^3 = 1 + 3 E x E y + 3 E x^2 E y^2 + E x^3 E y^3, so the distance is a sum of squares
     def raw(mean, std):
         return torch.tensor([mean, mean**2 + std**2, mean**3 + 3 * mean * std**2])
 
@@ -39,7 +39,7 @@ def test_value_and_error_bar_are_those_of_torchmetrics_on_the_same_subsets():
     theirs.update(a, real=True)
     theirs.update(b, real=False)
     with torch.random.fork_rng():
-        torch.manual_seed(5)  # from where it draws its subsets
+        torch.manual_seed(5)  # the seed of its subsets
         expected = [float(value) for value in theirs.compute()]
     assert kernel_distance(a, b, subsets=20, subset_size=100, seed=5) == pytest.approx(expected, rel=1e-9)
 

@@ -38,14 +38,14 @@ def test_density_and_coverage_of_equal_gaussians_are_the_closed_forms():
     density, coverage = density_coverage(normals(n, 4), normals(m, 4, seed=1), k)
     assert density == pytest.approx(1, abs=0.05)
     assert coverage == pytest.approx(1 - missed, abs=0.02)
-    assert 1 - missed < 0.95  # or the line above would hold for almost anything
+    assert 1 - missed < 0.95  # otherwise the line above would hold for almost anything
 
 
 def test_copies_are_precise_and_recalled_and_far_samples_are_neither():
     real = normals(100, 4)
     assert precision_recall(real, real) == (1.0, 1.0)
     assert precision_recall(real, real + 100) == (0.0, 0.0)
-    # one mode of two is precise, but recalls half of the data
+    # one of two modes is precise, but recalls half of the data
     two = torch.cat([real, real + 100])
     precision, recall = precision_recall(two, normals(100, 4, seed=1))
     assert precision > 0.8 and 0.4 < recall <= 0.5

@@ -19,7 +19,7 @@ from cm_diffusers.evaluation import (
 
 
 class Flat(torch.nn.Module):
-    """Counts the images that it sees."""
+    """Flatten images and count them in `seen`."""
 
     seen = 0
 

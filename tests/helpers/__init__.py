@@ -1,1 +1,1 @@
-"""What the tests of several folders share: runs, models, checkpoints, disks and a Hub."""
+"""Helpers for tests in several folders: training runs, models, checkpoints, disks and a Hub."""

@@ -1,4 +1,4 @@
-"""A device without float64, as Apple's GPUs are, simulated on the CPU under the name "meta"."""
+"""Simulate a device without float64, such as an Apple GPU, on the CPU under the device name "meta"."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -9,11 +9,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from cm_diffusers.core import arrays
 
 
-DEVICE = torch.device("meta")  # PyTorch without support for mps takes no tensor there, not even a simulated one
+DEVICE = torch.device("meta")  # a PyTorch build without mps rejects even simulated tensors on that device
 
 
 class Apple(torch.Tensor):
-    """A tensor of that device: its values are `inner`, on the CPU."""
+    """A tensor on the simulated device; `inner` is the CPU tensor with its values."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -52,9 +52,9 @@ def _placed(value):
 
 @contextmanager
 def without_float64(monkeypatch, *networks):
-    """Within it "meta" is a device that knows no float64, where the networks are."""
+    """Context that moves `networks` in place to the simulated device and yields that device."""
     monkeypatch.setattr(arrays, "NO_FLOAT64", ("meta",))
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # which meta has not
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # meta has no autocast
     with _Mode():
         for network in networks:
             for module in network.modules():

@@ -1,4 +1,4 @@
-"""How broad a test is: some of its cases stand for all where time counts, and continuous integration has all."""
+"""Mark the cases of a broad test that `make test` skips; continuous integration runs all of them."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def narrowed(cases: Iterable, *kept) -> list:
-    """Parameters of a test, of which `make test` has only those that are `kept`; the others are marked as `wide`."""
+    """Return `cases` as parameters of a test; all but the `kept` ones are marked `wide`, which `make test` skips."""
     cases = list(cases)
     assert set(kept) <= set(cases), "a case that is kept must be one"
     return [case if case in kept else _wide(case) for case in cases]

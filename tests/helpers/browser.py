@@ -1,4 +1,4 @@
-"""Chromium without a window, for tests of pages."""
+"""Headless Chromium, for tests of pages."""
 
 import shutil
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import pytest
 
 @contextmanager
 def chromium():
-    """A driver of selenium; the test is skipped where a part of it is missing."""
+    """Yield a selenium driver of headless Chromium. Skip the test if selenium, Chromium or chromedriver is missing."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
     program, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
     if not (program and driver):

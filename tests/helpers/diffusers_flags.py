@@ -1,4 +1,4 @@
-"""The flags of eleven training scripts of diffusers, at commit 58eb52c (August 2026), by the scripts' names."""
+"""The flags of eleven diffusers training scripts at commit 58eb52c (August 2026), by script name."""
 
 IN_ALL = """
     adam_beta1 adam_beta2 adam_epsilon adam_weight_decay cache_dir center_crop checkpointing_steps

@@ -1,4 +1,4 @@
-"""Moments of a run at which a disk can become full, and ways for it to be."""
+"""Moments of a run at which a disk can become full, and ways to fill or limit it."""
 
 import resource
 import shutil
@@ -13,7 +13,7 @@ import cm_diffusers.engine.training.trainer as loop
 from cm_diffusers.engine.training.run import main
 
 
-# what is called just before (or with True, just after) that, and how often before it matters
+# output: (holder and name of a function, which of its calls is the moment, True if the moment follows the call)
 MOMENTS = {
     "images_checked.safetensors": (data, "save_scan", 1, False),
     "config.yaml": (loop.Trainer, "resume", 1, True),
@@ -29,7 +29,7 @@ MOMENTS = {
 
 @contextmanager
 def at(moment, happen):
-    """Let something happen at a moment of a run."""
+    """Context that calls `happen()` once, at the `moment` (a key of `MOMENTS`) of a run."""
     holder, name, nth, afterwards = MOMENTS[moment]
     real, calls = getattr(holder, name), []
 
@@ -48,7 +48,7 @@ def at(moment, happen):
 
 
 def train(words, method="ect"):
-    """The exit code of a training script in this process."""
+    """Run training with the flags `words` in this process, without export checks or grids; returns the exit code."""
     verify = "cm_diffusers.engine.saved.export.verify_export"
     with mock.patch(verify), mock.patch.object(run, "draw_grids", return_value={}):
         try:
@@ -60,7 +60,7 @@ def train(words, method="ect"):
 
 @contextmanager
 def file_sizes_limited_later():
-    """Gives a function: after it is called no file can grow, until the end."""
+    """Yield a function. Once it is called, no file of this process can grow until the context ends."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
@@ -69,7 +69,7 @@ def file_sizes_limited_later():
 
 
 class Disk:
-    """A small file system of its own, where the system allows that."""
+    """A small tmpfs mounted at `root`; `there` is False if the system does not allow the mount."""
 
     def __init__(self, root: Path):
         self.root = root

@@ -1,7 +1,7 @@
-"""Tiny checkpoints like those of other projects: the tests' own writer, which holds no code of theirs.
+"""Tiny checkpoints in the formats of other projects, written without their code.
 
-It lays out names, shapes and pickles as their code does. The weights are made up from the names, so that the numbers
-in `DENOISED`, which their own networks gave with these weights, can be compared with those of a converted network.
+Names, shapes and pickles follow those projects. The weights are a function of the names. The projects' own networks
+computed the numbers in `DENOISED` with these weights, so a converted network must give the same numbers.
 """
 
 import collections
@@ -15,8 +15,8 @@ import zlib
 import torch
 
 
-# Of each file: [0, 0, 0, :4] of the denoised `image(...)` at sigma 0.7 (of CTM's, of the jump from 0.7 to 0.1) with
-# the class labels LABELS, where it has classes, by the projects' own networks and preconditionings, in float32.
+# For each file, the elements [0, 0, 0, :4] of the denoised `image(...)` at sigma 0.7, or of CTM's jump from 0.7 to
+# 0.1. The projects' own networks and preconditionings computed them in float32; those with classes got LABELS.
 DENOISED = {
     "ddpmpp": [0.150691, 0.202548, 0.201619, 0.371255],
     "ncsnpp": [0.038468, 0.311233, 0.231941, 0.330213],
@@ -33,14 +33,14 @@ DENOISED = {
     "scm": [0.02898, 0.082158, 0.153634, 0.188766],
     "simo": [0.203381, 0.095473, 0.275415, 0.423087],
 }
-AUGMENTED = [0.16797, 0.172681, 0.247384, 0.362399]  # of "ddpmpp", with the augmentation labels `made_up("augment.")`
-IDDPM = [0.562348, 0.527869, 0.657802, 0.970214]  # whose level 0.7 has the label 383
+AUGMENTED = [0.16797, 0.172681, 0.247384, 0.362399]  # "ddpmpp" with the augmentation labels `made_up("augment.")`
+IDDPM = [0.562348, 0.527869, 0.657802, 0.970214]  # the network's label for sigma 0.7 is 383
 LABELS = [1, 0]
 CLASSES = 3
 
 
 def made_up(name, shape):
-    """Numbers that depend on the name alone; weights of one dimension, which are those of norms, are around 1."""
+    """A tensor of `shape`, as a function of `name`. One-dimensional weights, which belong to norms, are around 1."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     if len(shape) > 1:
         return values / (values[0].numel() ** 0.5 if name != "image" else 1)
@@ -52,7 +52,7 @@ def image(channels, size):
 
 
 def layer(name, *shape, bias=True):
-    """The tensors of one layer, by names and shapes."""
+    """Shapes of one layer's tensors, by name."""
     return {f"{name}.weight": shape, **({f"{name}.bias": shape[:1]} if bias else {})}
 
 
@@ -60,7 +60,7 @@ def layer(name, *shape, bias=True):
 
 
 def edm_layout(kind="ddpmpp", classes=0, augment=0, two_times=False, channels=3, out_channels=None):
-    """EDM's code at 8x8: "ddpmpp", "ncsnpp", "skip" (a skip encoder and decoder) or "adm"."""
+    """Shapes by name of EDM's network at 8x8: "ddpmpp", "ncsnpp", "skip" (a skip encoder and decoder) or "adm"."""
     out_channels = out_channels or channels
     adm, fourier = kind == "adm", kind in ("ncsnpp", "skip")
     base = 64 if adm else 16
@@ -125,7 +125,7 @@ def edm_layout(kind="ddpmpp", classes=0, augment=0, two_times=False, channels=3,
 
 
 def adm_layout(widths=(32, 64), classes=0, two_times=False, scale_shift=True, resnets=True):
-    """OpenAI's code at 8x8 with attention at 4x4; CTM's with two times."""
+    """Shapes by name of OpenAI's network at 8x8 with attention at 4x4, or of CTM's with `two_times`."""
     embedding, shapes = 4 * widths[0], {}
 
     def block(name, before, after, attends=False):
@@ -161,7 +161,7 @@ def adm_layout(widths=(32, 64), classes=0, two_times=False, scale_shift=True, re
 
 
 def scm_layout(base=16, time=8):
-    """The sCM of MNIST, of two levels."""
+    """Shapes by name of the MNIST sCM, with two resolutions."""
     shapes = {"time_embedding.freqs": (time // 2,)}
 
     def conv(name, before, after, kernel=1):
@@ -190,7 +190,7 @@ def scm_layout(base=16, time=8):
 
 
 def simo_layout(base=32, channels=1):
-    """cloneofsimo's consistency model."""
+    """Shapes by name of cloneofsimo's consistency model."""
     shapes = layer("down.0", base, channels, 3, 3) | layer("up.3", 2 * base, 2 * base, 3, 3)
     widths = {"down.1": (1, 1), "down.2": (1, 2), "down.3": (2, 2), "mid": (2, 2)}
     for name, (before, after) in (widths | {"up.0": (2, 2), "up.1": (4, 1), "up.2": (1, 1)}).items():
@@ -202,7 +202,7 @@ def simo_layout(base=32, channels=1):
 
 
 def tensors(layout, prefix=""):
-    """Tensors for a layout: made-up ones, and those that are settings."""
+    """Tensors for a layout, by prefixed name: fixed filters and frequencies, and made-up weights."""
     values = {}
     for name, shape in layout.items():
         if name.endswith("resample_filter"):
@@ -215,11 +215,11 @@ def tensors(layout, prefix=""):
     return values
 
 
-# pickles like EDM's: modules that are told by name to be rebuilt from the text of their source
+# pickles like EDM's, which hold the source text of each module and name the function that rebuilds the module
 
 
 class Persistent:
-    """Pickled as a module of EDM's code: a function's name, the text of a module, the name of a class, a state."""
+    """Pickled like a module of EDM's code: a function's name, a module's source text, a class name and a state."""
 
     def __init__(self, kind, source="raise RuntimeError('this text was run')", **state):
         self.kind, self.source, self.state = kind, source, state
@@ -230,7 +230,7 @@ class Persistent:
 
 
 def module(values, kind="Layer", **settings):
-    """Tensors by dotted names as nested modules, the filters as buffers."""
+    """Nest tensors with dotted names into `Persistent` modules; filters and frequencies become buffers."""
     own, children = {}, collections.defaultdict(dict)
     for name, value in values.items():
         head, _, rest = name.partition(".")
@@ -245,7 +245,7 @@ def module(values, kind="Layer", **settings):
 
 
 def edm_content(values, kind="EDMPrecond", loss="EDMLoss", **settings):
-    """What a snapshot of EDM's code holds."""
+    """The content of an EDM snapshot whose network `ema` has the tensors `values`."""
     settings = {"sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5} | settings
     network = module(values, kind, **settings)
     network.state["_modules"]["model"].state["_init_kwargs"] = {"dropout": 0.13}
@@ -254,7 +254,7 @@ def edm_content(values, kind="EDMPrecond", loss="EDMLoss", **settings):
 
 @contextlib.contextmanager
 def their_modules():
-    """The modules whose names a pickle of EDM's code mentions, while it is written."""
+    """Context that provides the modules which an EDM pickle names, so that it can be written."""
     names = ("torch_utils", "torch_utils.persistence")
     persistence = types.ModuleType(names[1])
 
@@ -273,14 +273,14 @@ def their_modules():
 
 
 def dump(content, path):
-    """Write `content` as EDM's code does."""
+    """Pickle `content` to `path` as EDM's code does; returns `path`."""
     with their_modules(), open(path, "wb") as file:
         pickle.dump(content, file)
     return path
 
 
 def save(content, path, **kwargs):
-    """Write `content` by torch.save."""
+    """Write `content` to `path` by torch.save; returns `path`."""
     with their_modules():
         buffer = io.BytesIO()
         torch.save(content, buffer, **kwargs)
@@ -289,7 +289,10 @@ def save(content, path, **kwargs):
 
 
 def write(case, folder):
-    """The file of a key of `DENOISED`, with a name as its project gives it; and the options to convert it with."""
+    """Write the checkpoint of `case`, a key of `DENOISED`, under its project's file name.
+
+    Returns the path and the options for its conversion.
+    """
     adm_options = {"image_size": 8}
     if case in ("cd", "ct", "edm_openai"):
         layouts = {"cd": adm_layout(classes=CLASSES), "ct": adm_layout(resnets=False)}
@@ -316,7 +319,7 @@ def write(case, folder):
 
 
 def edm_tensors(case="ddpmpp"):
-    """The tensors of a file of EDM's code."""
+    """The tensors of an EDM file, by name."""
     layouts = {
         "ddpmpp": edm_layout(classes=CLASSES, augment=9),
         "ncsnpp": edm_layout("ncsnpp"),

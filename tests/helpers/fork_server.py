@@ -1,7 +1,7 @@
-"""Trains in children of one process that has imported everything: a new interpreter per run would take far longer.
+"""Trains in forked children of one process that has imported everything; a new interpreter per run takes far longer.
 
-The server reads lines of JSON from stdin, [number of processes, method, flag, flag, ...]; for each it prints the ids
-of the children and then how they ended. The children sleep in each fsync, which makes saves long enough to be hit.
+The server reads lines of JSON from stdin: [number of processes, method, flag, flag, ...]. For each line it prints the
+children's process ids, and later their exit codes. The children sleep in each fsync, so tests can interrupt saves.
 """
 
 import json
@@ -16,7 +16,7 @@ from tests.helpers.training_runs import flags
 
 
 class ForkServer:
-    """Starts training runs within milliseconds."""
+    """Client of the server; it starts training runs within milliseconds."""
 
     def __init__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -25,18 +25,18 @@ class ForkServer:
         self.said: list[str] = []
 
     def start(self, folder, method="ect", processes=1, **settings):
-        """Begin a run; gives the ids of its processes."""
+        """Begin a run; returns the ids of its processes."""
         self.said = []
         self.process.stdin.write(json.dumps([processes, method, *flags(folder, method, **settings)]) + "\n")
         self.process.stdin.flush()
         return self._answer("children")
 
     def wait(self):
-        """The exit codes of the run's processes, negative for a signal."""
+        """Wait for the run; returns the exit codes of its processes, negative for a signal."""
         return self._answer("ended")
 
     def run(self, folder, method="ect", processes=1, **settings):
-        """A run to its end; gives what it printed."""
+        """Train to the end, with exit code 0; returns the printed text."""
         self.start(folder, method, processes, **settings)
         assert self.wait() == [0] * processes
         return "".join(self.said)
@@ -59,7 +59,7 @@ def slow_fsync(descriptor, fsync=os.fsync):
 
 
 def launcher_environment(processes, rank, port):
-    """What a launcher tells process `rank`."""
+    """The environment variables that a launcher sets for process `rank`; none for a single process."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     return {name: str(value) for name, value in names.items()} if processes > 1 else {}

@@ -6,7 +6,7 @@ def normals(*shape, seed=0):
 
 
 def exactly(mean, covariance, n=100, seed=0):
-    """Features (n, d) whose mean and covariance are these to the last digits, not on the average."""
+    """Features (n, d) whose sample mean and covariance equal the given ones up to rounding."""
     raw = normals(n, len(mean), seed=seed)
     raw -= raw.mean(0)
     white = raw @ torch.linalg.inv(torch.linalg.cholesky(raw.T.cov())).T

@@ -1,9 +1,12 @@
-"""A Hugging Face Hub on the loopback interface, in memory, that can be told to fail.
+"""A Hugging Face Hub on the loopback interface, in memory, with scripted failures.
 
-It knows what huggingface_hub 2.4, diffusers and datasets call to push and pull repositories, by regular commits and by
-LFS (not by Xet, whose storage speaks a binary protocol: clients get HF_HUB_DISABLE_XET=1). As on the real Hub a new
-repository starts with a commit of .gitattributes, LFS files are stored and served by another host (`localhost` instead
-of `127.0.0.1`) that must not see the token, and a commit that changes nothing is still a commit.
+It answers the calls by which huggingface_hub 2.4, diffusers and datasets push and pull repositories, with regular
+commits and LFS. It has no Xet storage, whose protocol is binary, so clients get HF_HUB_DISABLE_XET=1. As on the real
+Hub:
+
+- A new repository starts with a commit of .gitattributes.
+- Another host (`localhost` instead of `127.0.0.1`), which must not see the token, stores and serves LFS files.
+- A commit that changes nothing is still a commit.
 
     with LoopbackHub() as hub:
         hub.fail("POST .*/commit/", times=2, status=503)
@@ -36,12 +39,12 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".parquet", ".arrow", ".
 PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 INVALID_TOKEN = "Invalid credentials in Authorization header"
 DATE = "2026-01-01T00:00:00.000Z"
-LICENCES = ["apache-2.0", "mit", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "other"]  # some of those that the Hub knows
+LICENCES = ["apache-2.0", "mit", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "other"]  # some of the Hub's licences
 
 
 @dataclass(frozen=True)
 class User:
-    """Who a token stands for; without `write` the token may only read."""
+    """The owner of a token; without `write` the token can only read."""
 
     name: str
     write: bool = True
@@ -50,7 +53,7 @@ class User:
 
 @dataclass
 class Request:
-    """A call as it came in. `status` is what was answered, None where the connection was cut."""
+    """A received request. `status` is the status of the answer, or None if the connection was cut."""
 
     method: str
     path: str
@@ -61,7 +64,7 @@ class Request:
 
     @property
     def line(self) -> str:
-        """Method and path, what failures are matched against."""
+        """Method and path, against which the patterns of failures are matched."""
         return f"{self.method} {unquote(self.path)}"
 
     def json(self) -> dict:
@@ -70,14 +73,14 @@ class Request:
 
 @dataclass
 class Answer:
-    body: object = b""  # what is not bytes is sent as JSON
-    status: int | None = 200  # None: no answer, the connection is cut
+    body: object = b""  # sent as JSON unless it is bytes
+    status: int | None = 200  # None: the connection is cut without an answer
     headers: dict[str, str] = field(default_factory=dict)
-    reset: bool = False  # how it is cut
+    reset: bool = False  # cut it by a reset, not by closing it
 
 
 class Refusal(Exception):
-    """An error of the Hub, with the headers from which huggingface_hub picks its exception."""
+    """An error response, with the headers from which huggingface_hub picks its exception."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] = {}):
         headers = {**headers, "X-Error-Message": ascii(message)[1:-1]} | ({"X-Error-Code": code} if code else {})
@@ -86,7 +89,7 @@ class Refusal(Exception):
 
 @dataclass
 class Failure:
-    """Scripted; `hits` counts how often it struck."""
+    """A scripted failure; `hits` counts the requests that it has hit."""
 
     pattern: str
     times: float
@@ -111,7 +114,7 @@ class File:
 
     @property
     def blob_id(self) -> str:
-        """The object id that git gives."""
+        """The git object id."""
         data = self.pointer if self.lfs else self.content
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
@@ -134,7 +137,7 @@ class Commit:
 
 
 class Repository:
-    """Commits in the order in which they came, on whatever branch, and the names that point to them."""
+    """The commits of all branches in order of arrival, and the branches and tags that point to them."""
 
     def __init__(self, kind: str, id: str, private: bool):
         self.kind, self.id, self.private = kind, id, private
@@ -151,7 +154,7 @@ class Repository:
         return self.commits[-1]
 
     def at(self, revision: str) -> Commit:
-        """The commit of a branch, a tag or an id."""
+        """The commit of a branch, tag or commit id."""
         name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
         oid = self.branches.get(name) or self.tags.get(name) or revision
         for commit in self.commits:
@@ -161,21 +164,26 @@ class Repository:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What is on main."""
+        """Contents by path on main."""
         return self.at("main").files
 
     @property
     def messages(self) -> list[str]:
-        """Of the commits on main after the one that made the repository."""
+        """Messages of the commits on main, without the initial commit."""
         return [commit.message for commit in self.commits[1:] if commit.branch == "main"]
 
 
 class LoopbackHub:
-    """Serves between `start` and `stop`, or as a context manager.
+    """The Hub. It serves between `start` and `stop`, or as a context manager.
 
-    Attributes: `url`; `users`, by token; `repositories`, by (type, id), and `repository(id, type)`; `storage`, LFS
-    contents by sha256; `log`, every request in order; `unhandled`, the requests that it could not answer;
-    `lfs_suffixes`, which files are asked for by LFS: () for none of them, ("",) for all that are not empty.
+    Attributes:
+        url: address of the server.
+        users: users by token.
+        repositories: repositories by (kind, id); `repository(id, kind)` looks one up.
+        storage: LFS contents by SHA-256.
+        log: every request, in order.
+        unhandled: the requests that it could not answer.
+        lfs_suffixes: endings of the files that clients upload by LFS: () for no file, ("",) for all non-empty files.
     """
 
     def __init__(self):
@@ -187,7 +195,7 @@ class LoopbackHub:
         self.clear()
 
     def clear(self) -> None:
-        """Back to a Hub that nobody has used, on the same port."""
+        """Reset to an unused Hub on the same port."""
         self.users = {TOKEN: User("tester", organizations=("lab",))}
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.storage: dict[str, bytes] = {}
@@ -217,7 +225,7 @@ class LoopbackHub:
         self.stop()
 
     def up(self) -> None:
-        """Be reachable."""
+        """Become reachable."""
         if self.is_up:
             return
         self._server.server_activate()
@@ -225,14 +233,14 @@ class LoopbackHub:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def down(self) -> None:
-        """Be unreachable until `up`: open connections end, new ones are refused, and the port is kept."""
+        """Become unreachable until `up`: open connections end, new ones are refused, and the port is kept."""
         if not self.is_up:
             return
         self.is_up = False
         self._server.shutdown()
         self._server.server_close()
         for connection in list(self._connections):
-            with contextlib.suppress(OSError):  # it may have ended
+            with contextlib.suppress(OSError):  # the connection may have ended
                 connection.shutdown(socket.SHUT_RDWR)
         self._bind()
 
@@ -242,13 +250,13 @@ class LoopbackHub:
         self._server.server_bind()
         self.port = self._server.server_port
 
-    # what tests ask for
+    # for tests
 
     def environment(self, home: Path, token: str | None = TOKEN, xet: bool = False, **more: str) -> dict[str, str]:
-        """For a client in another process: its caches are under `home`, and nothing of the user's settings is left.
+        """The environment for a client in another process: caches under `home`, and none of the user's Hub settings.
 
-        With `xet` the client takes the path that most users' does (hf_xet comes with huggingface_hub); then set
-        `lfs_suffixes` to (), as there is no Xet storage here.
+        With `xet` the client uses hf_xet, as most users' clients do, because it comes with huggingface_hub. Then set
+        `lfs_suffixes` to (), because this Hub has no Xet storage.
         """
         ours = re.compile("HF_|HUGGING|.*_PROXY$", re.IGNORECASE)
         kept = {name: value for name, value in os.environ.items() if not ours.match(name)}
@@ -260,7 +268,7 @@ class LoopbackHub:
         return self.repositories[kind, id]
 
     def calls(self, pattern: str = "") -> list[Request]:
-        """The requests whose method and path match."""
+        """The logged requests whose "METHOD /path" matches `pattern`."""
         return [request for request in self.log if re.search(pattern, request.line)]
 
     def fail(
@@ -275,8 +283,9 @@ class LoopbackHub:
     ) -> Failure:
         """Let the next `times` requests whose "METHOD /path" matches `pattern` fail.
 
-        By `status` and `headers`, with a page of HTML as gateways send it, or by a connection that is reset or closed
-        without an answer. With `processed` the request takes effect first, and only its answer is lost.
+        They are answered with `status`, `headers` and an HTML page, as by a gateway. With `reset` or `close` the
+        connection is cut without an answer. With `processed` the request takes effect first, and only its answer is
+        lost.
         """
         headers = {"Content-Type": "text/html", **(headers or {})}
         answer = Answer(b"<html>scripted</html>", None if reset or close else status, headers, reset)
@@ -284,13 +293,13 @@ class LoopbackHub:
         return self._failures[-1]
 
     def on_request(self, callback: Callable[[Request], None]) -> None:
-        """Call back with every request before it takes effect, in the thread that serves it; it may wait."""
+        """Call `callback` with every request before it takes effect. It runs in the serving thread and can block."""
         self._callbacks.append(callback)
 
     # answering
 
     def answer(self, request: Request) -> Answer:
-        """What to reply to a request."""
+        """Log a request and return the answer to it."""
         self.log.append(request)
         for callback in list(self._callbacks):
             callback(request)
@@ -305,7 +314,7 @@ class LoopbackHub:
                     answer = self._process(request)
                 except Refusal as refusal:
                     answer = refusal.answer
-                except Exception as error:  # our own mistake, or a request that is not as expected
+                except Exception as error:  # a fault of this file, or an unexpected request
                     self.unhandled.append(f"{request.line}: {error!r}")
                     answer = Answer(status=501)
                 answer = failures[0].answer if failures else answer
@@ -366,7 +375,7 @@ REVISION = r"/(?P<revision>[^/]+)"
 
 
 def route(method: str, pattern: str, write: bool = False) -> Callable:
-    """Register a function of (hub, request, repository or user, **names); `write` asks for the right to."""
+    """Register a function of (hub, request, repository or user, **names); `write` requires the right to write."""
 
     def register(function):
         ROUTES.append((method, re.compile(pattern), function, write))
@@ -491,7 +500,7 @@ def commit(hub, request, repo, revision):
 @route("POST", f"{API}/(?P<what>branch|tag)/(?P<name>[^/]+)", write=True)
 def make_ref(hub, request, repo, what, name):
     spec = request.json()
-    if what == "tag":  # the path names what is tagged
+    if what == "tag":  # the path holds the revision to tag
         target, name = repo.at(name), spec["tag"]
     else:
         target = repo.at(spec.get("startingPoint") or "main")
@@ -504,7 +513,7 @@ def make_ref(hub, request, repo, what, name):
 
 @route("POST", f"{API}/super-squash{REVISION}", write=True)
 def squash(hub, request, repo, revision):
-    """One commit of what the branch holds; those before it are forgotten."""
+    """Replace the history of the branch by one commit of its files."""
     tree = repo.at(revision).tree
     repo.commits = [commit for commit in repo.commits if commit.branch != revision]
     repo.commit(revision, request.json()["message"], tree)
@@ -521,7 +530,7 @@ def list_refs(hub, request, repo):
 
 @route("GET", f"{API}/commits{REVISION}")
 def list_commits(hub, request, repo, revision):
-    """Newest first; the history of other branches is not told apart."""
+    """The commits up to the revision, newest first. Commits of other branches are not filtered out."""
     commits = repo.commits[repo.commits.index(repo.at(revision)) :: -1]
     return [{"id": c.oid, "title": c.message, "message": c.description, "authors": [], "date": DATE} for c in commits]
 
@@ -539,7 +548,7 @@ def described(path: str, file: File) -> dict:
 
 
 def entries(tree: dict[str, File]) -> dict[str, dict]:
-    """The files and the folders of a tree."""
+    """The Hub's entries for the files and folders of a tree, by path."""
     found = {path: described(path, file) for path, file in tree.items()}
     for folder in {str(parent) for path in tree for parent in Path(path).parents if parent.name}:
         oid = hashlib.sha1(folder.encode()).hexdigest()
@@ -586,7 +595,7 @@ def resolve(hub, request, repo, revision, path):
 
 
 def content(request: Request, data: bytes, headers: dict[str, str]) -> Answer:
-    """A file or the range of it that was asked for."""
+    """An answer with `data`, or with the requested range of it."""
     headers |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
     match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
     if not match:
@@ -613,14 +622,14 @@ class Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def handle(self):
-        with contextlib.suppress(OSError):  # the client went away, or `down`
+        with contextlib.suppress(OSError):  # the client has gone, or the Hub is down
             super().handle()
 
     def log_message(self, *words):
         pass
 
     def chunks(self) -> Iterator[bytes]:
-        """The request's body."""
+        """The request's body, in pieces."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
             return
@@ -635,9 +644,9 @@ class Handler(BaseHTTPRequestHandler):
         request = Request(self.command, url.path, parse_qs(url.query), headers, b"".join(self.chunks()))
         answer = self.server.hub.answer(request)
         if answer.status is None:
-            if answer.reset:  # when it is closed, the client gets an error instead of an end of file
+            if answer.reset:  # closing then gives the client an error instead of an end of file
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.rfile.close()  # else the socket stays open for it
+                self.rfile.close()  # otherwise it keeps the socket open
                 self.connection.close()
             self.close_connection = True
             return
@@ -654,5 +663,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def pushed(hub: LoopbackHub, repo: str = "tester/model") -> dict[str, bytes]:
-    """The files of a repository but for what the Hub itself adds."""
+    """Contents by path on the repository's main branch, without the Hub's own .gitattributes."""
     return {name: content for name, content in hub.repository(repo).files.items() if name != ".gitattributes"}

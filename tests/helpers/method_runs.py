@@ -1,4 +1,4 @@
-"""Short runs of every method from every start."""
+"""Settings for short runs of every method from every start."""
 
 from cm_diffusers.objectives import OBJECTIVES
 
@@ -14,8 +14,8 @@ SETTINGS = {
     "cdm": {"rollout_steps": 2},
     "ctm": {"solver_steps": 2},
 }
-TAUGHT = ("cd", "ecd", "scd")  # which always have a teacher
-PROCESSES = {"sct": "trigflow", "scd": "trigflow", "mean_flow": "flow"}  # of the models that a method can start from
+TAUGHT = ("cd", "ecd", "scd")  # these always have a teacher
+PROCESSES = {"sct": "trigflow", "scd": "trigflow", "mean_flow": "flow"}  # of models that can start the method
 ADVERSARY = {"gan_weight": 0.5, "discriminator_start_step": 1}
 STARTS = [
     (method, start)
@@ -26,7 +26,10 @@ STARTS = [
 
 
 def settings_of(models, method, start, dropout=0.1, accumulation=2, adversary=False):
-    """The settings of a run of four steps, on eight images each; `models` makes diffusion models by their process."""
+    """The settings of a run of four steps, each on eight images.
+
+    `start` is "scratch", "saved" or "teacher"; `models(process)` gives the folder of a diffusion model.
+    """
     model, settings = models(PROCESSES.get(method, "edm")), {**SETTINGS.get(method, {})}
     if method in TAUGHT or start == "teacher":
         settings["pretrained_teacher_model"] = model

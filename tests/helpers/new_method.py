@@ -1,4 +1,4 @@
-"""The method of docs/add_a_method.md, which is no part of the package."""
+"""The method of docs/add_a_method.md, which is not part of the package."""
 
 import re
 import sys

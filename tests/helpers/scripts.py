@@ -1,4 +1,4 @@
-"""Scripts of the repository: as commands, and as modules."""
+"""The repository's scripts, as commands and as modules."""
 
 import importlib.util
 import sys
@@ -15,7 +15,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def load_script(name: str, folder: str = "training") -> ModuleType:
-    """A script, read anew; it finds its neighbours as it does when it is started, and `sys.path` is left as it was."""
+    """Import a script afresh and return its module. `sys.path` has the script's folder during the import only."""
     spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with mock.patch.object(sys, "path", [str(ROOT / folder), *sys.path]):

@@ -1,4 +1,4 @@
-"""Tiny diffusion models of diffusers with random weights, saved as its own pipelines."""
+"""Tiny diffusers models with random weights, saved as diffusers pipelines."""
 
 import torch
 from diffusers import (
@@ -19,7 +19,7 @@ from diffusers import (
 
 
 def randomised(network, seed=0):
-    """Weights of which none is zero, as in a trained network."""
+    """Set all weights of `network` to nonzero random values, as after training; returns it in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -52,7 +52,7 @@ def autoencoder_kl(channels=1, latent_channels=4, **config):
 
 
 def autoencoder_tiny(channels=1, latent_channels=4):
-    # one halving: the last block of a tiny autoencoder's encoder does none
+    # one halving, because one block of a tiny autoencoder's encoder keeps the resolution
     blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     blocks |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     return randomised(AutoencoderTiny(channels, channels, latent_channels=latent_channels, **blocks))
@@ -80,6 +80,6 @@ PIPELINES = {
 
 
 def save(kind, folder, pipeline=None):
-    """A folder with the pipeline of that kind, or the given one."""
+    """Save the pipeline of `kind`, a key of `PIPELINES`, or the given `pipeline`, in `folder`; returns `folder`."""
     (pipeline or PIPELINES[kind]()).save_pretrained(folder)
     return folder

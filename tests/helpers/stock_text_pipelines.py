@@ -1,4 +1,4 @@
-"""Tiny text-to-image pipelines of diffusers with random weights, called with embeddings in place of prompts."""
+"""Tiny diffusers text-to-image pipelines with random weights, called with embeddings instead of prompts."""
 
 import torch
 from diffusers import (
@@ -21,8 +21,8 @@ from diffusers.pipelines.latent_consistency_models import (
 from tests.helpers.stock_pipelines import autoencoder_kl, randomised
 
 
-SIZE = 8  # of the images; latents have half of it
-WIDTH = 8  # of the embeddings
+SIZE = 8  # of images; latents have half the size
+WIDTH = 8  # of embeddings
 WITHOUT = {"text_encoder": None, "tokenizer": None}
 LATENT = {"clip_sample": False, "steps_offset": 1}
 UNSAFE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -119,5 +119,5 @@ IMAGE_TO_IMAGE = {
 
 
 def image():
-    """One to begin with, (1, 3, SIZE, SIZE) in [0, 1]."""
+    """A start image for image-to-image pipelines, (1, 3, SIZE, SIZE) in [0, 1]."""
     return torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))

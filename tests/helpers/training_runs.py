@@ -1,4 +1,4 @@
-"""Short training runs on the digits, and what they leave."""
+"""Short training runs on the digits, and their results."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,11 @@ DEFAULTS = {
     "validation_steps": 0,
     "logging_steps": 1,
 }
-ECT = {"pretrain_steps": 2, "stage_steps": 2}  # so that they don't move with max_train_steps
+ECT = {"pretrain_steps": 2, "stage_steps": 2}  # fixed, so that they do not depend on max_train_steps
 
 
 def flags(folder, method="ect", **settings):
-    """The command line of a short run; None takes a default away. Defaults that would have no effect are left out."""
+    """The command line of a short run. A setting of None removes a default; defaults without effect are left out."""
     values = {**DEFAULTS, **(ECT if method == "ect" else {}), **settings, "output_dir": folder}
     if (values["max_train_steps"] or 3) <= 2 and "pretrain_steps" not in settings:
         values.pop("pretrain_steps", None)
@@ -42,7 +42,7 @@ def flags(folder, method="ect", **settings):
 
 
 def run(folder, method="ect", **settings):
-    """Train in this process; gives the folder of the run. Its export is not verified or drawn, which takes seconds."""
+    """Train in this process, without verifying or drawing the export, to save seconds; returns the run's folder."""
     with mock.patch("cm_diffusers.engine.saved.export.verify_export"):
         with mock.patch("cm_diffusers.engine.training.run.draw_grids", return_value={}):
             train(parse_config(flags(folder, method, **settings), [method], ""))
@@ -50,19 +50,19 @@ def run(folder, method="ect", **settings):
 
 
 def read_log(folder):
-    """The lines of the log without the wall-clock times."""
+    """The rows of log.jsonl, without wall-clock times."""
     rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "time"} for row in rows]
 
 
 def tensors(folder):
-    """All tensors of the newest checkpoint by (group, name)."""
+    """All tensors of the newest checkpoint, by (group, name)."""
     checkpoint, faults = newest_checkpoint(Path(folder))
     assert faults == []
     return {(group, key): value for group, values in checkpoint.tensors.items() for key, value in values.items()}
 
 
 def differences(a, b):
-    """Names of tensors that are not bit for bit the same in the newest checkpoints of two run folders."""
+    """Keys (group, name) of the tensors that differ in any bit between the newest checkpoints of two run folders."""
     a, b = tensors(a), tensors(b)
     return sorted(a.keys() ^ b.keys()) + [key for key in a.keys() & b.keys() if not a[key].equal(b[key])]

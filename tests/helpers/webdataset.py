@@ -1,4 +1,4 @@
-"""Shards of webdataset as tests need them."""
+"""WebDataset shards for tests."""
 
 import io
 import json
@@ -19,7 +19,7 @@ def png(image):
 
 
 def write_shard(path, values):
-    """Grey images of these values, whose class is the value modulo 3."""
+    """Write a shard of 8x8 grey images to `path`, one per value; its class is the value modulo 3. Returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for i, value in enumerate(values):

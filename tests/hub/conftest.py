@@ -1,4 +1,4 @@
-"""What the tests of the Hub share."""
+"""Fixtures for tests of the Hub."""
 
 import threading
 import time
@@ -17,14 +17,14 @@ from tests.helpers.loopback import TOKEN, LoopbackHub
 
 @pytest.fixture(scope="session")
 def loopback_hub():
-    """One server for all tests, so that clients which live longer than a test can know its address."""
+    """One server for all tests, so that its address stays valid for clients that outlive a test."""
     with LoopbackHub() as hub:
         yield hub
 
 
 @pytest.fixture
 def hub(loopback_hub):
-    """An empty Hub on the loopback interface; that it knew every request is checked at the end."""
+    """An empty Hub on the loopback interface; the test fails if the Hub did not know a request."""
     loopback_hub.clear()
     yield loopback_hub
     loopback_hub.up()
@@ -33,13 +33,13 @@ def hub(loopback_hub):
 
 @pytest.fixture
 def api(hub, monkeypatch):
-    """A client in this process. HfApi's methods take their endpoint from it; most other functions do not."""
+    """A client in this process. HfApi's methods use its endpoint; most other functions do not."""
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     bars = not are_progress_bars_disabled()
     disable_progress_bars()
-    close_session()  # it has read the environment
+    close_session()  # the old session has read the environment
     yield HfApi(endpoint=hub.url, token=TOKEN)
     close_session()
     if bars:
@@ -48,7 +48,7 @@ def api(hub, monkeypatch):
 
 @pytest.fixture
 def sleeps(monkeypatch):
-    """What time.sleep was asked for; nobody in this process waits for it."""
+    """The durations passed to time.sleep, which returns at once in this process."""
     asked = []
     monkeypatch.setattr(time, "sleep", asked.append)
     return asked
@@ -56,7 +56,7 @@ def sleeps(monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Pauses take a hundredth of their time."""
+    """Shorten all pauses to a hundredth."""
     sleep, wait = time.sleep, threading.Event.wait
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 100))
     monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: wait(self, timeout and timeout / 100))

@@ -1,4 +1,4 @@
-"""Prepared datasets: what is published, and that the Hub's readers understand it."""
+"""Prepared datasets: their published files, which the Hub's readers understand."""
 
 import io
 import json
@@ -39,7 +39,7 @@ print(json.dumps(next(data.batches(ProcessShare(limit), 0))["images"][:, 0, 0, 0
 
 @pytest.fixture
 def prepare(hub, api, quick, monkeypatch, tmp_path):
-    """training/prepare_data.py of six images in two classes, as exit code."""
+    """A function that runs training/prepare_data.py on six images in two classes and returns the exit code."""
     monkeypatch.setattr(engine_hub, "HfApi", lambda: api)
     prepare_data = load_script("prepare_data")
     for i in range(6):
@@ -62,7 +62,7 @@ def published(hub):
 def test_a_dataset_on_the_hub_is_read_by_its_id(hub, prepare, tmp_path, capsys):
     assert prepare("--push_to_hub") == prepare("--push_to_hub", "--split", "test") == 0
     names = {f"{split}/{split}-00000-of-00001.parquet" for split in ("train", "test")}
-    assert published(hub) == names | {"README.md"}  # no plans, no locks
+    assert published(hub) == names | {"README.md"}  # no plans and no locks
     repo = hub.repository("tester/mine", "dataset")
     assert repo.messages == ["Upload train", "Upload test"] and not repo.private
     card = repo.files["README.md"].decode()

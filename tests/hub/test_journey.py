@@ -1,4 +1,4 @@
-"""A run with everything on the Hub: teacher and dataset by revision, a model at every save, a token nobody sees."""
+"""A run with everything on the Hub: teacher and dataset by revision, a model at every save, and a hidden token."""
 
 import io
 import os
@@ -29,7 +29,7 @@ LOUD = {
 
 
 def publish(hub, kind, id, files):
-    """A repository of which only the revision v1 can be used."""
+    """Make a repository in which only the revision v1 is usable."""
     repo = hub.repositories[kind, id] = Repository(kind, id, private=True)
     tree = {name: File(content, lfs=name.endswith(hub.lfs_suffixes)) for name, content in files.items()}
     hub.storage |= {file.sha256: file.content for file in tree.values()}
@@ -50,18 +50,18 @@ def published(hub, tmp_path):
 
 
 def command_lines():
-    """Those of all processes."""
+    """The command lines of all processes."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             found.add(path.read_bytes())
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
     return found
 
 
 def start(hub, tmp_path, **settings):
-    """Train a student in a process of its own; gives what it said, its exit code, and the process lists meanwhile."""
+    """Train a student in another process; returns its output, its exit code and the command lines seen meanwhile."""
     words = flags(
         tmp_path / "student",
         "ecd",
@@ -87,11 +87,11 @@ def start(hub, tmp_path, **settings):
 @pytest.mark.wide
 def test_a_run_from_the_hub_to_the_hub_shows_its_token_to_the_hub_alone(published, tmp_path):
     hub = published
-    hub.fail("POST .*/tag/", times=1, status=403)  # an error in the midst of it
+    hub.fail("POST .*/tag/", times=1, status=403)  # an error on the way
     settings = {"hub_strategy": "every_save", "checkpointing_steps": 2, "report_to": "tensorboard"}
     output, code, processes = start(hub, tmp_path, dataset_revision="v1", teacher_revision="v1", **settings)
     assert code == 0, output[-4000:]
-    assert "WARNING: 'Step 2' was not pushed to tester/student" in output and "curl" in output  # it was loud
+    assert "WARNING: 'Step 2' was not pushed to tester/student" in output and "curl" in output  # a visible warning
     card = hub.repository("tester/student").files["README.md"].decode()
     assert "[tester/teacher](https://huggingface.co/tester/teacher), revision v1" in card
     assert "[tester/digits](https://huggingface.co/tester/digits), revision v1" in card

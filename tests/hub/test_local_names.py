@@ -1,4 +1,4 @@
-"""No byte of what a run publishes names a folder of this machine, whichever flag has named it."""
+"""A run publishes no name of a local folder, whichever flag names the folder."""
 
 import json
 
@@ -59,7 +59,7 @@ def more_images(folder):
     return {}
 
 
-# what trains with the flag: what is to lie in its folder (and the other settings that this takes), by which methods
+# flag: (function that fills the folder and returns further settings, methods to train with the flag)
 CASES = {
     "dataset_name": (images, ["ect"]),
     "train_data_dir": (images, ["ect"]),
@@ -95,7 +95,7 @@ def test_the_name_of_a_folder_is_in_no_byte_that_is_pushed(hub, api, monkeypatch
         checkpointing_steps=1,
         **settings,
     )
-    assert NAME in (folder / "config.yaml").read_text()  # there it is, as the same command resumes the run
+    assert NAME in (folder / "config.yaml").read_text()  # present locally, so that the same command resumes the run
     assert {"main", "checkpoint"} <= hub.repository("tester/model").branches.keys()
     pushed = {f"{commit.branch}/{path}": content for commit in hub.repository("tester/model").commits
               for path, content in commit.files.items()}  # fmt: skip

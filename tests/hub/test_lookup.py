@@ -1,4 +1,4 @@
-"""Mistaken names, and a Hub that is away: found by one question, where its clients would ask for half a minute."""
+"""Mistaken names and an unreachable Hub: found by one request, where Hub clients would retry for half a minute."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ LOADERS = {
 
 @pytest.fixture
 def client(api, monkeypatch):
-    """Names are looked up on the loopback Hub."""
+    """Look up names on the loopback Hub."""
     monkeypatch.setattr(lookup, "HfApi", lambda: api)
 
 

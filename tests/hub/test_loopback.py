@@ -1,8 +1,9 @@
-"""The loopback Hub serves real clients, and what huggingface_hub 2.4 retries by itself.
+"""The loopback Hub serves real clients, and the retries of huggingface_hub 2.4.
 
-How many failures in a row each call survives, as `test_what_the_client_retries` measures it. 500 and 504 go as 503;
-so, by its source, do 502 and 408, except that the GET of a file retries 408. The waits are 1, 2, 4, 8 and 8 s, or one
-second more than Retry-After says, with any of these statuses. A HEAD that fails is first tried again at once.
+The table shows how many failures in a row each call survives, as measured by `test_what_the_client_retries`. 500 and
+504 behave like 503. By the client's source, 502 and 408 do as well, except that the GET of a file retries 408. The
+waits are 1, 2, 4, 8 and 8 s, or one second longer than Retry-After, with any of these statuses. A failed HEAD is first
+repeated at once.
 
     call                                     503   429   reset   closed   then it raises
     create_repo                                0     0       0        0
@@ -19,8 +20,8 @@ second more than Retry-After says, with any of these statuses. A HEAD that fails
     download: HEAD of a file                   6     6       0        0   "
     download: GET of a file                    0     5       0        5   503: HfHubHTTPError
 
-A status is raised as HfHubHTTPError (an OSError), a cut or refused connection as one of httpx (no OSError). A
-Hub that is away for more than 23 s ends even the calls that are retried. With `parent_commit` a commit can safely be
+A status raises HfHubHTTPError, an OSError. A cut or refused connection raises an httpx error, which is not an OSError.
+If a Hub is unreachable for more than 23 s, even retried calls fail. With `parent_commit` a commit can safely be
 repeated: if the first one arrived, the second is refused with 412.
 """
 
@@ -100,7 +101,7 @@ def test_only_what_changed_is_committed(hub, api, folder):
     before = len(hub.calls("/commit/"))
     push(api, folder)
     assert hub.repository(REPO).messages == ["A push"]
-    assert len(hub.calls("/commit/")) == before  # the client compares what preupload told it
+    assert len(hub.calls("/commit/")) == before  # the client compares hashes from preupload
     (folder / "model_index.json").write_bytes(b"[]")
     push(api, folder)
     commit = hub.calls("/commit/")[-1]
@@ -177,7 +178,7 @@ def test_what_is_not_there(hub, api, folder, tmp_path):
 def test_ranges(hub, api, folder):
     push(api, folder)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for name in ("README.md", "unet/weights.safetensors"):  # the second by way of the storage
+    for name in ("README.md", "unet/weights.safetensors"):  # the second one through the storage
         url = f"{hub.url}/{REPO}/resolve/main/{name}"
         for asked, part in (("2-4", slice(2, 5)), ("5-", slice(5, None))):
             with opener.open(urllib.request.Request(url, headers={"Range": f"bytes={asked}"})) as reply:
@@ -201,7 +202,7 @@ def pull(api, folder):
 
 FAULTS = [{"status": 503}, {"status": 429, "headers": {"Retry-After": "3"}}, {"reset": True}, {"close": True}]
 NONE, ALL = (0, 0, 0, 0), (5, 5, 5, 5)
-CALLS = {  # the request that fails, how many of each of FAULTS are survived, what a 503 raises then
+CALLS = {  # the failing request, the number of survived failures for each of FAULTS, the error after more 503s
     "create_repo": ("POST /api/repos/create", NONE, HfHubHTTPError),
     "validate-yaml": ("POST /api/validate-yaml", NONE, json.JSONDecodeError),
     "preupload": ("POST .*/preupload/", ALL, HfHubHTTPError),
@@ -224,7 +225,7 @@ CALLS = {  # the request that fails, how many of each of FAULTS are survived, wh
     "download: HEAD": ("HEAD .*/resolve/", (6, 6, 0, 0), LocalEntryNotFoundError),
     "download: GET": ("GET .*/resolve/", (0, 5, 0, 5), HfHubHTTPError),
 }
-ASKED = {  # of a Hub to which the folder has been pushed; the other calls are made by a first push
+ASKED = {  # calls to a Hub that already has the folder; a first push makes the other calls
     "nothing to commit": push,
     "whoami": lambda api, folder: api.whoami(),
     "auth_check": lambda api, folder: api.auth_check(REPO, write=True),
@@ -277,7 +278,7 @@ def test_a_commit_whose_answer_is_lost(hub, api, folder, monkeypatch, sleeps, xe
     else:
         with pytest.raises(httpx.ReadError):
             push(api, folder)
-        push(api, folder)  # finds that nothing changed
+        push(api, folder)  # nothing has changed
         assert hub.repository(REPO).messages == ["A push"]
     with pytest.raises(HfHubHTTPError) as caught:
         api.create_commit(REPO, [CommitOperationAdd("a", b"a")], commit_message="late", parent_commit=first)

@@ -1,4 +1,4 @@
-"""Pushing a model: what arrives, through which outages, and what is found before training."""
+"""Pushing a model: the files that arrive, outages that a push survives, and checks before training."""
 
 import math
 import re
@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def publisher(hub, api, quick):
-    """A maker of publishers."""
+    """A function that makes publishers; their messages are in `said`."""
     said = []
 
     def make(repo="tester/model", **settings):
@@ -71,7 +71,7 @@ def test_a_name_without_a_user_is_the_tokens_own(hub, publisher, folder):
     assert one.repo_id == "tester/model"
 
 
-# every call of a push, and what can befall it; five failures in a row each
+# every call of a push, and every kind of outage, with five failures in a row each
 CALLS = {
     "create": "POST /api/repos/create",
     "card": "POST /api/validate-yaml",
@@ -94,14 +94,14 @@ OUTAGES = {
 
 
 def strike(hub, call, outage):
-    """Let `outage` befall `call`; gives how often it has."""
+    """Let `outage` hit `call`; returns a function of the number of hits."""
     hits = []
 
     def black_out(request):
         if re.search(call, request.line) and not hits:
             hits.append(1)
             hub.down()
-            threading.Timer(0.3, hub.up).start()  # 30 s, as pauses take a hundredth of their time
+            threading.Timer(0.3, hub.up).start()  # stands for 30 s, because pauses are shortened to a hundredth
 
     if outage == "blackout":
         hub.on_request(black_out)
@@ -119,7 +119,7 @@ def test_an_outage_is_survived_without_a_second_commit(hub, publisher, folder, c
     start = time.perf_counter()
     one.push(Push(folder, "End of training", tag="final"))
     one.push(Push(folder, "State", branch="state", files=("*.json",)))
-    assert time.perf_counter() - start < 0.5  # the queue took it, training goes on
+    assert time.perf_counter() - start < 0.5  # the push is queued and training continues
     assert one.finish(600), one.said
     assert hits() >= 1
     repo = hub.repository("tester/model")
@@ -169,12 +169,12 @@ def test_another_users_repository_is_refused_at_once(publisher):
 
 
 def test_a_token_that_may_only_read_is_found_at_once(hub, publisher, api, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # with which the client reads the address of a repository
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # the client reads a repository's address with it
     hub.users["hf_reader"] = User("tester", write=False)
     publisher().check()
     api.token = "hf_reader"
     with pytest.raises(ValueError, match="can't be written to"):
-        publisher().check()  # though the repository exists
+        publisher().check()  # although the repository exists
 
 
 def test_an_unreachable_hub_is_a_warning(hub, publisher, folder):

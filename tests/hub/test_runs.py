@@ -1,4 +1,4 @@
-"""Training runs that publish what they make."""
+"""Training runs that publish their results."""
 
 import copy
 import json
@@ -21,12 +21,12 @@ from tests.helpers.training_runs import differences, flags, read_log, run
 
 @pytest.fixture
 def client(api, monkeypatch):
-    """Runs in this process push to the loopback Hub."""
+    """Let runs in this process push to the loopback Hub."""
     monkeypatch.setattr(engine_hub, "HfApi", lambda: api)
 
 
 def push(words):
-    """Run training/push.py in this process."""
+    """A function that runs training/push.py in this process."""
     script = load_script("push")
     with pytest.raises(SystemExit) as end:
         script.main(words)
@@ -63,7 +63,7 @@ def test_every_save_is_published_with_a_tag_and_leaves_nothing_behind(hub, clien
     )
     repo = hub.repository("tester/often")
     assert repo.messages == ["Step 2", "Step 4", "End of training"]
-    assert len([commit for commit in repo.commits if commit.branch == "checkpoint"]) == 1  # the newest state
+    assert len([commit for commit in repo.commits if commit.branch == "checkpoint"]) == 1  # only the newest state
     assert sorted(repo.tags) == ["step-2", "step-4"]
     assert list((tmp_path / ".hub").iterdir()) == []
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -118,12 +118,12 @@ def test_a_variant_is_published_beside_the_weights(hub, client, tmp_path):
 # --- resuming from the Hub
 
 
-KEPT = {}  # made by the first test that needs it
+KEPT = {}  # filled by the first test that needs it
 
 
 @pytest.fixture
 def lost(hub, client, tmp_path, tmp_path_factory):
-    """A run that pushed its state at step 4 of 6, from a machine that is gone; gives its whole twin's folder."""
+    """The Hub has the state at step 4 of 6 of a run whose folder is lost; returns its uninterrupted twin's folder."""
     if not KEPT:
         KEPT["whole"] = run(tmp_path_factory.mktemp("runs") / "whole", "ct", s1=12, dropout=0.1)
         settings = {"push_to_hub": True, "hub_strategy": "every_save", "checkpointing_steps": 2}

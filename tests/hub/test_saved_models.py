@@ -1,4 +1,4 @@
-"""Models of every method, pushed by the run that trained them: loaded with diffusers alone, and with the library."""
+"""Models of every method, pushed by their training runs: loaded with diffusers alone, and with the library."""
 
 import json
 import re
@@ -30,8 +30,8 @@ RUNS = {
     "cd": ("cd", {"num_scales": 12}),
     "ctm": ("ctm", {"solver_steps": 2}),
 }
-# "alone" hides the library. Each model is loaded and sampled by the snippet on its card, then saved and loaded again.
-# The library also loads what was saved without it, and its own classes load by themselves.
+# "alone" hides the library. The snippet on each model's card loads and samples it; then it is saved and loaded again.
+# With the library, the folders saved without it load as well, and so do its own classes by `from_pretrained`.
 CLIENT = """
 import importlib.util, sys
 from pathlib import Path
@@ -74,7 +74,7 @@ def runs(tmp_path_factory):
 
 
 def train_and_push(api, runs):
-    """Train a tiny model by every method and push it; gives the images of each as the training process made them."""
+    """Train and push a tiny model by every method; returns each model's images from the training process."""
     images = {}
 
     def save(pipeline, folder, **settings):
@@ -102,7 +102,7 @@ def load_all(hub, runs, how):
 
 
 def poison(hub, runs):
-    """Put code that ends the process in place of the code of all models, on the Hub and in folders."""
+    """Replace the code of all models, on the Hub and in folders, by code that ends the process."""
     code = b"raise SystemExit('poison')\n"
     for name in RUNS:
         tree = hub.repository(f"tester/{name}").at("main").tree

@@ -1,4 +1,4 @@
-"""The Space of a model: what is published, and that it works where the library is not."""
+"""A model's Space: its published files, and that it works without the library."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ FILES = {"README.md", "app.py", "requirements.txt", *MODULES} | {
 
 @pytest.fixture
 def push(hub, api, monkeypatch):
-    """training/push.py with what it is given, as exit code."""
+    """A function that runs training/push.py with the given words and returns the exit code."""
     monkeypatch.setattr(engine_hub, "HfApi", lambda: api)
     script = load_script("push")
 
@@ -117,7 +117,7 @@ def test_the_licence_is_that_of_the_models_card(tmp_path, model_dir):
     assert front_matter({"README.md": (tmp_path / "README.md").read_bytes()})["license"] == "cc-by-nc-4.0"
 
 
-def test_its_gradio_is_that_of_the_tests():  # and its other versions are in test_requirements.py
+def test_its_gradio_is_that_of_the_tests():  # test_requirements.py checks its other versions
     assert f"gradio=={space.GRADIO}\n" in (ROOT / "constraints.txt").read_text()
 
 

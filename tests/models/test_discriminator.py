@@ -21,7 +21,7 @@ KINDS = ("patch", "dinov2", "resnet")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Saved models of random weights, as one finds them on the Hub: without a backbone's output features."""
+    """Folders of models with random weights, saved as on the Hub: not as backbones with selected output features."""
     root = tmp_path_factory.mktemp("backbones")
     torch.manual_seed(0)
     vit = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)
@@ -131,7 +131,7 @@ def test_the_state_dict_is_all_that_training_changes(build, kind):
     assert not torch.allclose(other(x), model(x))
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x)) and torch.equal(copy.deepcopy(model)(x), model(x))
-    # as the generator's loss calls it: with weights that get no gradient
+    # called as by the generator's loss: the weights get no gradient
     frozen = {name: value.detach() for name, value in model.state_dict().items()}
     x.requires_grad_()
     functional_call(model, frozen, (x,)).sum().backward()
@@ -178,12 +178,12 @@ def test_the_backbone_sees_images_as_those_of_imagenet(build):
     assert seen.shape == (2, 3, 28, 28)
     for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD)):
         torch.testing.assert_close(seen[:, channel] * std + mean, (x[:, 0] + 1) / 2)
-    # a ramp stays a ramp, but for the border
+    # a ramp stays a ramp, except at the border
     ramp = torch.linspace(-1, 1, 14)[None, None, :, None].expand(1, 1, 14, 20)
     rows = vit._prepare(ramp)[0, 0, 1:-1] * IMAGENET_STD[0] + IMAGENET_MEAN[0]
     assert rows.shape == (26, 28) and (rows - rows[:, :1]).abs().max() < 1e-6
     torch.testing.assert_close(rows.diff(dim=0), torch.full((25, 28), 0.5 / 13), rtol=1e-4, atol=1e-6)
-    # shrinking averages: stripes become grey
+    # shrinking averages, so stripes become grey
     stripes = torch.tensor([-1.0, 1.0, 1.0, -1.0]).repeat(28)[None, None, :, None].expand(1, 1, 112, 112)
     assert (vit._prepare(stripes)[0, 0, 2:-2] * IMAGENET_STD[0] + IMAGENET_MEAN[0] - 0.5).abs().max() < 0.05
 

@@ -1,6 +1,6 @@
-"""The networks of score-based models and EDM, and the small public ones: derivatives, gradients, saving, errors.
+"""The networks of score-based models and EDM, and two small public ones: derivatives, gradients, saving, errors.
 
-That they are those networks, number by number, is shown in tests/convert.
+tests/convert compares their numbers with the original networks.
 """
 
 import math
@@ -33,7 +33,7 @@ TINY = {"sample_size": 8, "model_channels": 8, "channel_mult": (1, 2), "layers_p
 
 
 def randomised(kind="ddpmpp", **config):
-    """A small network with weights everywhere."""
+    """A small network in which no weight is zero."""
     network = EDMUNet2DModel(**(TINY | KINDS[kind] | config))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -51,7 +51,7 @@ def inputs(dtype=torch.float32, batch=3):
 
 
 def check_jvp(call, x, t, dx, dt):
-    """The JVP of `call` against central differences."""
+    """Compare the JVP of `call` with central differences."""
     primal, derivative = jvp(call, (x, t), (dx, dt))
     h = 1e-6
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_no_augment_labels_are_zeros_and_every_weight_keeps_a_gradient():
     output = network(x, t).sample
     assert torch.equal(output, network(x, t, augment_labels=torch.zeros(3, 2)).sample)
     assert (network(x, t, augment_labels=torch.ones(3, 2)).sample - output).abs().max() > 1e-4
-    output.sum().backward()  # a weight without a gradient ends a run of several processes
+    output.sum().backward()  # a weight without a gradient would end a run of several processes
     assert network.augment_embedding.weight.grad.abs().max() == 0
 
 
@@ -196,13 +196,13 @@ def test_a_saved_network_is_the_same_network(kind, tmp_path):
 
 
 def test_time_stays_in_float32_under_autocast_and_in_bfloat16():
-    near = torch.tensor([500.0, 500.1, 500.2])  # one number in bfloat16
+    near = torch.tensor([500.0, 500.1, 500.2])  # equal in bfloat16
     for cast in (True, False):
         network = randomised(num_class_embeds=3)
         x = inputs()[0][:1].expand(3, -1, -1, -1)
         if cast:
             network, x = network.to(torch.bfloat16), x.to(torch.bfloat16)
-        keep_time_embedding_in_float32(network)  # which it does without
+        keep_time_embedding_in_float32(network)  # it needs no such help
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not cast):
             embedding = network._embed(network._noise(near, x)[1], None, None, None, x)
             assert network(x, near).sample.dtype == torch.bfloat16
@@ -224,7 +224,7 @@ def test_filters_keep_a_constant_and_undo_each_other_on_it(taps):
     x = torch.full((1, 2, 8, 8), 3.0)
     half, double = resample(x, taps, up=False), resample(x, taps, up=True)
     assert half.shape == (1, 2, 4, 4) and double.shape == (1, 2, 16, 16)
-    inner = slice(1, -1)  # [1, 3, 3, 1] mixes zeros in at the border
+    inner = slice(1, -1)  # [1, 3, 3, 1] mixes in zeros at the border
     for result in (half, double):
         torch.testing.assert_close(result[..., inner, inner], torch.full_like(result[..., inner, inner], 3.0))
     y = torch.arange(16.0).view(1, 1, 4, 4)

@@ -14,7 +14,7 @@ KINDS = ("positional", "fourier")
 
 
 def randomised(seed=0, **config):
-    """A small network with weights everywhere."""
+    """A small network in which no weight is zero."""
     torch.manual_seed(seed)
     shape = {"sample_size": (8, 12), "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32)}
     network = JVPUNet2DModel(**(shape | {"layers_per_block": 1} | config))
@@ -216,7 +216,7 @@ def test_a_saved_network_is_the_same_network(tmp_path, kind, head):
     with torch.no_grad():
         outputs = [n(x, t, torch.tensor([0, 1, 3]), return_dict=False) for n in (network, again)]
     assert len(outputs[0]) == (2 if head else 1)
-    for first, second in zip(*outputs):  # where weights lie in memory can move a sum by a rounding
+    for first, second in zip(*outputs):  # the addresses of weights can change the rounding of sums
         torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
 
 
@@ -249,7 +249,7 @@ def test_log_variance_head_comes_and_goes():
 def test_time_stays_in_float32_under_autocast_and_in_bfloat16(cast):
     network = randomised(log_variance=True)
     x, _, _, _ = inputs()
-    near = torch.tensor([0.5, 0.5001, 0.5002])  # one number in bfloat16
+    near = torch.tensor([0.5, 0.5001, 0.5002])  # equal in bfloat16
     if cast:
         network, x = network.to(torch.bfloat16), x.to(torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not cast):
@@ -309,7 +309,7 @@ def test_a_copy_is_its_own():
     assert torch.equal(other(x, t).sample, network(x, t).sample)
 
 
-# dropout by keys
+# --- keyed dropout
 
 
 def masks(keys, layer=0, shape=(1, 1000), p=0.5):
@@ -319,7 +319,7 @@ def masks(keys, layer=0, shape=(1, 1000), p=0.5):
 
 def test_mixing_is_splitmix64():
     states = [(1234567 + (i + 1) * GAMMA + 2**63) % 2**64 - 2**63 for i in range(3)]
-    # the published test values of the generator, seed 1234567
+    # the generator's published test values for seed 1234567
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert [value % 2**64 for value in _mix(torch.tensor(states)).tolist()] == expected
 
@@ -346,7 +346,7 @@ def test_masks_of_rows_layers_and_positions_are_independent():
     off = rows[~torch.eye(200, dtype=bool)]
     assert off.abs().max() < 6 / math.sqrt(count) and off.std().item() == pytest.approx(count**-0.5, rel=0.05)
     for first, second in ((0, 1), (1, 2), (0, 2)):
-        across = signs[first] @ signs[second].T / count  # the same and other rows
+        across = signs[first] @ signs[second].T / count  # equal and different rows
         assert across.abs().max() < 6 / math.sqrt(count) and across.std().item() == pytest.approx(
             count**-0.5, rel=0.05
         )
@@ -354,14 +354,14 @@ def test_masks_of_rows_layers_and_positions_are_independent():
         for sign in signs:
             correlation = (sign[:, lag:] * sign[:, :-lag]).mean().item()
             assert abs(correlation) < 5 / math.sqrt(200 * (2000 - lag))
-    # a layer's stream is not that of its neighbour, moved
+    # a layer's stream is not its neighbour's stream, shifted
     for lag in range(1, 20):
         for a, b in ((signs[0][:, lag:], signs[1][:, :-lag]), (signs[1][:, lag:], signs[0][:, :-lag])):
             assert abs((a * b).mean().item()) < 5 / math.sqrt(200 * (2000 - lag))
 
 
 def test_masks_have_the_values_of_a_reference():
-    """The same numbers with Python's integers."""
+    """The reference computes the same numbers with Python's integers."""
 
     def mix(z):
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -402,7 +402,7 @@ def test_without_keys_dropout_is_the_ordinary_one():
     network.key_dropout(torch.arange(3))
     network.key_dropout(None)
     assert not torch.equal(network(x, t).sample, network(x, t).sample)
-    network.eval().key_dropout(torch.arange(7))  # of another batch, and not used
+    network.eval().key_dropout(torch.arange(7))  # keys of another batch, which are not used
     assert torch.equal(network(x, t).sample, network(x, t).sample)
 
 

@@ -1,4 +1,4 @@
-"""Every network of the library is exported by torch.export with a batch that is not frozen to the example's."""
+"""torch.export exports every network of the library with a dynamic batch size."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def edm(channel_mult=(1,), **config):
     return EDMUNet2DModel(8, 1, 1, 8, channel_mult, 1, **config)
 
 
-NETWORKS = {  # a network, and what it is called with beside a sample and a time
+NETWORKS = {  # a network, and its arguments besides a sample and a time
     "jvp": lambda: (build_unet("jvp_tiny", (8, 8), 1, 10), {"class_labels": LABELS}),
     "ddpmpp, classes left out": lambda: (edm(num_class_embeds=10, augment_channels=9), {}),
     "ddpmpp, classes": lambda: (edm(num_class_embeds=10), {"class_labels": LABELS}),

@@ -38,7 +38,7 @@ def a_network(preset="jvp_tiny", size=(8, 12), **config):
 
 
 def trained(preset="jvp_tiny", **config):
-    """A model whose branch is no longer zero."""
+    """A model whose second-time branch is nonzero, as after training."""
     model = TwoTimeModel.from_network(a_network(preset, **config))
     randomise(model.target_time_embedding, 1)
     return model
@@ -73,7 +73,7 @@ def test_it_then_reads_the_second_time(preset):
     reference = model(x, t, s, labels).sample
     assert (model(x, t, s + 0.1, labels).sample - reference).abs().amax((1, 2, 3)).min() > 1e-4
     assert (model(x, t + 1, s, labels).sample - reference).abs().amax((1, 2, 3)).min() > 1e-4
-    # a call leaves nothing behind, even one that fails
+    # a call leaves no state behind, even if it fails
     with pytest.raises(ValueError):
         model(x, t, s)
     assert torch.equal(model(x, t, None, labels).sample, a_network(preset)(x, t, labels).sample)
@@ -136,7 +136,7 @@ def test_a_copy_has_a_branch_of_its_own():
     randomise(model.target_time_embedding, 5)
     assert torch.equal(other(x, t, s, labels).sample, expected)
     assert not torch.equal(model(x, t, s, labels).sample, expected)
-    # the wrapped network without the wrapper has no second time
+    # without the wrapper, the network has no second time
     assert torch.equal(copy.deepcopy(model.network)(x, t, labels).sample, a_network()(x, t, labels).sample)
 
 
@@ -207,7 +207,7 @@ def test_the_zero_layer_learns_first():
 def test_second_time_stays_in_float32_under_autocast_and_in_bfloat16(preset, cast):
     model, (x, t, _, labels) = trained(preset), inputs()
     keep_time_embedding_in_float32(model)
-    near = torch.tensor([0.5, 0.5001, 0.5002])  # one number in bfloat16
+    near = torch.tensor([0.5, 0.5001, 0.5002])  # equal in bfloat16
     if cast:
         model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=not cast):
@@ -269,7 +269,7 @@ def test_what_the_network_has_is_passed_on(tmp_path):
         again = TwoTimeModel.from_pretrained(tmp_path / name)
         output = again(x, t, s, labels)
         assert again.config.log_variance is has
-        torch.testing.assert_close(output.sample, expected.sample)  # where weights lie in memory can move a sum
+        torch.testing.assert_close(output.sample, expected.sample)  # addresses of weights can change sums
         if has:
             torch.testing.assert_close(output.log_variance, expected.log_variance)
         else:
@@ -286,7 +286,7 @@ def test_what_the_network_lacks_is_lacking():
 
 @torch.no_grad()
 def test_the_files_in_one_stand_alone(tmp_path, monkeypatch):
-    """As in the folder of a saved model."""
+    """The bundle is made as for a saved model's folder."""
     files = (keyed_dropout, jvp_unet, two_time)
     sources = {module.__name__: inspect.getsource(module) for module in files}
     (tmp_path / "exported_networks.py").write_text(bundle(sources, "networks", "0"))

@@ -98,7 +98,7 @@ def test_a_saved_network_is_the_same_network(tmp_path):
 
 
 def time_embeddings(network, labels):
-    """What the blocks of `network` are told of `labels` under bfloat16 autocast."""
+    """The embedding of `labels` that the blocks of `network` receive under bfloat16 autocast."""
     seen = []
     network.down_blocks[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["temb"]), with_kwargs=True

@@ -1,4 +1,4 @@
-"""The second player: what the discriminator sees and learns by, and how the loss that it makes is weighed."""
+"""The adversary: the discriminator's inputs and training, and the weight of its loss."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from cm_diffusers.objectives.base import Batch
 
 
 class Watched(nn.Module):
-    """A discriminator that keeps what it is given; its two logits are the image's mean times a weight, and 9 times."""
+    """A discriminator that records inputs. Its two logits are the image's mean times `weight`, and 9 times that."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ def pictures(seed):
 
 @pytest.fixture
 def adversary():
-    """One whose model makes `pictures(1)` of anything."""
+    """An adversary whose model returns `pictures(1)` for every input."""
     return Adversary(Watched(), AdversaryOptions(gan_weight=1.0), lambda batch, draws: pictures(1))
 
 
@@ -62,7 +62,7 @@ def test_the_model_s_images_are_judged_as_the_discriminator_learned_to_see_them(
 
 
 def test_the_optimiser_of_the_discriminator_in_numbers():
-    """RAdam does not rectify its first steps: the mean of gradients 1 and 0 is 1/3 at beta 1/2, its bias undone."""
+    """RAdam does not rectify its first steps. At beta 1/2 the bias-corrected mean of gradients 1 and 0 is 1/3."""
     network = Watched()
     options = AdversaryOptions(gan_weight=1.0, discriminator_learning_rate=0.03)
     optimizer = Adversary(network, options, None).optimizer()

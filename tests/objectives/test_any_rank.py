@@ -1,4 +1,4 @@
-"""Samples of any rank: what is one list of numbers, an image or a volume has the same loss, without the engine."""
+"""Samples of any rank: the same numbers as a vector, an image or a volume have the same loss, without the engine."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ OPTIONS = {
 
 
 class Elementwise(nn.Module):
-    """A network that treats every number of a sample alike, whatever the sample's shape."""
+    """A network that acts on each number of a sample separately, whatever the sample's shape."""
 
     def __init__(self):
         super().__init__()

@@ -16,12 +16,12 @@ from cm_diffusers.toys import TASKS, ToyDraws
 
 
 SPEC = ModelSpec(0.5)
-FIXED = {"p_std": 1e-3, "epsilon_min": 0.05, "epsilon_max": 0.05}  # nearly one level, and one length
+FIXED = {"p_std": 1e-3, "epsilon_min": 0.05, "epsilon_max": 0.05}  # nearly a single level, and a single length
 ROWS = range(8)
 
 
 class Recorder(nn.Module):
-    """A smooth network that reads no labels, and keeps what it is called with."""
+    """A smooth network that ignores labels and records its inputs."""
 
     def __init__(self, **config):
         super().__init__()
@@ -43,7 +43,7 @@ def small_batch(**labels):
 
 
 def of_denoiser(denoise, data, sigma=0.5, **options):
-    """The martingale term (B,) of `denoise`, and the mean of the single square |D1 - D0|^2."""
+    """The martingale term (B,) for the denoiser `denoise`, and the mean of the single square |D1 - D0|^2."""
     objective, ends = make(Recorder(), p_mean=math.log(sigma), **{**FIXED, **options}), []
     objective.denoiser = lambda: lambda x, sigma, labels: denoise(x, append_dims(sigma, x))
     rollouts = objective.rollouts
@@ -71,7 +71,7 @@ def test_with_an_exact_denoiser_the_product_vanishes_in_the_mean_and_a_single_sq
 
 def test_the_mean_of_the_product_is_the_square_of_what_the_denoiser_loses_along_its_sde():
     def k(sigma):
-        return 0.6 * 0.25 / (0.25 + sigma**2)  # D = k x is not exact for any data
+        return 0.6 * 0.25 / (0.25 + sigma**2)  # D = k x is exact for no data
 
     n = 100_000
     term, _ = of_denoiser(lambda x, sigma: k(sigma) * x, 0.5 * torch.randn(n, 1, 1, 1).double(), epsilon_max=0.2,
@@ -137,7 +137,7 @@ def test_the_gradient_reaches_both_factors():
     loss.total.backward()
     first, last = network.calls[0], network.calls[-1]
 
-    def denoised(call):  # from what the network was given
+    def denoised(call):  # from the network's recorded inputs
         sigma = (call["label"] / 250).exp()
         return EDMDenoiser(network, 0.5)(call["sample"] * append_dims((sigma**2 + 0.25).sqrt(), call["sample"]), sigma)
 

@@ -1,4 +1,4 @@
-"""CT, iCT, CD and ECD against their papers' formulas, and distillation against an exact solution."""
+"""CT, iCT, CD and ECD, against their papers' formulas; distillation, against an exact solution."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ STEP, TOTAL = 30, 100
 
 
 class Linear(torch.nn.Module):
-    """A network whose denoiser is factor(sigma) x, for a factor known in closed form."""
+    """A network whose denoiser is factor(sigma) x, with `factor` in closed form."""
 
     def __init__(self, factor, floor=0.0):
         super().__init__()
@@ -41,12 +41,12 @@ class Linear(torch.nn.Module):
 
 
 def posterior(sigma):
-    """The exact denoiser of data N(0, DATA_STD^2)."""
+    """The factor of the exact denoiser of data N(0, DATA_STD^2)."""
     return DATA_STD**2 / (DATA_STD**2 + sigma**2)
 
 
 def consistency(floor):
-    """The exact consistency function of that data: it leads along the ODE from sigma to the floor."""
+    """The factor of the exact consistency function of that data, along the ODE from sigma to `floor`."""
     return lambda sigma: ((DATA_STD**2 + floor**2) / (DATA_STD**2 + sigma**2)).sqrt()
 
 
@@ -56,7 +56,7 @@ X0 = DATA_STD * torch.randn(512, 3, generator=torch.Generator().manual_seed(0), 
 
 @pytest.fixture
 def network(tiny_unet):
-    """A U-Net of random weights in float64, and a batch for it."""
+    """A float64 U-Net with random weights."""
     unet = tiny_unet(num_classes=None).double().train()
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -67,7 +67,7 @@ IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtyp
 
 
 def by_hand(network, target_network, sigmas, index, weight, distance):
-    """The loss of CT and iCT, written out."""
+    """A plain reference for the loss of CT and iCT."""
     draws = Draws(0, STEP, range(6))
     noise = draws.normal("noise", (1, 8, 8)).double()
     u, t = sigmas[index], sigmas[index + 1]
@@ -82,7 +82,7 @@ def by_hand(network, target_network, sigmas, index, weight, distance):
 
 
 def check_against(objective, expected):
-    """Loss and gradient are those of `expected`."""
+    """Assert that loss and gradient equal those of `expected`."""
     loss = objective.loss(Batch(IMAGES), Draws(0, STEP, range(6))).total
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     parameters = list(objective.network.parameters())
@@ -92,7 +92,7 @@ def check_against(objective, expected):
 
 def test_ct_is_algorithm_3(network):
     objective = CT(network, SPEC, CT.Options(), TOTAL)
-    for parameter in objective.target.parameters():  # a target that differs from the network
+    for parameter in objective.target.parameters():  # make the target differ from the network
         parameter.mul_(0.9)
     sigmas = karras_sigmas(ct_scales(STEP, TOTAL)).flip(0)
     index = draw_bins(uniform_bins(sigmas), Draws(0, STEP, range(6)).uniform("sigma"))
@@ -195,7 +195,7 @@ def test_ecd_loss_of_the_exact_solution_falls_with_its_stages(solver, order):
 
 
 class FixedStep(Draws):
-    """The numbers of step 0 in float64, for the curriculum of another step."""
+    """The random numbers of step 0 in float64, with the curriculum of another step."""
 
     def __init__(self, step):
         super().__init__(0, 0, range(len(X0)))
@@ -240,7 +240,7 @@ def test_lpips_without_its_package_says_what_to_install(monkeypatch, cls):
 
 
 def test_lpips_sees_large_pictures_in_colour(monkeypatch):
-    """The package needs torchvision; a stand-in tells what it is given."""
+    """A stand-in, which checks its inputs, replaces the package, which needs torchvision."""
 
     class LPIPS(torch.nn.Module):
         def __init__(self, net, verbose):

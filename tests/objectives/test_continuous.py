@@ -20,7 +20,7 @@ TRIGFLOW = ModelSpec(SIGMA_DATA, "angle", prediction="trigflow")
 
 
 class Closed(nn.Module):
-    """A network given by a formula, with one parameter for the gradient."""
+    """A network defined by a formula, with one parameter for the gradient."""
 
     def __init__(self, formula):
         super().__init__()
@@ -64,7 +64,7 @@ def test_tangent_of_the_exact_solution_is_zero_with_the_velocity_of_the_teacher(
 def test_tangent_of_the_exact_solution_has_mean_zero_with_the_velocity_of_the_data():
     objective = SCT(Closed(consistent), TRIGFLOW, options(SCTOptions), 100)
     loss = objective.loss(batch(), Draws(0, 5, range(4096)))
-    assert loss.per_sample.mean() > 0.01  # the tangent is cos(t) times the velocity, which differs from pair to pair
+    assert loss.per_sample.mean() > 0.01  # the tangent is cos(t) times the velocity, which differs between pairs
     loss.total.backward()
     spread = loss.per_sample.mean().sqrt() / 4096**0.5
     assert abs(objective.network.scale.grad) < 10 * spread
@@ -80,7 +80,7 @@ def test_a_wrong_solution_has_a_gradient_in_the_mean():
 
 
 def test_without_warm_up_the_gradient_is_cos_squared_times_that_of_diffusion():
-    """Warm-up 0: F - F- - g with g = -cos^2(t) (sigma_data F- - v), against |sigma_data F - v|^2."""
+    """At warm-up 0: F - F- - g with g = -cos^2(t) (sigma_data F- - v), against |sigma_data F - v|^2."""
     network = Closed(lambda x, t: 0.3 * x + 0.1 * t)
     objective = SCT(network, TRIGFLOW, options(SCTOptions, tangent_warmup_steps=1000), 2000)
     data, draws = batch(64), Draws(0, 0, range(64))
@@ -142,12 +142,12 @@ def test_warm_up_grows_to_one():
 
 
 def test_any_denoiser_is_a_trigflow_velocity():
-    """EDM, TrigFlow and flow networks that mean the same denoiser give the same velocity (identities 3 and 4)."""
+    """EDM, TrigFlow and flow networks with the same denoiser have the same velocity (identities 3 and 4)."""
     x, t = torch.randn(5, 1, 2, 2, dtype=torch.float64), torch.tensor([0.05, 0.4, 0.9, 1.3, 1.56]).double()
     trig = Closed(lambda x, t: 0.4 * x.tanh() + 0.1 * t)
     edm = Closed(lambda x, t: -(0.4 * x.tanh() + 0.1 * t))
 
-    def flow(x, s):  # F of the same network in the scale of linear flow
+    def flow(x, s):  # the same network's F in the scale of linear flow
         sigma = s / (1 - s)
         angle = (sigma / SIGMA_DATA).atan()
         x_trig = x * (1 + sigma) * angle.cos()
@@ -189,7 +189,7 @@ def average_velocity(x, t, r):
         return ((1 - time) ** 2 / 4 + time**2).sqrt()
 
     gap = (t - r).clamp(min=1e-9)
-    slope = (5 * t - 1) / 4 / s(t) ** 2  # of ln s
+    slope = (5 * t - 1) / 4 / s(t) ** 2  # the slope of ln s
     return torch.where(t - r > 1e-9, x * (1 - s(r) / s(t)) / gap, x * slope)
 
 
@@ -241,7 +241,7 @@ def test_one_jump_from_noise_is_the_exact_flow():
     torch.testing.assert_close(denoised, factor * x, rtol=1e-7, atol=1e-9)
 
 
-# --- what can't be done --------------------------------------------------------------------------------------
+# --- refused -------------------------------------------------------------------------------------------------
 
 
 class WithBatchNorm(Closed):

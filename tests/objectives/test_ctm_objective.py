@@ -1,4 +1,4 @@
-"""CTM against closed forms: the exact trajectories of Gaussian data, its times, its gradients, its discriminator."""
+"""CTM, against closed forms: exact trajectories of Gaussian data, times, gradients and the discriminator."""
 
 import copy
 
@@ -20,16 +20,16 @@ SPEC = ModelSpec(SIGMA_DATA)
 
 
 def exact_jump(x, t, s):
-    """Where the ODE of data N(0, DATA_STD^2) leads from t to s."""
+    """The solution at s of the ODE of data N(0, DATA_STD^2), from `x` at t."""
     return x * ((s**2 + DATA_STD**2) / (t**2 + DATA_STD**2)).sqrt().reshape(-1, *[1] * (x.ndim - 1))
 
 
 class ExactTrajectories(torch.nn.Module):
-    """The network whose jumps and denoiser are exact for that data."""
+    """A network whose jumps and denoiser are exact for data N(0, DATA_STD^2)."""
 
     def __init__(self):
         super().__init__()
-        self.conv_out = torch.nn.Conv2d(1, 1, 1, dtype=torch.float64)  # a last layer, which adds nothing
+        self.conv_out = torch.nn.Conv2d(1, 1, 1, dtype=torch.float64)  # a last layer that adds zero
         torch.nn.init.zeros_(self.conv_out.weight)
         torch.nn.init.zeros_(self.conv_out.bias)
 
@@ -46,13 +46,13 @@ class ExactTrajectories(torch.nn.Module):
 
 
 def posterior(x, sigma, labels=None):
-    """The exact denoiser."""
+    """The exact denoiser of data N(0, DATA_STD^2)."""
     return DATA_STD**2 / (DATA_STD**2 + sigma**2).reshape(-1, 1, 1, 1) * x
 
 
 @pytest.fixture
 def exact():
-    """A maker of the objective with the exact network and, where `teacher`, the exact denoiser as teacher."""
+    """A function that makes the objective with the exact network and, by default, the exact denoiser as teacher."""
 
     def make(teacher=posterior, **options):
         named = {"pretrained_teacher_model": "given"} if teacher else {}
@@ -84,7 +84,7 @@ def test_the_exact_solution_has_no_loss_with_the_exact_flow(exact, monkeypatch):
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("ddim", 1), ("heun", 2)])
 @pytest.mark.parametrize("teacher", [posterior, None], ids=["teacher", "self"])
 def test_the_loss_of_the_exact_solution_falls_at_the_solvers_order(exact, monkeypatch, solver, order, teacher):
-    """Also with the ODE of the model itself, whose denoiser is exact as well."""
+    """It also does with the model's own ODE, because the model's denoiser is exact."""
     t, u, s = (torch.full((256,), value, dtype=torch.float64) for value in (2.0, 0.5, 0.1))
     losses = []
     for k in (16, 32, 64):
@@ -154,7 +154,7 @@ def test_the_straight_line_to_the_data_is_the_path_without_an_ode(exact):
 
 @pytest.fixture
 def random(tiny_unet):
-    """A maker of the objective on a random U-Net in float64, whose average is another random one."""
+    """A function that makes the objective with a random float64 U-Net and another random one as its average."""
 
     def make(**options):
         network = CTM.adapt(tiny_unet(num_classes=None).double(), SPEC).train()
@@ -177,7 +177,7 @@ def image_batch(n=4):
 @pytest.mark.parametrize("gan_weight", [0.0, 0.7])
 @pytest.mark.parametrize("dsm_weight", [0.0, 0.2])
 def test_the_gradient_is_that_of_the_estimate_through_the_frozen_jump(random, gan_weight, dsm_weight):
-    """Against differences along a direction in weight space, with the target held still."""
+    """Checked against differences along a direction in weight space, with a fixed target."""
     objective = random(gan_weight=gan_weight, dsm_weight=dsm_weight, balance="fixed")
     network, still = objective.network, copy.deepcopy(objective.network)
     objective.attach(lambda *args, **kwargs: (network if torch.is_grad_enabled() else still)(*args, **kwargs))
@@ -229,7 +229,7 @@ def test_balanced_parts_pull_alike():
 
 
 def test_balance_averages_gradients_over_processes_before_their_norm():
-    """Two halves that pull in opposite directions: the ratio is that of the sum."""
+    """Both gradients pass through the averaging function, so the ratio compares norms of averages."""
     w = torch.ones(1, 1, requires_grad=True)
     seen = []
     balanced(Part("a", w[0]), [Part("b", 2 * w[0])], w, lambda value: seen.append(value.clone()) or value)
@@ -286,12 +286,12 @@ def test_the_hinge_loss_of_a_discriminator_that_knows(random):
         assert objective.adversary.loss(image_batch(), draws(4)).total == expected
 
 
-# --- where it starts, and errors
+# --- the start, and errors
 
 
 @pytest.mark.parametrize("time_label", ["log_sigma", "angle"])
 def test_training_starts_as_the_teacher(tiny_unet, time_label):
-    """The teacher's weights and the zero branch of the second time; the same output for any s."""
+    """The weights are the teacher's plus a zero branch for the second time, so the output is the same for any s."""
     unet = tiny_unet(num_classes=None)
     spec = ModelSpec(SIGMA_DATA, time_label)
     network = CTM.adapt(unet, spec)

@@ -20,7 +20,7 @@ ROWS = range(8)
 
 
 class SmallNetwork(nn.Module):
-    """A smooth network of image and label, in any dtype, with dropout whose masks it keeps."""
+    """A smooth network of image and label, in any dtype, which records its dropout masks."""
 
     def __init__(self, dropout=0.0):
         super().__init__()
@@ -49,7 +49,7 @@ class Linear(nn.Module):
 
 
 def at_stage(network, stage, spec=SPEC, **options):
-    """The objective, and draws of a step, at `stage`."""
+    """The objective, and the draws of a step at `stage`."""
     objective = ECT(network, spec, ECT.Options(pretrain_steps=1, stage_steps=1, **options), total_steps=100)
     return objective, Draws(0, stage + 1, ROWS)
 
@@ -63,7 +63,7 @@ def gradients(network, total):
 
 
 def written_by_hand(network, batch, draws, stage, detach):
-    """The loss of ECT with plain norms: sum |D(x_t, t) - D(x_r, r)| / (t - r) / n, and D(x, 0) = x."""
+    """ECT's loss with plain norms: sum |D(x_t, t) - D(x_r, r)| / (t - r) / n, with D(x, 0) = x."""
     t = (-1.1 + 2 * draws.normal("sigma")).exp()
     gap = ect_gap(t, stage)
     noise = draws.normal("noise", batch.samples.shape[1:])
@@ -104,7 +104,7 @@ def test_pseudo_huber_distance_with_c():
 
 
 def test_denoiser_is_the_identity_at_zero_also_within_the_loss():
-    # at stage 0 the small levels have r = 0; a network that is not finite there would show
+    # at stage 0 the small levels have r = 0, which would reveal a network that is not finite there
     smallest = TIME_LABELS["log_sigma"].from_sigma(torch.tensor([TINY_SIGMA]), 0.5)
 
     class NotFiniteAtZero(SmallNetwork):
@@ -150,7 +150,7 @@ def test_the_two_passes_of_a_unet_with_dropout_coincide_as_the_gap_vanishes(tiny
     assert (distance < 0.02 * l2(*two).sqrt()).all()
 
 
-# --- its corners
+# --- edge cases
 
 
 def test_stage_minus_1_with_l2_and_edms_settings_is_diffusion_bit_for_bit(tiny_unet):
@@ -202,7 +202,7 @@ def test_stage_minus_1_needs_one_pass_and_later_stages_two():
 
 
 class Stratified(Draws):
-    """Noise levels at the middles of equally probable strata, so that the mean over them has hardly any variance."""
+    """Noise levels at the middles of equally probable strata, so that means over them have almost no variance."""
 
     def normal(self, name, shape=()):
         if name == "sigma":
@@ -228,8 +228,8 @@ def test_loss_does_not_tell_a_perfect_consistency_model_from_a_denoiser(stage, p
     for network, expected in ((PERFECT, perfect), (DENOISER, denoiser)):
         objective, _ = at_stage(network, stage)
         loss = objective.loss(data, Stratified(0, stage + 1, rows)).total.item()
-        # given t the norm of 3,072 numbers has a relative deviation of 1 / sqrt(6,144): 4 of its standard errors, and
-        # the rounding of the published number
+        # given t, the norm of 3,072 numbers has a relative deviation of 1 / sqrt(6,144); the tolerance is four
+        # standard errors, and the rounding of the published number
         assert loss == pytest.approx(expected, abs=4 * expected / (6144 * len(rows)) ** 0.5 + 0.005)
 
 

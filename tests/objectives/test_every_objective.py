@@ -1,4 +1,4 @@
-"""What holds for every training method, one from outside of the package among them."""
+"""Properties of every training method, including one from outside the package."""
 
 import copy
 
@@ -18,7 +18,7 @@ from tests.helpers.new_method import Halving
 
 METHODS = {**OBJECTIVES, Halving.name: Halving}
 
-# Settings, by method, under which the battery runs, where its defaults alone don't reach all of its code.
+# the battery's settings for methods whose defaults do not reach all of their code
 OPTIONS = {
     "ect": [{"pretrain_steps": 0, "stage_steps": 1}, {"pretrain_steps": 100}],
     "cd": [{}, {"solver": "euler"}],
@@ -38,7 +38,7 @@ OPTIONS = {
     ],
 }
 
-# Students that keep the process of another diffusion model: every method that has such, and every kind once or more.
+# students that keep another diffusion model's process: every method that supports one, and every kind at least once
 STUDENTS = {
     name: cls.native_predictions[i % len(cls.native_predictions)]
     for i, (name, cls) in enumerate(METHODS.items())
@@ -57,7 +57,7 @@ CASES += [
     for name, kind in STUDENTS.items()
 ]
 every_objective = pytest.mark.parametrize("name, options", CASES)
-# for slow tests: `make test` has the first options of each method, and the others are wide
+# for slow tests: `make test` runs each method's first options; the others are wide
 FIRST = [case for case in CASES if case.id.endswith("-0")]
 OTHERS = [pytest.param(*case.values, id=case.id, marks=pytest.mark.wide) for case in CASES if case not in FIRST]
 every_method = pytest.mark.parametrize("name, options", FIRST + OTHERS)
@@ -74,7 +74,7 @@ def make(tiny_unet):
         spec = ModelSpec(sigma_data=0.5, time_label=label, prediction=prediction, **SPECS.get(student, {}))
         network = tiny_unet(**unet).to(dtype)
         torch.manual_seed(1)
-        for parameter in network.parameters():  # a fresh U-Net has zeros, which stop gradients
+        for parameter in network.parameters():  # a new U-Net has zero weights, which stop gradients
             torch.nn.init.normal_(parameter, std=0.05)
         teacher = None
         if cls.needs_teacher or options.teacher is not None:
@@ -110,7 +110,7 @@ def test_gradient_reaches_every_parameter_and_is_finite(make, name, options):
     _, gradients = gradient(objective, batch_of(), range(8))
     for parameter, value in gradients.items():
         assert value.isfinite().all(), parameter
-        assert parameter.endswith("to_k.bias") or value.abs().max() > 0, parameter  # softmax ignores a bias of keys
+        assert parameter.endswith("to_k.bias") or value.abs().max() > 0, parameter  # softmax cancels a bias of keys
 
 
 @every_method

@@ -1,4 +1,4 @@
-"""Calls: threads and calls within calls, interruption, arguments, schedulers, and pipelines of the same parts."""
+"""Calls: threads and nested calls, interruption, arguments, schedulers, and pipelines that share parts."""
 
 import math
 import threading
@@ -84,7 +84,7 @@ def images(pipe, **arguments):
     return pipe(output_type="pt", **arguments).images
 
 
-# --- threads, and calls within calls
+# --- threads, and nested calls
 
 
 def test_threads_that_share_a_pipeline_make_the_images_of_one(pipe):
@@ -365,13 +365,13 @@ def test_pipelines_of_the_same_parts_make_the_same_images(pipe, tmp_path):
     scheduler = type(pipe.scheduler).from_pretrained(tmp_path, subfolder="scheduler")
     for copy in [*copies, type(pipe)(pipe.unet, scheduler)]:
         assert torch.equal(images(quiet(copy)), expected)
-    # loaded weights can lie at addresses where some kernels round otherwise
+    # loaded weights can have addresses at which some kernels round differently
     loaded = images(quiet(DiffusionPipeline.from_pretrained(tmp_path)))
     torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
 
 
 class PlainAutoencoder(ModelMixin, ConfigMixin):
-    """Its images are its latents, in its own dtype."""
+    """An autoencoder whose images are its latents, in its own dtype."""
 
     @register_to_config
     def __init__(self, scaling_factor=None, shift_factor=None, block_out_channels=(1,), out_channels=1):
@@ -416,7 +416,7 @@ def test_no_saved_file_names_the_folder_that_a_part_came_from(pipe, tmp_path):
     again.save_pretrained(tmp_path / "second")
     texts = [path.read_text() for path in (tmp_path / "second").rglob("*") if path.suffix in (".json", ".py")]
     assert came_from and len(texts) >= 3 and not any(str(tmp_path) in text for text in texts)
-    assert all(str(tmp_path) in str(config) for config in came_from)  # saving changes nothing
+    assert all(str(tmp_path) in str(config) for config in came_from)  # saving has not changed the configs
 
 
 def test_a_scheduler_of_another_prediction_is_refused(make):
@@ -425,7 +425,7 @@ def test_a_scheduler_of_another_prediction_is_refused(make):
         edm.scheduler = flow.scheduler
     with pytest.raises(ValueError, match="a network with prediction='flow', and this one's is 'epsilon'"):
         DenoisingPipeline(flow.unet, flow.scheduler, **NOISE)
-    flow.scheduler = EDMEulerScheduler(sigma_max=50.0)  # which says nothing
+    flow.scheduler = EDMEulerScheduler(sigma_max=50.0)  # its config has no prediction
     again = quiet(DenoisingPipeline(**flow.components))
     assert again.config.prediction == "flow" and torch.equal(images(again), images(flow))
 
@@ -439,7 +439,7 @@ def test_one_scheduler_may_serve_networks_of_several_predictions(make):
 
 
 def test_every_pipeline_samples_what_it_loads_or_refuses_it(make, tmp_path):
-    """All pairs of a saved model and a class that loads it."""
+    """All pairs of a saved model and a pipeline class."""
     stock = {
         "stock consistency": ConsistencyModelPipeline(make("consistency").unet, CMStochasticIterativeScheduler()),
         "stock diffusion": DDPMPipeline(make("denoising", num_classes=None).unet, DDPMScheduler()),
@@ -459,7 +459,7 @@ def test_every_pipeline_samples_what_it_loads_or_refuses_it(make, tmp_path):
             expected, found = (
                 one(output_type="np", generator=generator(), **asked).images for one in (quiet(saved), pipe)
             )
-            near = 0.05 if kind == "trigflow heun" else 1e-5  # whose method of Heun is one of angles, not of levels
+            near = 0.05 if kind == "trigflow heun" else 1e-5  # its Heun's method is in angles, not in levels
             assert np.abs(found - expected).mean() < near, (kind, cls)
     own = {(kind, type(make(kind)).__name__) for kind in KINDS}
     assert loaded == own | {

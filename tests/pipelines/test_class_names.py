@@ -1,4 +1,4 @@
-"""Names of classes, given to a network and understood by its pipelines."""
+"""Class names, which a network stores and its pipelines understand."""
 
 import json
 import logging
@@ -92,7 +92,7 @@ def test_without_names_all_labels_are_drawn_as_ever(pipe):
 def test_one_class_may_have_several_names_and_one_name_several_classes(pipe):
     name_classes(pipe.unet, {0: "tench, Tinca tinca", 1: "crane", 2: "goldfish", 3: "crane, lifting machine"})
     assert pipe.get_label_ids(["Tinca tinca", "tench", "tench, Tinca tinca", "lifting machine"]) == [0, 0, 0, 3]
-    assert pipe.get_label_ids("crane") == [1]  # called so as a whole
+    assert pipe.get_label_ids("crane") == [1]  # the whole name of a class
     name_classes(pipe.unet, {0: "crane", 1: "crane"})
     with pytest.raises(ValueError, match=r"Several classes are called 'crane'; give one of their labels \[0, 1\]"):
         pipe.get_label_ids("crane")

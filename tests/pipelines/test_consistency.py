@@ -12,7 +12,7 @@ def generator(seed=0):
 
 @pytest.fixture
 def stock_folder(tiny_unet, tmp_path):
-    """A model as diffusers alone saves it."""
+    """A model saved by diffusers alone."""
     network = tiny_unet(channels=3)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

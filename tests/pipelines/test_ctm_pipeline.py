@@ -32,7 +32,7 @@ STD = 0.3
 
 
 class GaussianTrajectory(ModelMixin, ConfigMixin):
-    """The network whose jumps and denoiser are exact for data N(mean of the class, data_std^2), in closed form."""
+    """A network whose jumps and denoiser are exact for data N(mean of the class, data_std^2), in closed form."""
 
     @register_to_config
     def __init__(self, sample_size=4, in_channels=1, num_class_embeds=None, data_std=STD, sigma_data=0.5, angle=False):
@@ -47,7 +47,7 @@ class GaussianTrajectory(ModelMixin, ConfigMixin):
         return label.tan() * self.config.sigma_data if self.config.angle else (label / 250).exp()
 
     def trajectory(self, x, t, s, class_labels=None):
-        """Where the trajectory through `x` at the level `t` is at `s`."""
+        """The point at level `s` on the trajectory through `x` at level `t`."""
         mean, variance = self.mean(class_labels), self.config.data_std**2
         return mean + (x - mean) * ((s * s + variance) / (t * t + variance)) ** 0.5
 
@@ -76,7 +76,7 @@ def ctm(network, **config):
 
 @pytest.fixture
 def random_network(tiny_unet):
-    """A maker of two-time networks with random weights; they jump to anywhere."""
+    """A function that makes two-time networks with random weights."""
 
     def make(**unet):
         network = TwoTimeModel.from_network(tiny_unet(**unet), target_time_scale=1 / 250)
@@ -196,7 +196,7 @@ def test_the_network_is_given_both_times(arguments, pairs, angle):
     pipe(**arguments)
     label = (lambda s: math.atan(2 * s)) if angle else (lambda s: 250 * math.log(s))
     expected = [label(s) for pair in pairs for s in pair]
-    if arguments.get("num_inference_steps") == 2:  # Karras' levels of 3, of which the floor is the last
+    if arguments.get("num_inference_steps") == 2:  # the three Karras levels end with the floor
         expected[2:] = [label((80 ** (1 / 7) / 2 + 0.002 ** (1 / 7) / 2) ** 7)] * 2
     assert [float(label) for pair in seen for label in pair] == pytest.approx(expected, rel=1e-9)
 
@@ -235,7 +235,7 @@ def test_solvers_are_those_of_a_denoising_pipeline(random_network, solver):
     theirs.set_progress_bar_config(disable=True)
     expected = in_steps(theirs, noise, num_inference_steps=6, solver=solver)
     theirs_last = float(theirs.scheduler.sigmas[-2])
-    ours = ctm(network, sigma_min=theirs_last)  # theirs takes a step from there to there at the end
+    ours = ctm(network, sigma_min=theirs_last)  # theirs ends with a step from this level to itself
     images = in_steps(ours, noise, num_inference_steps=5, solver=solver)
     torch.testing.assert_close(images, expected, rtol=0, atol=2e-5)
     assert images.std() > 0.01
@@ -324,7 +324,7 @@ def test_jumps_of_half_precision_networks_are_float32(random_network):
 
 
 def test_a_level_in_float32_is_the_level_itself():
-    """0.1 is rounded up there, and a jump from 0.1 to it is none to a higher level; one by a share of 1e-5 is."""
+    """float32 rounds 0.1 up. A jump from 0.1 to it is not refused as upward, but one to a 1e-5 higher level is."""
     pipe, x = ctm(GaussianTrajectory()), torch.randn(2, 1, 4, 4)
     assert float(torch.tensor(0.1)) > 0.1
     for same in (torch.tensor(0.1), torch.tensor([0.1, 0.1])):
@@ -382,7 +382,7 @@ def test_inversion_by_the_ode_converges_to_a_round_trip():
 
 
 def test_inversion_from_zero_itself():
-    class NearZero(GaussianTrajectory):  # whose form of the output has no value at 0
+    class NearZero(GaussianTrajectory):  # the parent's output has no value at level 0
         def forward(self, sample, timestep, target_timestep, class_labels=None, return_dict=True):
             labels = (label.clamp(min=1e-6) for label in (timestep, target_timestep))
             return super().forward(sample, *labels, class_labels, return_dict)
@@ -426,7 +426,7 @@ def test_the_network_is_freed_after_jumps_and_inversions(monkeypatch):
 
 @pytest.fixture
 def gaussian():
-    """An exact model of three classes that jumps upward, with 16 x 16 pixels."""
+    """An exact model of three classes with 16 x 16 pixels that can jump upward."""
     return ctm(GaussianTrajectory(sample_size=16, num_class_embeds=3), upward=True)
 
 
@@ -442,7 +442,7 @@ def test_the_ends_of_an_interpolation_are_the_images(gaussian, label, steps):
 def test_the_middle_of_an_interpolation_is_that_of_the_arc(gaussian):
     network, images = gaussian.unet, 0.5 + 0.2 * (torch.rand(2, 1, 16, 16) - 0.5)
     made = gaussian.interpolate(images, 0, num_images=3, output_type="pt").images
-    # a Gaussian of mean 0 multiplies by a number on its trajectories, so noises are images but for a factor
+    # trajectories of a Gaussian of mean 0 scale by a number, so noises are images up to a factor
     a, b = (2 * images - 1).double()
     angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
     torch.testing.assert_close(made[1].double(), in_pixels((a + b) / (2 * (angle / 2).cos())), rtol=0, atol=1e-5)
@@ -459,7 +459,7 @@ def test_interpolation_keeps_the_norm_of_the_noise(gaussian, monkeypatch):
     norms = seen[0]["latents"].flatten(1).norm(dim=1)
     low, high = sorted(noise.flatten(1).norm(dim=1).tolist())
     assert low * 0.999 <= norms.min() and norms.max() <= high * 1.001 and seen[0]["gamma"] == 0
-    assert noise.mean(0).norm() < 0.8 * low  # the straight line does not
+    assert noise.mean(0).norm() < 0.8 * low  # a straight line would not keep the norm
     assert torch.equal(seen[0]["latents"][[0, -1]], noise)
 
 
@@ -517,7 +517,7 @@ def test_what_is_saved_is_what_is_loaded(random_network, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    for parameter in again.unet.parameters():  # loaded weights lie unaligned, where kernels round otherwise
+    for parameter in again.unet.parameters():  # loaded weights are unaligned, where kernels round differently
         parameter.data = parameter.data.clone()
     assert type(again) is CTMPipeline and again.scheduler.config.upward and again.scheduler.config.gamma == 0.4
     x, images = torch.randn(1, 1, 8, 8), torch.rand(1, 1, 8, 8)

@@ -36,7 +36,7 @@ def in_pixels(sample):
 
 
 def solved(denoise, noise, n, solver):
-    """What `core` makes of it: N Karras levels, and an Euler step to 0 at the end."""
+    """The solution by `core`: `n` Karras levels, and a final Euler step to 0."""
     sigmas = karras_sigmas(n)
     x = noise * sigmas[0]
     for now, then in zip(sigmas[:-1, None].expand(-1, len(x)), sigmas[1:, None].expand(-1, len(x))):
@@ -95,7 +95,7 @@ def test_18_steps_of_heun_solve_the_ode_of_gaussian_data(gaussian_denoiser):
         for n in (18, 36):
             arguments = {"class_labels": labels, "latents": noise, "solver": solver, "num_inference_steps": n}
             errors[solver, n] = (pipe(output_type="pt", **arguments).images - exact).abs().max().item()
-    assert errors["heun", 18] < 0.02 and errors["heun", 36] < 0.004  # of values that differ by 0.6
+    assert errors["heun", 18] < 0.02 and errors["heun", 36] < 0.004  # the values differ by 0.6
     assert errors["euler", 18] > 2 * errors["heun", 18]
     assert math.log2(errors["heun", 18] / errors["heun", 36]) == pytest.approx(2, abs=0.5)
     assert math.log2(errors["euler", 18] / errors["euler", 36]) == pytest.approx(1, abs=0.2)
@@ -194,7 +194,7 @@ def test_churn_is_algorithm_2(gaussian_denoiser, solver, limits, s_churn):
 
 @pytest.mark.parametrize("place", [0, 2])
 def test_levels_at_the_limits_of_churn_are_churned(gaussian_denoiser, place):
-    """Algorithm 2: S_min <= t_i <= S_max. Each level that is churned draws once."""
+    """Algorithm 2: S_min <= t_i <= S_max. Each churned level draws once."""
     pipe, noise, n = quiet(DenoisingPipeline(gaussian_denoiser(), EDMEulerScheduler())), torch.randn(1, 1, 4, 4), 6
     pipe.scheduler.set_timesteps(n)
     level = float(pipe.scheduler.sigmas[place])
@@ -206,12 +206,12 @@ def test_levels_at_the_limits_of_churn_are_churned(gaussian_denoiser, place):
 
 @pytest.mark.parametrize("solver, order", [("sde", 1), ("sde_2m", 2)])
 def test_weak_order_of_the_sde(gaussian_denoiser, monkeypatch, solver, order):
-    """The variance of samples of Gaussian data, without sampling: images are linear in the noise of each step."""
+    """The exact variance of samples of Gaussian data: images are linear in the noise of each step."""
     pipe = quiet(DenoisingPipeline(gaussian_denoiser(sample_size=1, data_std=0.3), EDMEulerScheduler()))
-    exact = 0.3**4 / (0.3**2 + 0.002**2)  # of the denoised image at the lowest level
+    exact = 0.3**4 / (0.3**2 + 0.002**2)  # the variance of the denoised image at the lowest level
     errors = []
     for n in (64, 128, 256):
-        steps = iter(torch.eye(n + 2)[:, 1:-1].T)  # row i + 1 alone has noise in step i
+        steps = iter(torch.eye(n + 2)[:, 1:-1].T)  # only row i + 1 has noise in step i
         monkeypatch.setattr(stock_sde, "randn_tensor", lambda shape, steps=steps, **_: next(steps).reshape(shape))
         latents = torch.eye(n + 2)[:, -1].reshape(-1, 1, 1, 1)
         images = pipe(num_inference_steps=n, solver=solver, latents=latents, output_type="latent").images.double()
@@ -271,7 +271,7 @@ def test_a_schedule_that_ends_above_zero_is_corrected_to_its_end(gaussian_denois
 
 @pytest.fixture
 def gaussian_flow(gaussian_denoiser):
-    """A maker of flow networks, noise - x0, that are exact for Gaussian data."""
+    """A function that makes flow networks (noise - x0) which are exact for Gaussian data."""
 
     class GaussianFlow(gaussian_denoiser):
         def forward(self, sample, timestep, class_labels=None, return_dict=True):

@@ -1,4 +1,4 @@
-"""Zero-shot editing: algorithm 4 of the consistency paper, step by step and on Gaussians, in pixels and in latents."""
+"""Zero-shot editing, algorithm 4 of the consistency paper: step by step and on Gaussians, in pixels and latents."""
 
 import math
 
@@ -60,7 +60,7 @@ def picture(channels=3, count=1, size=(SIZE, SIZE), seed=3):
 
 MASK = torch.zeros(SIZE, SIZE)
 MASK[2:6, 3:8] = 1
-INNER = F.pad(torch.ones(5, 4), (2, 2, 1, 2))  # of outpainting: rows 1 to 5, columns 2 to 5
+INNER = F.pad(torch.ones(5, 4), (2, 2, 1, 2))  # for outpainting: rows 1 to 5, columns 2 to 5
 EDITS = {
     "inpaint": (lambda pipe, **call: pipe.inpaint(picture(), MASK, **call), inside(1 - MASK), picture()),
     "outpaint": (
@@ -83,7 +83,7 @@ def test_what_is_known_is_in_the_result(build, edit):
     made = run(build(), sigmas=SIGMAS, generator=[1, 2], batch_size=2, output_type="latent").images
     told = project(2 * start - 1).expand_as(made)
     torch.testing.assert_close(project(made), told, rtol=0, atol=2e-6)
-    assert (made[0] - made[1]).std() > 0.05  # the rest is made anew
+    assert (made[0] - made[1]).std() > 0.05  # the rest is generated
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -110,7 +110,7 @@ def test_each_step_is_that_of_algorithm_4(kind, build, edit):
 
 
 def jumped(kind, pipe, clean, noise, sigma):
-    """The clean image that one call of the pipeline jumps to from `clean` with noise of the level `sigma`."""
+    """The clean image after a jump, in one pipeline call, from `clean` with noise of level `sigma`."""
     added = math.sqrt(sigma**2 - (0 if kind == "trigflow" or sigma == SIGMAS[0] else 0.002**2))
     x = clean + added * noise
     return pipe(latents=x / sigma, sigmas=[sigma], output_type="latent").images
@@ -317,7 +317,7 @@ def test_many_low_levels_sample_the_posterior_of_a_gaussian(name):
         sigmas = pipe.scheduler.sigmas[:-1].tolist()
         now, around = EXACT.algorithm(mean, covariance, known, begin, sigmas)
         assert np.linalg.norm(x.mean(0) - now) < 4 * np.sqrt(np.trace(around) / 4000)
-        usual = np.hypot(np.trace(around), np.linalg.norm(around)) / np.sqrt(4000)  # of a Wishart matrix
+        usual = np.hypot(np.trace(around), np.linalg.norm(around)) / np.sqrt(4000)  # for a Wishart matrix
         assert np.linalg.norm(np.cov(x.T) - around) < 1.3 * usual
         found[n] = EXACT.bias(name, known, sigmas), np.trace(around) / np.trace(spread)
     assert found[40][0] < 0.35 < found[5][0] and 1 < found[40][1] < found[5][1]

@@ -1,4 +1,4 @@
-"""What holds for all pipelines."""
+"""Properties of all pipelines."""
 
 import inspect
 import subprocess
@@ -75,7 +75,7 @@ def generator(seed=0):
 
 
 def images(pipe, **arguments):
-    """A tensor of images; by default one, of a few steps from the same noise."""
+    """Images (B, C, H, W) as a tensor; by default one image, in a few steps from a fixed noise."""
     arguments = {"num_inference_steps": STEPS, "output_type": "pt", "generator": generator(), **arguments}
     return pipe(**arguments).images
 
@@ -87,7 +87,7 @@ def test_output_types(pipe):
     assert tensor.shape == (2, 1, 8, 8) and array.shape == (2, 8, 8, 1)
     assert (array == tensor.permute(0, 2, 3, 1).numpy()).all()
     assert 0 <= tensor.min() < tensor.max() <= 1
-    assert ((tensor == 0) | (tensor == 1)).float().mean() < 0.5  # else the tests of this file would see little
+    assert ((tensor == 0) | (tensor == 1)).float().mean() < 0.5  # otherwise this file's tests would detect little
     for picture, values in zip(pictures, array):
         assert isinstance(picture, PIL.Image.Image) and picture.size == (8, 8) and picture.mode == "L"
         assert (np.asarray(picture) == (values[..., 0] * 255).round()).all()
@@ -336,7 +336,7 @@ def test_half_precision_networks(pipe, dtype):
 
 
 def test_the_network_is_told_of_the_level_in_full_precision(pipe):
-    # 250 ln(sigma) would lose its last digits, and neighbouring levels become one, in bfloat16
+    # in bfloat16, 250 ln(sigma) would lose its last digits, and neighbouring levels would become equal
     pipe.to(torch.bfloat16)
     seen = []
     pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[1]))

@@ -1,4 +1,4 @@
-"""Guidance of samplers: the formula, in every pipeline; where it is exact; where it is refused."""
+"""Guidance of samplers: the formula in every pipeline, an exact case, and refusals."""
 
 import math
 
@@ -69,7 +69,7 @@ def images(pipe, kind):
 
 @pytest.fixture
 def calls(pipe, monkeypatch):
-    """The labels of each call of the network."""
+    """The labels of each network call."""
     seen, forward = [], pipe.unet.forward
 
     def watched(*args, class_labels=None, **kwargs):

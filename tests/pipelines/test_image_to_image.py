@@ -1,4 +1,4 @@
-"""Calls that begin with an image, at a noise level; and levels given as times."""
+"""Calls that start from an image at a noise level, and levels given as timesteps."""
 
 import math
 
@@ -30,7 +30,7 @@ def pipe(kind):
 
 @pytest.fixture
 def inputs(pipe, monkeypatch):
-    """What the network is given, call by call."""
+    """The input of each network call."""
     seen, forward = [], pipe.unet.forward
 
     def watched(sample, *args, **kwargs):
@@ -74,7 +74,7 @@ def test_levels_that_begin_with_it_are_the_same(make, pipe):
     again = make(image=image, sigmas=levels, num_inference_steps=None, generator=0).images
     torch.testing.assert_close(first, again, rtol=0, atol=1e-6)
     times = pipe.scheduler.timesteps[:: getattr(pipe.scheduler, "order", 1)]
-    if getattr(pipe.scheduler, "order", 1) == 2:  # Heun's method has each time but the first twice
+    if getattr(pipe.scheduler, "order", 1) == 2:  # Heun's method has each time twice, except the first
         times = [pipe.scheduler.timesteps[0], *pipe.scheduler.timesteps[1::2]]
     by_times = make(image=image, timesteps=[float(t) for t in times], num_inference_steps=None, generator=0).images
     torch.testing.assert_close(first, by_times, rtol=0, atol=1e-5)
@@ -136,7 +136,7 @@ def test_heun_and_the_sde_take_levels_and_times(gaussian_denoiser):
     pipe = DenoisingPipeline(network, EDMEulerScheduler(), time_label="log_sigma")
     pipe.set_progress_bar_config(disable=True)
     noise, levels = torch.randn(4096, 1, 4, 4), np.geomspace(80, 0.01, 60)
-    for solver, tolerance in (("heun", 0.01), ("sde", 0.03)):  # of order 2 and 1
+    for solver, tolerance in (("heun", 0.01), ("sde", 0.03)):  # orders 2 and 1
         made = pipe(latents=noise, sigmas=levels, solver=solver, output_type="latent", generator=0).images
         assert pipe.num_timesteps == 60 and pipe.scheduler.sigmas[:-1].numpy() == pytest.approx(levels, rel=1e-6)
         assert float(made.mean()) == pytest.approx(0.2, abs=0.01)

@@ -129,7 +129,7 @@ def test_inversion_follows_the_ode_up_and_sampling_leads_back(time_scale):
     for steps in (18, 36):
         noise = pipe.invert(images, labels, num_inference_steps=steps)
         errors.append((noise - exact).abs().max().item())
-    assert errors[0] < 0.02 and 1.7 < math.log2(errors[0] / errors[1]) < 2.3  # of second order
+    assert errors[0] < 0.02 and 1.7 < math.log2(errors[0] / errors[1]) < 2.3  # second order
     assert torch.equal(pipe.invert(images, labels), pipe.invert(images, labels, num_inference_steps=18))
     back = pipe(latents=noise, class_labels=labels, output_type="pt").images
     torch.testing.assert_close(back, images, rtol=0, atol=0.003)

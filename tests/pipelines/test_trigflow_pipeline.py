@@ -19,7 +19,7 @@ SIGMA_DATA = 0.5
 
 
 class IdentityModel(ModelMixin, ConfigMixin):
-    """F of the exact consistency function for data N(0, sigma_data^2), which is the identity in TrigFlow's scale."""
+    """F of the exact consistency function for data N(0, sigma_data^2): the identity in TrigFlow's scale."""
 
     @register_to_config
     def __init__(self, sample_size=4, in_channels=1, num_class_embeds=None):
@@ -50,7 +50,7 @@ def generator(seed=0):
 
 @pytest.fixture
 def exact_denoiser(gaussian_denoiser):
-    """A maker of TrigFlow networks that are exact denoisers for Gaussian data: F is EDM's with the other sign."""
+    """A function that makes exact TrigFlow denoisers for Gaussian data: F is EDM's with the opposite sign."""
 
     def make(**config):
         network = gaussian_denoiser(angle=True, **config)
@@ -123,7 +123,7 @@ def test_solvers_follow_the_ode_of_gaussian_data(exact_denoiser, solver):
         arguments = {"class_labels": labels, "latents": noise, "num_inference_steps": n, "output_type": "pt"}
         errors[n] = (pipe(**arguments).images - exact).abs().max().item()
     order = {"euler": 1, "heun": 2}[solver]
-    assert errors[18] < {"euler": 0.05, "heun": 0.015}[solver]  # of values that differ by 0.6
+    assert errors[18] < {"euler": 0.05, "heun": 0.015}[solver]  # the values differ by 0.6
     assert math.log2(errors[36] / errors[72]) == pytest.approx(order, abs=0.15)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of reliability share."""
+"""Fixtures for tests of reliability."""
 
 import pytest
 
@@ -15,13 +15,13 @@ def server():
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A diffusion model, trained a little."""
+    """The folder of a briefly trained diffusion model."""
     return run(tmp_path_factory.mktemp("runs") / "teacher", "diffusion", max_train_steps=4) / "pipeline"
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Diffusion models by their process, trained a little."""
+    """A function from a process to the folder of a briefly trained diffusion model."""
     folder, made = tmp_path_factory.mktemp("models"), {}
 
     def model(process):

@@ -1,6 +1,6 @@
-"""A hundred kills and sixty signals at random moments, over all methods: nothing is lost, and nothing is left running.
+"""A hundred kills and sixty signals at random moments, over all methods: no step is lost, and no process is left.
 
-Each run is interrupted again and again, goes on by the same command, and in the end equals one that never was.
+Each run is interrupted repeatedly and resumed by the same command. In the end it equals an uninterrupted run.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ TRAINED_BY = {"diffusion": "diffusion", "cdm": "diffusion", "ctm": "trajectory"}
 TRAINED_BY |= dict.fromkeys(("sct", "scd", "mean_flow"), "continuous")
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 STEPS, KILLS = 30, 10
-WAYS = ["one", "one", "two", "two", "accelerate", "torchrun"]  # how the runs are started that get a signal
+WAYS = ["one", "one", "two", "two", "accelerate", "torchrun"]  # launches of the runs that get a signal
 GONE = 20.0  # seconds
 
 
 class Launched:
-    """A run by a launcher, in the interface of the fork server's."""
+    """A run started by a launcher."""
 
     def __init__(self, launch, folder, method, settings):
         script = SCRIPT.replace("consistency", TRAINED_BY.get(method, "consistency"))
@@ -54,7 +54,7 @@ def steps_logged(folder):
 
 
 def wait_for_a_moment(rng, folder, process, start=3):
-    """Until a random moment: of the start, which takes so many seconds, of the training, or of a save."""
+    """Sleep until a random moment of the start, which takes `start` seconds, of the training, or of a save."""
     end, kind, before = time.monotonic() + 100, rng.random(), steps_saved(folder)
     if kind < 0.3:
         time.sleep(rng.uniform(0, start))
@@ -142,7 +142,7 @@ def test_kills_and_signals_at_random_moments_change_nothing(server, models, tmp_
 
 
 def end(server, folder, method, processes, settings, wholes):
-    """Let the run come to its end, and compare it with the one that was not interrupted."""
+    """Train to the end, and compare the run with the uninterrupted one."""
     server.run(folder, method, processes, **settings)
     assert differences(folder, wholes[processes]) == []
     assert read_log(folder) == read_log(wholes[processes])

@@ -1,4 +1,4 @@
-"""What lies beside the checkpoints of a run, whatever it has become, is said, set aside and made anew."""
+"""Files beside a run's checkpoints: damaged or replaced ones are reported, set aside and written again."""
 
 import json
 import os
@@ -33,7 +33,7 @@ CHECKED = [name for name, check in FILES.items() if check is not None]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run with all that may lie in its folder."""
+    """A run with every file that can be in its folder."""
     folder = run(tmp_path_factory.mktemp("runs") / "whole", **SETTINGS)
     for name, text in SOUND.items():
         (folder / name).write_text(text)
@@ -45,7 +45,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def stopped(whole, tmp_path):
-    """The same, stopped after step 3."""
+    """The same run, stopped after step 3."""
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(folder / "checkpoint-6")
     (folder / "exported.json").write_text("[3, 1, 2]")
@@ -168,7 +168,7 @@ def test_links_to_files_and_folders_elsewhere_are_followed(whole, stopped, tmp_p
         ([b"\x00\x01\xff", b"{"], 2),
         ([b'{"step": "x"}', b'{"loss": 1}', b"[3]", b'{"step": 1}', b'{"step": true}'], 5),
         ([b"[" * 100_000], 1),
-        ([b'{"step": 900, "loss": 1.0}'], 0),  # of a later step, which is trained again
+        ([b'{"step": 900, "loss": 1.0}'], 0),  # a later step, which is trained again
     ],
 )
 def test_damaged_lines_in_the_middle_of_a_log_are_dropped_and_said(whole, stopped, capsys, lines, damaged):
@@ -263,7 +263,7 @@ def test_cards_pages_and_measurements_are_not_ended_by_a_traceback(kind, whole, 
         make(folder / name)
     (run,) = write_report([folder], tmp_path / "page.html")
     assert any("log" in note for note in run.notes)
-    assert any("card.json" in note for note in run.notes) == (kind != "dangling link")  # which is a missing file
+    assert any("card.json" in note for note in run.notes) == (kind != "dangling link")  # counts as missing
 
 
 @pytest.mark.parametrize("facts", [{}, {"method": "ect"}, {"method": 3, "recipe": 4}, {"recipe": {}}])

@@ -1,4 +1,4 @@
-"""Disks that are full, limited or closed: one line and code 2, nothing lost, and the same command goes on."""
+"""Full, limited or closed disks: one line and exit code 2, nothing is lost, and the same command resumes."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def half(whole, tmp_path_factory):
-    """The run as it was after its first checkpoint."""
+    """The run after its first checkpoint."""
     folder = tmp_path_factory.mktemp("runs") / "half"
     shutil.copytree(whole / "checkpoint-3", folder / "checkpoint-3")
     shutil.copyfile(whole / "log.jsonl", folder / "log.jsonl")
@@ -177,7 +177,7 @@ def test_the_traceback_of_a_fault_is_there_on_request(monkeypatch):
 
 
 def ended_together(monkeypatch, main, heard, fault=None):
-    """What a process of two raises where the main one fails; `heard` is what the main one sends."""
+    """The messages that one of two processes broadcasts if it ends with `fault`; `heard` is the main one's message."""
     sent = []
     monkeypatch.setattr(processes, "broadcast_object_list", lambda values: sent.extend(values) or [heard or sent[0]])
     with together(SimpleNamespace(num_processes=2, is_main_process=main)):
@@ -223,7 +223,7 @@ def test_a_file_is_the_old_one_or_the_new_one_and_never_a_half(tmp_path, before)
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"] * (before is not None)
     assert before is None or file.read_text() == before
-    (tmp_path / ".tmp-a.json").mkdir()  # whatever lies there
+    (tmp_path / ".tmp-a.json").mkdir()  # an obstacle at that place
     replace_file(file, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and file.read_text() == "new"
 

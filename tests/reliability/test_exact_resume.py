@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed equals one that was not, whatever it started from: all methods, bit for bit."""
+"""A stopped and resumed run equals an uninterrupted one bit for bit, for all methods and starts."""
 
 import shutil
 
@@ -46,7 +46,7 @@ def test_every_combination_is_resumed_bit_for_bit(models, tmp_path, method, star
 @pytest.mark.parametrize("start", ["scratch", "saved"])
 @pytest.mark.parametrize("method", ["ct", "cd", "ctm"])
 def test_a_moving_target_drops_as_the_student_does(models, tmp_path, monkeypatch, method, start):
-    """A saved model is loaded in evaluation mode; a target that stayed in it would not share the student's masks."""
+    """A saved model loads in evaluation mode; a target left in that mode would not share the student's masks."""
     seen, fit = [], Trainer.fit
 
     def watched(self, stopping):

@@ -1,4 +1,4 @@
-"""Killed at any moment, a run that is given the same command again ends as if nothing had happened."""
+"""A run that is killed at any moment and resumed by the same command ends as if nothing had happened."""
 
 import os
 import random
@@ -23,14 +23,14 @@ SETTINGS = {
     "max_train_samples": 200,
 }
 ECT = {**SETTINGS, "max_train_steps": 75, "pretrain_steps": 30, "stage_steps": 15}
-# methods whose target average is state
+# methods with a target average in their state
 AVERAGING = {"ct": {"max_train_steps": 20, "s1": 12}, "cd": {"max_train_steps": 20, "num_scales": 12}}
 MODEL = "pipeline/unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
-    """The run without a kill."""
+    """The uninterrupted run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     server.run(folder, **ECT)
     return folder

@@ -1,4 +1,4 @@
-"""Signals, a second Ctrl-C, and launchers that end: what was trained is saved, and nothing is left running."""
+"""Signals, a second Ctrl-C and lost launchers: the run saves its progress and leaves no process."""
 
 import contextlib
 import os
@@ -31,14 +31,14 @@ def name_of(number):
 
 @pytest.fixture(autouse=True)
 def hang_ups_are_heard():
-    """What is started inherits that they are ignored, where the tests themselves were started by nohup."""
+    """Undo nohup: if the tests run under it, the processes they start would inherit that hang-ups are ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
 class Started:
-    """A training run in processes of its own: by its launcher, and by each process that trains."""
+    """A training run in other processes: `launcher`, `trainers`, and `rest`, which are all of them."""
 
     def __init__(self, launch, folder, **settings):
         self.folder, self.workers = folder, 2 if launch is TORCHRUN else 1
@@ -72,7 +72,7 @@ class Started:
                 process.send_signal(number)
 
     def ends(self, seconds=20):
-        """Whether all processes are gone after so many seconds; those that are not are killed."""
+        """Whether all processes end within `seconds`; any others are killed."""
         _, alive = psutil.wait_procs(self.rest, seconds)
         for process in alive:
             process.kill()
@@ -98,7 +98,7 @@ def start(tmp_path):
 
 
 def assert_goes_on_exactly(folder, capsys):
-    """The same command, with two more steps to do, gives what an uninterrupted run does."""
+    """Assert that the same command, with two more steps, gives the result of an uninterrupted run."""
     step = newest_checkpoint(folder)[0].step
     assert 1 <= step < 3000 and read_log(folder)[-1]["step"] == step
     settings = {**LONG, "max_train_steps": step + 2}
@@ -133,7 +133,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing(start):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=name_of)
 @pytest.mark.wide
 def test_a_run_whose_launcher_is_gone_saves_and_stops(start, capsys, number):
-    """accelerate launch of one process hands no signal on."""
+    """accelerate launch of one process passes no signal on."""
     one = start(ACCELERATE).until_it_trains()
     one.send(number, [one.launcher])
     assert one.ends()
@@ -165,7 +165,7 @@ def test_a_shell_may_end_before_the_run_that_it_started(start, tmp_path):
 )
 @pytest.mark.wide
 def test_a_signal_to_every_process_of_two_saves(start, number):
-    """As SLURM sends it: the launcher has it, too, and hands it on, so that it comes twice."""
+    """As from SLURM: the launcher gets the signal as well and passes it on, so that it arrives twice."""
     one = start(TORCHRUN, train_batch_size=4).until_it_trains()
     one.send(number, [one.launcher, *one.trainers])
     assert one.ends()
@@ -192,7 +192,7 @@ def test_two_processes_whose_launcher_is_killed_save(start):
 
 @pytest.mark.wide
 def test_a_second_interrupt_leaves_at_once_by_one_line(start):
-    """The step after the first one never ends, as where another process is gone."""
+    """The third step never ends, as if another process were gone."""
     program = """
 import runpy, sys, time
 from cm_diffusers.objectives import ECT
@@ -209,7 +209,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     time.sleep(0.2)
     one.send(signal.SIGINT, [one.launcher])
     time.sleep(0.5)
-    assert one.launcher.poll() is None  # it waits for the end of the step
+    assert one.launcher.poll() is None  # the first interrupt waits for the end of the step
     one.send(signal.SIGINT, [one.launcher])
     assert one.launcher.wait(5) == 130
     last = one.text().splitlines()[-1]
@@ -242,7 +242,7 @@ def write_images(folder):
 
 
 def slowed(where, name):
-    """A program that runs the script with a pause before `where.name`, once it has made a file that says so."""
+    """A program that runs the script and pauses before `where.name`, after making a file ending in ".reached"."""
     return f"""
 import pathlib, runpy, sys, time
 import {where} as module
@@ -294,7 +294,7 @@ def test_where_nothing_is_to_be_saved_a_signal_ends_the_run_at_once(start, numbe
 
 @pytest.mark.wide
 def test_a_process_that_waits_for_another_one_does_not_outlive_a_signal(start):
-    """While the main process reads the images, the other one is in a call that does not return."""
+    """While the main process reads the images, the other one waits in a call that does not return."""
     program = slowed("cm_diffusers.engine.data.images", "save_scan")
     one = start([*TORCHRUN[:-1], "--no-python", sys.executable, "-c", program, SCRIPT], train_batch_size=4)
     one.until(lambda: one.folder.with_name(one.folder.name + ".reached").exists())
@@ -345,13 +345,13 @@ def test_a_request_raises_at_once_or_after_the_block(held):
         with stopping.held() if held else contextlib.nullcontext():
             signal.raise_signal(signal.SIGUSR1)
             assert held and stopping.requested == signal.SIGUSR1
-            signal.raise_signal(signal.SIGTERM)  # an echo
+            signal.raise_signal(signal.SIGTERM)  # a repeated signal
     assert caught.value.code == 128 + signal.SIGUSR1 and caught.value.message == "Stopped by SIGUSR1 here."
 
 
 @pytest.mark.wide
 def test_a_closed_terminal_does_not_keep_the_run_from_saving(tmp_path):
-    """The reader of its output is gone, as `tee` is after a connection was cut."""
+    """The reader of the run's output has gone, like `tee` after a lost connection."""
     command = [*PYTHON, *flags(tmp_path / "run", **LONG)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (tmp_path / "run" / "log.jsonl").exists():

@@ -1,4 +1,4 @@
-"""What Windows lacks, taken away: opening folders, some flags of files, some signals."""
+"""A simulation of Windows, which lacks the opening of folders, some file flags and some signals."""
 
 import os
 import shutil

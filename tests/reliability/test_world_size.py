@@ -1,4 +1,4 @@
-"""Two processes compute what one does: the same data, the same noise, the same weights."""
+"""Two processes give the results of one: the same data, the same noise, the same weights."""
 
 import io
 import os
@@ -35,14 +35,14 @@ OPTIONS = {
     "ct": {"s0": 4, "s1": 12},
     "ict": {"s0": 4, "s1": 16},
     "cd": {"num_scales": 12},
-    # where r = 0 a student that still is its teacher has residuals of rounding size; c > 0 takes their weight away
+    # at r = 0 a student equal to its teacher has residuals of rounding size; c > 0 removes their weight
     "ecd": {"stage_steps": 2, "p_mean": 1.0, "p_std": 0.5, "huber_c": 0.01},
     "sct": {"model_preset": "jvp_tiny", "tangent_warmup_steps": 3, "dropout": 0.3},
     "scd": {"from_scratch": True, "tangent_warmup_steps": 3},
     "mean_flow": {"model_preset": "jvp_tiny", "dropout": 0.3},
-    # short rollouts end so near to where they start that rounding shows in the product of two differences
+    # short rollouts end so close to their start that rounding shows in the product of two differences
     "cdm": {"rollout_steps": 2, "epsilon_min": 0.5, "epsilon_max": 1.0},
-    # turns of the discriminator and weights that all processes agree on
+    # discriminator turns, and weights on which all processes agree
     "ctm": {"solver_steps": 2, "gan_weight": 0.5, "discriminator_start_step": 3},
 }
 
@@ -52,7 +52,7 @@ def on_one(folder, **settings):
 
 
 def on_two(folder, **settings):
-    """Run with two real processes that talk by gloo."""
+    """Train in two real processes that communicate by gloo; returns the output."""
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     words = flags(folder, **{**SETTINGS, "train_batch_size": 8, **settings})
@@ -70,7 +70,7 @@ def one(tmp_path_factory):
 
 
 def losses(folder):
-    return [row["loss"] or row["discriminator"] for row in read_log(folder)]  # the one in whose turn it was
+    return [row["loss"] or row["discriminator"] for row in read_log(folder)]  # by whose turn it was
 
 
 def assert_agree(folder, one, steps=40):
@@ -80,7 +80,7 @@ def assert_agree(folder, one, steps=40):
     ours, theirs = tensors(folder), tensors(one)
     compared = [key for key in theirs if key[0] != "optimizer" and "to_k.bias" not in key[1]]
     assert len(compared) > 100
-    for key in compared:  # softmax does not see key biases: their gradient is rounding, which the optimiser scales up
+    for key in compared:  # softmax cancels key biases: their gradient is rounding, which Adam scales up
         assert (ours[key] - theirs[key]).abs().max() <= 1e-5, key
 
 
@@ -121,7 +121,7 @@ def test_augmented_images_and_dropout_of_features_and_labels_are_the_same_on_two
 
 
 def write_stream(folder, n, broken=()):
-    """Parquet in two files, some of whose images can't be read; gives the folder."""
+    """Write `n` images to two parquet files, with unreadable ones at the indices `broken`; returns the folder."""
     folder.mkdir()
     images = [{"bytes": b"nothing" if i in broken else as_png(i), "path": None} for i in range(n)]
     for number, part in enumerate((images[: n // 3], images[n // 3 :])):

@@ -1,4 +1,4 @@
-"""What a choice of levels leaves behind: the same again is not computed again, and nothing of another one stays."""
+"""Repeated choices of levels: the same choice is not computed again, and no other choice leaves a trace."""
 
 import pytest
 import torch

@@ -30,7 +30,7 @@ def network_output(x, t, s):
 
 
 def sample(scheduler, dtype=torch.float64, model=network_output, start=None):
-    """A whole run on the levels that were set; gives back all samples on the way, the first one too."""
+    """A whole run on the scheduler's levels; returns all samples, including the first."""
     x = torch.randn(SHAPE, dtype=dtype, generator=generator()) * scheduler.init_noise_sigma if start is None else start
     noise, path = generator(1), [x]
     for t, s in zip(scheduler.timesteps, scheduler.target_timesteps):
@@ -41,7 +41,7 @@ def sample(scheduler, dtype=torch.float64, model=network_output, start=None):
 
 
 def exact_network(scheduler, data_std):
-    """The output F(c_in x, t, s) of the exact jumps x sqrt((s^2 + d^2) / (t^2 + d^2)) of data N(0, d^2), s not t."""
+    """The output F(c_in x, t, s), s != t, for the exact jumps x sqrt((s^2 + d^2) / (t^2 + d^2)) of data N(0, d^2)."""
 
     def network(scaled, t, s):
         t, s = (torch.from_numpy(np.asarray(scheduler.timestep_to_sigma(label.numpy()))) for label in (t, s))
@@ -270,7 +270,7 @@ def test_what_a_jump_to_the_floor_gives_is_clamped_unless_told_otherwise():
         exact = scheduler.jump(output, 5 * x, 5, 0.002)
         assert exact.min() > 1
         assert torch.equal(first.pred_original_sample, exact.clamp(max=1) if clip else exact)
-        assert torch.equal(first.prev_sample, scheduler.jump(output, 5 * x, 5, 0.5))  # whatever clip_denoised says
+        assert torch.equal(first.prev_sample, scheduler.jump(output, 5 * x, 5, 0.5))  # with any clip_denoised
         last = scheduler.step(output, scheduler.timesteps[1], x)
         assert torch.equal(last.prev_sample, last.pred_original_sample)
         assert (last.prev_sample.max() == 1) == clip

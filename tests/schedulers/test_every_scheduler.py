@@ -1,4 +1,4 @@
-"""What holds for all schedulers of the library."""
+"""Properties of all schedulers of the library."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ def build(request):
 
 @pytest.fixture
 def make(build):
-    """A maker of schedulers whose levels are set."""
+    """A function that makes schedulers with levels set."""
 
     def make(n=None, sigmas=None, timesteps=None, device=None, **config):
         scheduler = build(**config)
@@ -98,7 +98,7 @@ def test_grid_indices_are_no_labels(make, kind):
 
 def test_labels_can_be_given_back_as_timesteps(make):
     first = make(sigmas=[80, 5.5, 0.3])
-    labels = first.timesteps.unique().flip(0)  # Heun's come twice
+    labels = first.timesteps.unique().flip(0)  # Heun's levels appear twice
     for given in (labels, labels.tolist(), labels.numpy()):
         again = make(timesteps=given)
         torch.testing.assert_close(again.sigmas, first.sigmas, rtol=1e-11, atol=0)
@@ -108,7 +108,7 @@ def test_labels_can_be_given_back_as_timesteps(make):
 def test_labels_are_float64_except_where_the_device_has_none(make, monkeypatch):
     move = torch.Tensor.to
 
-    def to_cpu_instead(tensor, device, *args):  # as if the CPU were an Apple GPU
+    def to_cpu_instead(tensor, device, *args):  # treat the CPU as an Apple GPU
         return move(tensor, "cpu" if str(device) == "mps" else device, *args)
 
     monkeypatch.setattr(torch.Tensor, "to", to_cpu_instead)
@@ -119,7 +119,7 @@ def test_labels_are_float64_except_where_the_device_has_none(make, monkeypatch):
 
 
 def test_sigma_max_in_float32_is_not_beyond_sigma_max(make):
-    """14.6 is rounded up, and 80 (1 + 1e-7) is what a way through labels makes of 80; more than 1e-6 is refused."""
+    """float32 rounds 14.6 up, and labels turn 80 into 80 (1 + 1e-7). An excess above 1e-6 is refused."""
     assert float(np.float32(14.6)) > 14.6
     for sigmas in (np.array([14.6, 1], dtype=np.float32), torch.tensor([14.6, 1.0])):
         assert make(sigmas=sigmas, sigma_max=14.6).num_inference_steps == 2

@@ -1,4 +1,4 @@
-"""Noise that is given to a step stands for what a generator would give."""
+"""A step's `noise` argument replaces the noise from a generator."""
 
 import pytest
 import torch

@@ -22,7 +22,7 @@ def network_output(x, t):
 
 
 def sample(scheduler, dtype=torch.float32, start=None, model=network_output):
-    """A whole run on the levels that were set; gives back all samples on the way."""
+    """A whole run on the scheduler's levels; returns all samples."""
     start = start or scheduler.init_noise_sigma
     x, noise, path = torch.randn(SHAPE, dtype=dtype, generator=generator()) * start, generator(1), []
     for t in scheduler.timesteps:
@@ -39,8 +39,11 @@ def make(n=None, sigmas=None, timesteps=None, **config):
 
 
 def assert_same_samples(ours, theirs, **run):
-    """Bit for bit. The stock scheduler keeps its last level in float32 and the floor that it subtracts in float64, so
-    after the last of several steps it adds noise of the size of that rounding (7e-7); ours adds none."""
+    """Assert that samples agree bit for bit, except after the last of several steps.
+
+    The stock scheduler keeps its last level in float32 and subtracts its floor in float64, so it adds noise of the
+    size of that rounding (7e-7) after the last step. Ours adds none.
+    """
     mine, expected = sample(ours, **run), sample(theirs, **run)
     if len(mine) > 1:
         draws, floor = generator(1), theirs.config.sigma_min
@@ -90,9 +93,9 @@ def test_given_levels_do_what_the_stock_grid_indices_do(indices):
     assert torch.equal(ours.sigmas.float(), theirs.sigmas)
     torch.testing.assert_close(
         ours.timesteps, theirs.timesteps, rtol=0, atol=1e-4
-    )  # theirs rounds sigma, not the label
+    )  # the stock scheduler rounds sigma, not the label
 
-    # theirs starts from sigma_max whatever the levels are
+    # the stock scheduler starts from sigma_max, whatever the levels
     assert_same_samples(ours, theirs, start=80.0, model=lambda x, t: x.sin())
 
 

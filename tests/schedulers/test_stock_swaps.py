@@ -1,4 +1,4 @@
-"""`from_config` of every scheduler of diffusers: in its pipelines equal to its few-step schedulers, or refused."""
+"""`from_config` of every diffusers scheduler: equal to diffusers' few-step schedulers in pipelines, or refused."""
 
 import inspect
 import math
@@ -42,7 +42,7 @@ BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.
 ABAR = DDPMScheduler(**BETAS).alphas_cumprod.double()
 SD, V, ZERO_SNR = {**BETAS, "steps_offset": 1}, {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}
 DDIM = {**SD, "clip_sample": False}
-# by model and scheduler: the pipeline, and the scheduler whose place is taken
+# by model and scheduler: the pipeline, and the scheduler to replace
 EQUAL = {
     "SD 1.x, LCM": ("sd", LCMScheduler(**SD)),
     "SD 1.x, TCD": ("sd", TCDScheduler(**SD)),
@@ -63,12 +63,12 @@ EQUAL = {
     "SD3, FlowMatchLCM, Karras": ("sd3", FlowMatchLCMScheduler(shift=3.0, use_karras_sigmas=True)),
 }
 every_swap = pytest.mark.parametrize("swap", EQUAL)
-TOLERANCE = 5e-6  # of the largest latent, for the roundings of float32; up to 1.1e-6 was measured
+TOLERANCE = 5e-6  # relative to the largest latent, for float32 rounding; the largest measured error was 1.1e-6
 PIPELINES = {}
 
 
 def named(scheduler):
-    """Its config as a loaded scheduler has it."""
+    """The scheduler's config, as in a loaded scheduler."""
     return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
@@ -77,7 +77,7 @@ def ours(scheduler, **changes):
 
 
 def theirs(scheduler):
-    """The stock few-step scheduler of the same settings, which it would take for defaults of another class."""
+    """The stock few-step scheduler with the same settings, which it must not take for another class's defaults."""
     kind = FlowMatchLCMScheduler if type(scheduler).__name__.startswith("FlowMatch") else LCMScheduler
     return kind.from_config({**named(scheduler), "_use_default_values": []})
 
@@ -98,7 +98,7 @@ def on_images(kind):
 
 def sample(pipe, scheduler, seed=3, **call):
     pipe.scheduler = scheduler
-    torch.manual_seed(seed)  # the pipeline of SD3 gives steps no generator
+    torch.manual_seed(seed)  # SD3's pipeline passes no generator to steps
     call = {"output_type": "latent", "generator": torch.Generator().manual_seed(seed), **call}
     return pipe(**call).images
 
@@ -108,7 +108,7 @@ def assert_equal(images, expected):
     torch.testing.assert_close(images, expected, rtol=0, atol=TOLERANCE * expected.abs().max().item())
 
 
-# --- equal, in the pipelines as they are
+# --- equal, in unchanged pipelines
 
 
 @every_swap
@@ -132,7 +132,7 @@ def test_so_does_one_that_begins_with_an_image(swap, strength):
 @pytest.mark.parametrize("swap", ["SD 1.x, LCM", "SDXL, Euler", "SDXL, Euler, v, zero SNR"])
 @pytest.mark.parametrize("times", [[999, 640, 259, 19], [700, 1], [500, 0]])
 def test_given_timesteps_and_their_sigmas_are_the_same_levels(swap, times):
-    """LCM's c_skip and c_out matter at the last times, where they are 0.003 from 0 and 1, and reach 1 and 0."""
+    """LCM's c_skip and c_out matter at the last times, where they differ by 0.003 from 0 and 1, and reach 1 and 0."""
     kind, scheduler = EQUAL[swap]
     pipe, call = pipeline(kind)
     call = {**call, "num_inference_steps": None, "height": SIZE, "width": SIZE}
@@ -200,7 +200,7 @@ def test_a_model_of_pixels_is_clipped_as_its_scheduler_says():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("swap", ["SD 1.x, LCM", "SD3, FlowMatchEuler, shift 3"])
 def test_half_precision_draws_the_same_noise(swap, dtype):
-    """Ours computes in float32 between, so the two differ by what the dtype rounds."""
+    """Ours computes in float32 in between, so the two differ by the dtype's rounding."""
     scheduler, results = EQUAL[swap][1], []
     for one in (ours(scheduler), theirs(scheduler)):
         one.set_timesteps(2)
@@ -280,12 +280,12 @@ def test_what_the_settings_become():
         "sigma_max": None,
         "time_label": "timestep",
         "in_place_of": {"original_inference_steps": 50, "timestep_scaling": 10.0},
-        "original_inference_steps": 50,  # which the pipelines of LCM read
-        "steps_offset": 1,  # as the pipelines of Stable Diffusion want it
+        "original_inference_steps": 50,  # LCM pipelines read it
+        "steps_offset": 1,  # as expected by Stable Diffusion pipelines
         "noise_schedule": {"num_train_timesteps": 1000, **BETAS},
     }
     assert {name: scheduler.config[name] for name in expected} == expected
-    assert scheduler.sigmas[0] == pytest.approx(14.6146, abs=1e-4)  # of SD, at time 999
+    assert scheduler.sigmas[0] == pytest.approx(14.6146, abs=1e-4)  # SD's level at time 999
     betas = torch.linspace(0.001, 0.01, 20)
     trained = ours(DDIMScheduler(20, trained_betas=betas.numpy(), clip_sample=True))
     abar = (1 - betas.double()).cumprod(0)
@@ -303,7 +303,7 @@ def test_settings_that_diffusers_takes_for_defaults_of_another_class_are_kept(co
 
 
 def test_old_files_have_the_defaults_of_their_class():
-    """Those of before prediction types have none, and name their class."""
+    """Files from before prediction types lack that setting, but name their class."""
     old = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", **BETAS, "skip_prk_steps": True}
     assert MultistepConsistencyScheduler.from_config(old).config.noise_schedule["num_train_timesteps"] == 1000
     with pytest.raises(ValueError, match="Add the _class_name"):
@@ -365,7 +365,7 @@ def test_every_compatible_class_can_be_swapped(swap):
     taken = ours(EQUAL[swap][1])
     for kind in taken.compatibles:
         lacks_package = "args" in inspect.signature(kind.__init__).parameters
-        foreign_algorithm = kind is SASolverScheduler and "algorithm_type" in taken.config  # which it refuses itself
+        foreign_algorithm = kind is SASolverScheduler and "algorithm_type" in taken.config  # refused by the class
         if not lacks_package and not foreign_algorithm:
             again = MultistepConsistencyScheduler.from_config(named(kind.from_config(taken.config)))
             for key in ("prediction", "num_train_timesteps", "time_scale"):
@@ -378,7 +378,7 @@ def test_compatibles_are_those_of_the_network():
     assert {"LCMScheduler", "TCDScheduler", "EulerDiscreteScheduler"} <= names
     assert not {"EDMEulerScheduler", "FlowMatchLCMScheduler", "CMStochasticIterativeScheduler"} & names
     zero_snr = {kind.__name__ for kind in ours(EQUAL["SD 2.x, DDIM, v, zero SNR"][1]).compatibles}
-    assert "EulerDiscreteScheduler" in zero_snr and "PNDMScheduler" in names - zero_snr  # which can't have it
+    assert "EulerDiscreteScheduler" in zero_snr and "PNDMScheduler" in names - zero_snr  # PNDM can't have zero SNR
     assert ours(FlowMatchLCMScheduler()).compatibles.count(FlowMatchEulerDiscreteScheduler) == 1
     assert MultistepConsistencyScheduler().compatibles == [CMStochasticIterativeScheduler]
     assert MultistepConsistencyScheduler(time_label="angle").compatibles == []
@@ -390,20 +390,20 @@ def test_compatibles_are_those_of_the_network():
 
 def stock_schedulers():
     for name in sorted(dir(diffusers)):
-        kind = getattr(diffusers, name, None)  # beside onnxruntime there are names of nothing
+        kind = getattr(diffusers, name, None)  # some names need onnxruntime and have no object
         if inspect.isclass(kind) and issubclass(kind, SchedulerMixin) and kind is not SchedulerMixin:
             yield kind
 
 
 def with_settings(kind):
-    """One of the class, with numbers where it has no defaults."""
+    """The default settings of the class, with 3 for each setting without a default."""
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     return {p.name: 3 if p.default is p.empty else p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 @pytest.mark.parametrize("kind", stock_schedulers())
 def test_every_scheduler_of_diffusers_is_mapped_or_refused(kind):
-    """By its name, and by its settings alone where these are not those of a class that is mapped."""
+    """By its name, and by its settings alone unless these match a mapped class."""
     config, name = with_settings(kind), kind.__name__
     mapped = name in [found.__name__ for found in MultistepConsistencyScheduler._get_compatibles()]
     if mapped:
@@ -411,7 +411,7 @@ def test_every_scheduler_of_diffusers_is_mapped_or_refused(kind):
     else:
         with pytest.raises(ValueError, match=f"Multistep.* can't take the place of a {name}: it can replace"):
             MultistepConsistencyScheduler.from_config({**config, "_class_name": name})
-    if not mapped and "Inverse" not in name:  # DDIM's settings, for the way from images to noise
+    if not mapped and "Inverse" not in name:  # inverse schedulers, from images to noise, have DDIM's settings
         with pytest.raises(ValueError, match="can't take the place of a scheduler with the settings"):
             MultistepConsistencyScheduler.from_config(config)
     for other, samples in ((CTMScheduler, "two times"), (TrigFlowScheduler, "TrigFlow's process")):
@@ -482,7 +482,7 @@ TABLE_OF_SD, FLOW_OF_SD3 = EQUAL["SD 1.x, LCM"][1], EQUAL["SD3, FlowMatchEuler, 
     "scheduler, call, message",
     [
         (TABLE_OF_SD, {"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, got 0"),
-        (TABLE_OF_SD, {"num_inference_steps": 51}, "num_inference_steps"),  # of diffusers
+        (TABLE_OF_SD, {"num_inference_steps": 51}, "num_inference_steps"),  # an error of diffusers
         (TABLE_OF_SD, {"num_inference_steps": 4, "sigmas": [1.0]}, "exactly one"),
         (TABLE_OF_SD, {"sigmas": [14.0, 0.0]}, "above sigma_min=0.0"),  # Euler's levels end with 0
         (TABLE_OF_SD, {"sigmas": [15.0, 1.0]}, "must not exceed sigma_max=14.6"),
@@ -496,7 +496,7 @@ TABLE_OF_SD, FLOW_OF_SD3 = EQUAL["SD 1.x, LCM"][1], EQUAL["SD3, FlowMatchEuler, 
         (FLOW_OF_SD3, {"sigmas": [0.5, 0.9]}, "fall strictly"),
         (FLOW_OF_SD3, {"timesteps": [1200.0]}, r"must lie in \[0, 1000\]"),
         (FLOW_OF_SD3, {"num_inference_steps": 4, "original_inference_steps": 50}, "flow has none"),
-        (EQUAL["SD3, FlowMatchEuler, dynamic shift"][1], {"num_inference_steps": 4}, "mu"),  # of diffusers
+        (EQUAL["SD3, FlowMatchEuler, dynamic shift"][1], {"num_inference_steps": 4}, "mu"),  # an error of diffusers
     ],
 )
 def test_levels_that_can_not_be_are_refused(scheduler, call, message):
@@ -515,7 +515,7 @@ def test_a_consistency_pipeline_steps_in_its_own_scale():
         ConsistencyPipeline(UNet2DModel(8, block_out_channels=(32, 32, 32, 32)), ours(LCMScheduler()))
 
 
-# --- what docs/schedulers.md says of all this
+# --- the statements of docs/schedulers.md
 
 
 def table():

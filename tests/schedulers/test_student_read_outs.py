@@ -1,4 +1,4 @@
-"""Multistep sampling of students that keep the process of a diffusion model: the read-outs, and stock schedulers."""
+"""Multistep sampling of students that keep a diffusion model's process: read-outs, and stock schedulers."""
 
 import math
 

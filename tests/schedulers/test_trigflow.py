@@ -31,7 +31,7 @@ def network_output(x, t):
 
 
 def sample(scheduler, dtype=torch.float32, model=network_output, start=None):
-    """A whole run on the levels that were set; gives back all samples on the way."""
+    """A whole run on the scheduler's levels; returns all samples."""
     if start is None:
         start = torch.randn(SHAPE, dtype=dtype, generator=generator())
     x, noise, path = start * scheduler.init_noise_sigma, generator(1), []
@@ -106,7 +106,7 @@ def test_samples_are_those_of_the_stock_scheduler(angles):
     ours, theirs = make(timesteps=angles, clip_denoised=False), SCMScheduler()
     theirs.set_timesteps(len(angles), timesteps=[*angles, 0.0], max_timesteps=None, intermediate_timesteps=None)
     x, noise, path = torch.randn(SHAPE, generator=generator()) * ours.init_noise_sigma, generator(1), []
-    for t in theirs.timesteps[:-1]:  # it wants sigma_data F, and keeps its angles in float32
+    for t in theirs.timesteps[:-1]:  # theirs takes sigma_data F, and keeps angles in float32
         x = theirs.step(0.5 * network_output(x / 0.5, t), t, x, noise).prev_sample
         path.append(x)
     torch.testing.assert_close(sample(ours), torch.stack(path), rtol=0, atol=2e-6)
@@ -166,7 +166,7 @@ def test_solvers_are_exact_for_data_of_one_point(solver):
 
 
 def mixture(mean=0.4472136, std=0.2236068):
-    """The exact denoiser of data of 1/2 N(-mean, std^2) + 1/2 N(mean, std^2), in VE."""
+    """The exact VE denoiser of data 1/2 N(-mean, std^2) + 1/2 N(mean, std^2)."""
 
     def denoise(x, sigma):
         variance = std**2 + sigma**2
@@ -176,7 +176,7 @@ def mixture(mean=0.4472136, std=0.2236068):
 
 
 def network_of(denoise):
-    """F that makes D of `denoise`, for sigma_data 0.5."""
+    """The network F whose denoiser is `denoise`, for sigma_data 0.5."""
 
     def network(x, t):
         denoised = denoise(0.5 * x / t.cos(), 0.5 * t.tan())
@@ -186,10 +186,10 @@ def network_of(denoise):
 
 
 def solve(solver, angles, denoise, x):
-    """Where `solver` brings `x` from the first of `angles` to the last."""
+    """The sample at the last of `angles`, by `solver` from `x` at the first."""
     scheduler = make(timesteps=angles, solver=solver)
     path = sample(scheduler, torch.float64, network_of(denoise), x / scheduler.init_noise_sigma)
-    return path[-2]  # the last step is to 0
+    return path[-2]  # the last step goes to 0
 
 
 def test_paths_of_a_mixture_in_numbers():
@@ -231,7 +231,7 @@ def test_18_levels_are_as_accurate_as_those_of_karras(data):
     assert errors[0] < 0.9 * errors[1]
 
 
-# --- the calls of Heun
+# --- Heun's calls
 
 
 def test_heun_says_where_a_step_begins():
@@ -276,7 +276,7 @@ def test_a_solver_for_these_levels_only(configured, asked, order):
     assert scheduler.order != order and scheduler.config.solver == configured
 
 
-# --- what can't be done
+# --- refused
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""edit.py, as a user calls it."""
+"""edit.py, called as by a user."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.pipelines.test_editing import MASK, PIPELINES
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of models by kind: of RGB pixels and of two classes."""
+    """Folders of models by kind: with RGB pixels, and with two classes."""
     folder = tmp_path_factory.mktemp("models")
 
     def network():
@@ -31,7 +31,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Files to edit: two of the model's size, a small one, a grey one, a mask, and one that is none."""
+    """Files to edit: two of the model's size, a small one, a grey one, a mask, and an invalid one."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     files = {
         "a": Image.fromarray(pixels),
@@ -70,7 +70,7 @@ def test_inpainted_pictures_keep_what_the_mask_leaves(edit, pictures, kind):
         assert np.array_equal(made[i][MASK == 0], given[MASK == 0])
     assert not np.array_equal(made[0], made[1])
     again, _ = edit("inpaint", *words[:1], "b.png", *words[3:], "--class_labels", 1, kind=kind)
-    assert np.abs(again.astype(int) - made[3:]).max() <= 1  # a sample depends on its picture and seed alone
+    assert np.abs(again.astype(int) - made[3:]).max() <= 1  # a sample depends only on its picture and seed
 
 
 TASKS = {

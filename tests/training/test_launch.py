@@ -1,4 +1,4 @@
-"""Several processes, started by the commands that README prints, and errors of the user in them."""
+"""Several processes, started by README's commands, and user errors in them."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Folders with older files, places that are none, devices that are not there; and commands that are proposed."""
+"""Folders with older files, invalid places, missing devices, and proposed commands."""
 
 import re
 import shlex
@@ -25,7 +25,7 @@ TRAINING = Path(__file__).parents[2] / "training"
 
 @pytest.fixture
 def model(tiny_unet, tmp_path):
-    """A saved consistency model with random weights, as a run leaves it."""
+    """A saved consistency model with random weights, as from a run."""
     pipeline = ConsistencyPipeline(tiny_unet(), MultistepConsistencyScheduler())
     pipeline.save_pretrained(tmp_path / "run" / "pipeline")
     return tmp_path / "run" / "pipeline"
@@ -84,7 +84,7 @@ def test_a_run_is_not_asked_to_end_before_where_it_is(tmp_path):
     assert all(value.equal(before[key]) for key, value in tensors(tmp_path / "r").items())
 
 
-# --- places that are none ----------------------------------------------------------------------------------------
+# --- invalid places ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_the_help_of_the_quickstart_starts_nothing(monkeypatch, capsys):
     assert ended.value.code == 0 and "runs/quickstart" in capsys.readouterr().out
 
 
-# --- what is proposed --------------------------------------------------------------------------------------------
+# --- proposed commands -------------------------------------------------------------------------------------------
 
 
 def proposed(report, **settings):

@@ -1,4 +1,4 @@
-"""The scripts, started as a user starts them, from training to images."""
+"""The scripts, started as by a user, from training to images."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def launch(name, *words):
 
 @pytest.fixture(scope="module")
 def consistency_model(tmp_path_factory):
-    """A class-conditional model from a launched run, and what the run printed."""
+    """A class-conditional model from a launched run, and the run's output."""
     folder = tmp_path_factory.mktemp("runs") / "ect"
     result = launch("train_consistency.py", *flags(folder, max_train_steps=8, validation_steps=8))
     assert result.returncode == 0, result.stderr[-3000:]
@@ -47,7 +47,7 @@ def diffusion_model(tmp_path_factory):
 
 
 def sample(model, folder, *words):
-    """Run sample.py in this process; gives the pixels of the images by name."""
+    """Run sample.py in this process; returns the images' pixels by name."""
     script = load_script("sample")
     paths = ["--pretrained_model_name_or_path", str(model), "--output_dir", str(folder), "--device", "cpu"]
     script.sample(script.parse_args([*paths, *map(str, words)]))
