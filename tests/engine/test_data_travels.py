@@ -115,7 +115,7 @@ def test_a_run_is_resumed_on_other_data_only_when_that_is_asked_for(trained, tmp
     capsys.readouterr()
     train(folder, data, max_train_steps=4, allow_data_change=True)
     said = capsys.readouterr().out
-    assert "another one from here on" in said and "Resumed from step 3 of 4" in said
+    assert "The dataset changes from here on" in said and "Resumed from step 3 of 4" in said
     state = newest_checkpoint(folder)[0].state
     assert state["config"]["sigma_data"] == newest_checkpoint(trained[0])[0].state["config"]["sigma_data"]
     train(folder, data, max_train_steps=5)  # the run now has the new data
@@ -133,7 +133,7 @@ def test_a_checkpoint_without_a_description_is_resumed_and_that_is_said(trained,
     state = {key: value for key, value in checkpoint.state.items() if key != "data"}
     save_checkpoint(folder, checkpoint.step, checkpoint.tensors, state)
     train(folder, trained[1], max_train_steps=4)
-    assert "does not say on which images it was trained" in capsys.readouterr().out
+    assert "The checkpoint holds no description of its images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

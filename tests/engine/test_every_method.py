@@ -311,7 +311,7 @@ def test_from_scratch_needs_a_teacher(trigflow_teacher, tmp_path):
     with pytest.raises(ValueError, match="from_scratch needs --pretrained_teacher_model"):
         run(tmp_path / "a", "ect", from_scratch=True)
     settings = {"pretrained_teacher_model": trigflow_teacher, "pretrained_model_name_or_path": trigflow_teacher}
-    with pytest.raises(ValueError, match="without --pretrained_model_name_or_path"):
+    with pytest.raises(ValueError, match="excludes --pretrained_model_name_or_path"):
         run(tmp_path / "b", "scd", from_scratch=True, **settings)
 
 

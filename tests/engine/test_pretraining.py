@@ -159,7 +159,10 @@ def test_a_run_goes_on_from_a_model_that_takes_labels(whole, tmp_path):
 
 @pytest.mark.parametrize("preset", ["tiny", "jvp_tiny"])
 def test_presets_that_take_no_labels_are_refused_with_those_that_do(preset, tmp_path):
-    with pytest.raises(ValueError, match=f"preset '{preset}' can't be told .* are {', '.join(EDM_PRESETS)}"):
+    with pytest.raises(
+        ValueError,
+        match=f"preset '{preset}' has no input for augmentation labels. Use one of {', '.join(EDM_PRESETS)}",
+    ):
         train(tmp_path / "a", model_preset=preset)
     with pytest.raises(ValueError, match=f"has none. Presets with one are {', '.join(EDM_PRESETS)}"):
         train(tmp_path / "b", model_preset=preset, augment=0)

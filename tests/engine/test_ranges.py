@@ -123,8 +123,8 @@ def test_how_deep_pixels_are_read_is_said(tmp_path, capsys):
 
 
 REFUSED = {
-    "a mix": (np.float32([[0.1, 0.9]]), np.float32([[0.5, 200]]), r"up to 0.9 in .*0.*up to 200 in .*1.*one range"),
-    "overshoot": (np.float32([[0, 1]]), np.float32([[0.5, 1.4]]), "from 0 to 1.4.*clip or scale"),
+    "a mix": (np.float32([[0.1, 0.9]]), np.float32([[0.5, 200]]), r"reach 0.9 in .*0.* but 200 in .*1.*one range"),
+    "overshoot": (np.float32([[0, 1]]), np.float32([[0.5, 1.4]]), "from 0 to 1.4.*Clip or scale"),
     "negative": (np.float32([[0, 1]]), np.float32([[-1, 1]]), r"(?s)1 of 2 images.*1.*from -1 to 1; allowed"),
     "not finite": (np.float32([[0, 1]]), np.float32([[0, np.inf]]), "(?s)1 of 2 images.*1.*NaN or infinity"),
     "too much": (np.int32([[0, 1]]), np.int32([[0, 70000]]), r"(?s)1 of 2 images.*1.*from 0 to 70000; allowed"),

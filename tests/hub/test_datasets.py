@@ -120,7 +120,7 @@ def test_a_name_that_can_t_be_written_to_is_found_before_anything_is_prepared(pr
 def test_what_an_outage_left_the_same_command_sends(hub, prepare, capsys):
     hub.fail("POST .*/commit/", times=float("inf"), status=503)
     assert prepare("--push_to_hub", "--hub_private_repo", "--hub_timeout", 0.2) == 1
-    assert "the same command sends it again" in capsys.readouterr().out and published(hub) == set()
+    assert "Run the same command again" in capsys.readouterr().out and published(hub) == set()
     hub.clear()
     assert prepare("--push_to_hub", "--hub_private_repo") == 0
     assert len(published(hub)) == 2 and hub.repository("tester/mine", "dataset").private
