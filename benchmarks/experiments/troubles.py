@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cm_diffusers.engine.pictures.curves import titled_row
+from cm_diffusers.engine.pictures.curves import plot_losses, titled_row
 from cm_diffusers.sampling import image_grid, load_pipeline, sample_images
 
 
@@ -23,7 +23,7 @@ COMMON = ["--config", "digits_ect", "--validation_steps", "0"]
 RUNS = {
     "good": ["train", *COMMON],
     "pretraining": ["train", *COMMON, "--max_train_steps", "1600", "--pretrain_steps", "1599"],
-    "diverged": ["train", *COMMON, "--max_train_steps", "600", "--learning_rate", "0.3", "--adam_beta2", "0.999"],
+    "diverged": ["train", *COMMON, "--max_train_steps", "600", "--learning_rate", "0.03", "--logging_steps", "5"],
 }
 STUDENT = ["--method", "ect", "--dataset_name", "digits", "--class_conditional", "--max_train_steps", "800"]
 STUDENT += ["--train_batch_size", "64", "--lr_scheduler", "cosine", "--validation_steps", "0"]
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/troubles"), help="folder of the runs")
     folder = parser.parse_args().output_dir
     for name, words in RUNS.items():
-        if not (folder / name / "pipeline").is_dir() and not (folder / name / "losses.png").is_file():
+        if not (folder / name / "pipeline").is_dir() and not (folder / name / "diverged.json").is_file():
             command(*words, "--output_dir", str(folder / name))
     teacher = folder / "teacher"
     if not teacher.is_dir():
@@ -92,8 +92,7 @@ def main() -> None:
             ("inverse_gap: sigmas [30, 3]", grid(mended, sigmas=[30, 3])),
         ],
     )
-    losses = Image.open(folder / "diverged/losses.png")
-    losses.save(PICTURES / "trouble_diverged.png")
+    plot_losses(folder / "diverged/log.jsonl", PICTURES / "trouble_diverged.png")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ class ModelArguments(Options):
         place="path or Hub id",
     )
     vae_encode_batch_size: int = option(
-        64, "Number of images that the autoencoder encodes at once.", SOME_STEPS, may_change=True
+        64, "Number of images that the autoencoder encodes at once.", SOME_STEPS, may_change=True, in_recipe=False
     )
     dropout: float = option(0.0, "Dropout probability of the U-Net.", "[0, 0.99]")
     class_conditional: bool = option(False, "Train a class-conditional model on the labels of the dataset.")
