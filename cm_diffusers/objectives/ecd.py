@@ -30,7 +30,8 @@ class ECDOptions(ECTOptions, TeacherOptions):
     )
     huber_c: float = option(
         0.03,
-        "Constant c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c. The default is iCT's for colour images of 32 x 32.",
+        "Constant c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c. The default is iCT's for colour images of"
+        " 32 x 32.",
         "[0, 1e6]",
     )
 

@@ -37,8 +37,8 @@ class ICTOptions(Options):
     p_std: float = option(2.0, "Standard deviation of ln(sigma) in training.", "[1e-3, 10]")
     huber_c: float | None = option(
         None,
-        "Constant c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c. The default is 0.00054 sqrt(d) for samples of d"
-        " numbers.",
+        "Constant c of the pseudo-Huber distance sqrt(|a - b|^2 + c^2) - c. The default is 0.00054 sqrt(d) for"
+        " samples of d numbers.",
         "[0, 1e6]",
         told_by_data=True,
     )
