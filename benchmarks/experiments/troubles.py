@@ -78,8 +78,8 @@ def main() -> None:
     row(
         "trouble_levels",
         [
-            ("sigmas [3]: too low a start", grid(good, sigmas=[3])),
-            ("sigmas [80, 40]: too high a second level", grid(good, sigmas=[80, 40])),
+            ("sigmas [0.4]: too low a start", grid(good, sigmas=[0.4])),
+            ("sigmas [80, 40]: the second call changes little", grid(good, sigmas=[80, 40])),
             ("sigmas [80, 0.8]", grid(good, sigmas=[80, 0.8])),
         ],
     )
