@@ -28,6 +28,7 @@ TRAINING = [
     "transformers>=5.0",
 ]
 DEMO = ["gradio>=6.0"]
+LORA = ["peft>=0.17"]
 EXPORT = ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"]
 ORACLES = ["prdc>=0.2", "torchmetrics>=1.9"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]
@@ -72,9 +73,10 @@ setup(
     install_requires=SAMPLING + TRAINING + EXPORT,
     extras_require={
         "demo": DEMO,
+        "lora": LORA,
         "lpips": ["lpips>=0.1.4"],  # requires torchvision
-        "test": DEMO + TEST,
-        "dev": DEMO + TEST + QUALITY,
+        "test": DEMO + LORA + TEST,
+        "dev": DEMO + LORA + TEST + QUALITY,
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
