@@ -73,10 +73,11 @@ class SavedModel:
             classes += " and a null class"
         shape = " x ".join(map(str, self.sample_shape))
         kind = "pixels" if self.vae is None else f"latents of {type(self.vae).__name__}"
-        return f"{type(network).__name__}, {count:.1f} M parameters, {_process(self.spec)}, {classes}, {shape} {kind}"
+        process = process_in_words(self.spec)
+        return f"{type(network).__name__}, {count:.1f} M parameters, {process}, {classes}, {shape} {kind}"
 
 
-def _process(spec: ModelSpec) -> str:
+def process_in_words(spec: ModelSpec) -> str:
     """The prediction and the process of a network, in words."""
     if spec.prediction == "edm":
         return f"predicts EDM's F, time label {spec.time_label}, sigma_data {spec.sigma_data:g}"
