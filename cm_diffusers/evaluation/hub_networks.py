@@ -98,6 +98,7 @@ def _load(kind: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         with looked_up(name) as cached:
             load = {"use_safetensors": True, "dtype": torch.float32, "local_files_only": cached}
+            load["adapter_kwargs"] = {"local_files_only": cached}  # with PEFT, transformers also looks for an adapter
             model = getattr(transformers, kind).from_pretrained(name, **load)
             processor, _ = ImageProcessingMixin.get_image_processor_dict(name, local_files_only=cached)
         if not {"image_mean", "image_std"} <= processor.keys() and processor.get("do_normalize", True):
