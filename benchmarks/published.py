@@ -160,7 +160,7 @@ def papers() -> str:
                 f"`{paper['recipe']}`" if paper["recipe"] else "none",
                 budget(paper),
                 paper["fid"] or "not given",
-                f"`{paper['ours']}`",
+                f"`{paper['ours']}`" if paper["ours"] else "none",
                 ours(method),
             ]
         )

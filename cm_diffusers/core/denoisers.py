@@ -181,12 +181,12 @@ class Guided:
 
     Args:
         denoiser: the denoiser of a conditional model.
-        scale: w; 1 gives `denoiser` itself.
+        scale: w, one for all samples or one per sample (B,); 1 gives `denoiser` itself.
         nulls: the null row of this model for each entry of its condition.
     """
 
     denoiser: EDMDenoiser | TrajectoryDenoiser | ProcessDenoiser
-    scale: float
+    scale: float | Tensor
     nulls: Mapping[str, Tensor]
 
     @property

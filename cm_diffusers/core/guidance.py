@@ -12,20 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.conditions import Condition, call_network
 
 
-def guide(call: Callable[[Condition], Tensor], condition: Condition, negative: Condition, scale: float) -> Tensor:
+def guide(
+    call: Callable[[Condition], Tensor], condition: Condition, negative: Condition, scale: float | Tensor
+) -> Tensor:
     """f_negative + w (f - f_negative), (B, ...), with one call for both (eq. 6).
 
     Args:
         call: returns f (2B, ...) for a condition of 2B rows.
         condition: B rows.
         negative: B rows to move away from; the null condition gives the paper's formula.
-        scale: w; 1 gives f itself.
+        scale: w, one for all rows or one per row (B,); 1 gives f itself.
     """
     both = call(condition.joined(negative))
     given, led_from = both[: both.shape[0] // 2], both[both.shape[0] // 2 :]  # ONNX's optimizer fails at chunk(2)
+    if isinstance(scale, Tensor):
+        scale = append_dims(scale, given)
     return led_from + scale * (given - led_from)
 
 

@@ -869,6 +869,11 @@ def _check_together(method: str, options: Any, data: DataArguments, model: Model
             f"teacher_guidance_scale {model.teacher_guidance_scale:g} needs --pretrained_teacher_model. Give a teacher"
             " or leave it out."
         )
+    if model.teacher_guidance_scale != 1 and options.draws_guidance:
+        raise ValueError(
+            f"teacher_guidance_scale {model.teacher_guidance_scale:g} is one scale, and w_max draws scales. Give only"
+            " one of them."
+        )
     if model.vae_name_or_path is not None:
         check_for_latents(data, options)
     for name in ("teacher_revision", "teacher_variant"):

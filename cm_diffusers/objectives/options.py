@@ -97,6 +97,11 @@ class Options:
         """The model to distil, a folder or a Hub id, or None. See `TeacherOptions`."""
         return None
 
+    @property
+    def draws_guidance(self) -> bool:
+        """Whether the method draws the guidance scale of its teacher, which therefore needs a null class."""
+        return False
+
     def resolved(self, total_steps: int, pretrained: bool = False, dimensions: int | None = None) -> Self:
         """A copy with steps in place of shares of the run, and with values for None that follow from other settings.
 

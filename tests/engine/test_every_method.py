@@ -24,6 +24,7 @@ SETTINGS = {
     "ct": {"s1": 12},
     "ict": {"s0": 4, "s1": 16},
     "cd": {"num_scales": 12},
+    "lcm": {"num_ddim_timesteps": 12},
     # at r = 0 a student equal to its teacher has residuals of rounding size; c > 0 removes their weight
     "ecd": {"stage_steps": 2, "p_mean": 1.0, "p_std": 0.5, "huber_c": 0.01},
     "sct": {"model_preset": "jvp_tiny", "tangent_warmup_steps": 3},
@@ -36,7 +37,7 @@ SETTINGS = {
 }
 CONTINUOUS = ("sct", "scd", "mean_flow")
 TARGET = {"auxiliary.target"}
-STATE = {"ct": TARGET, "cd": TARGET, "ctm": TARGET | {"discriminator", "discriminator_optimizer"}}
+STATE = {"ct": TARGET, "cd": TARGET, "lcm": TARGET, "ctm": TARGET | {"discriminator", "discriminator_optimizer"}}
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,9 @@ def test_a_dry_run_shows_what_the_settings_come_to_and_that_parses_back(method, 
     again = parse_config(["--config", str(tmp_path / "c.yaml"), "--dry_run", "false"], [method], "")
     assert again == resolved and again.resolved() == resolved
     left = {name for name in (f for f in OBJECTIVES[method].Options.__dataclass_fields__) if shown[name] is None}
-    assert left <= {"pretrained_teacher_model", "discriminator_backbone"} | ({"huber_c"} if method == "ict" else set())
+    assert left <= {"pretrained_teacher_model", "discriminator_backbone", "w_max"} | (
+        {"huber_c"} if method == "ict" else set()
+    )
     assert shown["ema_half_life"] == [500.0]
 
 

@@ -239,26 +239,24 @@ def load_vae(args: ModelArguments, saved: SavedModel | None) -> nn.Module | None
     raise ValueError(f"vae_name_or_path {name!r} is a {kind}; this version reads {', '.join(known)}.")
 
 
-def guided(teacher: SavedModel, scale: float) -> Denoiser:
+def guided(teacher: SavedModel, scale: float, drawn: bool = False) -> Denoiser:
     """Return the teacher's denoiser with classifier-free guidance.
 
     Args:
         teacher: the teacher.
         scale: weight of the guidance; 1 is no guidance.
+        drawn: whether the method draws scales of its own.
 
     Raises:
-        ValueError: `scale` is not 1, and the teacher has no null class.
+        ValueError: `scale` is not 1 or `drawn` is set, and the teacher has no null class.
     """
-    if scale == 1:
+    if scale == 1 and not drawn:
         return teacher.denoiser
     if teacher.null_class is None:
+        name = "w_max" if drawn else "teacher_guidance_scale"
+        this = "This teacher is unconditional." if teacher.num_classes is None else "This teacher has no null class."
         raise ValueError(
-            "teacher_guidance_scale needs a teacher with a null class: a DiT, or a model trained with --label_dropout."
-            + (
-                " This teacher is unconditional."
-                if teacher.num_classes is None
-                else " This teacher has no null class."
-            )
+            f"{name} needs a teacher with a null class: a DiT, or a model trained with --label_dropout. {this}"
         )
     return Guided(teacher.denoiser, scale, nulls_of(teacher.null_class))
 

@@ -52,7 +52,9 @@ def load_models(config: Config) -> SavedModels:
     """
     model, method = config.model, OBJECTIVES[config.method]
     teacher = load_teacher(config.options.teacher, model) if config.options.teacher else None
-    denoiser = None if teacher is None else guided(teacher, model.teacher_guidance_scale)
+    denoiser = None
+    if teacher is not None:
+        denoiser = guided(teacher, model.teacher_guidance_scale, config.options.draws_guidance)
     start = load_start(model, method)
     vae = load_vae(model, teacher or start)
     if vae is not None:
