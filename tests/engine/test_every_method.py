@@ -202,7 +202,7 @@ def test_distillation_without_a_teacher_is_refused_before_anything_is_written(tm
 
 @pytest.mark.parametrize("method", ["ct", "ict", "ect", "diffusion"])
 def test_a_teacher_that_would_not_be_used_is_refused(tmp_path, method):
-    with pytest.raises(ValueError, match=f"option of cd, ecd, scd, ctm; {method} ignores it"):
+    with pytest.raises(ValueError, match=f"option of cd, lcm, ecd, scd, ctm; {method} ignores it"):
         run(tmp_path, method, pretrained_teacher_model=tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_an_unknown_distance_is_refused_with_the_known_ones(tmp_path, method):
 
 
 def test_a_distance_for_a_method_without_a_choice_is_refused_with_those_that_have_one(tmp_path):
-    with pytest.raises(ValueError, match="'distance' is an option of ct, cd, ect, ecd, ctm; ict ignores it"):
+    with pytest.raises(ValueError, match="'distance' is an option of ct, cd, lcm, ect, ecd, ctm; ict ignores it"):
         parse_config(flags(tmp_path, "ict", distance="lpips"), ["ict"], "")
 
 
