@@ -78,9 +78,19 @@ def adapter_off(network: nn.Module) -> Iterator[None]:
 
     PEFT switches `requires_grad` of the adapter's weights off as well; at the end of the block it is on again.
     """
+    with _switched_off(_layers(network)):
+        yield
+
+
+def _layers(network: nn.Module) -> list[Any]:
+    """The layers of `network` that have an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def _switched_off(layers: Sequence[Any]) -> Iterator[None]:
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -99,10 +109,11 @@ class Base:
 
     def __init__(self, network: nn.Module):
         self.network = network
+        self._adapted = _layers(network)  # found once, as training calls the teacher in every step
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with adapter_off(self.network):
+        with _switched_off(self._adapted):
             return self.network(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -42,7 +42,7 @@ class TextModel:
 
     def guided(self, scale: float, nulls: dict[str, Tensor]) -> Denoiser:
         """The model with classifier-free guidance of the weight `scale`; `nulls` come from `null_rows`."""
-        return self.denoiser if scale == 1 else Guided(self.spec.denoiser(self.network), scale, nulls)
+        return self.denoiser if scale == 1 else Guided(self.denoiser, scale, nulls)
 
     def __str__(self) -> str:
         return self.description
