@@ -48,6 +48,10 @@ USUAL = (  # settings that most runs change; the help shows them before the othe
     "minutes", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision", "compile",
     "checkpointing_steps", "validation_steps", "search_levels", "report_to", "push_to_hub", "hub_model_id", "dry_run"
 )  # fmt: skip
+TEXT = (  # settings for text-to-image models and for adapters
+    "caption_column", "prompts", "proportion_empty_prompts", "validation_prompts", "lora_rank", "lora_alpha",
+    "lora_target_modules", "base_precision", "unet_time_cond_proj_dim", "fuse"
+)  # fmt: skip
 BESIDE_TRAINING: dict[str, Any] = {"may_change": True, "in_recipe": False}  # settings that do not affect the weights
 
 
@@ -129,10 +133,41 @@ class ModelArguments(Options):
         False, "Save memory by recomputing activations in the backward pass, which takes longer.", may_change=True
     )
 
+    lora_rank: int | None = option(
+        None, "Train a low-rank adapter (LoRA) of this rank. Default: train all weights.", "[1, 1e5]"
+    )
+    lora_alpha: float | None = option(
+        None, "Scale of the LoRA, whose update is multiplied by alpha / rank. Default: --lora_rank.", "(0, 1e6]"
+    )
+    lora_target_modules: list[str] | None = option(
+        None,
+        "Ends of the names of the layers that the LoRA changes. Default: those of LCM-LoRA, which are the attention,"
+        " feed-forward, convolution and time projection layers.",
+    )
+    base_precision: str | None = option(
+        None,
+        "Precision of the frozen weights below a LoRA; int8 needs torchao, and nf4 needs bitsandbytes. Default: the"
+        " one of --mixed_precision.",
+        choices=["no", "fp16", "bf16", "int8", "nf4"],
+    )
+    unet_time_cond_proj_dim: int | None = option(
+        None,
+        "Give the student an input of this size for the guidance scale, as LCM does. Needs --w_max and all weights.",
+        "[4, 1e5]",
+    )
+
     _argument_group_name = "model"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("lora_alpha", "lora_target_modules", "base_precision"):
+            if getattr(self, name) is not None and self.lora_rank is None:
+                raise ValueError(f"{name} is for a LoRA. Give --lora_rank as well, or leave it out.")
+        if self.unet_time_cond_proj_dim is not None and self.lora_rank is not None:
+            raise ValueError(
+                "unet_time_cond_proj_dim and lora_rank can't be combined, because a LoRA has no new inputs. Leave one"
+                " of them out."
+            )
         for name in ("revision", "variant"):
             if getattr(self, name) is not None and self.pretrained_model_name_or_path is None:
                 raise ValueError(
@@ -169,6 +204,19 @@ class DataArguments(Options):
     split: str = option("train", "Split of the dataset to read.")
     image_column: str | None = option(None, "Dataset column of the images. Default: detected.")
     label_column: str | None = option(None, "Dataset column of the class labels. Default: detected.")
+    caption_column: str | None = option(
+        None, "Dataset column of the captions, for text-to-image models. Default: detected."
+    )
+    prompts: str | None = option(
+        None,
+        "File with a prompt in each line, to train a text-to-image model without images, on samples of its teacher."
+        " Give either this or a dataset.",
+        may_change=True,
+        place="path",
+    )
+    proportion_empty_prompts: float = option(
+        0.0, "Probability of replacing a caption with the empty prompt.", "[0, 1]", for_training=True
+    )
     resolution: list[int] | None = option(
         None,
         "Size of the images in pixels: one number for a square, or height and width. Default: the size of the first"
@@ -253,8 +301,12 @@ class DataArguments(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise ValueError("Give exactly one of dataset_name and train_data_dir.")
+        sources = [name for name in ("dataset_name", "train_data_dir", "prompts") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            raise ValueError(
+                "Give exactly one of dataset_name and train_data_dir (or prompts, for a text-to-image model);"
+                f" got {' and '.join(sources) or 'none'}."
+            )
         if self.dataset_revision is not None and (self.dataset_name is None or Path(self.dataset_name).exists()):
             raise ValueError(
                 f"dataset_revision {self.dataset_revision!r} needs a Hub dataset as --dataset_name. Leave it out for"
@@ -384,6 +436,11 @@ class RunArguments(Options):
         may_change=True,
         in_recipe=False,
     )
+    fuse: bool = option(
+        False,
+        "Save the whole pipeline with the LoRA fused into its weights, instead of the LoRA alone.",
+        may_change=True,
+    )
     export_variant: str | None = option(
         None,
         "Save a second copy of the weights in this precision, for from_pretrained(variant=...). Default: none.",
@@ -399,6 +456,11 @@ class RunArguments(Options):
     )
     validation_steps: int = option(
         1000, "Number of steps between grids of samples; 0 draws no grids.", STEPS, may_change=True
+    )
+    validation_prompts: list[str] | None = option(
+        None,
+        "Prompts of the pictures of a text-to-image model. Default: the first four different prompts of the data.",
+        **BESIDE_TRAINING,
     )
     logging_steps: int = option(50, "Number of steps between lines of the log.", SOME_STEPS)
     push_to_hub: bool = option(False, "Publish the model with its model card on the Hub.", **BESIDE_TRAINING)
@@ -761,7 +823,8 @@ def sections_of(method: str) -> dict[str, list[str]]:
     return {
         f"options of {method}": [f.name for f in fields(OBJECTIVES[method].Options)],
         "usual options": [name for name in shared if name in USUAL],
-        "further options": ["help", *(name for name in shared if name not in USUAL)],
+        "options for text-to-image models and for LoRA": list(TEXT),
+        "further options": ["help", *(name for name in shared if name not in (*USUAL, *TEXT))],
     }
 
 
@@ -876,6 +939,12 @@ def _check_together(method: str, options: Any, data: DataArguments, model: Model
         )
     if model.vae_name_or_path is not None:
         check_for_latents(data, options)
+    if run.fuse and model.lora_rank is None:
+        raise ValueError("fuse is for a LoRA. Give --lora_rank as well, or leave it out.")
+    if model.unet_time_cond_proj_dim is not None and not options.draws_guidance:
+        raise ValueError("unet_time_cond_proj_dim needs --w_max, because one fixed scale needs no input.")
+    if data.prompts is not None and without_teacher:
+        raise ValueError("prompts needs --pretrained_teacher_model, whose samples take the place of images.")
     for name in ("teacher_revision", "teacher_variant"):
         if getattr(model, name) is not None and without_teacher:
             raise ValueError(f"{name} needs --pretrained_teacher_model, which is not given. Give both or neither.")

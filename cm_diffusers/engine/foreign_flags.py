@@ -8,7 +8,7 @@ Each text completes the message "Unknown option 'name': ...".
 
 _RESUME = "the same command resumes the run in --output_dir by itself"
 _STEPS = "set the length of a run with --max_train_steps, --num_train_epochs or --minutes"
-_TEXT = "models here are conditioned on classes, not on text"
+_TEXT = "the text encoders stay as they are, and each method has its own loss"
 _PICTURES = "grids of samples are drawn every --validation_steps"
 _AVERAGES = "averages of the weights are always kept; see --ema_half_life, --ema_decay and --export_weights"
 _TOKEN = "log in with `hf auth login`, or set the environment variable HF_TOKEN"
@@ -21,7 +21,6 @@ _PROCESS = "the noise process and the prediction type are read from the model"
 _EVALUATE = "evaluate.py measures a model, or with --watch a run during training"
 _SAVE = "checkpoints are saved every --checkpointing_steps, and the model at the end"
 _LAUNCH = "use a launcher for several processes: cm-diffusers train --num_processes N, torchrun or accelerate launch"
-_LORA = "all weights are trained, without low-rank adapters"
 _CLASSES = "classes are read from the dataset; --class_conditional trains on them"
 _LOSS = "methods that have a choice set the loss with --distance, --huber_c and --weighting"
 _TEACHER = "use --pretrained_teacher_model for a teacher"
@@ -92,9 +91,7 @@ INSTEAD = {
     "timestep_bias_begin": _NOISE,
     "timestep_bias_end": _NOISE,
     "timestep_bias_portion": _NOISE,
-    "lora_alpha": _LORA,
-    "lora_dropout": _LORA,
-    "lora_target_modules": _LORA,
+    "lora_dropout": "a LoRA is trained without dropout, so that student and teacher agree",
     "center_crop": _CROP,
     "image_interpolation_mode": _CROP,
     "interpolation_type": _CROP,
@@ -105,10 +102,7 @@ INSTEAD = {
     "data_dir": _FOLDER,
     "dataset": "use --dataset_name for a dataset, --train_data_dir for a folder of images",
     "num_workers": "use --dataloader_num_workers",
-    "caption_column": _TEXT,
-    "validation_prompt": _TEXT,
-    "validation_prompts": _TEXT,
-    "proportion_empty_prompts": f"{_TEXT}; --label_dropout drops class labels",
+    "validation_prompt": "use --validation_prompts",
     "class_dropout_prob": "use --label_dropout",
     "num_validation_images": _PICTURES,
     "validation_epochs": _PICTURES,
@@ -142,8 +136,6 @@ INSTEAD = {
     "noise_offset": _NOISE,
     "input_perturbation": _NOISE,
     "guidance_scale": _GUIDED,
-    "unet_time_cond_proj_dim": _GUIDED,
     "cast_teacher_unet": _PRECISION,
-    "lora_rank": _LORA,
-    "rank": _LORA,
+    "rank": "use --lora_rank",
 }

@@ -47,7 +47,7 @@ def test_flags_that_nearly_all_of_diffusers_scripts_have_are_taken_where_they_me
         ("pretrained_vae_model_name_or_path", "--vae_name_or_path"),
         ("num_epochs", "--num_train_epochs"),
         ("warmup_ratio", "--lr_warmup_steps"),
-        ("caption_column", "classes, not on text"),
+        ("validation_prompt", "--validation_prompts"),
     ],
 )
 def test_a_foreign_option_is_answered_and_not_guessed(name, advice):
