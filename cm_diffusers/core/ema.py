@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cm_diffusers.core.frozen import changing_state
+
 
 @dataclass(frozen=True)
 class ConstantDecay:
@@ -41,7 +43,7 @@ class HalfLife:
 
 
 class EMA:
-    """Averages of `module`'s parameters, one per profile; buffers are copied.
+    """Averages of `module`'s parameters, one per profile; buffers are copied. Frozen parameters have no average.
 
     Args:
         module: the network whose weights are averaged.
@@ -51,7 +53,7 @@ class EMA:
     def __init__(self, module: nn.Module, profiles: list):
         self.module = module
         self.profiles = {profile.name: profile for profile in profiles}
-        self.shadows = {name: {k: self._shadow(v) for k, v in module.state_dict().items()} for name in self.profiles}
+        self.shadows = {name: {k: self._shadow(v) for k, v in changing_state(module, module).items()} for name in self.profiles}
 
     @staticmethod
     def _shadow(value: Tensor) -> Tensor:
@@ -60,7 +62,8 @@ class EMA:
     @torch.no_grad()
     def update(self, images_seen: int, batch_size: int) -> None:
         """Update the averages after an optimiser step on `batch_size` images; `images_seen` includes these."""
-        parameters = dict(self.module.named_parameters(remove_duplicate=False))  # as in a state dict
+        named = self.module.named_parameters(remove_duplicate=False)  # as in a state dict
+        parameters = {name: weight for name, weight in named if weight.requires_grad}
         weights = [p.detach().float() for p in parameters.values()]
         for name, profile in self.profiles.items():
             shadow = self.shadows[name]

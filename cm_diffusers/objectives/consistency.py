@@ -1,6 +1,5 @@
 """Shared parts of the consistency methods: the comparison of two points of a trajectory, and the pipeline."""
 
-import copy
 import math
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +15,7 @@ from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.distances import l2, pseudo_huber
 from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.frozen import copied
 from cm_diffusers.core.solvers import euler_step, heun_step
 from cm_diffusers.core.weightings import karras_weight, snr_weight
 from cm_diffusers.objectives.options import option
@@ -99,17 +99,18 @@ def cm_weight(name: str, sigma: Tensor, sigma_data: float) -> Tensor:
 
 
 def moving_target(network: nn.Module) -> nn.Module:
-    """A copy of `network` without gradients, which `move_towards` updates.
+    """A copy of `network` without gradients, which `move_towards` updates. Both networks share frozen weights.
 
     It is in training mode, so that both networks apply the same dropout.
     """
-    return copy.deepcopy(network).requires_grad_(False).train()
+    return copied(network).requires_grad_(False).train()
 
 
 @torch.no_grad()
 def move_towards(target: nn.Module, network: nn.Module, decay: float) -> None:
     """Update the weights of `target`: target <- `decay` target + (1 - `decay`) `network`."""
-    torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), 1 - decay)
+    pairs = [(a, b) for a, b in zip(target.parameters(), network.parameters()) if b.requires_grad]
+    torch._foreach_lerp_(*(list(weights) for weights in zip(*pairs)), 1 - decay)
 
 
 def estimate_and_target(

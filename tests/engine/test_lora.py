@@ -1,4 +1,4 @@
-"""Adapters: teacher and student in one network, and files that diffusers loads."""
+"""Adapters: teacher and student with one set of base weights, and files that diffusers loads."""
 
 import copy
 
@@ -7,7 +7,8 @@ import torch
 from diffusers import UNet2DModel
 
 from cm_diffusers.core.conditions import Condition, call_network
-from cm_diffusers.engine.saved.lora import Base, adapter_off, add_lora, lora_state, save_lora, trained_weights
+from cm_diffusers.core.frozen import changing_state, copied, load_changing_state
+from cm_diffusers.engine.saved.lora import add_lora, fused_state, has_lora, lora_state, save_lora, trained_weights
 from cm_diffusers.models import build_unet
 from cm_diffusers.models.text_unet import with_conditions
 from tests.helpers.stock_text_pipelines import TEXT_TO_IMAGE, WIDTH
@@ -35,36 +36,59 @@ def plain_case():
 
 
 @pytest.mark.parametrize("case", [text_case, plain_case])
-def test_without_its_adapter_a_network_is_its_base_to_the_bit(case):
-    network, call = case()
-    network.eval()
-    before, count = call(network), sum(1 for _ in network.parameters())
-    add_lora(network, rank=4, alpha=8)
-    assert torch.equal(call(network), before)  # a new adapter changes nothing
-    perturbed(network)
-    student = call(network)
-    assert not torch.allclose(student, before, atol=1e-4) and student.requires_grad
-    with adapter_off(network):
-        assert torch.equal(call(network), before)
-    teacher = call(Base(network))
-    assert torch.equal(teacher, before) and not teacher.requires_grad
-    assert torch.equal(call(network), student)
-    assert 0 < len(trained_weights(network)) == sum(1 for _ in network.parameters()) - count
-    assert all("lora" in name for name in trained_weights(network))
+def test_without_its_adapter_a_student_is_its_teacher_to_the_bit(case):
+    teacher, call = case()
+    teacher.eval().requires_grad_(False)
+    before = call(teacher)
+    student = add_lora(copied(teacher), rank=4, alpha=8)
+    assert has_lora(student) and not has_lora(teacher)
+    assert torch.equal(call(student), before)  # a new adapter changes nothing
+    perturbed(student)
+    after = call(student)
+    assert not torch.allclose(after, before, atol=1e-4) and after.requires_grad
+    assert torch.equal(call(teacher), before)
+    if hasattr(student, "disable_adapters"):
+        student.disable_adapters()
+        assert torch.equal(call(student), before)
 
 
-def test_the_teacher_s_call_between_a_student_s_pass_and_its_gradient_changes_no_gradient():
-    network, call = text_case()
-    perturbed(add_lora(network.eval(), rank=4))
-    gradients = []
-    for between in (False, True):
-        network.zero_grad()
-        loss = call(network).square().mean()
-        if between:
-            call(Base(network))
-        loss.backward()
-        gradients.append([weight.grad.clone() for weight in trained_weights(network).values()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and gradients[0][0].abs().max() > 0
+@pytest.mark.parametrize("case", [text_case, plain_case])
+def test_a_student_its_average_and_its_target_share_one_set_of_base_weights(case):
+    teacher, _ = case()
+    teacher.requires_grad_(False)
+    student = add_lora(copied(teacher), rank=2)
+    target = copied(student)
+    places = {weight.data_ptr() for module in (teacher, student, target) for weight in module.parameters()}
+    base, adapter = sum(1 for _ in teacher.parameters()), len(trained_weights(student))
+    assert len(places) == base + 2 * adapter and adapter > 0
+    assert changing_state(student, student).keys() == trained_weights(student).keys()
+    assert changing_state(target, student).keys() == trained_weights(student).keys()
+    other = torch.nn.Linear(2, 2)
+    assert changing_state(other, student).keys() == {"weight", "bias"}
+
+
+def test_the_state_of_a_student_comes_back_and_no_other_state_does():
+    student = add_lora(text_case()[0].requires_grad_(False), rank=2)
+    state = {name: value.clone() for name, value in changing_state(student, student).items()}
+    perturbed(student)
+    load_changing_state(student, student, state)
+    assert all(torch.equal(value, state[name]) for name, value in trained_weights(student).items())
+    first, *_ = state
+    with pytest.raises(RuntimeError, match="lacks"):
+        load_changing_state(student, student, {name: value for name, value in state.items() if name != first})
+    with pytest.raises(RuntimeError, match="unknown entries .*nothing"):
+        load_changing_state(student, student, state | {"nothing": torch.ones(1)})
+
+
+@pytest.mark.parametrize("case", [text_case, plain_case])
+def test_the_fused_network_has_the_outputs_of_the_student(case):
+    teacher, call = case()
+    plain = copy.deepcopy(teacher)
+    student = perturbed(add_lora(copied(teacher.requires_grad_(False)), rank=4, alpha=8))
+    expected, before = call(student), call(teacher)
+    plain.load_state_dict(fused_state(student, trained_weights(student)))
+    torch.testing.assert_close(call(plain), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(call(teacher), before) and torch.equal(call(student), expected)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])

@@ -1,24 +1,28 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) by PEFT: teacher and student in one network.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) by PEFT: a student is its teacher with an adapter.
 
-The base weights are frozen. With the adapter the network is the student, without it the teacher, so no second copy of
-the weights exists. A checkpoint, an average and an export need the adapter's weights alone.
+The weights of the teacher are frozen, and the student shares them (`core.frozen.copied`), so no second copy exists. A
+checkpoint, an average and an export of the student hold the adapter's weights alone.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cm_diffusers.core.frozen import copied
+
 
 ADAPTER = "default"  # the name under which diffusers saves and loads one adapter
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the layers of diffusers' LoRA scripts
+TARGETS = (  # the layers of LCM-LoRA (Luo et al. 2023, arXiv:2311.05556)
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"
+)  # fmt: skip
 
 
 def add_lora(
-    network: nn.Module, rank: int, alpha: float | None = None, target_modules: Sequence[str] = ATTENTION
+    network: nn.Module, rank: int, alpha: float | None = None, target_modules: Sequence[str] | None = None
 ) -> nn.Module:
     """Freeze `network`, and add a new adapter, which changes no output until it is trained. Returns the same network.
 
@@ -28,7 +32,7 @@ def add_lora(
         network: the base, in any dtype; the adapter's weights are float32.
         rank: rank of the updates.
         alpha: the updates are scaled by alpha / rank; None for `rank`.
-        target_modules: ends of the names of the layers that get an update.
+        target_modules: ends of the names of the layers that get an update; None for those of `TARGETS` that exist.
 
     Raises:
         ValueError: PEFT is missing, the network has an adapter, or no layer has such a name.
@@ -41,15 +45,17 @@ def add_lora(
             " pipe.fuse_lora() and pipe.unload_lora_weights()."
         )
     names = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    unknown = [end for end in target_modules if not any(name == end or name.endswith(f".{end}") for name in names)]
-    if unknown:
+    asked = TARGETS if target_modules is None else target_modules
+    there = [end for end in asked if any(name == end or name.endswith(f".{end}") for name in names)]
+    unknown = [end for end in asked if end not in there]
+    if unknown and (target_modules is not None or not there):
         known = ", ".join(sorted(set(map(_end, names))))
         raise ValueError(f"lora_target_modules {', '.join(unknown)}: no layer has such a name. There are {known}.")
     network.requires_grad_(False)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
-        target_modules=list(target_modules),
+        target_modules=there,
         init_lora_weights="gaussian",
     )
     if hasattr(network, "add_adapter"):
@@ -72,52 +78,29 @@ def trained_weights(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
 
 
-@contextmanager
-def adapter_off(network: nn.Module) -> Iterator[None]:
-    """Calls of `network` inside this block have the outputs of the base, to the bit.
-
-    PEFT switches `requires_grad` of the adapter's weights off as well; at the end of the block it is on again.
-    """
-    with _switched_off(_layers(network)):
-        yield
+def has_lora(network: nn.Module) -> bool:
+    """Whether `network` has an adapter of `add_lora`."""
+    return ADAPTER in getattr(network, "peft_config", {})
 
 
-def _layers(network: nn.Module) -> list[Any]:
-    """The layers of `network` that have an adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-
-
-@contextmanager
-def _switched_off(layers: Sequence[Any]) -> Iterator[None]:
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-class Base:
-    """The base of a network with an adapter, called like the network: the teacher, without a gradient.
+@torch.no_grad()
+def fused_state(network: nn.Module, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a network without an adapter that has the outputs of `network` with these adapter weights.
 
     Args:
         network: see `add_lora`.
+        adapter: the weights (any shape) of `trained_weights`, or an average of them, by the same names.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    def __init__(self, network: nn.Module):
-        self.network = network
-        self._adapted = _layers(network)  # found once, as training calls the teacher in every step
-
-    @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _switched_off(self._adapted):
-            return self.network(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.network, name)  # config, adapt_condition
+    fused = copied(network)
+    fused.load_state_dict(adapter, strict=False)
+    state = {name: value for name, value in fused.state_dict().items() if "lora_" not in name}
+    for name, layer in fused.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            weight = f"{name}.base_layer.weight"
+            state[weight] = state[weight] + layer.get_delta_weight(ADAPTER).to(state[weight])
+    return {name.replace(".base_layer.", "."): value for name, value in state.items()}
 
 
 def lora_state(network: nn.Module) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ NUMBERS = {kind.__name__: kind for kind in (bool, int, float)}
 
 
 def build_optimizer(network: nn.Module, run: RunArguments) -> torch.optim.Optimizer:
-    """Create the optimiser of `run` for all parameters of `network`.
+    """Create the optimiser of `run` for all parameters of `network` that require a gradient.
 
     Raises:
         ValueError: the optimiser class does not exist, or it does not accept a setting that was given.
@@ -31,7 +31,7 @@ def build_optimizer(network: nn.Module, run: RunArguments) -> torch.optim.Optimi
         _check_taken(cls, known, run)
         settings = {name: value for name, value in settings.items() if name in known}
     try:
-        return cls(network.parameters(), **settings)
+        return cls([weight for weight in network.parameters() if weight.requires_grad], **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"optimizer {run.optimizer!r} can't be created: {error}") from error
 

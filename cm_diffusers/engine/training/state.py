@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cm_diffusers.core.ema import EMA, ConstantDecay, HalfLife
+from cm_diffusers.core.frozen import changing_state, load_changing_state
 from cm_diffusers.engine.checkpoint import Checkpoint
 from cm_diffusers.engine.config import RunArguments
 from cm_diffusers.engine.training.divergence import norm
@@ -60,18 +61,25 @@ class RunState:
             self.adversary_optimizer = accelerator.prepare_optimizer(self.adversary.optimizer())
             self.adversary.attach(accelerator.prepare_model(discriminator))
         self.ema = EMA(network, average_profiles(run))
-        self.start_norm = norm(network.state_dict().values())
+        self.start_norm = norm(self.weights().values())
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.meter = LossMeter(objective.terms)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights (any shape) of the network by name, without copies and without frozen ones."""
+        return changing_state(self.objective.network, self.objective.network)
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Groups of tensors (any shape) by name, without copies."""
-        auxiliary = {f"auxiliary.{name}": module.state_dict() for name, module in self.objective.auxiliary.items()}
+        network = self.objective.network
+        auxiliary = {
+            f"auxiliary.{name}": changing_state(module, network) for name, module in self.objective.auxiliary.items()
+        }
         if self.adversary is not None:
             auxiliary["discriminator"] = self.adversary.network.state_dict()
             auxiliary["discriminator_optimizer"] = optimizer_tensors(self.adversary_optimizer.optimizer)
         return {
-            "model": self.objective.network.state_dict(),
+            "model": self.weights(),
             "optimizer": optimizer_tensors(self.optimizer.optimizer),
             **self.ema.shadows,
             **auxiliary,
@@ -90,13 +98,14 @@ class RunState:
     def load(self, checkpoint: Checkpoint) -> None:
         """Load the state of `checkpoint`, which holds the results of `tensors` and `values`."""
         tensors, values = checkpoint.tensors, checkpoint.state
-        self.objective.network.load_state_dict(tensors["model"])
+        network = self.objective.network
+        load_changing_state(network, network, tensors["model"])
         for name, shadow in self.ema.shadows.items():
             for key, value in shadow.items():
                 value.copy_(tensors[name][key])
         load_optimizer_tensors(self.optimizer.optimizer, tensors["optimizer"])
         for name, module in self.objective.auxiliary.items():
-            module.load_state_dict(tensors[f"auxiliary.{name}"])
+            load_changing_state(module, network, tensors[f"auxiliary.{name}"])
         if self.adversary is not None:
             self.adversary.network.load_state_dict(tensors["discriminator"])
             load_optimizer_tensors(self.adversary_optimizer.optimizer, tensors["discriminator_optimizer"])

@@ -280,7 +280,7 @@ class Trainer:
     def _look_at_skipped(self, step: int) -> None:
         """Warn about the first skipped step. End the run if the weights are broken or too many steps are skipped."""
         in_a_row = self.state.skipped_in_a_row
-        fault = breakage(self.objective.network.state_dict(), self.state.start_norm)
+        fault = breakage(self.state.weights(), self.state.start_norm)
         if fault:
             self._diverge(f"The run has diverged by step {step + 1}: {fault}", step)
         if in_a_row > self.run.max_skipped_steps:
