@@ -66,6 +66,7 @@ METHODS = {  # the solver is Heun's method, which calls the teacher twice
     "ict": Method(1),
     "cd": Method(3, ("--pretrained_teacher_model", "given"), teacher=True),
     "lcm": Method(2, ("--pretrained_teacher_model", "given"), teacher=True),  # DDIM calls the teacher once
+    "tcd": Method(2, ("--pretrained_teacher_model", "given"), teacher=True),
     "ecd": Method(3, ("--pretrained_teacher_model", "given", "--pretrain_steps", "0"), teacher=True),
     "trigflow": Method(0, ("--interpolant", "trigflow"), method="diffusion", preset=JVP),
     "sct": Method(0, tangent=True, preset=JVP),

@@ -23,6 +23,7 @@ from cm_diffusers.scripts import CALLED_BY, CONSOLE, LAUNCHED_BY, SCRIPTS, WORDS
 COMMANDS = {
     "train": "train a model for few-step sampling: ect, ct, ict, cd, ecd, sct, scd, mean_flow, ctm",
     "diffuse": "train a diffusion model, as a start or a teacher for other methods",
+    "text": "distil a text-to-image model, into a LoRA or all weights",
     "recipes": "list the recipe names for --config",
     "sample": "make images with a saved model",
     "edit": "inpaint, outpaint, colorize, enlarge, denoise or change pictures",
@@ -36,7 +37,7 @@ COMMANDS = {
     "demo": "open a saved model in the browser",
     "toy": "train on a problem of one or two dimensions with a known solution",
 }
-BY_SEVERAL = ("train", "diffuse", "evaluate")  # words that can run in several processes
+BY_SEVERAL = ("train", "diffuse", "text", "evaluate")  # words that can run in several processes
 
 
 def usage() -> str:
@@ -78,7 +79,7 @@ def run(word: str, argv: list[str]) -> None:
     if word == "train":
         methods = [method for name in scripts_of(word) for method in script(name).METHODS]
         importlib.import_module("cm_diffusers.engine.training.run").main(argv, methods, TRAIN)
-    elif word == "diffuse":
+    elif word in ("diffuse", "text"):
         module = script(*scripts_of(word))
         importlib.import_module("cm_diffusers.engine.training.run").main(argv, module.METHODS, module.__doc__)
     elif word == "recipes":

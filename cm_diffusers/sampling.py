@@ -41,6 +41,8 @@ def load_pipeline(
     if Path(name_or_path).exists() and not (Path(name_or_path) / "model_index.json").is_file():
         inside = Path(name_or_path) / "pipeline"
         hint = f" Its model is {str(inside)!r}." if (inside / "model_index.json").is_file() else ""
+        if (Path(name_or_path) / "pytorch_lora_weights.safetensors").is_file():
+            hint = " It is a LoRA: its card shows how diffusers loads it beside its base model."
         raise ValueError(f"{name_or_path!r} is not a model: it has no model_index.json.{hint}")
     _check_links(Path(name_or_path))
     try:

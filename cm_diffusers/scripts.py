@@ -15,6 +15,7 @@ WORDS = {  # the word of `cm-diffusers` for each script; all methods share one f
     "train_continuous": "train",
     "train_trajectory": "train",
     "train_diffusion": "diffuse",
+    "train_text_to_image": "text",
     "train_toy": "toy",
     "prepare_data": "prepare",
     **{name: name for name in ("convert", "diagnose", "edit", "evaluate", "export", "push", "report", "sample")},

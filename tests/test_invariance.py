@@ -161,7 +161,8 @@ def test_the_losses_of_every_method_are_those_recorded(workplace, tmp_path, monk
 
 
 def test_every_method_is_recorded():
-    assert {method for method, _ in RUNS.values()} == set(OBJECTIVES) - {"lcm"}  # newer than the recorded version
+    newer = {"lcm", "tcd"}  # than the recorded version
+    assert {method for method, _ in RUNS.values()} == set(OBJECTIVES) - newer
 
 
 def unpack(archive, name, folder):

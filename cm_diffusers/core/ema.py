@@ -53,7 +53,8 @@ class EMA:
     def __init__(self, module: nn.Module, profiles: list):
         self.module = module
         self.profiles = {profile.name: profile for profile in profiles}
-        self.shadows = {name: {k: self._shadow(v) for k, v in changing_state(module, module).items()} for name in self.profiles}
+        weights = changing_state(module, module)
+        self.shadows = {name: {k: self._shadow(v) for k, v in weights.items()} for name in self.profiles}
 
     @staticmethod
     def _shadow(value: Tensor) -> Tensor:

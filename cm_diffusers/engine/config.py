@@ -49,8 +49,8 @@ USUAL = (  # settings that most runs change; the help shows them before the othe
     "checkpointing_steps", "validation_steps", "search_levels", "report_to", "push_to_hub", "hub_model_id", "dry_run"
 )  # fmt: skip
 TEXT = (  # settings for text-to-image models and for adapters
-    "caption_column", "prompts", "proportion_empty_prompts", "validation_prompts", "lora_rank", "lora_alpha",
-    "lora_target_modules", "base_precision", "unet_time_cond_proj_dim", "fuse"
+    "caption_column", "prompts", "proportion_empty_prompts", "validation_prompts", "teacher_lora", "lora_rank",
+    "lora_alpha", "lora_target_modules", "base_precision", "unet_time_cond_proj_dim", "fuse"
 )  # fmt: skip
 BESIDE_TRAINING: dict[str, Any] = {"may_change": True, "in_recipe": False}  # settings that do not affect the weights
 
@@ -108,6 +108,11 @@ class ModelArguments(Options):
         None,
         "Variant of the weight files of --pretrained_teacher_model: fp16 reads files such as"
         " diffusion_pytorch_model.fp16.safetensors. Default: the files without a variant.",
+    )
+    teacher_lora: list[str] | None = option(
+        None,
+        "LoRAs (folders, files or Hub ids) that belong to a text-to-image teacher; they are fused into its weights.",
+        place="path or Hub id",
     )
     time_label: str | None = option(
         None,
@@ -837,7 +842,8 @@ def parser_of_training(method: str, methods: Sequence[str], description: str = "
         description: the text at the top of `--help`.
     """
     groups = (OBJECTIVES[method].Options, DataArguments, ModelArguments, RunArguments)
-    script = next((name for name in WORDS if methods[0] in methods_of(name)), "train_consistency")
+    fitting = [name for name in WORDS if methods[0] in methods_of(name)]
+    script = next((name for name in fitting if methods_of(name) == list(methods)), [*fitting, "train_consistency"][0])
     parser = _Parser(groups, prog=command(script), description=description, allow_abbrev=False)
     parser.formatter_class = _HelpFormatter
     parser.add_argument(
@@ -945,7 +951,7 @@ def _check_together(method: str, options: Any, data: DataArguments, model: Model
         raise ValueError("unet_time_cond_proj_dim needs --w_max, because one fixed scale needs no input.")
     if data.prompts is not None and without_teacher:
         raise ValueError("prompts needs --pretrained_teacher_model, whose samples take the place of images.")
-    for name in ("teacher_revision", "teacher_variant"):
+    for name in ("teacher_revision", "teacher_variant", "teacher_lora"):
         if getattr(model, name) is not None and without_teacher:
             raise ValueError(f"{name} needs --pretrained_teacher_model, which is not given. Give both or neither.")
     if run.num_train_epochs is not None and data.streaming:

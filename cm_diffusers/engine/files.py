@@ -60,6 +60,7 @@ class RunFiles:
     DIVERGED = "diverged.json"  # the step of a divergence and its settings
     SCANNED = "images_checked.safetensors"
     LATENTS = "latents.safetensors"
+    TEXT = "text_cache"  # a folder with the embeddings and latents of a text-to-image run
     FOR_HUB = ".hub"  # copies that are being pushed
     LOCK = ".lock"  # locked by the process that trains
     OWNER = ".owner"  # the process that holds the lock

@@ -37,6 +37,20 @@ def with_conditions(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
+def with_guidance_input(unet: UNet2DConditionModel, channels: int) -> UNet2DConditionModel:
+    """A copy of `unet` with an input for the guidance scale, which has no effect until it is trained.
+
+    Args:
+        unet: a network that `with_conditions` has prepared.
+        channels: size of the embedding of the scale (`time_cond_proj_dim`).
+    """
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    network = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": channels})
+    new = "time_embedding.cond_proj.weight"
+    network.load_state_dict(unet.state_dict() | {new: torch.zeros_like(network.state_dict()[new])})
+    return with_conditions(network).train(unet.training)
+
+
 def wanted_entries(unet: UNet2DConditionModel) -> tuple[str, ...]:
     """The names of the entries that the conditions of `unet` need; "guidance" can be left out."""
     added = ("pooled", "sizes") if unet.config.addition_embed_type == "text_time" else ()

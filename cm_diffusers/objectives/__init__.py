@@ -13,9 +13,10 @@ from cm_diffusers.objectives.lcm import LCM
 from cm_diffusers.objectives.mean_flow import MeanFlow
 from cm_diffusers.objectives.scm import SCD, SCT
 from cm_diffusers.objectives.spec import ModelSpec
+from cm_diffusers.objectives.tcd import TCD
 
 
-METHODS = (Diffusion, CDM, CT, ICT, CD, LCM, ECT, ECD, SCT, SCD, MeanFlow, CTM)
+METHODS = (Diffusion, CDM, CT, ICT, CD, LCM, TCD, ECT, ECD, SCT, SCD, MeanFlow, CTM)
 OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in METHODS}
 
 __all__ = ["OBJECTIVES", "Batch", "Loss", "ModelSpec", "Objective", *(cls.__name__ for cls in METHODS)]

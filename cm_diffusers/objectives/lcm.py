@@ -137,8 +137,24 @@ class LCM(Objective):
             condition=condition,
             draws=draws,
         )
-        target = torch.where(append_dims(n.to(x0.device) > 0, x0), target, x_u)  # the lowest level stands for the data
-        return Loss.mean(distance(options.distance, estimate, target, options.huber_c), t)
+        ends = self.ends(n, draws, x_t=x_t, estimate=estimate, x_u=x_u, target=target)
+        return Loss.mean(distance(options.distance, *ends, options.huber_c), t)
+
+    def ends(
+        self, n: Tensor, draws: Draws, *, x_t: Tensor, estimate: Tensor, x_u: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The two ends (B, ...) that the loss compares: where the student leads from t, and the target from u.
+
+        Args:
+            n: the indices (B,) of the levels u; those of t are `n` + 1.
+            draws: the random numbers of the step.
+            x_t: the points (B, ...) at t.
+            estimate: the student's denoised `x_t`.
+            x_u: the points (B, ...) at u.
+            target: the target network's denoised `x_u`.
+        """
+        above = append_dims(n.to(x_u.device) > 0, x_u)  # the lowest level stands for the data
+        return estimate, torch.where(above, target, x_u)
 
     def after_step(self, step: int) -> None:
         move_towards(self.target, self.network, self.options.mu)

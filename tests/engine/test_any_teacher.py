@@ -23,7 +23,7 @@ from tests.helpers.training_runs import differences, read_log, run, tensors
 
 
 TRAINED_FROM = [
-    *(("epsilon", method) for method in ("ct", "ict", "ect", "ecd", "cd", "lcm")),
+    *(("epsilon", method) for method in ("ct", "ict", "ect", "ecd", "cd", "lcm", "tcd")),
     *(("v", "ect"), ("v, zero snr", "cd"), ("edm", "ect"), ("edm, v", "ecd")),
     *(("flow", method) for method in ("ect", "cd", "scd", "sct")),
     *(("ldm", "ecd"), ("dit", "ect"), ("dit", "cd")),

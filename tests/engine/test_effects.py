@@ -279,7 +279,7 @@ def test_a_recipe_of_another_dataset_trains_on_class_folders_and_says_what_it_re
     said = []
     monkeypatch.setattr("tqdm.auto.tqdm.write", lambda line, **kwargs: said.append(line))
     monkeypatch.setattr("cm_diffusers.engine.saved.export.verify_export", lambda *args, **kwargs: None)
-    monkeypatch.setattr("cm_diffusers.engine.training.run.draw_grids", lambda *args: {})
+    monkeypatch.setattr("cm_diffusers.engine.training.product.draw_grids", lambda *args: {})
     words = ["--train_data_dir", tmp_path / "mine", "--max_train_steps", 4, "--train_batch_size", 2]
     words += ["--model_preset", "tiny", "--validation_steps", 0, "--output_dir", tmp_path / "run"]
     train(recipe("mnist_ect_small", *words))

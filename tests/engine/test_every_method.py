@@ -25,6 +25,7 @@ SETTINGS = {
     "ict": {"s0": 4, "s1": 16},
     "cd": {"num_scales": 12},
     "lcm": {"num_ddim_timesteps": 12},
+    "tcd": {"num_ddim_timesteps": 12},
     # at r = 0 a student equal to its teacher has residuals of rounding size; c > 0 removes their weight
     "ecd": {"stage_steps": 2, "p_mean": 1.0, "p_std": 0.5, "huber_c": 0.01},
     "sct": {"model_preset": "jvp_tiny", "tangent_warmup_steps": 3},
@@ -37,7 +38,10 @@ SETTINGS = {
 }
 CONTINUOUS = ("sct", "scd", "mean_flow")
 TARGET = {"auxiliary.target"}
-STATE = {"ct": TARGET, "cd": TARGET, "lcm": TARGET, "ctm": TARGET | {"discriminator", "discriminator_optimizer"}}
+STATE = {
+    **dict.fromkeys(("ct", "cd", "lcm", "tcd"), TARGET),
+    "ctm": TARGET | {"discriminator", "discriminator_optimizer"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +206,7 @@ def test_distillation_without_a_teacher_is_refused_before_anything_is_written(tm
 
 @pytest.mark.parametrize("method", ["ct", "ict", "ect", "diffusion"])
 def test_a_teacher_that_would_not_be_used_is_refused(tmp_path, method):
-    with pytest.raises(ValueError, match=f"option of cd, lcm, ecd, scd, ctm; {method} ignores it"):
+    with pytest.raises(ValueError, match=f"option of cd, lcm, tcd, ecd, scd, ctm; {method} ignores it"):
         run(tmp_path, method, pretrained_teacher_model=tmp_path)
 
 
@@ -214,7 +218,7 @@ def test_an_unknown_distance_is_refused_with_the_known_ones(tmp_path, method):
 
 
 def test_a_distance_for_a_method_without_a_choice_is_refused_with_those_that_have_one(tmp_path):
-    with pytest.raises(ValueError, match="'distance' is an option of ct, cd, lcm, ect, ecd, ctm; ict ignores it"):
+    with pytest.raises(ValueError, match="'distance' is an option of ct, cd, lcm, tcd, ect, ecd, ctm; ict ignores it"):
         parse_config(flags(tmp_path, "ict", distance="lpips"), ["ict"], "")
 
 

@@ -30,7 +30,7 @@ SETTINGS = {
     "mean_flow": {"model_preset": "jvp_tiny"},
     "ctm": {"solver_steps": 1, "gan_weight": 0.5, "discriminator_start_step": 1},
 }
-NEIGHBOURS = {"ct", "ict", "cd", "lcm", "ect", "ecd", "ctm"}
+NEIGHBOURS = {"ct", "ict", "cd", "lcm", "tcd", "ect", "ecd", "ctm"}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import cm_diffusers.engine.data.images as data
+import cm_diffusers.engine.training.product as product
 import cm_diffusers.engine.training.run as run
 import cm_diffusers.engine.training.trainer as loop
 from cm_diffusers.engine.training.run import main
@@ -19,9 +20,9 @@ MOMENTS = {
     "config.yaml": (loop.Trainer, "resume", 1, True),
     "log.jsonl": (loop.Trainer, "_log", 2, False),
     "model.safetensors": (loop, "save_checkpoint", 1, False),
-    "step-0000006.png": (loop, "save_preview", 1, False),
+    "step-0000006.png": (product, "save_preview", 1, False),
     "losses.png": (loop, "plot_losses", 1, False),
-    "pipeline": (run, "save_pipeline", 1, False),
+    "pipeline": (product, "save_pipeline", 1, False),
     "card.json": (run, "replace_file", 3, False),
     "exported.json": (run, "replace_file", 4, False),
 }
@@ -50,7 +51,7 @@ def at(moment, happen):
 def train(words, method="ect"):
     """Run training with the flags `words` in this process, without export checks or grids; returns the exit code."""
     verify = "cm_diffusers.engine.saved.export.verify_export"
-    with mock.patch(verify), mock.patch.object(run, "draw_grids", return_value={}):
+    with mock.patch(verify), mock.patch.object(product, "draw_grids", return_value={}):
         try:
             main(words, [method], "")
         except SystemExit as ended:

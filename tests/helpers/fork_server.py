@@ -73,11 +73,11 @@ def free_port():
 
 def serve():
     from cm_diffusers.engine.saved import export
-    from cm_diffusers.engine.training import run
+    from cm_diffusers.engine.training import product
     from cm_diffusers.engine.training.run import main
 
     export.verify_export = lambda pipeline, folder: None  # these two take seconds
-    run.draw_grids = lambda pipeline, folder: {}
+    product.draw_grids = lambda pipeline, folder: {}
     for line in sys.stdin:
         processes, method, *words = json.loads(line)
         children, port = [], free_port()

@@ -9,13 +9,14 @@ SETTINGS = {
     "ict": {"s0": 4, "s1": 16},
     "cd": {"num_scales": 12},
     "lcm": {"num_ddim_timesteps": 12},
+    "tcd": {"num_ddim_timesteps": 12},
     "ecd": {"stage_steps": 1},
     "sct": {"tangent_warmup_steps": 3},
     "scd": {"tangent_warmup_steps": 3},
     "cdm": {"rollout_steps": 2},
     "ctm": {"solver_steps": 2},
 }
-TAUGHT = ("cd", "lcm", "ecd", "scd")  # these always have a teacher
+TAUGHT = ("cd", "lcm", "tcd", "ecd", "scd")  # these always have a teacher
 PROCESSES = {"sct": "trigflow", "scd": "trigflow", "mean_flow": "flow"}  # of models that can start the method
 ADVERSARY = {"gan_weight": 0.5, "discriminator_start_step": 1}
 STARTS = [

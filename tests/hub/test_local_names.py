@@ -69,7 +69,7 @@ CASES = {
     "pretrained_model_name_or_path": (model, ["ect", "ctm"]),
     "model_config_name_or_path": (config, ["ect"]),
     "vae_name_or_path": (autoencoder, ["ect", "ctm"]),
-    "pretrained_teacher_model": (model, ["cd", "lcm", "ecd", "scd", "ctm"]),
+    "pretrained_teacher_model": (model, ["cd", "lcm", "tcd", "ecd", "scd", "ctm"]),
     "discriminator_backbone": (backbone, ["ctm"]),
 }
 RUNS = [(name, method) for name, (_, methods) in CASES.items() for method in methods]

@@ -12,8 +12,9 @@ import yaml
 
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.saved import clean_process
+from cm_diffusers.engine.saved.export import save_pipeline
 from cm_diffusers.engine.sharing import hub as engine_hub
-from cm_diffusers.engine.training.run import save_pipeline, train
+from cm_diffusers.engine.training.run import train
 from cm_diffusers.objectives import OBJECTIVES
 from tests.helpers.loopback import File
 from tests.helpers.training_runs import flags
@@ -83,7 +84,7 @@ def train_and_push(api, runs):
 
     with (
         mock.patch.object(engine_hub, "HfApi", lambda: api),
-        mock.patch("cm_diffusers.engine.training.run.save_pipeline", save),
+        mock.patch("cm_diffusers.engine.training.product.save_pipeline", save),
     ):
         for name, (method, settings) in RUNS.items():
             if "pretrained_teacher_model" in OBJECTIVES[method].Options.__dataclass_fields__:

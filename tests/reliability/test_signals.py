@@ -264,7 +264,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     [
         ("cm_diffusers.engine.data.images", "save_scan", "before training began. Nothing is lost", {}),
         pytest.param(
-            "cm_diffusers.engine.training.run",
+            "cm_diffusers.engine.training.product",
             "draw_grids",
             "during the export of the model; the same command exports it",
             {"max_train_steps": 3},

@@ -36,6 +36,7 @@ OPTIONS = {
     "ict": {"s0": 4, "s1": 16},
     "cd": {"num_scales": 12},
     "lcm": {"num_ddim_timesteps": 12},
+    "tcd": {"num_ddim_timesteps": 12},
     # at r = 0 a student equal to its teacher has residuals of rounding size; c > 0 removes their weight
     "ecd": {"stage_steps": 2, "p_mean": 1.0, "p_std": 0.5, "huber_c": 0.01},
     "sct": {"model_preset": "jvp_tiny", "tangent_warmup_steps": 3, "dropout": 0.3},
@@ -103,13 +104,13 @@ def test_a_checkpoint_of_one_process_is_resumed_by_two(one, tmp_path):
 @pytest.mark.parametrize("method", narrowed(OBJECTIVES, "ect"))
 def test_every_method_trains_on_two_processes_as_on_one(server, teacher, tmp_path, method):
     settings = {**OPTIONS.get(method, {}), "max_train_steps": 8, "random_flip": True}
-    if method in ("cd", "lcm", "ecd", "scd", "ctm"):
+    if method in ("cd", "lcm", "tcd", "ecd", "scd", "ctm"):
         settings["pretrained_teacher_model"] = teacher
     one, two = tmp_path / "one", tmp_path / "two"
     server.run(one, method, train_batch_size=16, **settings)
     assert "16 on 2 process(es)" in server.run(two, method, processes=2, train_batch_size=8, **settings)
     assert_agree(two, one, steps=8)
-    assert ("auxiliary.target" in {group for group, _ in tensors(one)}) == (method in ("ct", "cd", "lcm", "ctm"))
+    assert ("auxiliary.target" in {group for group, _ in tensors(one)}) == OBJECTIVES[method].has_target
 
 
 @pytest.mark.wide

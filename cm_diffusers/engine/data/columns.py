@@ -1,4 +1,4 @@
-"""Find the columns of a dataset that hold images and labels, and the files of its images."""
+"""Find the columns of a dataset that hold images, labels and captions, and the files of its images."""
 
 import os
 from typing import Any
@@ -15,6 +15,7 @@ BYTES = ("binary", "large_binary")
 TEXT = ("string", "large_string")
 ARRAYS = (datasets.Array2D, datasets.Array3D)
 LABELS = ("label", "labels", "cls")  # cls is webdataset's
+CAPTIONS = ("text", "caption", "captions", "prompt", "prompts", "description", "txt")  # txt is webdataset's
 NUMBERS = ("int", "uint", "float")
 
 
@@ -108,6 +109,52 @@ def find_label_column(features: datasets.Features, asked: str | None, missing_ok
             " file_name and label."
         )
     raise ValueError(f"no column of labels found; give --label_column. The dataset has: {described(features)}.")
+
+
+def holds_texts(feature: Any) -> bool:
+    """Return whether the type of a column is text or a list of texts."""
+    feature = getattr(feature, "feature", feature)
+    return getattr(feature, "dtype", None) in TEXT
+
+
+def find_caption_column(
+    features: datasets.Features, asked: str | None, image_column: str | None = None, missing_ok: bool = False
+) -> str | None:
+    """Return the name of the column that holds the captions.
+
+    Without `asked`, it is the first text column with a name of `CAPTIONS`. Otherwise it is the only text column.
+
+    Args:
+        features: the columns of the dataset.
+        asked: the column to use, or None to find it.
+        image_column: the column of the images, which holds no captions.
+        missing_ok: return None if no such column, or more than one, is found.
+
+    Raises:
+        ValueError: `asked` is missing or holds no texts; or no single column is found and `missing_ok` is False.
+    """
+    texts = [name for name, feature in features.items() if holds_texts(feature) and name != image_column]
+    listed = ", ".join(texts) or "none"
+    if asked is not None:
+        if asked not in features:
+            raise ValueError(f"caption_column {asked!r} is not a column of the dataset; its text columns: {listed}.")
+        if asked not in texts:
+            raise ValueError(
+                f"caption_column {asked!r} holds no texts but {kind_of(features[asked])}; the text columns of the"
+                f" dataset: {listed}."
+            )
+        return asked
+    columns = [name for name in CAPTIONS if name in texts][:1] or texts
+    if len(columns) == 1:
+        return columns[0]
+    if missing_ok:
+        return None
+    if list(features) == ["image"]:
+        raise ValueError(
+            "no captions found. Write the caption of each image NAME.png into a file NAME.txt beside it, or add"
+            " metadata.jsonl with the keys file_name and text."
+        )
+    raise ValueError(f"no column of captions found; give --caption_column. The text columns of the dataset: {listed}.")
 
 
 def undecoded(rows: Rows, column: str, features: datasets.Features) -> Rows:

@@ -23,7 +23,7 @@ class DataDescription:
         size: (height, width) in pixels or latents.
         num_classes: labels are integers in [0, num_classes); None for a dataset without labels.
         classes: class names by label in rising order, without labels that no image has; None without labels.
-        fingerprint: digest of the contents and labels of all images in their order; None for a stream.
+        fingerprint: digest of the contents, labels and captions of all images in their order; None for a stream.
     """
 
     number: int | None

@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
+from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.config import DataArguments
+from cm_diffusers.engine.data.captions import read_captions
 from cm_diffusers.engine.data.columns import (
     Rows,
+    find_caption_column,
     find_image_column,
     find_label_column,
     kind_of,
@@ -58,7 +61,10 @@ FIRST = 100  # images that are tried for the size until one is readable
 
 
 def load_source(
-    args: DataArguments, labelled: bool = True, say: Callable[[str], None] = lambda line: None
+    args: DataArguments,
+    labelled: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+    captioned: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load the dataset that `args` name, with images not decoded yet.
 
@@ -66,6 +72,7 @@ def load_source(
         args: the settings of the dataset.
         labelled: also read labels, which folders or metadata of local images can give.
         say: receives a line on what was read, and what was left out and why.
+        captioned: also read captions, which metadata or text files beside local images can give.
 
     Raises:
         ValueError: the dataset can't be loaded, or is empty.
@@ -80,7 +87,7 @@ def load_source(
         )
     else:
         try:
-            source = _load(args, Path(name), labelled, say)
+            source = _load(args, Path(name), labelled, say, captioned)
         except Exception as error:  # the library raises many types; each means that there is no dataset
             raise ValueError(f"dataset {name!r}, split {args.split!r}, can't be loaded: {_causes(error)}") from error
     if args.max_train_samples is not None and not args.streaming:
@@ -90,12 +97,13 @@ def load_source(
     return source
 
 
-def _load(args: DataArguments, path: Path, labelled: bool, say: Callable[[str], None]) -> Rows:
+def _load(args: DataArguments, path: Path, labelled: bool, say: Callable[[str], None], captioned: bool) -> Rows:
     tables = args.train_data_dir is None
     if tables and names_shards(args.dataset_name):
         return load_shards(args.dataset_name, args.split, args.streaming, say)
     if path.exists() and args.dataset_config_name is None and not (tables and declares_parts(path)):
         columns = {"labelled": labelled, "label_column": args.label_column, "image_column": args.image_column}
+        columns |= {"captioned": captioned, "caption_column": args.caption_column}
         source = load_local(path, args.split, args.streaming, **columns, tables=tables, say=say)
         if source is not None:
             return source
@@ -148,18 +156,18 @@ class _Rows(Dataset):
     """Batches by lists of indices: {"images": uint8 (B, C, H, W), "condition": tensors (B, ...) by name}.
 
     Images that still need a crop are a list of B tensors (C, h, w). With `own_shapes`, images have the shape of their
-    bucket.
+    bucket. Anything but `DecodedImages` is indexed by the list, which gives a tensor.
     """
 
-    def __init__(self, images: Tensor | DecodedImages, condition: dict[str, Tensor], own_shapes: bool = False):
+    def __init__(self, images: Any, condition: dict[str, Tensor], own_shapes: bool = False):
         self.images, self.condition, self.own_shapes = images, condition, own_shapes
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        if torch.is_tensor(self.images):
-            images = self.images[indices]
-        else:
+        if isinstance(self.images, DecodedImages):
             images = [self.images.take(i, self.own_shapes) for i in indices]
             images = images if self.images.whole else torch.stack(images)
+        else:
+            images = self.images[indices]
         return {"images": images, "condition": {name: entry[indices] for name, entry in self.condition.items()}}
 
 
@@ -176,6 +184,7 @@ class ImageData:
         class_conditional: also read labels.
         scanned: file that caches the findings of the pass over all images until the data change.
         show_progress: show bars, and print what was read and what was left out.
+        captioned: also read captions. With --aspect_ratio_buckets, call `fill_buckets` then, as `TextData` does.
 
     Attributes:
         images: uint8 (N, C, H, W) in memory, `DecodedImages` if they don't fit or are cropped in training, or None
@@ -184,23 +193,36 @@ class ImageData:
         channels: 1 or 3.
         resolution: (height, width) in training.
         num_classes: labels are integers in [0, num_classes); None without labels.
+        captions: N texts; None if they are not read.
+        digest: digest of the contents of all images in their order; None for a stream.
 
     Raises:
-        ValueError: the dataset is missing or empty, a column or label is missing or wrong, or images can't be read
-            (the first 20 are listed).
+        ValueError: the dataset is missing or empty, a column, label or caption is missing or wrong, images can't be
+            read (the first 20 are listed), or captions are to be read from a stream.
     """
 
     vae = None  # the autoencoder, for datasets of latents
 
     def __init__(
-        self, args: DataArguments, class_conditional: bool, scanned: Path | None = None, show_progress: bool = True
+        self,
+        args: DataArguments,
+        class_conditional: bool,
+        scanned: Path | None = None,
+        show_progress: bool = True,
+        captioned: bool = False,
     ):
         self.args, self.show_progress = args, show_progress
-        source = load_source(args, class_conditional, self._say)
+        if captioned and args.streaming:
+            raise ValueError(
+                "captions can't be read from a stream, because prompts are encoded once, before training. Leave out"
+                " --streaming."
+            )
+        source = load_source(args, class_conditional, self._say, captioned)
         features = source.features or source._resolve_features().features
         self.column = find_image_column(features, args.image_column)
         self.label_column = find_label_column(features, args.label_column) if class_conditional else None
-        self._mixture = self._buckets = None
+        self._mixture = self._buckets = self.digest = None
+        self.captions = self._captions_of(source, self.column) if captioned else None
         if args.extra_datasets:
             source = self._mixed(source)
             features = source.features
@@ -223,14 +245,23 @@ class ImageData:
         for name in args.extra_datasets:
             own = replace(args, dataset_name=name, train_data_dir=None, extra_datasets=None, dataset_weights=None)
             own = replace(own, dataset_config_name=None, dataset_revision=None)
-            rows, labelled = load_source(own, self.label_column is not None, self._say), self.label_column is not None
+            labelled, captioned = self.label_column is not None, self.captions is not None
+            rows = load_source(own, labelled, self._say, captioned)
+            column = find_image_column(rows.features, args.image_column)
             label_column = find_label_column(rows.features, args.label_column) if labelled else None
-            sources.append(Source(name, rows, find_image_column(rows.features, args.image_column), label_column))
+            if captioned:
+                self.captions += self._captions_of(rows, column)
+            sources.append(Source(name, rows, column, label_column))
         if args.dataset_weights:
             sizes = tuple(len(source.rows) for source in sources)
             self._mixture = Mixture(sizes, tuple(args.dataset_weights))
         self.column, self.label_column = "image", self.label_column and "label"
         return mixed(sources)
+
+    def _captions_of(self, rows: datasets.Dataset, image_column: str) -> list[str]:
+        return read_captions(
+            rows, find_caption_column(rows.features, self.args.caption_column, image_column), image_column
+        )
 
     def _say(self, line: str) -> None:
         if self.show_progress:
@@ -299,16 +330,22 @@ class ImageData:
         facts, images = found
         self._use(facts, decoder)
         self.images = images if keep else decoder
-        if self.args.aspect_ratio_buckets:
-            self._fill_buckets(facts, decoder)
+        self._ratios = facts.ratios
+        if self.args.aspect_ratio_buckets and self.captions is None:
+            self.fill_buckets()
         labels = b"" if self.labels is None else self.labels.numpy().tobytes()
-        self._fingerprint = digest(facts.fingerprint.encode(), labels)
+        captions = b"" if self.captions is None else json.dumps(self.captions).encode()
+        self.digest, self._fingerprint = facts.fingerprint, digest(facts.fingerprint.encode(), labels, captions)
 
-    def _fill_buckets(self, facts: ScanFindings, decoder: DecodedImages) -> None:
-        """Assign each image the bucket of the nearest aspect ratio, and print the number of images per bucket."""
-        shapes = bucket_shapes(self.resolution)
+    def fill_buckets(self, step: int = 8) -> None:
+        """Assign each image the bucket of the nearest aspect ratio, and print the number of images per bucket.
+
+        Args:
+            step: the sides of all buckets but that of the resolution are multiples of this.
+        """
+        decoder, shapes = self.images, bucket_shapes(self.resolution, step)
         logs = torch.tensor([h / w for h, w in shapes]).log()
-        nearest = (torch.tensor(facts.ratios).log()[:, None] - logs).abs().argmin(1)
+        nearest = (torch.tensor(self._ratios).log()[:, None] - logs).abs().argmin(1)
         decoder.shapes = [shapes[i] for i in nearest.tolist()]
         self._buckets = [where.tolist() for i in range(len(shapes)) if len(where := (nearest == i).nonzero()[:, 0])]
         parts = [f"{len(bucket)} of {'{} x {}'.format(*decoder.shapes[bucket[0]])}" for bucket in self._buckets]
@@ -318,6 +355,11 @@ class ImageData:
     def shapes(self) -> set[tuple[int, int]]:
         """(height, width) of all buckets; empty without --aspect_ratio_buckets."""
         return set() if self._buckets is None else set(self.images.shapes)
+
+    @property
+    def buckets(self) -> list[list[int]]:
+        """The indices of the images of each bucket; one bucket of all images without --aspect_ratio_buckets."""
+        return [list(range(len(self.images)))] if self._buckets is None else self._buckets
 
     def _look_at_first(self) -> None:
         """Decode the first rows of a stream, which decide channels and ranges. Later rows are checked as they come."""
@@ -360,6 +402,10 @@ class ImageData:
         """The conditioning of each image: tensors (N, ...) by name. Empty without labels."""
         return {} if self.labels is None else {"class_labels": self.labels}
 
+    def conditioned(self, entries: dict[str, Tensor]) -> Condition:
+        """Return the condition of a batch from the entries (B, ...) that `batches` gives."""
+        return Condition(entries)
+
     def measure_sigma_data(self) -> float:
         """Return the root mean square of the data scaled to [-1, 1], as EDM's preconditioning assumes.
 
@@ -371,9 +417,14 @@ class ImageData:
             return self._first_sigma_data
         return _root_mean_square(self.rows(permutation(len(self.images), "sigma_data")[:SIGMA_DATA_SAMPLES].tolist()))
 
-    def rows(self, indices: list[int]) -> Tensor:
-        """Return the uint8 images (B, C, H, W) at B `indices` of the dataset."""
-        images = _Rows(self.images, self.condition).__getitems__(indices)["images"]
+    def rows(self, indices: list[int], own_shapes: bool = False) -> Tensor:
+        """Return the uint8 images (B, C, H, W) at B `indices` of the dataset.
+
+        Args:
+            indices: the indices.
+            own_shapes: keep the shape of the bucket, which all indices must share.
+        """
+        images = _Rows(self.images, self.condition, own_shapes).__getitems__(indices)["images"]
         return images if torch.is_tensor(images) else crops(images, self.resolution)
 
     def batches(self, share: ProcessShare, seed: int, step: int = 0) -> Iterator[dict[str, Any]]:
@@ -393,6 +444,6 @@ class ImageData:
         order: Sampler = KeyedOrder(len(self.images), share, seed, step, self._mixture)
         if self._buckets is not None:
             order = BucketOrder(self._buckets, share, seed, step)
-        workers = 0 if torch.is_tensor(self.images) else self.args.dataloader_num_workers
+        workers = self.args.dataloader_num_workers if isinstance(self.images, DecodedImages) else 0
         rows = _Rows(self.images, self.condition, own_shapes=True)
         return loaded(rows, workers, batch_sampler=order)

@@ -20,6 +20,7 @@ from PIL import Image
 
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl")
 METADATA = re.compile(r"metadata\.(csv|tsv|jsonl|parquet)")
+TEXT = ".txt"
 LABELS = "dataset.json"  # the labels of EDM's and StyleGAN's datasets: {"labels": [["folder/image.png", 3], ...]}
 SPLITS = {"train", "test", "val", "valid", "validation"}
 UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow only recognises
@@ -62,6 +63,7 @@ class Listing:
         metadata: names of files like metadata.csv, which describe images by file name.
         tables: names of other tables, which may hold a dataset.
         labels: bytes of EDM's dataset.json at the top; None if missing.
+        texts: paths (as of an image) of .txt files by their place without the suffix. They also count as left out.
         left_out: names of files and folders by the reason.
     """
 
@@ -70,11 +72,16 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     labels: bytes | None = None
+    texts: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def leave_out(self, reason: str, name: str) -> None:
         """Note that the file or folder `name` is left out for `reason`."""
         self.left_out.setdefault(reason, []).append(name)
+
+    def text_of(self, image: ListedImage) -> str | None:
+        """Return the path of the text file that has the name of an image, as a.txt has of a.png; None if missing."""
+        return self.texts.get(os.path.splitext(image.place)[0])
 
     def summary(self) -> str:
         """Count the left-out files by reason: "; left out 3: 2 hidden (.a, .b), 1 .txt (a.txt)", or ""."""
@@ -181,6 +188,8 @@ def _list_folder(listing: Listing) -> None:
                 mark = (-1, -1) if status is None else (status.st_size, status.st_mtime_ns)
                 listing.images.append(ListedImage(name, name, os.path.abspath(entry.path), mark))
             else:
+                if _suffix(name) == TEXT:
+                    listing.texts[os.path.splitext(name)[0]] = os.path.abspath(entry.path)
                 listing.leave_out(_suffix(name) or "without a suffix", name)
 
 
@@ -211,6 +220,8 @@ def _list_members(listing: Listing, path: Path, place: str) -> None:
             mark = info.file_size, info.CRC
             listing.images.append(ListedImage(prefix + name, place + name, where, mark, zipped))
         elif name != LABELS or path != listing.root:
+            if _suffix(name) == TEXT:
+                listing.texts.setdefault(os.path.splitext(place + name)[0], f"zip://{name}::{os.path.abspath(path)}")
             listing.leave_out(_suffix(name) or "without a suffix", prefix + name)
 
 

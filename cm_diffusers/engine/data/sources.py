@@ -21,9 +21,18 @@ import pyarrow as pa
 from PIL import Image
 
 from cm_diffusers.engine.data.archives import is_cifar10, read_cifar10, read_mnist
-from cm_diffusers.engine.data.columns import Rows, find_image_column, find_label_column, marks_of, paths_of, undecoded
+from cm_diffusers.engine.data.captions import read_caption_files
+from cm_diffusers.engine.data.columns import (
+    Rows,
+    find_caption_column,
+    find_image_column,
+    find_label_column,
+    marks_of,
+    paths_of,
+    undecoded,
+)
 from cm_diffusers.engine.data.labels import MOST_CLASSES, read_labels
-from cm_diffusers.engine.data.listing import LABELS, Listing, list_images
+from cm_diffusers.engine.data.listing import LABELS, TEXT, Listing, list_images
 from cm_diffusers.engine.data.listing import TABLES as LISTED_TABLES
 from cm_diffusers.engine.data.records import name_of, open_image
 from cm_diffusers.engine.data.shards import is_shard, load_shards, names_shards
@@ -66,6 +75,8 @@ def load_local(
     image_column: str | None = None,
     tables: bool = True,
     only: bool = False,
+    captioned: bool = False,
+    caption_column: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Rows | None:
     """Load the rows of a local dataset, with images not decoded; return None for any other kind of path.
@@ -80,6 +91,8 @@ def load_local(
         image_column: the column of tables that holds paths of images.
         tables: also accept tables and shards; False reads images only.
         only: assign a dataset without splits, or with a single split, to `split`.
+        captioned: also read captions of images, from metadata or from text files beside the images.
+        caption_column: the column of the metadata that holds the captions.
         say: receives a line on what was read, and what was left out and why.
 
     Raises:
@@ -114,7 +127,10 @@ def load_local(
         listings, split = {"train": listing}, "train" if only else split
     else:
         listings = {name: list_images(path / name) for name in split_names(split) if (path / name).is_dir()}
-    images = {name: read_images(part, labelled, label_column, say) for name, part in listings.items()}
+    images = {
+        name: read_images(part, labelled, label_column, say, captioned, caption_column)
+        for name, part in listings.items()
+    }
     rows = select(images, split)
     return rows.to_iterable_dataset() if streaming else rows
 
@@ -158,21 +174,30 @@ def _some(names: list[str]) -> str:
 
 
 def read_images(
-    listing: Listing, labelled: bool, label_column: str | None = None, say: Callable[[str], None] = lambda line: None
+    listing: Listing,
+    labelled: bool,
+    label_column: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    captioned: bool = False,
+    caption_column: str | None = None,
 ) -> datasets.Dataset:
     """Return the images of a listing as rows.
 
     The rows have a column "image". If `labelled`, they also have the columns of the metadata and, if found, "label".
-    Labels come from EDM's dataset.json, else from the metadata, else from the folders.
+    Labels come from EDM's dataset.json, else from the metadata, else from the folders. If `captioned`, the rows have
+    the columns of the metadata, or the column "text" from files like a.txt beside a.png.
 
     Args:
         listing: the images.
         labelled: also read metadata and labels.
         label_column: a column of the metadata to use as labels instead of "label".
         say: receives a line on what was read, and what was left out and why.
+        captioned: also read metadata and captions.
+        caption_column: a column of the metadata to use for captions, even if there are caption files.
 
     Raises:
-        ValueError: no images, labels that are wrong or contradict each other, or metadata of missing files.
+        ValueError: no images, labels or captions that are wrong or contradict each other, or metadata of missing
+            files.
     """
     if not listing.images:
         advice = f" Give --dataset_name {listing.root} to read its tables." if listing.tables else ""
@@ -183,9 +208,13 @@ def read_images(
     columns = {"image": pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])}
     features = {"image": datasets.Image(decode=False)}
     described, missing = _metadata(listing)
-    if labelled:
+    if labelled or captioned:
         columns |= {name: described[name] for name in described.column_names}
         features |= datasets.Features.from_arrow_schema(described.schema)
+    captions = _caption_files(listing, datasets.Features(features)) if captioned and caption_column is None else None
+    if captions is not None:
+        columns["text"], features["text"] = pa.array(captions), datasets.Value("string")
+    if labelled:
         if label_column not in described.column_names:
             labels = _labels(listing, described, missing, features)
             if labels is not None:
@@ -195,6 +224,7 @@ def read_images(
     named = getattr(features.get("label"), "names", None)
     kinds = f" in {len(named)} classes ({', '.join(named[:5])}{', ...' if len(named) > 5 else ''})" if named else ""
     note = f" with {_some(listing.metadata)}" if listing.metadata else ""
+    note += " with caption files" if captions is not None else ""
     note += f", {len(missing)} of them without a row there (for example {missing[0]})" if missing else ""
     say(f"Read {len(paths)} images{kinds} of {listing.root}{note}{listing.summary()}.")
     table = pa.table(columns).cast(features.arrow_schema)
@@ -228,6 +258,24 @@ def _metadata(listing: Listing) -> tuple[pa.Table, list[str]]:
         )
     table = pa.concat_tables(tables, promote_options="permissive")
     return table.take(pa.array(map(rows.get, names), pa.int64())), [name for name in names if name not in rows]
+
+
+def _caption_files(listing: Listing, features: datasets.Features) -> list[str] | None:
+    """The captions in text files beside the images; None if there are none. The files no longer count as left out."""
+    captions = read_caption_files(listing)
+    if captions is None:
+        return None
+    column = find_caption_column(features, None, "image", missing_ok=True)
+    if column is not None:
+        raise ValueError(
+            f"it has captions in the column {column!r} of {_some(listing.metadata)} and in text files beside the"
+            f" images. Give --caption_column {column} to use the column, or move the .txt files away."
+        )
+    used = {os.path.splitext(name)[0] for image in listing.images for name in (image.name, image.place)}
+    names = [name for name in listing.left_out.pop(TEXT, []) if os.path.splitext(name)[0] not in used]
+    for name in names:
+        listing.leave_out(TEXT, name)
+    return captions
 
 
 def _labels(

@@ -21,6 +21,7 @@ from cm_diffusers.engine.data.description import DataDescription, DescribedData
 from cm_diffusers.engine.files import RunFiles, remove
 from cm_diffusers.engine.lock import is_locked
 from cm_diffusers.engine.saved.export import exported
+from cm_diffusers.engine.saved.text import TextModel
 from cm_diffusers.engine.training.build import SavedModels, build_objective, load_models
 from cm_diffusers.engine.training.state import exported_weights
 from cm_diffusers.objectives import OBJECTIVES, Objective
@@ -71,6 +72,8 @@ def follow(
 
 def _objective(config: Config, models: SavedModels, checkpoint: Checkpoint) -> Objective:
     """The training method of a run, without its images: the checkpoint describes them."""
+    if isinstance(models.teacher, TextModel):
+        raise ValueError("watch does not measure text-to-image models. The run itself draws pictures of prompts.")
     if "data" not in checkpoint.state:
         raise ValueError(
             "the checkpoints of this run hold no description of its images. Resume the run for one more checkpoint."

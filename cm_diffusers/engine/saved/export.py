@@ -16,8 +16,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from cm_diffusers.core.frozen import copied, load_changing_state
 from cm_diffusers.engine.files import fsync_folder, naming, remove
 from cm_diffusers.engine.saved import clean_process
+from cm_diffusers.engine.saved.lora import fused_state, has_lora
 from cm_diffusers.objectives import Objective
 from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 from cm_diffusers.pipelines.travel import save_with_code
@@ -38,20 +40,44 @@ def with_vae(pipeline: DiffusionPipeline, vae: nn.Module) -> ImagePipeline:
 
 
 def exported(objective: Objective, weights: Mapping[str, Tensor], vae: nn.Module | None) -> DiffusionPipeline:
-    """Return the pipeline of a method, with a copy of given weights.
+    """Return the pipeline of a method, with a copy of given weights. A LoRA is fused into them.
 
     Args:
         objective: the method, whose network gives the config and the device.
-        weights: state dict of the network.
+        weights: state dict of the network, or of its LoRA.
         vae: the autoencoder that decodes latents; None for pixels.
     """
-    config = {k: v for k, v in objective.network.config.items() if k != "_name_or_path"}  # a local path
-    # from_config ignores settings in `_use_default_values`, where diffusers also lists those given by position
-    network = type(objective.network).from_config({**config, "_use_default_values": []})
-    network.load_state_dict(weights)
-    device = next(objective.network.parameters()).device
-    pipeline = objective.pipeline(network.to(device).eval())
+    trained = objective.network
+    if has_lora(trained):
+        weights = fused_state(trained, weights)
+    pipeline = objective.pipeline(_new_network(trained, weights))
     return pipeline if vae is None else with_vae(pipeline, vae)
+
+
+def network_with(trained: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network with given weights. It shares the base weights of a LoRA.
+
+    Args:
+        trained: the network in training.
+        weights: its state dict, or that of its LoRA.
+    """
+    if not has_lora(trained):
+        network = _new_network(trained, weights)
+        if hasattr(trained, "adapt_condition"):
+            network.adapt_condition = trained.adapt_condition
+        return network
+    network = copied(trained)
+    load_changing_state(network, trained, weights)
+    return network.eval()
+
+
+def _new_network(trained: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A network with the config, class and device of `trained` and with the state dict `weights`."""
+    config = {k: v for k, v in trained.config.items() if k != "_name_or_path"}  # a local path
+    # from_config ignores settings in `_use_default_values`, where diffusers also lists those given by position
+    network = type(trained).from_config({**config, "_use_default_values": []})
+    network.load_state_dict(weights)
+    return network.to(next(trained.parameters()).device).eval()
 
 
 def save_pipeline(

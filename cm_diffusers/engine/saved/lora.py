@@ -37,7 +37,7 @@ def add_lora(
     Raises:
         ValueError: PEFT is missing, the network has an adapter, or no layer has such a name.
     """
-    peft = _peft()
+    peft = import_peft()
     others = getattr(network, "peft_config", {})
     if others:
         raise ValueError(
@@ -105,7 +105,7 @@ def fused_state(network: nn.Module, adapter: Mapping[str, Tensor]) -> dict[str, 
 
 def lora_state(network: nn.Module) -> dict[str, Tensor]:
     """The adapter's weights on the CPU, by PEFT's names."""
-    state = _peft().get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    state = import_peft().get_peft_model_state_dict(network, adapter_name=ADAPTER)
     return {name: value.detach().cpu() for name, value in state.items()}
 
 
@@ -125,7 +125,7 @@ def save_lora(pipeline: Any, folder: str | Path) -> None:
     )
 
 
-def _peft() -> Any:
+def import_peft() -> Any:
     try:
         import peft
     except ImportError:

@@ -1,44 +1,37 @@
-"""Embeddings of prompts, computed once and kept in files, so that the text encoders can leave memory.
+"""Embeddings of prompts, computed once and kept in files, so that the text encoders can leave memory."""
 
-A folder holds shards of `SHARD` prompts in order, as safetensors with 16-bit floats. A shard exists only when it is
-complete, so a stopped call continues with the missing ones, and several processes share the shards. The name of the
-folder is a digest of everything that made the embeddings: other prompts or other encoders never find them.
-"""
-
-import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
+import diffusers
+import transformers
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cm_diffusers.core.conditions import Condition
-from cm_diffusers.engine.files import naming, written_aside
-from cm_diffusers.engine.saved.text import PARTS, encode_prompts
-
-
-SHARD = 1024  # prompts in a file
-NULL = "null "  # before the names of null rows in a file
+from cm_diffusers.engine.data.row_cache import RowCache, digest_of_network
+from cm_diffusers.engine.files import digest
+from cm_diffusers.engine.saved.text import PARTS, encode_prompts, read_sizes, too_long
 
 
 class PromptCache:
-    """The conditions of prompts, by index.
+    """The conditions of prompts, by index. Call `encode` in all processes, wait for all of them, and then read rows.
 
     Args:
-        folder: where caches are kept; each has a folder of its own in it.
+        folder: where caches are kept, as prompts/KEY and, for the null rows, null/KEY.
         pipeline: a text-to-image pipeline with its tokenizers and encoders.
         prompts: N prompts.
-        rank: which of the processes this is.
+        rank: number of this process, from 0.
         world: number of processes; each encodes every `world`-th shard.
         batch_size: number of prompts that are encoded at once.
-        say: receives a line about a damaged shard.
+        say: receives lines on damaged shards, and on prompts that the encoder cuts.
+        show_progress: show a bar.
 
-    Call `encode` in all processes, wait for all of them, and then read rows.
+    Attributes:
+        key: digest of the prompts, the tokenizers and the encoders.
+        caches: the files of the embeddings and of the null rows.
     """
 
     def __init__(
@@ -50,11 +43,17 @@ class PromptCache:
         world: int = 1,
         batch_size: int = 64,
         say: Callable[[str], None] = print,
+        show_progress: bool = False,
     ):
-        self.pipeline, self.prompts, self.rank, self.world = pipeline, list(prompts), rank, world
-        self.batch_size, self.say = batch_size, say
-        self.folder = folder / made_by(pipeline, self.prompts)[:16]
-        self._open: dict[int, Any] = {}
+        self.pipeline, self.prompts, shared = pipeline, list(prompts), (rank, world, batch_size, say)
+        self._is_main, self._say = rank == 0, say
+        encoders = digest_of_encoders(pipeline)
+        self.key = digest(json.dumps(self.prompts).encode(), encoders.encode())
+        self._rows = RowCache(
+            folder / "prompts", self.key, len(self.prompts), self._embed, *shared, show_progress, "Encoding prompts"
+        )
+        self._nulls = RowCache(folder / "null", encoders, 1, self._embed_null, *shared)
+        self.folder, self.caches = self._rows.folder, [self._rows, self._nulls]
 
     def encode(self) -> int:
         """Encode this process's missing shards. Returns how many prompts it encoded.
@@ -62,72 +61,62 @@ class PromptCache:
         Raises:
             OSError: a shard can't be written; the message names the file.
         """
-        count = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for shard in range(self.rank, -(-len(self.prompts) // SHARD), self.world):
-            file = self._file(shard)
-            prompts = self.prompts[shard * SHARD : (shard + 1) * SHARD]
-            if self._is_whole(file, len(prompts)):
-                continue
-            parts = [
-                encode_prompts(self.pipeline, prompts[start : start + self.batch_size])
-                for start in range(0, len(prompts), self.batch_size)
-            ]
-            condition = parts[0].joined(*parts[1:])
-            tensors = {name: _stored(entry) for name, entry in condition.entries.items()}
-            tensors |= {NULL + name: _stored(null) for name, null in condition.nulls.items()}
-            with naming(file), written_aside(file) as aside:
-                save_file(tensors, aside, {"count": str(len(prompts))})
-            count += len(prompts)
+        with _without_warnings():
+            count = self._rows.fill()
+            self._nulls.fill()
+            cut = too_long(self.pipeline, self.prompts) if count and self._is_main else []
+        if cut:
+            context = self.pipeline.tokenizer.model_max_length
+            self._say(
+                f"WARNING: {len(cut)} of {len(self.prompts)} prompts have more than {context} tokens. The text encoder"
+                f" cuts them, for example {cut[0]!r}."
+            )
         return count
 
-    def rows(self, indices: Sequence[int]) -> Condition:
-        """The condition of the prompts with these `indices`, float32, with its null rows."""
-        pieces: dict[str, list[Tensor]] = {}
-        for index in indices:
-            file = self._opened(index // SHARD)
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if not name.startswith(NULL):
-                    pieces.setdefault(name, []).append(file.get_slice(name)[index % SHARD])
-        file = self._opened(0)
-        nulls = {name[len(NULL) :]: file.get_tensor(name).float() for name in file.keys() if name.startswith(NULL)}  # noqa: SIM118
-        return Condition({name: torch.stack(rows).float() for name, rows in pieces.items()}, nulls)
+    def rows(self, indices: Sequence[int] | Tensor) -> Condition:
+        """The condition of the prompts with these `indices`, float32, with its null rows.
 
-    def _file(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}.safetensors"
+        For SDXL, its sizes are those of uncropped pictures of the network's own size.
+        """
+        entries = self._rows.rows(indices)
+        if "pooled" in entries:
+            entries["sizes"] = read_sizes(self.pipeline, len(indices))
+        return Condition(entries, self.nulls)
 
-    def _opened(self, shard: int) -> Any:
-        """The shard, memory-mapped."""
-        if shard not in self._open:
-            self._open[shard] = safe_open(self._file(shard), "pt")
-        return self._open[shard]
+    @property
+    def nulls(self) -> dict[str, Tensor]:
+        """The null rows (...) by name, float32."""
+        return {name: rows[0] for name, rows in self._nulls.rows([0]).items()}
 
-    def _is_whole(self, file: Path, count: int) -> bool:
-        if not file.exists():
-            return False
-        try:
-            with safe_open(file, "pt") as opened:
-                return opened.metadata()["count"] == str(count)
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
-            self.say(f"WARNING: {file} is damaged ({error}); its prompts are encoded again.")
-            return False
+    def _embed(self, rows: range) -> dict[str, Tensor]:
+        entries = encode_prompts(self.pipeline, self.prompts[rows.start : rows.stop]).entries
+        return {name: entry for name, entry in entries.items() if name != "sizes"}
+
+    def _embed_null(self, rows: range) -> dict[str, Tensor]:
+        return {name: null[None] for name, null in encode_prompts(self.pipeline, [""]).nulls.items()}
 
 
-def _stored(tensor: Tensor) -> Tensor:
-    """Contiguous, floats in 16 bits."""
-    return tensor.to(torch.float16 if tensor.is_floating_point() else tensor.dtype).contiguous()
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence the warnings of pipelines and tokenizers, which repeat for every batch that a prompt was cut."""
+    logs = [library.utils.logging for library in (diffusers, transformers)]
+    before = [log.get_verbosity() for log in logs]
+    try:
+        for log in logs:
+            log.set_verbosity_error()
+        yield
+    finally:
+        for log, level in zip(logs, before):
+            log.set_verbosity(level)
 
 
-def made_by(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> str:
-    """A digest of the prompts, and of the tokenizers' and encoders' settings and weights."""
-    digest = hashlib.sha256(json.dumps(list(prompts)).encode())
+def digest_of_encoders(pipeline: DiffusionPipeline) -> str:
+    """A digest of the settings and weights of a pipeline's tokenizers and text encoders."""
+    facts = [f"zeros {pipeline.config.get('force_zeros_for_empty_prompt')}"]
     for name in PARTS:
         part = getattr(pipeline, name, None)
         if isinstance(part, nn.Module):
-            digest.update(part.config.to_json_string().encode())
-            for key, value in sorted(part.state_dict().items()):
-                data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-                digest.update(f"{name} {key} {hashlib.sha256(data).hexdigest()}".encode())
+            facts.append(f"{name} {digest_of_network(part)}")
         elif part is not None:
-            digest.update(f"{name} {sorted(part.get_vocab().items())} {part.model_max_length}".encode())
-    return digest.hexdigest()
+            facts.append(f"{name} {sorted(part.get_vocab().items())} {part.model_max_length}")
+    return digest(*(fact.encode() for fact in facts))

@@ -2,21 +2,24 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from cm_diffusers.core import labelled_augmentation as augmentation
 from cm_diffusers.core.denoisers import Denoiser, Guided, jump_to_zero
 from cm_diffusers.core.draws import derive_seed
+from cm_diffusers.core.frozen import copied
 from cm_diffusers.core.time_labels import OWN_LABELS
 from cm_diffusers.engine.config import ModelArguments
 from cm_diffusers.engine.data.description import DescribedData
 from cm_diffusers.engine.data.images import ImageData
+from cm_diffusers.engine.saved.lora import add_lora
 from cm_diffusers.engine.saved.stock import (
     AUTOENCODERS,
     NETWORKS,
@@ -26,6 +29,8 @@ from cm_diffusers.engine.saved.stock import (
     nulls_of,
     read_stock,
 )
+from cm_diffusers.engine.saved.text import PIPELINES as TEXT_PIPELINES
+from cm_diffusers.engine.saved.text import TextModel, fuse_loras, read_text_to_image
 from cm_diffusers.lookup import looked_up
 from cm_diffusers.models import (
     EDM_PRESETS,
@@ -35,6 +40,7 @@ from cm_diffusers.models import (
     build_unet,
     keep_time_embedding_in_float32,
 )
+from cm_diffusers.models.text_unet import with_guidance_input
 from cm_diffusers.models.unet_presets import check_halvings
 from cm_diffusers.objectives import OBJECTIVES, ModelSpec, Objective
 from cm_diffusers.pipelines import CTMPipeline, DenoisingPipeline, MeanFlowPipeline, TrigFlowPipeline
@@ -45,6 +51,7 @@ from cm_diffusers.sampling import PIPELINES, load_pipeline
 
 TWO_TIMES = (MeanFlowPipeline, CTMPipeline)
 STOCK = {name: getattr(diffusers, name) for name in NETWORKS}
+TEXT_TO_IMAGE = {name: getattr(diffusers, name) for name in TEXT_PIPELINES}
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,13 @@ def _saved(
     name_or_path: str, revision: str | None, variant: str | None, role: str
 ) -> tuple[SavedModel, DiffusionPipeline]:
     """A saved model and its pipeline, of this library or of diffusers. Raises ValueError if it can't be read."""
-    pipeline = load_pipeline(name_or_path, revision, PIPELINES | STOCK, variant=variant, dtype=torch.float32)
+    kinds = PIPELINES | STOCK | (TEXT_TO_IMAGE if role == "teacher" else {})
+    pipeline = load_pipeline(name_or_path, revision, kinds, variant=variant, dtype=torch.float32)
+    if type(pipeline).__name__ in TEXT_TO_IMAGE:
+        try:
+            return read_text_to_image(pipeline), pipeline
+        except ValueError as error:
+            raise ValueError(f"the {role} {name_or_path!r} can't be read: {error}") from None
     if role == "teacher" and not _is_diffusion(pipeline):
         scheduler = type(pipeline.scheduler).__name__
         raise ValueError(
@@ -126,8 +139,11 @@ def check_fit(model: SavedModel, data: ImageData | DescribedData, role: str) -> 
         role: name of the model in messages, such as "teacher".
 
     Raises:
-        ValueError: channels, resolution or classes differ; the message names the option to change.
+        ValueError: channels, resolution or classes differ; the message names the option to change. A text-to-image
+            model takes latents of any size.
     """
+    if isinstance(model, TextModel):
+        return
     channels, height, width = model.sample_shape
     there, size = data.channels, data.resolution
     if (channels, height, width) != (there, *size):
@@ -187,6 +203,8 @@ def load_teacher(name_or_path: str, args: ModelArguments) -> SavedModel:
         ValueError: the model is missing or unreadable, is not a diffusion model, or contradicts the settings.
     """
     model, _ = _saved(name_or_path, args.teacher_revision, args.teacher_variant, "teacher")
+    if isinstance(model, TextModel):
+        fuse_loras(model.pipeline, args.teacher_lora or [])
     _check_settings(model, args, "teacher", ("sigma_data",))
     model.network.eval().requires_grad_(False)
     return model
@@ -239,19 +257,24 @@ def load_vae(args: ModelArguments, saved: SavedModel | None) -> nn.Module | None
     raise ValueError(f"vae_name_or_path {name!r} is a {kind}; this version reads {', '.join(known)}.")
 
 
-def guided(teacher: SavedModel, scale: float, drawn: bool = False) -> Denoiser:
+def guided(
+    teacher: SavedModel, scale: float, drawn: bool = False, nulls: Mapping[str, Tensor] | None = None
+) -> Denoiser:
     """Return the teacher's denoiser with classifier-free guidance.
 
     Args:
         teacher: the teacher.
         scale: weight of the guidance; 1 is no guidance.
         drawn: whether the method draws scales of its own.
+        nulls: null rows (...) by name; None for the null class of the teacher.
 
     Raises:
         ValueError: `scale` is not 1 or `drawn` is set, and the teacher has no null class.
     """
     if scale == 1 and not drawn:
         return teacher.denoiser
+    if nulls is not None:
+        return Guided(teacher.denoiser, scale, nulls)
     if teacher.null_class is None:
         name = "w_max" if drawn else "teacher_guidance_scale"
         this = "This teacher is unconditional." if teacher.num_classes is None else "This teacher has no null class."
@@ -282,8 +305,9 @@ def converted(
     if spec.prediction in method.native_predictions or spec.prediction == prediction and spec.time_scale == 1:
         return start
     if {spec.prediction, prediction} == {"edm", "trigflow"} and spec.time_label == "angle":
-        negate(start.network)
-        return replace(start, spec=replace(spec, prediction=prediction))
+        network = copy.deepcopy(start.network)  # its weights can be those of the teacher
+        negate(network)
+        return replace(start, network=network, spec=replace(spec, prediction=prediction))
     others = [name for name, cls in OBJECTIVES.items() if spec.prediction in cls.native_predictions]
     reason = f"a saved network that predicts {spec.prediction!r} can't start one that predicts {prediction!r}."
     if spec.prediction == "edm" and prediction == "trigflow":
@@ -320,7 +344,12 @@ def converted(
 
 
 def _from_teacher(teacher: SavedModel, args: ModelArguments) -> StartingPoint:
-    network = copy.deepcopy(teacher.network).requires_grad_(True)
+    if args.lora_rank is not None:
+        network = copied(teacher.network)  # shares the weights, which stay frozen
+    elif args.unet_time_cond_proj_dim is not None:
+        network = with_guidance_input(teacher.network, args.unet_time_cond_proj_dim).requires_grad_(True)
+    else:
+        network = copy.deepcopy(teacher.network).requires_grad_(True)
     _set_dropout(network, args.dropout)
     return StartingPoint(network, teacher.spec, pretrained=True)
 
@@ -441,6 +470,11 @@ def build_start(
         start = replace(start, spec=replace(start.spec, sigma_max=min(start.spec.sigma_max, teacher.spec.sigma_max)))
     _prepare_labels(start.network, args, data)
     start = replace(start, network=method.adapt(start.network, start.spec))
+    if args.lora_rank is not None:
+        if method.two_times or not start.pretrained:
+            why = f"{method.name} adds an input to the network" if method.two_times else "a new network has no base"
+            raise ValueError(f"lora_rank can't be used, because {why}. Leave it out to train all weights.")
+        add_lora(start.network, args.lora_rank, args.lora_alpha, args.lora_target_modules)
     keep_time_embedding_in_float32(start.network)
     if args.gradient_checkpointing:
         start.network.enable_gradient_checkpointing()

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from cm_diffusers.core.conditions import Condition
-from cm_diffusers.core.denoisers import Denoiser, Guided
-from cm_diffusers.engine.saved.stock import AUTOENCODERS, is_few_step, process_in_words, read_scheduler
+from cm_diffusers.engine.saved.lora import import_peft
+from cm_diffusers.engine.saved.stock import AUTOENCODERS, SavedModel, is_few_step, process_in_words, read_scheduler
+from cm_diffusers.lookup import looked_up
 from cm_diffusers.models.text_unet import wanted_entries, with_conditions
-from cm_diffusers.objectives import ModelSpec
 
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -20,29 +20,20 @@ PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
-class TextModel:
-    """A text-to-image diffusion model as training uses it.
+class TextModel(SavedModel):
+    """A text-to-image diffusion model in the form that training uses.
 
     Args:
         network: the U-Net, called with the conditions of `encode_prompts`.
         spec: its parameterisation; `sigma_data` is None, as pipelines do not record it.
         vae: the autoencoder of its latents.
+        null_class: None; the null rows come with the prompts.
+        pipeline: the pipeline that was read.
         description: what was found, in a line.
     """
 
-    network: nn.Module
-    spec: ModelSpec
-    vae: nn.Module
-    description: str
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The model as D(x, sigma) without guidance."""
-        return self.spec.denoiser(self.network)
-
-    def guided(self, scale: float, nulls: dict[str, Tensor]) -> Denoiser:
-        """The model with classifier-free guidance of the weight `scale`; `nulls` come from `null_rows`."""
-        return self.denoiser if scale == 1 else Guided(self.denoiser, scale, nulls)
+    pipeline: Any = None
+    description: str = ""
 
     def __str__(self) -> str:
         return self.description
@@ -82,7 +73,28 @@ def read_text_to_image(pipeline: DiffusionPipeline) -> TextModel:
         f"{kind}, {count:.1f} M parameters, {process_in_words(spec)}, {len(encoders)} text encoder(s),"
         f" {size} x {size} pixels"
     )
-    return TextModel(with_conditions(unet), spec, pipeline.vae, description)
+    return TextModel(with_conditions(unet), spec, pipeline.vae, None, pipeline, description)
+
+
+def fuse_loras(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
+    """Make LoRAs a part of the weights of `pipeline`, one after the other.
+
+    Args:
+        pipeline: a text-to-image pipeline without adapters.
+        names: folders, files or Hub ids that `load_lora_weights` reads.
+
+    Raises:
+        ValueError: a LoRA is missing or does not fit, or PEFT is not installed.
+    """
+    for name in names:
+        import_peft()
+        try:
+            with looked_up(name) as cached:
+                pipeline.load_lora_weights(name, local_files_only=cached)
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the LoRA {name!r} can't be loaded: {error}") from None
 
 
 def read_sizes(pipeline: DiffusionPipeline, rows: int, height: int | None = None, width: int | None = None) -> Tensor:

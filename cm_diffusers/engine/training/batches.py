@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.labelled_augmentation import augment
 from cm_diffusers.engine.config import Config
@@ -31,7 +30,7 @@ def as_they_are(raw: dict[str, Any], data: ImageData, device: torch.device) -> B
     images = images.to(device, non_blocking=True)
     if data.vae is None:  # latents need no scaling
         images = images.float() / 127.5 - 1
-    return Batch(images, Condition(raw["condition"]).to(device))
+    return Batch(images, data.conditioned(raw["condition"]).to(device))
 
 
 def cropped(raw: dict[str, Any], data: ImageData, draws: Draws) -> dict[str, Any]:
@@ -51,12 +50,12 @@ def cropped(raw: dict[str, Any], data: ImageData, draws: Draws) -> dict[str, Any
 
 
 def as_trained(batch: Batch, draws: Draws, config: Config, objective: Objective) -> Batch:
-    """Apply the random flip, the augmentation and the label dropout of the settings to a batch.
+    """Apply the random flip, the augmentation and the dropout of labels or prompts of the settings to a batch.
 
     Args:
         batch: samples (B, C, H, W) and their conditioning.
         draws: the random numbers of the training step.
-        config: the settings; only those of these three transformations count.
+        config: the settings; only those of these transformations count.
         objective: the training method, whose network has the null class for dropped labels.
     """
     images, condition = batch.samples, batch.condition
@@ -69,4 +68,6 @@ def as_trained(batch: Batch, draws: Draws, config: Config, objective: Objective)
     if config.model.label_dropout:
         dropped = draws.uniform("label dropout") < config.model.label_dropout
         condition = condition.with_nulls(nulls_of(null_class(objective.network))).dropped(dropped)
+    if config.data.proportion_empty_prompts:
+        condition = condition.dropped(draws.uniform("prompt dropout") < config.data.proportion_empty_prompts)
     return Batch(images, condition)

@@ -1,7 +1,9 @@
 """Build the parts of a run from its settings: saved models, the training method with its network, the trainer."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +17,16 @@ from cm_diffusers.engine.config import Config, Known
 from cm_diffusers.engine.data.description import DescribedData
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.latents import LatentData
+from cm_diffusers.engine.data.text_data import TextData
 from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.engine.saved.discriminators import build_discriminator
+from cm_diffusers.engine.saved.lora import has_lora
 from cm_diffusers.engine.saved.start import build_start, guided, load_start, load_teacher, load_vae
 from cm_diffusers.engine.saved.stock import SavedModel
+from cm_diffusers.engine.saved.text import TextModel
+from cm_diffusers.engine.training.product import Product
+from cm_diffusers.engine.training.state import average_profiles
+from cm_diffusers.engine.training.text import TextProduct, load_text, memory_line, refuse_text_settings
 from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.models.unet_presets import check_halvings
 from cm_diffusers.objectives import OBJECTIVES, Objective
@@ -54,10 +62,13 @@ def load_models(config: Config) -> SavedModels:
     teacher = load_teacher(config.options.teacher, model) if config.options.teacher else None
     denoiser = None
     if teacher is not None:
-        denoiser = guided(teacher, model.teacher_guidance_scale, config.options.draws_guidance)
+        if not isinstance(teacher, TextModel):  # its null rows come with the prompts
+            denoiser = guided(teacher, model.teacher_guidance_scale, config.options.draws_guidance)
     start = load_start(model, method)
     vae = load_vae(model, teacher or start)
-    if vae is not None:
+    if isinstance(teacher, TextModel):
+        teacher.pipeline.register_modules(vae=vae)
+    elif vae is not None:
         check_for_latents(config.data, config.options)
     elif config.data.cache_latents:
         raise ValueError("cache_latents needs an autoencoder: give --vae_name_or_path, or a teacher that has one.")
@@ -84,15 +95,22 @@ def build_objective(
     start = build_start(
         config.model, data, config.run.seed, teacher=models.teacher, method=method, options=options, saved=models.start
     )
+    size, channels = images.resolution, images.channels
+    if isinstance(images, TextData):
+        size, channels = images.pixels, images.vae.config.in_channels
     known = Known(
-        images.resolution,
-        images.channels,
+        size,
+        channels,
         data.channels * math.prod(data.resolution),
         None if start.pretrained else start.spec.time_label,
     )
     config = replace(config, model=replace(config.model, sigma_data=start.spec.sigma_data)).resolved(known)
     options = config.options
-    extra = {"pretrained": start.pretrained, "teacher": models.denoiser}
+    denoiser = models.denoiser
+    if isinstance(models.teacher, TextModel) and isinstance(data, TextData):
+        scale, drawn = config.model.teacher_guidance_scale, options.draws_guidance
+        denoiser = guided(models.teacher, scale, drawn, data.nulls)
+    extra = {"pretrained": start.pretrained, "teacher": denoiser}
     if isinstance(options, AdversaryOptions) and options.discriminator_backbone is not None:
         extra["discriminator"] = build_discriminator(
             data.channels, data.num_classes, options.discriminator_backbone, image_size=224
@@ -117,17 +135,25 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     config = config.given or config
     main, folder, model = accelerator.is_main_process, Path(config.run.output_dir), config.model
     models = load_models(config)
-    with accelerator.main_process_first():
-        images = ImageData(config.data, model.class_conditional, folder / RunFiles.SCANNED, show_progress=main)
+    kind: Callable[..., Product] = Product
+    if isinstance(models.teacher, TextModel):
+        config, images, shown = load_text(config, models.teacher, accelerator)
+        kind = partial(TextProduct, teacher=models.teacher, shown=shown)
+    else:
+        refuse_text_settings(config)
+        with accelerator.main_process_first():
+            images = ImageData(config.data, model.class_conditional, folder / RunFiles.SCANNED, show_progress=main)
     if model.sigma_data is None and (config.run.allow_data_change or not (models.teacher or models.start)):
         config = replace(config, model=replace(model, sigma_data=_measured_before(folder)))
     config = _with_epochs(config, len(images.images) if config.run.num_train_epochs else 0, accelerator)
-    data = images if models.vae is None else _latents(config, images, models.vae, accelerator)
+    data = images
+    if models.vae is not None and not isinstance(images, TextData):
+        data = _latents(config, images, models.vae, accelerator)
     config, objective = build_objective(config, models, images, data)
     levels = objective.network.config.get("block_out_channels") or objective.network.config.get("channel_mult")
     for shape in sorted(images.shapes) if levels else ():
         check_halvings(shape, len(levels), "the network")
-    trainer = Trainer(config, objective, data, accelerator)
+    trainer = Trainer(config, objective, data, accelerator, kind)
     for line in _described(trainer, models):
         trainer.say(line)
     return trainer
@@ -168,11 +194,15 @@ def _described(trainer: Trainer, models: SavedModels) -> list[str]:
         )
     if models.teacher is not None:
         lines.append(f"Teacher: {models.teacher}")
-    count = sum(p.numel() for p in network.parameters())
+    if isinstance(models.teacher, TextModel):
+        averages = len(average_profiles(config.run)) + len(objective.auxiliary)
+        lines.append(memory_line(models.teacher, network, averages))
+    count = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
+    trained = f"{count:.2f} M parameters{' of a LoRA' if has_lora(network) else ''}"
     return [
         *lines,
         f"sigma_data: {spec.sigma_data} (root mean square of the {'latents' if latents else 'images in [-1, 1]'})",
-        f"Model: {count / 1e6:.2f} M parameters, {spec.prediction}, time label {spec.time_label}",
+        f"Model: {trained}, {spec.prediction}, time label {spec.time_label}",
         f"Method: {config.method}, {objective.options}",
         f"Precision: {accelerator.mixed_precision.replace('no', 'float32')}",
         f"Images per step: {trainer.share.global_batch} on {accelerator.num_processes} process(es)",

@@ -18,13 +18,11 @@ from cm_diffusers.engine.config import Config, parse_config
 from cm_diffusers.engine.files import RunFiles, holds, remove, replace_file
 from cm_diffusers.engine.lock import lock_folder
 from cm_diffusers.engine.processes import ends_with_a_line, start_accelerator, together
-from cm_diffusers.engine.saved.export import save_pipeline
-from cm_diffusers.engine.sharing.card import card_facts, draw_grids, model_card, portable_settings
+from cm_diffusers.engine.sharing.card import portable_settings
 from cm_diffusers.engine.sharing.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES, Publisher, Push, fetch_checkpoint
 from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
 from cm_diffusers.engine.training.budget import within_budget
 from cm_diffusers.engine.training.build import build_trainer
-from cm_diffusers.engine.training.levels import check_place, with_better_levels
 from cm_diffusers.engine.training.precision import choose_precision
 from cm_diffusers.engine.training.run_folder import check_ours, look_over
 from cm_diffusers.engine.training.same_run import check_before_data
@@ -135,7 +133,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
                 if accelerator.is_main_process:
                     _export(trainer, folder / RunFiles.MODEL, publisher, last=True)
                     replace_file(folder / RunFiles.EXPORTED, goal)
-                    _say_what_next(folder)
+                    _say_what_next(trainer, folder)
                     if publisher is not None:
                         stopping.remark = f"during the push to the Hub. {_how_to_push(publisher, folder)}"
                         _publish(publisher, folder, run.hub_timeout)
@@ -164,11 +162,10 @@ def _say_what_it_is(trainer: Trainer, folder: Path) -> None:
 
 def _check_end(trainer: Trainer, publisher: Publisher | None) -> None:
     """Check the model and its card before training, and warn about the teacher's licence."""
-    pipeline = trainer.exported()
-    if trainer.run.search_levels:
-        check_place(pipeline, trainer.data)
-    facts = card_facts(trainer.config, trainer.objective, pipeline, trainer.summary(), {})
-    card = model_card(facts, "model", trainer.folder / RunFiles.METRICS)
+    pipeline, product = trainer.exported(), trainer.product
+    product.check(pipeline)
+    facts = product.facts(pipeline, trainer.summary(), {})
+    card = product.card(facts, "model", trainer.folder / RunFiles.METRICS)
     if publisher is not None:
         publisher.check_card(card)
     if facts["warning"]:
@@ -178,21 +175,20 @@ def _check_end(trainer: Trainer, publisher: Publisher | None) -> None:
 def _export(trainer: Trainer, folder: Path, publisher: Publisher | None, last: bool = False) -> None:
     """Save the current model in `folder` with its card and pictures, and the facts of the card beside the folder.
 
-    With `last`, the end of the run, the model is verified and gets the levels of --search_levels.
+    With `last`, the end of the run, the model is completed and verified.
     """
-    pipeline = trainer.exported()
-    if last and trainer.run.search_levels:
-        pipeline = with_better_levels(pipeline, trainer.data, trainer.run.search_levels, trainer.accelerator.device)
+    pipeline, product = trainer.exported(), trainer.product
+    if last:
+        pipeline = product.completed(pipeline)
     name = publisher.repo_id if publisher is not None else trainer.folder.resolve().name
 
     def complete(written: Path) -> None:
-        grids = draw_grids(pipeline, written)
-        facts = card_facts(trainer.config, trainer.objective, pipeline, trainer.summary(), grids)
-        model_card(facts, name, trainer.folder / RunFiles.METRICS).save(written / "README.md")
+        facts = product.facts(pipeline, trainer.summary(), product.grids(pipeline, written))
+        product.card(facts, name, trainer.folder / RunFiles.METRICS).save(written / "README.md")
         (written / RunFiles.DATA).write_text(trainer.data.description.to_json())
         replace_file(folder.parent / RunFiles.FACTS, json.dumps(facts, indent=1))
 
-    save_pipeline(pipeline, folder, variant=trainer.run.export_variant, verify=last, complete=complete)
+    product.save(pipeline, folder, verify=last, complete=complete)
 
 
 def _publish_checkpoint(trainer: Trainer, publisher: Publisher, folder: Path) -> None:
@@ -239,10 +235,9 @@ def _holds(folder: Path, export: str) -> bool:
     return holds(folder / RunFiles.EXPORTED, export) and all(file.is_file() and file.stat().st_size for file in files)
 
 
-def _say_what_next(folder: Path) -> None:
+def _say_what_next(trainer: Trainer, folder: Path) -> None:
     print(
         f"\nSaved {folder / RunFiles.MODEL}; pictures in {folder / RunFiles.PICTURES},"
         f" curves in {folder / RunFiles.CURVES}."
-        f"\nSample it:  {command('sample')} --pretrained_model_name_or_path {folder / RunFiles.MODEL}"
-        f" --num_samples 64 --output_dir {folder / 'images'}"
+        f"\n{trainer.product.next_command(folder / RunFiles.MODEL)}"
     )

@@ -36,7 +36,7 @@ FILES: dict[str, Callable[[Path], Any] | None] = {
     RunFiles.SCANNED: None,
     RunFiles.LATENTS: None,
 }
-FOLDERS = (RunFiles.PICTURES, RunFiles.MODEL, RunFiles.TRACKERS)
+FOLDERS = (RunFiles.PICTURES, RunFiles.MODEL, RunFiles.TRACKERS, RunFiles.TEXT)
 # files that a run overwrites at its start, during training, or at its end
 OVERWRITTEN = (RunFiles.SETTINGS, RunFiles.MODEL, RunFiles.CURVES, RunFiles.DATA, RunFiles.FACTS)
 # any of these marks a folder as that of a run

@@ -27,15 +27,12 @@ from cm_diffusers.engine.data.streams import StreamFault
 from cm_diffusers.engine.files import RunFiles, naming
 from cm_diffusers.engine.log import cut_log
 from cm_diffusers.engine.pictures.curves import plot_losses
-from cm_diffusers.engine.pictures.diagnostics import save_diagnostics
-from cm_diffusers.engine.pictures.preview import save_preview
 from cm_diffusers.engine.processes import together
-from cm_diffusers.engine.saved.export import exported
 from cm_diffusers.engine.sharing.card import RunSummary
 from cm_diffusers.engine.stopping import Stopping
-from cm_diffusers.engine.training.batches import as_they_are
 from cm_diffusers.engine.training.divergence import Diverged, advice, breakage, go_back, is_sound, read_note
 from cm_diffusers.engine.training.meter import LossMeter
+from cm_diffusers.engine.training.product import Product
 from cm_diffusers.engine.training.same_run import check_same_run
 from cm_diffusers.engine.training.state import RunState, average_profiles, exported_weights
 from cm_diffusers.engine.training.step import StepResult, TrainingStep
@@ -51,9 +48,17 @@ class Trainer:
         objective: the training method, which holds the network.
         data: the dataset, of images or latents.
         accelerator: the processes and devices of the run.
+        kind: makes the product of the run from its settings, method, data and device.
     """
 
-    def __init__(self, config: Config, objective: Objective, data: ImageData, accelerator: Accelerator):
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        data: ImageData,
+        accelerator: Accelerator,
+        kind: Callable[..., Product] = Product,
+    ):
         config = config.resolved()
         run = config.run
         self.config, self.run, self.objective, self.data, self.accelerator = config, run, objective, data, accelerator
@@ -65,7 +70,7 @@ class Trainer:
         self.state = RunState(objective, run, accelerator)
         self.take_step = TrainingStep(config, data, self.state, self.share, accelerator)
         self.on_save: Callable[[], None] = lambda: None  # called on the main process after each sound checkpoint
-        self._shown: dict[str, Any] | None = None  # images for the diagnostics, read once
+        self.product = kind(config, objective, data, accelerator.device)
 
     @property
     def step(self) -> int:
@@ -87,7 +92,7 @@ class Trainer:
 
     def exported(self) -> DiffusionPipeline:
         """The pipeline with the present weights, as it would be saved."""
-        return exported(self.objective, exported_weights(self.state.tensors(), self.run), self.data.vae)
+        return self.product.pipeline(exported_weights(self.state.tensors(), self.run))
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
@@ -168,29 +173,14 @@ class Trainer:
         return row
 
     def _draw(self) -> None:
-        """Draw samples and diagnostics of the model as it would be exported now, and the loss curves."""
-        pipeline, name = self.exported(), self.folder / RunFiles.PICTURES / f"step-{self.step:07d}"
-        samples, diagnostics = name.with_suffix(".png"), name.with_name(f"{name.name}-diagnostics.png")
-        save_preview(pipeline, samples)
-        if self._shown is None:
-            self._shown = next(self.data.batches(ProcessShare(8, 1, 0, 1), self.run.seed))
-        batch = as_they_are(self._shown, self.data, self.accelerator.device)
-        if self.data.vae is None and batch.samples.shape[1] in (1, 3):
-            numbers = save_diagnostics(
-                self.objective.denoiser(pipeline.unet),
-                batch.samples,
-                batch.condition,
-                diagnostics,
-                teacher=self.objective.teacher,
-                sigma_max=self.objective.spec.sigma_max,
-                network=pipeline.unet if self.objective.needs_tangents else None,
-            )
-            if numbers:
-                self.say(f"Step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
+        """Draw the pictures of the model as it would be exported now, and the loss curves."""
+        name = self.folder / RunFiles.PICTURES / f"step-{self.step:07d}.png"
+        pictures, numbers = self.product.draw(self.exported(), name)
+        if numbers:
+            self.say(f"Step {self.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
         if self.log_file.exists():
             plot_losses(self.log_file, self.folder / RunFiles.CURVES)
-        pictures = {"samples": samples, "diagnostics": diagnostics}  # latents have no diagnostics
-        log_pictures(self.accelerator, {name: file for name, file in pictures.items() if file.exists()}, self.step)
+        log_pictures(self.accelerator, pictures, self.step)
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 

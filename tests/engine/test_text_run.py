@@ -1,0 +1,138 @@
+"""Runs that distil text-to-image models: data, exact resume, processes, memory, results, and what is refused."""
+
+import gc
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors import safe_open
+from transformers import CLIPTextModel
+
+from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.training.build import build_trainer
+from cm_diffusers.engine.training.run import main
+from tests.helpers.tiny_text import PIPELINES
+from tests.helpers.training_runs import differences, read_log, tensors
+
+
+PROMPTS = ["a red circle", "two blue squares", "a green triangle", "a yellow circle", "two red squares"]
+SETTINGS = {
+    "lora_rank": 2, "lora_target_modules": ["to_q", "to_v"], "teacher_guidance_scale": 3.0, "train_batch_size": 4,
+    "learning_rate": 1e-2, "max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 0, "logging_steps": 1
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Folders of tiny pipelines, by kind."""
+    folder = tmp_path_factory.mktemp("teachers")
+    for kind, make in PIPELINES.items():
+        make().save_pretrained(folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    return file
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of images of 8 x 8 with captions in metadata.jsonl."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for i, prompt in enumerate(PROMPTS):
+        colour = tuple(60 * ((i + j) % 5) for j in range(3))
+        Image.new("RGB", (8, 8), colour).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": prompt})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def words(folder, teacher, method="lcm", **settings):
+    values = {**SETTINGS, **settings, "pretrained_teacher_model": teacher, "output_dir": folder, "method": method}
+    flags = []
+    for key, value in values.items():
+        if value is not None:
+            flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def train(folder, teacher, method="lcm", **settings):
+    main(words(folder, teacher, method, **settings), ["lcm", "tcd", "cd", "ecd"], "")
+    return folder
+
+
+def trainer_of(folder, teacher, method="lcm", **settings):
+    config = parse_config(words(folder, teacher, method, **settings), ["lcm", "tcd", "cd", "ecd"], "")
+    return build_trainer(config, Accelerator())
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_lora_is_distilled_from_prompts_alone_and_resumes_bit_for_bit(tmp_path, teachers, prompts, kind, capsys):
+    whole = train(tmp_path / "whole", teachers / kind, prompts=prompts)
+    said = capsys.readouterr().out
+    assert "Teacher: StableDiffusion" in said and "Memory: teacher and student share one set" in said
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    shutil.copy(whole / "log.jsonl", resumed)
+    train(resumed, teachers / kind, prompts=prompts)
+    assert "Resumed from step 2 of 4" in capsys.readouterr().out
+    assert differences(resumed, whole) == [] and read_log(resumed) == read_log(whole)
+    groups = {group for group, _ in tensors(whole)}
+    assert {"model", "auxiliary.target", "optimizer"} < groups
+    assert all("lora" in name for group, name in tensors(whole) if group != "optimizer")  # no base weights
+    saved = {path.relative_to(whole / "pipeline").as_posix() for path in (whole / "pipeline").rglob("*")}
+    assert {"pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json", "README.md"} <= saved
+    with safe_open(whole / "pipeline" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert all(key.startswith("unet.") for key in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("method", ["tcd", "cd", "ecd"])
+def test_the_other_methods_distil_a_lora_from_captioned_images(tmp_path, teachers, pictures, method):
+    settings = {"train_data_dir": pictures, "resolution": 8, "proportion_empty_prompts": 0.2}
+    folder = train(tmp_path / "run", teachers / "sd", method, **settings)
+    first, *_, last = read_log(folder)
+    assert last["step"] == 4 and all(torch.isfinite(torch.tensor(row["loss"])) for row in (first, last))
+
+
+def test_all_weights_are_trained_without_a_rank_and_can_receive_the_guidance(tmp_path, teachers, prompts):
+    settings = {"lora_rank": None, "lora_target_modules": None, "teacher_guidance_scale": None}
+    settings |= {"w_min": 2.0, "w_max": 4.0, "unet_time_cond_proj_dim": 8}
+    folder = train(tmp_path / "run", teachers / "sd", prompts=prompts, **settings)
+    assert (folder / "pipeline" / "model_index.json").is_file()
+    assert ("model", "time_embedding.cond_proj.weight") in tensors(folder)
+
+
+def test_after_caching_no_encoder_is_alive(tmp_path, teachers, prompts):
+    gc.collect()
+    before = sum(isinstance(thing, CLIPTextModel) for thing in gc.get_objects())
+    trainer = trainer_of(tmp_path, teachers / "sd", prompts=prompts)
+    gc.collect()
+    assert sum(isinstance(thing, CLIPTextModel) for thing in gc.get_objects()) == before
+    weights = [*trainer.objective.network.parameters(), *trainer.objective.teacher.network.parameters()]
+    base = sum(1 for _ in trainer.objective.teacher.network.parameters())
+    own = sum(weight.requires_grad for weight in trainer.objective.network.parameters())
+    assert len({weight.data_ptr() for weight in weights}) == base + own
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"caption_column": "words"}, "words"),
+        ({"class_conditional": True}, "class_conditional is not for text-to-image models"),
+        ({"random_flip": True}, "random_flip is not for latents"),
+        ({"streaming": True}, "streaming is not for text-to-image models"),
+        ({"lora_target_modules": ["to_x"]}, "lora_target_modules to_x: no layer has such a name"),
+        ({"lora_rank": None, "lora_target_modules": None, "lora_alpha": 2.0}, "lora_alpha is for a LoRA"),
+        ({"lora_rank": None, "lora_target_modules": None, "fuse": True}, "fuse is for a LoRA"),
+    ],
+)
+def test_settings_that_can_t_be_followed_are_refused(tmp_path, teachers, pictures, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, teachers / "sd", train_data_dir=pictures, **{"resolution": 8, **settings})

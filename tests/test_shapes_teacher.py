@@ -1,0 +1,154 @@
+"""The teacher of the world of shapes: its parts, a few steps of its training, and its saved pipeline."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
+
+from cm_diffusers.engine.saved.text import encode_prompts, read_text_to_image, too_long
+from cm_diffusers.toys import shapes, shapes_teacher
+from cm_diffusers.toys.shapes_teacher import (
+    CONTEXT,
+    WORDS,
+    Size,
+    encoded,
+    held_out_prompts,
+    judge_prompts,
+    make_autoencoder,
+    make_teacher,
+    make_tokenizer,
+    make_unet,
+    sampled,
+    tokens_of,
+    train,
+)
+
+
+TINY = Size(autoencoder_steps=2, pictures=8, steps=2, autoencoder_batch=4, batch=4)
+PROMPTS = ["two red circles above a blue square", "a green triangle"]
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A pipeline after two steps, and the folder where it is saved."""
+    folder = tmp_path_factory.mktemp("teacher")
+    return make_teacher(folder, say=quiet, size=TINY), folder
+
+
+def test_every_word_of_the_prompts_is_one_token_of_its_own():
+    known = shapes.prompts() + shapes.prompts(held_out=True)
+    assert {word for prompt in known for word in prompt.split()} == set(WORDS)
+    tokenizer = make_tokenizer()
+    tokens = [tokenizer(word).input_ids for word in WORDS]
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert all(len(ids) == 3 and (ids[0], ids[2]) == (start, end) for ids in tokens)
+    assert len({ids[1] for ids in tokens} - {start, end}) == len(WORDS)
+    assert tokenizer.decode(tokenizer(PROMPTS[0]).input_ids, skip_special_tokens=True).strip() == PROMPTS[0]
+
+
+def test_prompts_fit_the_context_and_differ(saved):
+    known = shapes.prompts() + shapes.prompts(held_out=True)
+    assert not too_long(saved[0], known)
+    tokens = tokens_of(saved[0].tokenizer, known)
+    assert tokens.shape == (len(known), CONTEXT) and len(tokens.unique(dim=0)) == len(known)
+    lengths = [len(saved[0].tokenizer(prompt).input_ids) for prompt in known]
+    assert max(lengths) == CONTEXT
+
+
+def test_the_u_net_has_one_to_three_million_parameters():
+    assert 1e6 < sum(weight.numel() for weight in make_unet().parameters()) < 3e6
+
+
+def test_latents_have_unit_variance_and_are_decoded_by_the_stock_rule():
+    vae = make_autoencoder(Size(40, 0, 0, 16), say=quiet)
+    random = np.random.default_rng(0)
+    named = shapes.prompts()[:64]
+    latents = encoded(vae, named, seed=1)
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
+    pictures = torch.from_numpy(np.stack([shapes.draw(prompt, random) for prompt in named]))
+    found = vae.decode(vae.encode(pictures).latents).sample
+    black = (pictures + 1).square().mean()
+    assert (found - pictures).square().mean() < 0.5 * black
+
+
+def test_a_few_steps_lower_the_loss(saved):
+    latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipeline = SimpleNamespace(**saved[0].components)
+    pipeline.unet, pipeline.text_encoder = make_unet(), shapes_teacher.make_text_encoder(pipeline.tokenizer)
+    lines = []
+    list(train(pipeline, 0.1 * latents, shapes.prompts()[:8], Size(0, 0, 200, batch=16), say=lines.append))
+    first, last = (float(line.split("loss ")[1].split(",")[0]) for line in lines)
+    assert last < 0.7 * first
+
+
+def test_training_is_determined_by_the_seed(saved, tmp_path):
+    parts = ("vae", "unet", "text_encoder")
+    again = make_teacher(tmp_path, say=quiet, size=TINY)
+    other = make_teacher(tmp_path, seed=1, say=quiet, size=TINY)
+    for part in parts:
+        first, second, third = (getattr(pipe, part).state_dict() for pipe in (saved[0], again, other))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert not all(torch.equal(first[name], third[name]) for name in first)
+
+
+def test_the_saved_pipeline_gives_the_same_pictures(saved):
+    pipeline, folder = saved
+    loaded = StableDiffusionPipeline.from_pretrained(folder)
+    first, second = (sampled(pipe, PROMPTS, num_inference_steps=3) for pipe in (pipeline, loaded))
+    assert first.shape == (2, 3, 32, 32) and abs(first).max() <= 1
+    assert np.array_equal(first, second)
+
+
+def test_the_saved_pipeline_is_read_as_a_teacher(saved):
+    model = read_text_to_image(saved[0])
+    assert "predicts v_prediction on a scaled_linear VP schedule of 1000 steps" in str(model)
+    assert "32 x 32 pixels" in str(model) and model.sample_shape == (4, 8, 8)
+    assert encode_prompts(saved[0], PROMPTS).entries["text"].shape == (2, CONTEXT, shapes_teacher.WIDTH)
+
+
+@pytest.mark.parametrize("scheduler", [None, LCMScheduler])
+def test_pictures_do_not_depend_on_the_batch(saved, scheduler):
+    pipeline = StableDiffusionPipeline(**saved[0].components, requires_safety_checker=False)
+    if scheduler:
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    both = sampled(pipeline, PROMPTS, num_inference_steps=2)
+    alone = sampled(pipeline, PROMPTS[::-1], num_inference_steps=2, batch_size=1)
+    np.testing.assert_allclose(both, alone[::-1], atol=1e-4)
+    other = sampled(pipeline, PROMPTS, seed=1, num_inference_steps=2)
+    assert abs(both - other).max() > 0.01
+
+
+def test_the_judge_sees_the_pictures_of_the_pipeline():
+    """A pipeline that draws the prompts is right for all; one that shifts them by a place is right for hardly any."""
+
+    class Draws:
+        def __init__(self, shift):
+            self.shift, self.random = shift, np.random.default_rng(0)
+
+        def set_progress_bar_config(self, disable):
+            assert disable
+
+        def __call__(self, prompts, **options):
+            shifted = prompts[self.shift :] + prompts[: self.shift]
+            pictures = np.stack([shapes.draw(prompt, self.random) for prompt in shifted])
+            return SimpleNamespace(images=(pictures.transpose(0, 2, 3, 1) + 1) / 2)
+
+    named = held_out_prompts(50)
+    assert judge_prompts(Draws(0), named, batch_size=20) == 1
+    assert judge_prompts(Draws(1), named, batch_size=20) < 0.1
+
+
+def test_held_out_prompts_are_mixed_and_always_the_same():
+    named = held_out_prompts(400)
+    assert named[:100] == held_out_prompts(100) and len(set(named)) == 400
+    assert set(named) < set(shapes.prompts(held_out=True))
+    counts = [sum(f" {place} " in prompt for prompt in named) for place in shapes.PLACES]
+    assert min(counts) > 60
+    assert any(a > b for a, b in itertools.pairwise(named))
