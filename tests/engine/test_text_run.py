@@ -3,15 +3,19 @@
 import gc
 import json
 import shutil
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextModel
 
 from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.saved.lora import add_lora, save_lora, trained_weights
 from cm_diffusers.engine.training.build import build_trainer
 from cm_diffusers.engine.training.run import main
 from tests.helpers.tiny_text import PIPELINES
@@ -63,8 +67,14 @@ def words(folder, teacher, method="lcm", **settings):
     return flags
 
 
-def train(folder, teacher, method="lcm", **settings):
-    main(words(folder, teacher, method, **settings), ["lcm", "tcd", "cd", "ecd"], "")
+def train(folder, teacher, method="lcm", verify=False, **settings):
+    """Train in this process, without verifying or drawing the result unless `verify`, to save seconds."""
+    with ExitStack() as patches:
+        if not verify:
+            patches.enter_context(mock.patch("cm_diffusers.engine.saved.text_export._verify"))
+            draw = "cm_diffusers.engine.training.text.TextProduct.draw"
+            patches.enter_context(mock.patch(draw, return_value=({}, {})))
+        main(words(folder, teacher, method, **settings), ["lcm", "tcd", "cd", "ecd"], "")
     return folder
 
 
@@ -91,6 +101,34 @@ def test_a_lora_is_distilled_from_prompts_alone_and_resumes_bit_for_bit(tmp_path
     assert {"pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json", "README.md"} <= saved
     with safe_open(whole / "pipeline" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert all(key.startswith("unet.") for key in file.keys())  # noqa: SIM118
+
+
+def test_a_run_draws_its_prompts_verifies_its_lora_and_exports_again_as_a_whole_pipeline(tmp_path, teachers, prompts):
+    style = tmp_path / "style"
+    teacher = PIPELINES["sd"]()
+    add_lora(teacher.unet, rank=2)
+    for weight in trained_weights(teacher.unet).values():
+        torch.nn.init.normal_(weight, std=0.3)
+    save_lora(teacher, style)
+    settings = {"prompts": prompts, "teacher_lora": [style], "validation_prompts": ["a red square", "two circles"]}
+    folder = train(tmp_path / "run", teachers / "sd", verify=True, validation_steps=4, **settings)
+    assert (folder / "samples" / "step-0000004.png").is_file() and (folder / "pipeline/samples/prompts.png").is_file()
+    lora = StableDiffusionPipeline.from_pretrained(teachers / "sd", safety_checker=None)
+    lora.load_lora_weights(style)
+    lora.fuse_lora()
+    lora.unload_lora_weights()
+    lora.load_lora_weights(folder / "pipeline")
+    lora.scheduler = LCMScheduler.from_pretrained(folder / "pipeline", subfolder="scheduler")
+    train(folder, teachers / "sd", verify=True, validation_steps=4, fuse=True, **settings)
+    whole = DiffusionPipeline.from_pretrained(folder / "pipeline")
+    images = []
+    for pipe in (lora, whole):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(
+            pipe("a red circle", num_inference_steps=2, guidance_scale=1, generator=generator, output_type="np")
+        )
+    assert abs(images[0].images - images[1].images).max() < 1e-4
 
 
 @pytest.mark.parametrize("method", ["tcd", "cd", "ecd"])

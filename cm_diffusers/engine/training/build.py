@@ -95,12 +95,10 @@ def build_objective(
     start = build_start(
         config.model, data, config.run.seed, teacher=models.teacher, method=method, options=options, saved=models.start
     )
-    size, channels = images.resolution, images.channels
-    if isinstance(images, TextData):
-        size, channels = images.pixels, images.vae.config.in_channels
+    text = isinstance(images, TextData)  # has no images, and its settings have a resolution
     known = Known(
-        size,
-        channels,
+        None if text else images.resolution,
+        None if text else images.channels,
         data.channels * math.prod(data.resolution),
         None if start.pretrained else start.spec.time_label,
     )
