@@ -49,7 +49,18 @@ def save_with_code(pipeline: DiffusionPipeline, folder: Any, *args: Any, **kwarg
     """Save `pipeline` in `folder` as diffusers does, together with the code of the library's classes.
 
     Further arguments are those of `DiffusionPipeline.save_pretrained`. No saved file names a folder of this machine.
+
+    Raises:
+        ValueError: a network carries an adapter, whose layout diffusers could not load.
     """
+    for name, part in _components(pipeline).items():
+        adapters = getattr(part, "peft_config", None)
+        if adapters:
+            raise ValueError(
+                f"the {name} of this pipeline has adapters: {', '.join(adapters)}. Make them a part of the weights"
+                " first (pipe.fuse_lora(), then pipe.unload_lora_weights()), or save them alone"
+                " (pipe.save_lora_weights)."
+            )
     for name, text in travelling_files(pipeline).items():  # first, because push_to_hub uploads the folder
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.core.conditions import Condition, call_network
 from cm_diffusers.core.frozen import changing_state, copied, load_changing_state
 from cm_diffusers.engine.saved.lora import add_lora, fused_state, has_lora, lora_state, save_lora, trained_weights
@@ -125,3 +126,11 @@ def test_what_has_no_adapter_says_so():
         add_lora(network, rank=2)
     with pytest.raises(ValueError, match="no layer has such a name"):
         add_lora(build_unet("tiny", (8, 8), 1), rank=2, target_modules=["nothing"])
+
+
+def test_a_pipeline_whose_network_has_an_adapter_is_not_saved_in_a_layout_that_nobody_loads(tmp_path):
+    unet = add_lora(build_unet("tiny", (8, 8), 1), rank=2, target_modules=["to_q"])
+    pipe = ConsistencyPipeline(unet, MultistepConsistencyScheduler())
+    with pytest.raises(ValueError, match="unet of this pipeline has adapters: default. Make them a part of the wei"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
