@@ -10,9 +10,10 @@ from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.core.conditions import Condition, call_network
 from cm_diffusers.core.frozen import changing_state, copied, load_changing_state
 from cm_diffusers.engine.saved.lora import add_lora, fused_state, has_lora, lora_state, save_lora, trained_weights
-from cm_diffusers.models import build_unet
+from cm_diffusers.models import JVPUNet2DModel, build_unet
 from cm_diffusers.models.text_unet import with_conditions
 from tests.helpers.stock_text_pipelines import TEXT_TO_IMAGE, WIDTH
+from tests.helpers.training_runs import run, tensors
 
 
 def perturbed(network):
@@ -134,3 +135,19 @@ def test_a_pipeline_whose_network_has_an_adapter_is_not_saved_in_a_layout_that_n
     with pytest.raises(ValueError, match="unet of this pipeline has adapters: default. Make them a part of the wei"):
         pipe.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_images_is_trained_by_a_lora_and_saved_with_it_fused(tmp_path):
+    teacher = run(tmp_path / "teacher", "diffusion", max_train_steps=2, model_preset="jvp_tiny", time_label="angle")
+    taught = {"pretrained_teacher_model": teacher / "pipeline", "lora_rank": 2, "learning_rate": 1e-2}
+    folder = run(tmp_path / "student", "cd", max_train_steps=4, num_scales=8, **taught)
+    groups = {name for group, name in tensors(folder) if group in ("model", "auxiliary.target")}
+    assert groups and all("lora" in name for name in groups)
+    states = [JVPUNet2DModel.from_pretrained(path / "pipeline" / "unet").state_dict() for path in (teacher, folder)]
+    assert states[0].keys() == states[1].keys()
+    changed = {name for name, value in states[0].items() if not torch.equal(value, states[1][name])}
+    assert changed and all(name.endswith("weight") for name in changed)
+    with pytest.raises(ValueError, match="lora_rank can't be used, because ctm adds an input to the network"):
+        run(tmp_path / "ctm", "ctm", lora_rank=2, pretrained_teacher_model=teacher / "pipeline")
+    with pytest.raises(ValueError, match="lora_rank can't be used, because a new network has no base"):
+        run(tmp_path / "new", "ect", lora_rank=2)
