@@ -75,6 +75,7 @@ setup(
         "demo": DEMO,
         "lora": LORA,
         "lpips": ["lpips>=0.1.4"],  # requires torchvision
+        "nf4": ["bitsandbytes>=0.50"],
         "test": DEMO + LORA + TEST,
         "dev": DEMO + LORA + TEST + QUALITY,
     },

@@ -126,6 +126,7 @@ def measure_base(base: str, config: dict[str, Any], accelerator: Accelerator, st
     try:
         run = build(base, config, accelerator)
     except ValueError as error:  # a package is missing
+        print(f"{base:>13} {error}")
         return [{"base": base, "skipped": str(error)}]
     gc.collect()
     weights = round(torch.cuda.memory_allocated() / 1e9, 2) if accelerator.device.type == "cuda" else None
@@ -152,17 +153,15 @@ def main() -> None:
     config = TINY if args.tiny else SDXL
     columns = ("base", "weights GB", "batch", "checkpointing", "seconds", "peak GB")
     print(" ".join(f"{column:>13}" for column in columns))
-    rows = []
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    machine = {"device": name, "python": platform.python_version(), "torch": torch.__version__}
+    report = {"machine": machine, "rank": RANK, "tiny": args.tiny, "rows": []}
     for base in args.bases:
-        rows += measure_base(base, config, accelerator, args.steps)
+        report["rows"] += measure_base(base, config, accelerator, args.steps)
+        args.output.write_text(json.dumps(report, indent=2))
         accelerator.free_memory()
         gc.collect()
         torch.cuda.empty_cache()
-        if "skipped" in rows[-1]:
-            print(f"{base:>13} {rows[-1]['skipped']}")
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    machine = {"device": name, "python": platform.python_version(), "torch": torch.__version__}
-    args.output.write_text(json.dumps({"machine": machine, "rank": RANK, "tiny": args.tiny, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,16 @@ def test_every_method_whose_step_is_timed_takes_one(tmp_path):
         assert not all(map(torch.equal, before, after)), name
 
 
+def test_the_text_to_image_step_that_is_timed_changes_the_adapter(tmp_path):
+    text_step = load_script("text_step", "benchmarks")
+    trainer = text_step.build_trainer(str(tmp_path), Accelerator(), 2)
+    network = trainer.objective.network
+    before = {name: weight.clone() for name, weight in network.named_parameters()}
+    trainer.take_step(trainer.data.batches(trainer.share, 0), Stopping())
+    changed = {name for name, weight in network.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed and all("lora" in name for name in changed)
+
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
 

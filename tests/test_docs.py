@@ -21,7 +21,7 @@ from tests.helpers.stock_text_pipelines import TEXT_TO_IMAGE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-ELSEWHERE = ["add_a_method.md"]  # tests/engine/test_new_method.py runs its blocks
+ELSEWHERE = ["add_a_method.md", "text.md"]  # engine/test_new_method.py and hub/test_text_journey.py run such blocks
 
 
 def blocks(page, language):

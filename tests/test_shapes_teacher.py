@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import LCMScheduler, StableDiffusionPipeline
 
 from cm_diffusers.engine.saved.text import encode_prompts, read_text_to_image, too_long
@@ -13,21 +14,25 @@ from cm_diffusers.toys import shapes, shapes_teacher
 from cm_diffusers.toys.shapes_teacher import (
     CONTEXT,
     WORDS,
+    MeanLatents,
     Size,
+    drawn_prompts,
+    embedded,
     encoded,
     held_out_prompts,
     judge_prompts,
     make_autoencoder,
     make_teacher,
+    make_text_encoder,
     make_tokenizer,
     make_unet,
     sampled,
     tokens_of,
-    train,
+    train_unet,
 )
 
 
-TINY = Size(autoencoder_steps=2, pictures=8, steps=2, autoencoder_batch=4, batch=4)
+TINY = Size(2, 2, 2, pictures=8, autoencoder_batch=4, text_batch=4, batch=4)
 PROMPTS = ["two red circles above a blue square", "a green triangle"]
 
 
@@ -59,7 +64,7 @@ def test_prompts_fit_the_context_and_differ(saved):
     tokens = tokens_of(saved[0].tokenizer, known)
     assert tokens.shape == (len(known), CONTEXT) and len(tokens.unique(dim=0)) == len(known)
     lengths = [len(saved[0].tokenizer(prompt).input_ids) for prompt in known]
-    assert max(lengths) == CONTEXT
+    assert max(lengths) < CONTEXT  # the encoder is causal: the paddings see all words
 
 
 def test_the_u_net_has_one_to_three_million_parameters():
@@ -67,7 +72,7 @@ def test_the_u_net_has_one_to_three_million_parameters():
 
 
 def test_latents_have_unit_variance_and_are_decoded_by_the_stock_rule():
-    vae = make_autoencoder(Size(40, 0, 0, 16), say=quiet)
+    vae = make_autoencoder(Size(40, 0, 0, 0, autoencoder_batch=16), say=quiet)
     random = np.random.default_rng(0)
     named = shapes.prompts()[:64]
     latents = encoded(vae, named, seed=1)
@@ -78,14 +83,55 @@ def test_latents_have_unit_variance_and_are_decoded_by_the_stock_rule():
     assert (found - pictures).square().mean() < 0.5 * black
 
 
+def averages(prompts, random):
+    """Pictures (n, 4, 8, 8) of prompts as latents without an autoencoder: mean colours of 4 x 4 pixels, and zeros."""
+    pictures = torch.from_numpy(np.stack([shapes.draw(prompt, random) for prompt in prompts]))
+    return F.pad(F.avg_pool2d(pictures, 4), (0, 0, 0, 0, 0, 1))
+
+
+def test_the_text_encoder_learns_what_is_where(monkeypatch):
+    heads, random = [], np.random.default_rng(0)
+    monkeypatch.setattr(shapes_teacher, "MeanLatents", lambda kind=MeanLatents: heads.append(kind()) or heads[-1])
+    named = drawn_prompts(600)
+    size, tokenizer = Size(0, 100, 0, 0, text_batch=32), make_tokenizer()
+    encoder = make_text_encoder(tokenizer, latents := averages(named, random), named, size, say=quiet)
+    others = held_out_prompts(60)
+    wanted = averages(others, random)
+    with torch.no_grad():
+        found = heads[0](encoder(tokens_of(tokenizer, others)).last_hidden_state)
+    assert F.mse_loss(found, wanted) < 0.8 * F.mse_loss(latents.mean(0).expand_as(wanted), wanted)
+
+
+def test_the_head_puts_each_cell_in_its_place():
+    head = MeanLatents()
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.zero_()
+        head.cells.copy_(torch.eye(4, shapes_teacher.WIDTH))
+        head.out = torch.nn.Linear(shapes_teacher.WIDTH, 64, bias=False)
+        head.out.weight.zero_()
+        head.out.weight[:16, 1] = torch.arange(16.0)  # the first channel of the cell at the top right
+        head.out.weight[63, 2] = 7.0  # the last pixel of the last channel of the cell at the bottom left
+        found = head(torch.zeros(1, 3, shapes_teacher.WIDTH))[0]
+    assert torch.equal(found[0, :4, 4:].flatten(), torch.arange(16.0))
+    assert found[3, 7, 3] == 7 and found.count_nonzero() == 16
+
+
 def test_a_few_steps_lower_the_loss(saved):
-    latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    pipeline = SimpleNamespace(**saved[0].components)
-    pipeline.unet, pipeline.text_encoder = make_unet(), shapes_teacher.make_text_encoder(pipeline.tokenizer)
+    latents = 0.1 * torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipeline = StableDiffusionPipeline(**saved[0].components | {"unet": make_unet()}, requires_safety_checker=False)
     lines = []
-    list(train(pipeline, 0.1 * latents, shapes.prompts()[:8], Size(0, 0, 200, batch=16), say=lines.append))
+    list(train_unet(pipeline, latents, shapes.prompts()[:8], Size(0, 0, 200, 0, batch=8), say=lines.append))
     first, last = (float(line.split("loss ")[1].split(",")[0]) for line in lines)
     assert last < 0.7 * first
+
+
+def test_embeddings_are_those_of_the_pipeline_with_the_empty_prompt_first(saved):
+    text, rows = embedded(saved[0], [PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    wanted = encode_prompts(saved[0], PROMPTS)
+    assert rows.tolist() == [1, 2, 1] and len(text) == 3
+    torch.testing.assert_close(text[0], wanted.nulls["text"])
+    torch.testing.assert_close(text[1:], wanted.entries["text"])
 
 
 def test_training_is_determined_by_the_seed(saved, tmp_path):

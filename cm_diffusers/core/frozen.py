@@ -18,7 +18,7 @@ def copied(network: nn.Module) -> nn.Module:
 
 
 def changing_state(module: nn.Module, network: nn.Module) -> dict[str, Tensor]:
-    """The state dict of `module` without the weights that are frozen in `network`, if it shares any of them.
+    """The state dict of `module`, tensors (any shape) by name, without weights that it shares with `network` frozen.
 
     Args:
         module: `network` itself, a copy by `copied`, or a module that shares nothing with it.

@@ -1,9 +1,14 @@
 """A small Stable Diffusion of the world of shapes: text to pictures of 32 x 32 pixels, trained on the CPU in minutes.
 
-It is a stock `StableDiffusionPipeline`, for which few-step students can be made: an autoencoder without norms
-(`AutoencoderTiny`, as in TAESD), a CLIP text encoder whose tokens are words, and a U-Net with cross-attention. Text
-encoder and U-Net learn together to predict v (Salimans & Ho 2022, arXiv:2202.00512) from noisy latents, with empty
-prompts for classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
+It is a stock `StableDiffusionPipeline`, for which few-step students can be made. Its parts are trained one after the
+other, as those of Stable Diffusion were:
+
+1. an autoencoder without norms (`AutoencoderTiny`, as in TAESD);
+2. a CLIP text encoder whose tokens are words: from its embeddings a small head predicts the mean latents of a prompt;
+3. a U-Net with cross-attention, which predicts v (Salimans & Ho 2022, arXiv:2202.00512) from noisy latents. Some of
+   its prompts are empty, for classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
+
+The second part saves most of the time: what is where in a prompt is learned far faster without noise.
 """
 
 import time
@@ -25,13 +30,14 @@ from cm_diffusers.toys import shapes
 
 WORDS = ("a", "two", *shapes.COLOURS, *shapes.SHAPES, *(f"{shape}s" for shape in shapes.SHAPES))
 WORDS += ("above", "below", "left", "right", "of")
-CONTEXT = 10  # tokens of the longest prompt, with those of the start and the end
-WIDTH = 64  # of the text encoder
+CONTEXT = 12  # tokens; the longest prompt has 10 with those of the start and the end, the others see all words
+WIDTH = 96  # of the text encoder
 LATENT_CHANNELS = 4
+SIDE = shapes.CELL // 4  # of a cell in latents
 LATENT_NOISE = 0.15  # that the decoder learns to bear, as a share of the latents' standard deviation
 NO_PROMPT = 0.1  # share of the pictures that the U-Net sees with the empty prompt
 GUIDANCE_SCALE = 3.0  # with which the teacher is right most often
-SAVED_EVERY = 400  # steps
+SAVED_EVERY = 300  # steps
 
 
 @dataclass(frozen=True)
@@ -39,21 +45,22 @@ class Size:
     """How long the teacher is trained.
 
     Args:
-        autoencoder_steps: steps of the autoencoder.
-        pictures: number of pictures that are drawn and encoded for the U-Net.
-        steps: steps of the U-Net and the text encoder.
-        autoencoder_batch, batch: pictures in a step.
+        autoencoder_steps, text_steps, steps: steps of the autoencoder, the text encoder and the U-Net.
+        pictures: number of pictures that are drawn and encoded for the text encoder and the U-Net.
+        autoencoder_batch, text_batch, batch: pictures in a step of each.
     """
 
     autoencoder_steps: int
-    pictures: int
+    text_steps: int
     steps: int
+    pictures: int
     autoencoder_batch: int = 32
+    text_batch: int = 128
     batch: int = 48
 
 
-FULL = Size(600, 20_000, 2200)
-QUICK = Size(200, 4_000, 150)
+FULL = Size(600, 300, 1500, pictures=20_000)
+QUICK = Size(200, 150, 150, pictures=4_000)
 
 
 def make_teacher(
@@ -70,13 +77,14 @@ def make_teacher(
     vae = make_autoencoder(size, seed, say)
     named = drawn_prompts(size.pictures, seed)
     latents = encoded(vae, named, seed)
-    torch.manual_seed(derive_seed("shapes teacher", seed))
     tokenizer = make_tokenizer()
+    text_encoder = make_text_encoder(tokenizer, latents, named, size, seed, say)
+    torch.manual_seed(derive_seed("shapes U-Net", seed))
     pipeline = StableDiffusionPipeline(
-        vae, make_text_encoder(tokenizer), tokenizer, make_unet(), make_scheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae, text_encoder, tokenizer, make_unet(), make_scheduler(), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
-    for _ in train(pipeline, latents, named, size, seed, say):
+    for _ in train_unet(pipeline, latents, named, size, seed, say):
         pipeline.save_pretrained(folder)
     return pipeline
 
@@ -98,20 +106,63 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=CONTEXT)
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A text encoder of two layers with random weights, for the tokens of `tokenizer`."""
+def make_text_encoder(
+    tokenizer: CLIPTokenizer,
+    latents: Tensor,
+    prompts: Sequence[str],
+    size: Size = FULL,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> CLIPTextModel:
+    """Train a text encoder of three layers, from whose embeddings a head predicts the mean latents of a prompt.
+
+    Args:
+        tokenizer: tokenizer of the prompts.
+        latents: (n, 4, 8, 8), of unit variance.
+        prompts: the n prompts of the latents.
+        size: number of steps and batch size.
+        seed: determines the initial weights and the order.
+        say: receives a line every 100 steps.
+    """
+    torch.manual_seed(derive_seed("shapes text encoder", seed))
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, projection_dim=WIDTH,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=CONTEXT,
+        num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=CONTEXT,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return CLIPTextModel(config)
+    encoder, head, tokens = CLIPTextModel(config), MeanLatents(), tokens_of(tokenizer, prompts)
+    optimiser, begin = Optimiser(nn.ModuleList([encoder, head]), 2e-3, size.text_steps), time.perf_counter()
+    for step in range(size.text_steps):
+        rows = torch.randint(len(latents), (size.text_batch,))
+        error = F.mse_loss(head(encoder(tokens[rows]).last_hidden_state), latents[rows])
+        optimiser.step(error)
+        if (step + 1) % 100 == 0:
+            seconds = time.perf_counter() - begin
+            say(f"text encoder: step {step + 1} of {size.text_steps}, error {error:.4f}, {seconds:.0f} s")
+    return encoder.requires_grad_(False).eval()
+
+
+class MeanLatents(nn.Module):
+    """A head that reads embeddings of a prompt by attention, once for each cell, and predicts latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.Parameter(torch.randn(4, WIDTH))
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        hidden, values = 2 * WIDTH, LATENT_CHANNELS * SIDE**2
+        self.out = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, hidden), nn.GELU(), nn.Linear(hidden, values))
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Latents (B, 4, 8, 8) from embeddings (B, n, d)."""
+        cells = self.cells.expand(len(text), -1, -1)
+        found = self.out(cells + self.attention(cells, text, text, need_weights=False)[0])
+        return F.fold(found.transpose(1, 2), (2 * SIDE, 2 * SIDE), SIDE, stride=SIDE)
 
 
 def make_unet() -> UNet2DConditionModel:
     """A U-Net of 2.5 M parameters with random weights. It reads the prompt where a position is a cell (2 x 2)."""
     return UNet2DConditionModel(
-        sample_size=shapes.SIZE // 4, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        sample_size=2 * SIDE, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), block_out_channels=(32, 64, 96),
         layers_per_block=1, attention_head_dim=4, cross_attention_dim=WIDTH, norm_num_groups=16,
@@ -190,7 +241,7 @@ def encoded(vae: AutoencoderTiny, prompts: Sequence[str], seed: int = 0, batch: 
     return torch.cat(parts)
 
 
-def train(
+def train_unet(
     pipeline: StableDiffusionPipeline,
     latents: Tensor,
     prompts: Sequence[str],
@@ -198,41 +249,48 @@ def train(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> Iterator[float]:
-    """Train the U-Net and the text encoder; yields the mean loss every `SAVED_EVERY` steps and at the end.
+    """Train the U-Net; yields the mean of the last 100 losses every `SAVED_EVERY` steps and at the end.
 
-    At each yield the networks have averaged weights. Their half-life is 5 % of the pictures so far.
+    At each yield the U-Net has averaged weights. Their half-life is 5 % of the pictures so far.
 
     Args:
-        pipeline: its U-Net and text encoder are trained in place.
+        pipeline: its U-Net is trained in place.
         latents: (n, 4, 8, 8), of unit variance.
         prompts: the n prompts of the latents.
         size: number of steps and batch size.
         seed: determines noise, times, order, and where the prompt is empty.
         say: receives a line every 100 steps.
     """
-    generator = torch.Generator().manual_seed(derive_seed("shapes training", seed))
-    tokens, empty = tokens_of(pipeline.tokenizer, prompts), tokens_of(pipeline.tokenizer, [""])
-    networks = nn.ModuleList([pipeline.unet, pipeline.text_encoder]).train()
-    optimiser, ema = Optimiser(networks, 1.5e-3, size.steps), EMA(networks, [HalfLife(10.0)])
+    generator, unet = torch.Generator().manual_seed(derive_seed("shapes training", seed)), pipeline.unet.train()
+    text, rows_of = embedded(pipeline, prompts)
+    optimiser, ema = Optimiser(unet, 1.5e-3, size.steps), EMA(unet, [HalfLife(10.0)])
     losses, begin = [], time.perf_counter()
-    for step in range(size.steps):
+    for step in range(1, size.steps + 1):
         rows = torch.randint(len(latents), (size.batch,), generator=generator)
-        dropped = torch.rand(size.batch, 1, generator=generator) < NO_PROMPT
-        loss = v_loss(pipeline, latents[rows], torch.where(dropped, empty, tokens[rows]), generator)
+        shown = torch.where(torch.rand(size.batch, generator=generator) < NO_PROMPT, 0, rows_of[rows])
+        loss = v_loss(unet, pipeline.scheduler, latents[rows], text[shown], generator)
         optimiser.step(loss)
-        ema.update((step + 1) * size.batch, size.batch)
+        ema.update(step * size.batch, size.batch)
         losses.append(loss.item())
-        if (step + 1) % 100 == 0:
+        if step % 100 == 0:
             seconds = time.perf_counter() - begin
-            say(f"U-Net: step {step + 1} of {size.steps}, loss {np.mean(losses[-100:]):.4f}, {seconds:.0f} s")
-        if (step + 1) % SAVED_EVERY == 0 or step + 1 == size.steps:
-            current = {name: value.clone() for name, value in networks.state_dict().items()}
-            networks.load_state_dict(next(iter(ema.shadows.values())))
-            networks.eval()
+            say(f"U-Net: step {step} of {size.steps}, loss {np.mean(losses[-100:]):.4f}, {seconds:.0f} s")
+        if step % SAVED_EVERY == 0 or step == size.steps:
+            current = {name: value.clone() for name, value in unet.state_dict().items()}
+            unet.load_state_dict(next(iter(ema.shadows.values())))
+            unet.eval()
             yield float(np.mean(losses[-100:]))
-            if step + 1 < size.steps:
-                networks.load_state_dict(current)
-                networks.train()
+            if step < size.steps:
+                unet.load_state_dict(current)
+                unet.train()
+
+
+@torch.no_grad()
+def embedded(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Embeddings (m, CONTEXT, d) of the empty prompt and the different `prompts`, and the row of each prompt (n,)."""
+    known = {prompt: row for row, prompt in enumerate(["", *dict.fromkeys(prompts)])}
+    text = pipeline.text_encoder(tokens_of(pipeline.tokenizer, list(known))).last_hidden_state
+    return text, torch.tensor([known[prompt] for prompt in prompts])
 
 
 def tokens_of(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
@@ -240,23 +298,24 @@ def tokens_of(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def v_loss(pipeline: StableDiffusionPipeline, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+def v_loss(
+    unet: UNet2DConditionModel, scheduler: DDIMScheduler, latents: Tensor, text: Tensor, generator: torch.Generator
+) -> Tensor:
     """Mean squared error () of v at times drawn one from each of B equal parts of the process.
 
     Args:
-        pipeline: the pipeline whose U-Net, text encoder and scheduler are used.
+        unet: the network.
+        scheduler: the process.
         latents: clean latents (B, 4, 8, 8).
-        tokens: ids of the prompts (B, CONTEXT).
+        text: embeddings of the prompts (B, n, d).
         generator: draws times and noise.
     """
-    scheduler, rows = pipeline.scheduler, len(latents)
-    shares = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
-    times = (shares * scheduler.config.num_train_timesteps).long().clamp(max=scheduler.config.num_train_timesteps - 1)
+    count, last = len(latents), scheduler.config.num_train_timesteps - 1
+    times = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    times = (last * times).round().long()
     noise = torch.randn(latents.shape, generator=generator)
     noisy = scheduler.add_noise(latents, noise, times)
-    text = pipeline.text_encoder(tokens).last_hidden_state
-    found = pipeline.unet(noisy, times, text).sample
-    return F.mse_loss(found, scheduler.get_velocity(latents, noise, times))
+    return F.mse_loss(unet(noisy, times, text).sample, scheduler.get_velocity(latents, noise, times))
 
 
 def held_out_prompts(count: int) -> list[str]:

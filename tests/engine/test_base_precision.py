@@ -27,9 +27,8 @@ from cm_diffusers.models.text_unet import with_conditions
 from tests.helpers.tiny_text import PIPELINES, WIDTH
 
 
-ALL = [("no", "no"), ("no", "bf16"), ("fp16", "fp16"), ("bf16", "bf16"), (None, "bf16")]
-ALL += [("int8", "no"), ("int8", "fp16"), ("int8", "bf16"), ("nf4", "no"), ("nf4", "fp16"), ("nf4", "bf16")]
-BITS = [pair for pair in ALL if pair[0] in ("int8", "nf4")]
+ALL = [("no", "bf16"), ("fp16", "fp16"), (None, "bf16")]
+ALL += [("int8", "no"), ("int8", "bf16"), ("nf4", "no"), ("nf4", "fp16")]
 KINDS = {"int8": Int8Linear, "nf4": NF4Linear}
 # on the tiny U-Net: relative errors of the output, and cosines of the adapter's gradient, with that on float32
 ERRORS = {"no": 0, "fp16": 0.0006, "bf16": 0.005, "int8": 0.0003, "nf4": 0.003}
@@ -45,7 +44,8 @@ def packages(request):
 
 
 def case():
-    """A text-to-image U-Net in float32, and its output for a fixed input."""
+    """A text-to-image U-Net in float32, and a function that calls a network with a fixed input."""
+    torch.manual_seed(0)
     unet = with_conditions(PIPELINES["sdxl"]().unet.eval())
     entries = {"text": torch.randn(2, 3, 2 * WIDTH), "pooled": torch.randn(2, WIDTH), "sizes": torch.full((2, 6), 8.0)}
     x, times = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 500.0])
@@ -152,10 +152,10 @@ def test_the_layer_follows_autocast(asked, dtype):
     assert layer(x).dtype == torch.float32 and layer(x.to(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("asked, mixed", BITS)
-def test_gradient_checkpointing_changes_no_gradient(asked, mixed):
+@pytest.mark.parametrize("asked", KINDS)
+def test_gradient_checkpointing_changes_no_gradient(asked):
     unet, call = case()
-    student = student_of(set_base_precision(unet, asked, mixed, "cpu")).train()
+    student = student_of(set_base_precision(unet, asked, "bf16", "cpu")).train()
     expected = gradient(student, call)
     student.zero_grad()
     student.enable_gradient_checkpointing()

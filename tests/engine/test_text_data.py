@@ -5,6 +5,7 @@ import json
 import threading
 import weakref
 import zipfile
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -17,11 +18,13 @@ from PIL import Image
 from cm_diffusers.core.draws import Draws, derive_seed
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import row_cache
+from cm_diffusers.engine.data import text_data as text_data_module
 from cm_diffusers.engine.data.captions import read_prompts
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.latents import encode
 from cm_diffusers.engine.data.order import ProcessShare
 from cm_diffusers.engine.data.text_data import PromptData, TextData, sampler_of
+from cm_diffusers.engine.saved import prompt_cache
 from cm_diffusers.engine.saved.text import encode_prompts
 from cm_diffusers.engine.training.batches import as_they_are, as_trained
 from tests.helpers.tiny_text import PIPELINES
@@ -309,13 +312,14 @@ def test_batches_depend_on_the_seed_alone_and_not_on_the_number_of_processes(tmp
     assert not all(torch.equal(a["images"], b["images"]) for a, b in zip(one, others))
 
 
-def test_two_processes_share_the_work(tmp_path):
+def test_two_processes_share_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_cache, "_without_warnings", nullcontext)  # it is global, and these are threads
     folder_of(tmp_path / "data", CAPTIONS)
+    pipes = [PIPELINES["sd"]() for _ in range(2)]
     barrier, counts, made = threading.Barrier(2), [0, 0], [None, None]
 
     def process(rank):
-        pipe = PIPELINES["sd"]()
-        real = pipe.vae.encode
+        pipe, real = pipes[rank], pipes[rank].vae.encode
 
         def counted(pixels):
             counts[rank] += len(pixels)
@@ -488,7 +492,8 @@ def change_the_scheduler(pipe):
     [{"seed": 6}, {"scale": 2.0}, {"settings": {"resolution": [16]}}, change_a_weight, change_the_scheduler],
     ids=["seed", "scale", "size", "weight", "scheduler"],
 )
-def test_the_samples_of_another_teacher_or_setting_are_never_read(tmp_path, other):
+def test_the_samples_of_another_teacher_or_setting_are_never_read(tmp_path, other, monkeypatch):
+    monkeypatch.setattr(text_data_module, "TEACHER_STEPS", 2)
     first = prompt_data(tmp_path, PIPELINES["sd"]())
     again, said = prompt_data(tmp_path, PIPELINES["sd"]()), []
     assert again.images.caches[0].folder == first.images.caches[0].folder

@@ -26,7 +26,7 @@ def save_prompt_grid(path: Path, prompts: Sequence[str], columns: Sequence[tuple
         prompts: B prompts, one for each row.
         columns: titles with images (B, H, W, 3) in [0, 1]. Large images are reduced.
     """
-    grids = [(title, _reduced(image_grid(images, 1, min_side=SMALLEST))) for title, images in columns]
+    grids = [(title, _reduced(image_grid(list(images), 1, min_side=SMALLEST))) for title, images in columns]
     texts = Image.new("RGB", (WIDTH, grids[0][1].height), "white")
     for i, prompt in enumerate(prompts):
         _write(texts, prompt, top=i * texts.height // len(prompts), height=texts.height // len(prompts))

@@ -236,7 +236,9 @@ def _whole(pipeline: DiffusionPipeline, base: str, loras: list[str], **source: A
     if any(getattr(pipeline, name, 0) is None for name in PARTS):
         with looked_up(base, revision=source["revision"]) as cached:
             given = {} if loras else parts  # LoRAs are fused into a whole pipeline
-            loaded = type(pipeline).from_pretrained(base, local_files_only=cached, **source, **given)
+            loaded = type(pipeline).from_pretrained(
+                base, use_safetensors=True, local_files_only=cached, **source, **given
+            )
         fuse_loras(loaded, loras)
         parts = {**loaded.components, **parts}
     whole = copy.copy(pipeline)
@@ -288,8 +290,8 @@ def _verify(pipeline: DiffusionPipeline, folder: Path, **source: Any) -> None:
     redo = f"It is kept in {folder}. The checkpoints of the run are sound, and the same command exports again."
     with tempfile.TemporaryDirectory() as results:
         images = Path(results, "images.npy")
-        task = {"folder": str(folder.resolve()), "images": str(images), "weights": None, "paths": sys.path}
-        task |= {"threads": torch.get_num_threads(), **source}
+        task: dict[str, Any] = {"folder": str(folder.resolve()), "images": str(images), "weights": None, **source}
+        task |= {"threads": torch.get_num_threads(), "paths": sys.path}
         if has_lora(pipeline.unet) and (rounded := _rounded_base(pipeline.unet)):
             task["weights"] = str(Path(results, "base.safetensors"))
             save_file(rounded, task["weights"])
@@ -310,19 +312,3 @@ def _rounded_base(network: nn.Module) -> dict[str, Tensor]:
         return {}
     state = {name: value for name, value in full_state(network).items() if "lora_" not in name}
     return {name.replace(".base_layer.", "."): value.float().cpu().contiguous() for name, value in state.items()}
-
-
-def refuse_adapters(pipeline: DiffusionPipeline) -> None:
-    """Check that no network of a pipeline carries an adapter, before diffusers would save it in an unreadable layout.
-
-    Raises:
-        ValueError: a network has adapters; the message says how to save them.
-    """
-    for name, part in pipeline.components.items():
-        adapters = getattr(part, "peft_config", None)
-        if adapters and isinstance(part, nn.Module):
-            raise ValueError(
-                f"the {name} of this pipeline has adapters: {', '.join(adapters)}. Save the adapters alone by"
-                " pipe.save_lora_weights(folder, ...), or make them a part of the weights first, by pipe.fuse_lora()"
-                " and pipe.unload_lora_weights()."
-            )
