@@ -40,8 +40,9 @@ ROOMS = {
     "pictures": (),
     "saved": ("data",),
     "sharing": ("data",),
+    "text": ("data", "pictures", "saved", "sharing"),
     "deploy": ("sharing",),
-    "training": ("data", "pictures", "saved", "sharing"),
+    "training": ("data", "pictures", "saved", "sharing", "text"),
     "evaluation": ("data", "pictures", "saved", "sharing", "training"),
 }
 

@@ -73,7 +73,7 @@ def test_a_model_can_be_used_with_the_base_alone(setup):
 
 def test_an_installed_package_can_train_and_export(setup):
     used = set(imported("cm_diffusers/engine", "cm_diffusers/evaluation", "training"))
-    assert used - {"peft"} <= bounds(setup["install_requires"]).keys()  # peft: the extra lora
+    assert used - {"peft", "bitsandbytes"} <= bounds(setup["install_requires"]).keys()  # the extras lora and nf4
 
 
 def test_the_lower_bounds_are_those_that_are_tried(setup):

@@ -151,8 +151,8 @@ class ModelArguments(Options):
     )
     base_precision: str | None = option(
         None,
-        "Precision of the frozen weights below a LoRA; int8 needs torchao, and nf4 needs bitsandbytes. Default: the"
-        " one of --mixed_precision.",
+        "Precision of the frozen weights below a LoRA; fp16 and bf16 need the same --mixed_precision, and nf4 needs"
+        " bitsandbytes. Default: the one of --mixed_precision.",
         choices=["no", "fp16", "bf16", "int8", "nf4"],
     )
     unet_time_cond_proj_dim: int | None = option(

@@ -37,7 +37,7 @@ SIDE = shapes.CELL // 4  # of a cell in latents
 LATENT_NOISE = 0.15  # that the decoder learns to bear, as a share of the latents' standard deviation
 NO_PROMPT = 0.1  # share of the pictures that the U-Net sees with the empty prompt
 GUIDANCE_SCALE = 3.0  # with which the teacher is right most often
-SAVED_EVERY = 300  # steps
+SAVED_EVERY = 400  # steps
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Size:
     pictures: int
     autoencoder_batch: int = 32
     text_batch: int = 128
-    batch: int = 48
+    batch: int = 128
 
 
-FULL = Size(600, 300, 1500, pictures=20_000)
-QUICK = Size(200, 150, 150, pictures=4_000)
+FULL = Size(600, 300, 1000, pictures=20_000)
+QUICK = Size(150, 100, 80, pictures=3_000)
 
 
 def make_teacher(

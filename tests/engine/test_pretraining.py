@@ -14,7 +14,7 @@ from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.core.labelled_augmentation import augment
 from cm_diffusers.engine.config import parse_config
 from cm_diffusers.engine.saved.start import ModelArguments, guided, load_pipeline, load_teacher
-from cm_diffusers.engine.training import trainer
+from cm_diffusers.engine.training import product
 from cm_diffusers.engine.training.optimisers import LearningRate
 from cm_diffusers.models import EDM_PRESETS, EDMUNet2DModel
 from cm_diffusers.objectives import OBJECTIVES, Diffusion
@@ -39,7 +39,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def batches(monkeypatch):
     """For each batch of the loop: the images and labels as read, the draws, and the resulting batch."""
-    seen, read, make = [], trainer.as_they_are, step_module.as_trained
+    seen, read, make = [], product.as_they_are, step_module.as_trained
 
     def as_they_are(raw, data, device):
         seen.append((raw, None, read(raw, data, device)))
@@ -50,7 +50,7 @@ def batches(monkeypatch):
         seen.append((raw, draws, make(batch, draws, config, objective)))
         return seen[-1][-1]
 
-    for module in (step_module, trainer):
+    for module in (step_module, product):
         monkeypatch.setattr(module, "as_they_are", as_they_are)
     monkeypatch.setattr(step_module, "as_trained", as_trained)
     return seen

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cm_diffusers.engine.data import row_cache
-from cm_diffusers.engine.saved.prompt_cache import PromptCache
 from cm_diffusers.engine.saved.text import encode_prompts, free_encoders
+from cm_diffusers.engine.text.prompt_cache import PromptCache
 from cm_diffusers.toys.shapes import prompts
 from tests.helpers.tiny_text import PIPELINES
 

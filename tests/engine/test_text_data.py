@@ -18,14 +18,14 @@ from PIL import Image
 from cm_diffusers.core.draws import Draws, derive_seed
 from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data import row_cache
-from cm_diffusers.engine.data import text_data as text_data_module
 from cm_diffusers.engine.data.captions import read_prompts
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.latents import encode
 from cm_diffusers.engine.data.order import ProcessShare
-from cm_diffusers.engine.data.text_data import PromptData, TextData, sampler_of
-from cm_diffusers.engine.saved import prompt_cache
 from cm_diffusers.engine.saved.text import encode_prompts
+from cm_diffusers.engine.text import data as text_data_module
+from cm_diffusers.engine.text import prompt_cache
+from cm_diffusers.engine.text.data import PromptData, TextData, sampler_of
 from cm_diffusers.engine.training.batches import as_they_are, as_trained
 from tests.helpers.tiny_text import PIPELINES
 

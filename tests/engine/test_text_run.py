@@ -4,18 +4,21 @@ import gc
 import json
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTextModel
 
 from cm_diffusers.engine.config import parse_config
+from cm_diffusers.engine.processes import start_accelerator
 from cm_diffusers.engine.saved.lora import add_lora, save_lora, trained_weights
+from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.training.build import build_trainer
 from cm_diffusers.engine.training.run import main
 from tests.helpers.tiny_text import PIPELINES
@@ -80,7 +83,8 @@ def train(folder, teacher, method="lcm", verify=False, **settings):
 
 def trainer_of(folder, teacher, method="lcm", **settings):
     config = parse_config(words(folder, teacher, method, **settings), ["lcm", "tcd", "cd", "ecd"], "")
-    return build_trainer(config, Accelerator())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return build_trainer(config, start_accelerator(mixed_precision=config.run.mixed_precision or "no"))
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -145,6 +149,19 @@ def test_all_weights_are_trained_without_a_rank_and_can_receive_the_guidance(tmp
     folder = train(tmp_path / "run", teachers / "sd", prompts=prompts, **settings)
     assert (folder / "pipeline" / "model_index.json").is_file()
     assert ("model", "time_embedding.cond_proj.weight") in tensors(folder)
+
+
+@pytest.mark.parametrize("precision", [{"base_precision": "int8"}, {"mixed_precision": "bf16"}])
+def test_the_base_of_a_lora_is_stored_in_fewer_bits(tmp_path, teachers, prompts, precision):
+    trainer = trainer_of(tmp_path, teachers / "sdxl", prompts=prompts, **precision)
+    trainer.run = replace(trainer.run, max_train_steps=2)
+    with Stopping() as stopping:
+        trainer.fit(stopping)
+    stored = {weight.dtype for weight in trainer.objective.teacher.network.parameters()}
+    assert (torch.int8 if "base_precision" in precision else torch.bfloat16) in stored
+    assert all(weight.dtype == torch.float32 for weight in trained_weights(trainer.objective.network).values())
+    images = trainer.product.draw(trainer.exported(), tmp_path / "picture.png")[0]
+    assert images["samples"].is_file()
 
 
 def test_after_caching_no_encoder_is_alive(tmp_path, teachers, prompts):

@@ -145,6 +145,11 @@ def cast_calls(network: nn.Module) -> AbstractContextManager:
     return nullcontext()
 
 
+def is_packed(network: nn.Module) -> bool:
+    """Whether `network` has weights in 8 or 4 bits."""
+    return any(isinstance(layer, PackedLinear) for layer in network.modules())
+
+
 @torch.no_grad()
 def full_state(network: nn.Module) -> dict[str, Tensor]:
     """The state dict of `network`, with each packed weight as the matrix (out, in) in float32 that it stands for."""

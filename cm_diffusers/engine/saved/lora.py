@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cm_diffusers.core.frozen import copied
+from cm_diffusers.engine.saved.base_precision import full_state
 
 
 ADAPTER = "default"  # the name under which diffusers saves and loads one adapter
@@ -95,11 +96,11 @@ def fused_state(network: nn.Module, adapter: Mapping[str, Tensor]) -> dict[str, 
 
     fused = copied(network)
     fused.load_state_dict(adapter, strict=False)
-    state = {name: value for name, value in fused.state_dict().items() if "lora_" not in name}
+    state = {name: value.float() for name, value in full_state(fused).items() if "lora_" not in name}
     for name, layer in fused.named_modules():
         if isinstance(layer, BaseTunerLayer):
             weight = f"{name}.base_layer.weight"
-            state[weight] = state[weight] + layer.get_delta_weight(ADAPTER).to(state[weight])
+            state[weight] = state[weight] + layer.get_delta_weight(ADAPTER).float()
     return {name.replace(".base_layer.", "."): value for name, value in state.items()}
 
 

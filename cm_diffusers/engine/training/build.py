@@ -17,13 +17,14 @@ from cm_diffusers.engine.config import Config, Known
 from cm_diffusers.engine.data.description import DescribedData
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.latents import LatentData
-from cm_diffusers.engine.data.text_data import TextData
 from cm_diffusers.engine.files import RunFiles
+from cm_diffusers.engine.saved.base_precision import set_base_precision
 from cm_diffusers.engine.saved.discriminators import build_discriminator
 from cm_diffusers.engine.saved.lora import has_lora
 from cm_diffusers.engine.saved.start import build_start, guided, load_start, load_teacher, load_vae
 from cm_diffusers.engine.saved.stock import SavedModel
 from cm_diffusers.engine.saved.text import TextModel
+from cm_diffusers.engine.text.data import TextData
 from cm_diffusers.engine.training.product import Product
 from cm_diffusers.engine.training.state import average_profiles
 from cm_diffusers.engine.training.text import TextProduct, load_text, memory_line, refuse_text_settings
@@ -147,6 +148,9 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     data = images
     if models.vae is not None and not isinstance(images, TextData):
         data = _latents(config, images, models.vae, accelerator)
+    if model.lora_rank is not None and models.teacher is not None:
+        asked = _base_precision(config)
+        set_base_precision(models.teacher.network, asked, accelerator.mixed_precision, accelerator.device)
     config, objective = build_objective(config, models, images, data)
     levels = objective.network.config.get("block_out_channels") or objective.network.config.get("channel_mult")
     for shape in sorted(images.shapes) if levels else ():
@@ -155,6 +159,21 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
     for line in _described(trainer, models):
         trainer.say(line)
     return trainer
+
+
+def _base_precision(config: Config) -> str | None:
+    """The precision of frozen weights, which is float32 for methods that need tangents.
+
+    Raises:
+        ValueError: another one is asked for such a method.
+    """
+    asked, method = config.model.base_precision, OBJECTIVES[config.method]
+    if method.needs_tangents and asked not in (None, "no"):
+        raise ValueError(
+            f"base_precision {asked!r} is not for {config.method}, which differentiates the network in float32. Leave"
+            " it out."
+        )
+    return "no" if method.needs_tangents else asked
 
 
 def _with_epochs(config: Config, images: int, accelerator: Accelerator) -> Config:

@@ -17,9 +17,9 @@ from cm_diffusers.core.conditions import Condition
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.captions import read_prompts
 from cm_diffusers.engine.data.images import ImageData
-from cm_diffusers.engine.data.text_data import PromptData, TextData
 from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.engine.pictures.prompts import save_prompt_grid
+from cm_diffusers.engine.saved.base_precision import is_packed
 from cm_diffusers.engine.saved.export import network_with
 from cm_diffusers.engine.saved.lora import has_lora
 from cm_diffusers.engine.saved.text import TextModel, encode_prompts
@@ -32,6 +32,7 @@ from cm_diffusers.engine.saved.text_export import (
 )
 from cm_diffusers.engine.sharing.card import RunSummary
 from cm_diffusers.engine.sharing.text_card import guidance_input, text_card, text_card_facts, usage
+from cm_diffusers.engine.text.data import PromptData, TextData
 from cm_diffusers.engine.training.product import Product
 from cm_diffusers.objectives.options import check_for_latents
 
@@ -124,7 +125,8 @@ def load_text(config: Config, teacher: TextModel, accelerator: Accelerator) -> t
     pictures = ShownPrompts(shown, encode_prompts(pipeline, shown))
     if config.data.prompts is not None:
         scale, seed = teacher_scale(config), config.run.seed
-        data: TextData = PromptData(config.data, prompts, pipeline, guidance_scale=scale, seed=seed, **shared)
+        sampling = {"guidance_scale": scale, "seed": seed, "autocast": accelerator.autocast}
+        data: TextData = PromptData(config.data, prompts, pipeline, **sampling, **shared)
     else:
         data = TextData(images, pipeline, vae_batch_size=config.model.vae_encode_batch_size, **shared)
     return config, data, pictures
@@ -150,9 +152,14 @@ def memory_line(teacher: TextModel, network: torch.nn.Module, averages: int) -> 
     copies = 4 + averages  # weights, gradients, two moments of Adam
     shared = "teacher and student share" if has_lora(network) else "the teacher has"
     return (
-        f"Memory: {shared} one set of base weights of {base / 1e9:.2f} GB; {copies} x {trained / 1e6:.2f} M trained"
-        f" weights x 4 bytes are {copies * trained * 4 / 1e9:.2f} GB. Activations come on top."
+        f"Memory: {shared} one set of base weights of {_size(base)}; {copies} copies of {trained / 1e6:.3g} M trained"
+        f" weights in 4 bytes are {_size(copies * trained * 4)}. Activations come on top."
     )
+
+
+def _size(count: int) -> str:
+    """A number of bytes in words."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 @dataclass
@@ -215,6 +222,9 @@ class TextProduct(Product):
         """Save the LoRA with its scheduler, or with --fuse and for full weights the whole pipeline."""
         args = self.config.model
         base = {"revision": args.teacher_revision, "variant": args.teacher_variant, "loras": args.teacher_lora or []}
+        if verify and is_packed(pipeline.unet):
+            verify = False
+            tqdm.write("The LoRA is not compared in a clean process: its base there has more bits than in training.")
         save = save_lora_model if has_lora(pipeline.unet) and not self.config.run.fuse else save_fused_model
         save(pipeline, folder, self.config.options.teacher, verify=verify, complete=complete, **base)
 

@@ -5,6 +5,7 @@ The latents are those of images with captions, or of the teacher's own samples i
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,8 @@ from cm_diffusers.engine.data.images import SIGMA_DATA_SAMPLES, ImageData
 from cm_diffusers.engine.data.latents import encode
 from cm_diffusers.engine.data.row_cache import RowCache, digest_of_network
 from cm_diffusers.engine.files import digest
-from cm_diffusers.engine.saved.prompt_cache import PromptCache
 from cm_diffusers.engine.saved.text import free_encoders
+from cm_diffusers.engine.text.prompt_cache import PromptCache
 from cm_diffusers.models.text_unet import wanted_entries
 from cm_diffusers.objectives.options import check_for_latents
 
@@ -215,6 +216,7 @@ class PromptData(TextData):
         seed: seed of the run.
         folder, device, rank, world, wait, say, show_progress: as in `TextData`.
         batch_size: number of samples made at once.
+        autocast: makes the context in which the pipeline samples.
 
     Raises:
         ValueError: an option that needs images, or a resolution that the autoencoder can't halve.
@@ -236,6 +238,7 @@ class PromptData(TextData):
         say: Callable[[str], None] = print,
         show_progress: bool = False,
         batch_size: int = 16,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         shared: dict[str, Any] = {"rank": rank, "world": world, "say": say, "show_progress": show_progress}
         for name in ("aspect_ratio_buckets", "extra_datasets"):
@@ -254,7 +257,8 @@ class PromptData(TextData):
         def sampled(rows: range) -> dict[str, Tensor]:
             condition = self._prompts.rows(self._prompt[rows.start : rows.stop])
             noise = torch.stack([self._noise(pipeline, seed, row) for row in rows])
-            return {"latents": sample(pipeline, scheduler, condition, noise, guidance_scale)}
+            with autocast():
+                return {"latents": sample(pipeline, scheduler, condition, noise, guidance_scale)}
 
         key = digest(json.dumps(facts, sort_keys=True, default=str).encode())
         options = {"batch_size": batch_size, "desc": "Sampling the teacher", **shared}

@@ -1,0 +1,1 @@
+"""Runs that distil text-to-image models: prompts, data, results and cards."""
