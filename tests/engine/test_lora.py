@@ -9,7 +9,15 @@ from diffusers import UNet2DModel
 from cm_diffusers import ConsistencyPipeline, MultistepConsistencyScheduler
 from cm_diffusers.core.conditions import Condition, call_network
 from cm_diffusers.core.frozen import changing_state, copied, load_changing_state
-from cm_diffusers.engine.saved.lora import add_lora, fused_state, has_lora, lora_state, save_lora, trained_weights
+from cm_diffusers.engine.saved.lora import (
+    add_lora,
+    fuse_passes,
+    fused_state,
+    has_lora,
+    lora_state,
+    save_lora,
+    trained_weights,
+)
 from cm_diffusers.models import JVPUNet2DModel, build_unet
 from cm_diffusers.models.text_unet import with_conditions
 from tests.helpers.stock_text_pipelines import TEXT_TO_IMAGE, WIDTH
@@ -91,6 +99,22 @@ def test_the_fused_network_has_the_outputs_of_the_student(case):
     plain.load_state_dict(fused_state(student, trained_weights(student)))
     torch.testing.assert_close(call(plain), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(call(teacher), before) and torch.equal(call(student), expected)
+
+
+@pytest.mark.parametrize("case", [text_case, plain_case])
+def test_passes_with_one_product_per_layer_have_the_same_outputs(case):
+    teacher, call = case()
+    student = add_lora(copied(teacher.requires_grad_(False)), rank=4, alpha=8)
+    target = copied(student).requires_grad_(False)
+    fuse_passes(target)
+    assert torch.equal(call(target), call(student))  # a new adapter
+    for network in (student, target):
+        for weight in network.parameters():
+            weight.requires_grad_(weight.data_ptr() not in {other.data_ptr() for other in teacher.parameters()})
+        perturbed(network)
+    expected = call(student)
+    assert not torch.allclose(expected, call(teacher), atol=1e-3)
+    torch.testing.assert_close(call(target), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])

@@ -20,7 +20,7 @@ from cm_diffusers.engine.data.latents import LatentData
 from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.engine.saved.base_precision import set_base_precision
 from cm_diffusers.engine.saved.discriminators import build_discriminator
-from cm_diffusers.engine.saved.lora import has_lora
+from cm_diffusers.engine.saved.lora import fuse_passes, has_lora
 from cm_diffusers.engine.saved.start import build_start, guided, load_start, load_teacher, load_vae
 from cm_diffusers.engine.saved.stock import SavedModel
 from cm_diffusers.engine.saved.text import TextModel
@@ -116,6 +116,9 @@ def build_objective(
         )
     steps = config.run.max_train_steps
     objective = method(start.network, start.spec, options, steps, **extra)
+    for network in objective.auxiliary.values():
+        if has_lora(network):
+            fuse_passes(network)
     if data.num_classes is not None:
         name_classes(objective.network, data.description.classes)
     return config, objective
