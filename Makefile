@@ -15,7 +15,7 @@ FLOORS_TESTS := tests/test_requirements.py tests/test_pixels.py tests/hub/test_l
 FAST_TESTS := tests/core tests/schedulers tests/test_layout.py tests/test_results.py \
 	$(filter-out %/test_every_objective.py,$(wildcard tests/objectives/test_*.py))
 
-.PHONY: help venv quickstart check oracles test test-wide test-slow test-floors docs help-pages quality lint types style clean
+.PHONY: help venv quickstart shapes check oracles test test-wide test-slow test-floors docs help-pages quality lint types style clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ $(STAMP): setup.py constraints.txt
 
 quickstart: venv  ## train, sample and evaluate a model of handwritten digits (a few minutes on a CPU)
 	$(RUN) training/quickstart.py
+
+shapes: venv  ## distil a small text-to-image model and judge it (under 25 minutes on two cores; QUICK=1: under 4)
+	$(RUN) benchmarks/shapes.py $(if $(QUICK),--quick --output_dir runs/shapes_quick)
 
 check: venv quality oracles  ## run the linter, the type checker and the fast oracles (less than a minute)
 

@@ -32,11 +32,9 @@ SCRIPT = Path(__file__).resolve().parent.parent / "training" / "train_text_to_im
 STEPS = (1, 2, 4, 8)
 TEACHER_STEPS = 25
 SHOWN = 6
-STUDENTS = {
-    "lcm": ("--learning_rate", "1e-3", "--mu", "0.95", "--distance", "l2"),
-    "ecd": ("--learning_rate", "1e-3"),
-}
-COMMON = ("--lora_rank", "32", "--train_batch_size", "64", "--logging_steps", "50", "--validation_steps", "0")
+STUDENTS = ("lcm", "tcd", "ecd")
+STUDENT_STEPS = 300
+FLAGS = "--lora_rank 32 --train_batch_size 64 --learning_rate 1e-3 --ema_half_life 5 --logging_steps 50".split()
 
 
 def write_pictures(file: Path, count: int) -> None:
@@ -50,9 +48,9 @@ def write_pictures(file: Path, count: int) -> None:
 
 def distil(method: str, folder: Path, teacher: Path, pictures: Path, steps: int) -> None:
     """Train the student of `method` in `folder` for `steps` steps."""
-    words = ["--method", method, "--pretrained_teacher_model", teacher, "--dataset_name", pictures, *COMMON]
+    words = ["--method", method, "--pretrained_teacher_model", teacher, "--dataset_name", pictures, *FLAGS]
     words += ["--teacher_guidance_scale", shapes_teacher.GUIDANCE_SCALE, "--max_train_steps", steps]
-    words += ["--output_dir", folder, *STUDENTS[method]]
+    words += ["--validation_steps", 0, "--output_dir", folder]
     subprocess.run([sys.executable, SCRIPT, *map(str, words)], check=True)
 
 
@@ -88,7 +86,7 @@ def main() -> None:
     }
     columns = [(f"teacher, {TEACHER_STEPS} steps", shown(pipeline, prompts, TEACHER_STEPS, scale))]
     for method in STUDENTS:
-        distil(method, folder / method, teacher, pictures, 40 if args.quick else 1500)
+        distil(method, folder / method, teacher, pictures, 20 if args.quick else STUDENT_STEPS)
         pipeline = student_of(teacher, folder / method / "pipeline")
         report[method] = {str(n): judged(pipeline, prompts, num_inference_steps=n, guidance_scale=1.0) for n in STEPS}
         columns += [(f"{method}, {n} step{'s' * (n > 1)}", shown(pipeline, prompts, n, 1.0)) for n in (1, 2, 4)]

@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard, ModelCardData
 import cm_diffusers
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.files import HUB_CARDS, RunFiles
-from cm_diffusers.engine.saved.lora import has_lora, trained_weights
 from cm_diffusers.engine.shareable import hub_id
 from cm_diffusers.engine.sharing.card import RunSummary, card_facts, read_facts
 from cm_diffusers.objectives import Objective
@@ -42,7 +41,8 @@ def text_card_facts(
     unet, args, options = pipeline.unet, config.model, config.options
     plain = SimpleNamespace(unet=unet, scheduler=pipeline.scheduler, default_steps=(STEPS,))
     facts = card_facts(config, objective, plain, run, grids)
-    trained = trained_weights(unet).values() if has_lora(unet) else unet.parameters()
+    lora = args.lora_rank is not None
+    trained = [weight for name, weight in unet.named_parameters() if not lora or "lora_" in name]
     scale = f"scale {args.teacher_guidance_scale:g}"
     if options.draws_guidance:
         scale = f"scales {options.w_min:g} to {options.w_max:g}"
@@ -55,7 +55,7 @@ def text_card_facts(
         "base_revision": args.teacher_revision,
         "base_variant": args.teacher_variant,
         "loras": [hub_id(name) or "a local LoRA" for name in args.teacher_lora or []],
-        "fused": not has_lora(unet) or config.run.fuse,
+        "fused": not lora or config.run.fuse,
         "rank": args.lora_rank,
         "parameters": sum(weight.numel() for weight in trained),
         "scheduler": type(pipeline.scheduler).__name__,
