@@ -125,6 +125,27 @@ def guidance() -> str:
     )
 
 
+def shapes() -> str:
+    """Text-to-image students of the world of shapes, beside their teacher."""
+    values = RESULTS["shapes"]["values"]
+    names = {"teacher_own": "the teacher's own sampler, guided (two calls in a step)"}
+    head = ["", *(f"{n} step{'s' * (n > 1)}" for n in (1, 2, 4, 8)), "25 steps"]
+    rows = [
+        [names.get(name, f"`{name}`, a LoRA"), *(f"{100 * share:.1f} %" for share in found.values()), ""]
+        for name, found in values.items()
+        if isinstance(found, dict)
+    ]
+    rows.insert(0, ["the teacher, guided", "", "", "", "", f"{100 * values['teacher']:.1f} %"])
+    return table(head, rows)
+
+
+def lora_order() -> str:
+    """Two orders of a task LoRA and a distillation."""
+    values = RESULTS["lora_order"]["values"]
+    head = ["", "1 step", "2 steps", "4 steps"]
+    return table(head, [[name, *(f"{100 * m:.1f} % ± {100 * s:.1f}" for m, s in row)] for name, row in values.items()])
+
+
 def budget(paper: dict) -> str:
     """Steps, images and GPUs of the recipe for CIFAR-10."""
     if not paper["recipe"]:
@@ -179,6 +200,8 @@ TABLES = {
     "quickstart": quickstart,
     "guidance": guidance,
     "papers": papers,
+    "shapes": shapes,
+    "lora_order": lora_order,
 }
 PLACE = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from cm_diffusers.engine.saved.text import encode_prompts, read_text_to_image, too_long
 from cm_diffusers.toys import shapes, shapes_teacher
@@ -84,16 +84,16 @@ def test_latents_have_unit_variance_and_are_decoded_by_the_stock_rule():
 
 
 def averages(prompts, random):
-    """Pictures (n, 4, 8, 8) of prompts as latents without an autoencoder: mean colours of 4 x 4 pixels, and zeros."""
+    """Latents (n, 4, 8, 8) of prompts without an autoencoder: scaled mean colours of 4 x 4 pixels, and zeros."""
     pictures = torch.from_numpy(np.stack([shapes.draw(prompt, random) for prompt in prompts]))
-    return F.pad(F.avg_pool2d(pictures, 4), (0, 0, 0, 0, 0, 1))
+    return F.pad(3 * (F.avg_pool2d(pictures, 4) + 0.8), (0, 0, 0, 0, 0, 1))
 
 
 def test_the_text_encoder_learns_what_is_where(monkeypatch):
     heads, random = [], np.random.default_rng(0)
     monkeypatch.setattr(shapes_teacher, "MeanLatents", lambda kind=MeanLatents: heads.append(kind()) or heads[-1])
-    named = drawn_prompts(600)
-    size, tokenizer = Size(0, 100, 0, 0, text_batch=32), make_tokenizer()
+    named = drawn_prompts(1000)
+    size, tokenizer = Size(0, 100, 0, 0, text_batch=64), make_tokenizer()
     encoder = make_text_encoder(tokenizer, latents := averages(named, random), named, size, say=quiet)
     others = held_out_prompts(60)
     wanted = averages(others, random)
@@ -119,7 +119,11 @@ def test_the_head_puts_each_cell_in_its_place():
 
 def test_a_few_steps_lower_the_loss(saved):
     latents = 0.1 * torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    pipeline = StableDiffusionPipeline(**saved[0].components | {"unet": make_unet()}, requires_safety_checker=False)
+    unet = UNet2DConditionModel(
+        sample_size=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(16,), attention_head_dim=2, cross_attention_dim=shapes_teacher.WIDTH, norm_num_groups=4,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(**saved[0].components | {"unet": unet}, requires_safety_checker=False)
     lines = []
     list(train_unet(pipeline, latents, shapes.prompts()[:8], Size(0, 0, 200, 0, batch=8), say=lines.append))
     first, last = (float(line.split("loss ")[1].split(",")[0]) for line in lines)
