@@ -6,8 +6,8 @@
 2. LoRA students of it are distilled by `train_text_to_image.py`.
 3. A judge looks at pictures of prompts that no training has shown. It checks shapes, colours, counts and places.
 
-It leaves `report.json`, with the share of right pictures by number of steps, and `shapes.png`. A run that was stopped goes
-on where it was.
+It leaves `report.json`, with the share of right pictures by number of steps, and `shapes.png`. A run that was stopped
+goes on where it was.
 """
 
 import argparse

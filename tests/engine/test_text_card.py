@@ -21,14 +21,14 @@ from cm_diffusers.engine.pictures.prompts import save_prompt_grid
 from cm_diffusers.engine.saved.lora import add_lora, save_lora
 from cm_diffusers.engine.saved.start import guided
 from cm_diffusers.engine.saved.text import encode_prompts, read_text_to_image
-from cm_diffusers.engine.saved.text_export import (
+from cm_diffusers.engine.sharing.card import RunSummary
+from cm_diffusers.engine.text.card import text_card, text_card_facts, usage
+from cm_diffusers.engine.text.export import (
     few_step_scheduler,
     save_fused_model,
     save_lora_model,
     student_pipeline,
 )
-from cm_diffusers.engine.sharing.card import RunSummary
-from cm_diffusers.engine.sharing.text_card import text_card, text_card_facts, usage
 from cm_diffusers.models.text_unet import with_guidance_input
 from cm_diffusers.objectives import OBJECTIVES
 from tests.helpers.tiny_text import PIPELINES

@@ -10,19 +10,19 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, LCMSchedu
 
 from cm_diffusers.core.frozen import copied
 from cm_diffusers.core.interpolants import VE
-from cm_diffusers.engine.saved import text_export
 from cm_diffusers.engine.saved.base_precision import set_base_precision
 from cm_diffusers.engine.saved.lora import add_lora, save_lora, trained_weights
 from cm_diffusers.engine.saved.stock import read_scheduler
 from cm_diffusers.engine.saved.text import encode_prompts, free_encoders, fuse_loras, read_text_to_image
-from cm_diffusers.engine.saved.text_export import (
+from cm_diffusers.engine.text import export as text_export
+from cm_diffusers.engine.text.clean_process import load_result, two_images
+from cm_diffusers.engine.text.export import (
     few_step_scheduler,
     sample_prompts,
     save_fused_model,
     save_lora_model,
     student_pipeline,
 )
-from cm_diffusers.engine.saved.text_process import load_result, two_images
 from cm_diffusers.models import build_unet
 from cm_diffusers.models.text_unet import with_guidance_input
 from cm_diffusers.objectives import CTM, LCM, ModelSpec

@@ -74,7 +74,7 @@ def train(folder, teacher, method="lcm", verify=False, **settings):
     """Train in this process, without verifying or drawing the result unless `verify`, to save seconds."""
     with ExitStack() as patches:
         if not verify:
-            patches.enter_context(mock.patch("cm_diffusers.engine.saved.text_export._verify"))
+            patches.enter_context(mock.patch("cm_diffusers.engine.text.export._verify"))
             draw = "cm_diffusers.engine.training.text.TextProduct.draw"
             patches.enter_context(mock.patch(draw, return_value=({}, {})))
         main(words(folder, teacher, method, **settings), ["lcm", "tcd", "cd", "ecd"], "")

@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 
-from cm_diffusers.engine.saved import text_process
 from cm_diffusers.engine.saved.lora import trained_weights
 from cm_diffusers.engine.saved.text import free_encoders
-from cm_diffusers.engine.saved.text_export import save_fused_model, save_lora_model
-from cm_diffusers.engine.sharing.text_card import text_card
+from cm_diffusers.engine.text import clean_process as text_process
+from cm_diffusers.engine.text.card import text_card
+from cm_diffusers.engine.text.export import save_fused_model, save_lora_model
 from tests.engine.test_text_card import finished
 from tests.helpers.tiny_text import PIPELINES
 

@@ -23,16 +23,16 @@ from cm_diffusers.engine.saved.base_precision import is_packed
 from cm_diffusers.engine.saved.export import network_with
 from cm_diffusers.engine.saved.lora import has_lora
 from cm_diffusers.engine.saved.text import TextModel, encode_prompts
-from cm_diffusers.engine.saved.text_export import (
+from cm_diffusers.engine.sharing.card import RunSummary
+from cm_diffusers.engine.text.card import guidance_input, text_card, text_card_facts, usage
+from cm_diffusers.engine.text.data import PromptData, TextData
+from cm_diffusers.engine.text.export import (
     few_step_scheduler,
     sample_prompts,
     save_fused_model,
     save_lora_model,
     student_pipeline,
 )
-from cm_diffusers.engine.sharing.card import RunSummary
-from cm_diffusers.engine.sharing.text_card import guidance_input, text_card, text_card_facts, usage
-from cm_diffusers.engine.text.data import PromptData, TextData
 from cm_diffusers.engine.training.product import Product
 from cm_diffusers.objectives.options import check_for_latents
 

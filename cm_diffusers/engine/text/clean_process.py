@@ -90,7 +90,7 @@ def main(task: str) -> None:
             and the file of the "images".
     """
     given = json.loads(task)
-    hidden = runpy.run_path(str(Path(__file__).with_name("clean_process.py")))["_Hidden"]
+    hidden = runpy.run_path(str(Path(__file__).parents[1] / "saved" / "clean_process.py"))["_Hidden"]
     sys.meta_path.insert(0, hidden())
     sys.path += given.pop("paths")
     torch.set_num_threads(given.pop("threads"))

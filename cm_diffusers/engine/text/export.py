@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from cm_diffusers.core.conditions import Condition
 from cm_diffusers.engine.files import fsync_folder, naming, remove
-from cm_diffusers.engine.saved import text_process
 from cm_diffusers.engine.saved.base_precision import cast_calls, full_state
 from cm_diffusers.engine.saved.export import ROUNDING, _new_network, _put_in_place
 from cm_diffusers.engine.saved.lora import fused_state, has_lora, save_lora, trained_weights
 from cm_diffusers.engine.saved.stock import read_scheduler
 from cm_diffusers.engine.saved.text import PARTS, fuse_loras
+from cm_diffusers.engine.text import clean_process
 from cm_diffusers.lookup import looked_up
 from cm_diffusers.objectives import Objective
 from cm_diffusers.pipelines.travel import save_with_code
@@ -282,7 +282,7 @@ def _verify(pipeline: DiffusionPipeline, folder: Path, **source: Any) -> None:
     Args:
         pipeline: the pipeline that was saved.
         folder: the folder of the result.
-        source: further arguments of `text_process.load_result`.
+        source: further arguments of `clean_process.load_result`.
 
     Raises:
         RuntimeError: the result does not load, or makes other images.
@@ -296,11 +296,11 @@ def _verify(pipeline: DiffusionPipeline, folder: Path, **source: Any) -> None:
             task["weights"] = str(Path(results, "base.safetensors"))
             save_file(rounded, task["weights"])
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": results, "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-I", text_process.__file__, json.dumps(task)]
+        command = [sys.executable, "-I", clean_process.__file__, json.dumps(task)]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if run.returncode != 0:
             raise RuntimeError(f"The saved model does not load with diffusers alone. {redo}\n{run.stderr[-4000:]}")
-        gap = np.abs(text_process.two_images(pipeline) - np.load(images)).max()
+        gap = np.abs(clean_process.two_images(pipeline) - np.load(images)).max()
     if not gap < ROUNDING:
         raise RuntimeError(f"The images of the saved model differ by up to {gap:.2g}, above {ROUNDING:g}. {redo}")
 
