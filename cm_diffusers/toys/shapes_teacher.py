@@ -153,7 +153,7 @@ class MeanLatents(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, hidden), nn.GELU(), nn.Linear(hidden, values))
 
     def forward(self, text: Tensor) -> Tensor:
-        """Latents (B, 4, 8, 8) from embeddings (B, n, d)."""
+        """Latents (B, 4, 8, 8) from embeddings `text` (B, n, d)."""
         cells = self.cells.expand(len(text), -1, -1)
         found = self.out(cells + self.attention(cells, text, text, need_weights=False)[0])
         return F.fold(found.transpose(1, 2), (2 * SIDE, 2 * SIDE), SIDE, stride=SIDE)
@@ -178,7 +178,13 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_autoencoder(size: Size = FULL, seed: int = 0, say: Callable[[str], None] = print) -> AutoencoderTiny:
-    """Train an autoencoder from pictures to latents (4, 8, 8) whose `scaling_factor` gives them unit variance."""
+    """Train an autoencoder from pictures to latents (4, 8, 8) whose `scaling_factor` gives them unit variance.
+
+    Args:
+        size: number of steps and batch size.
+        seed: determines the initial weights, the pictures and the noise.
+        say: receives a line every 100 steps.
+    """
     torch.manual_seed(derive_seed("shapes autoencoder", seed))
     vae = AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32), num_encoder_blocks=(0, 1, 1), latent_channels=LATENT_CHANNELS,
@@ -226,14 +232,21 @@ class Optimiser:
 
 
 def drawn_prompts(count: int, seed: int = 0) -> list[str]:
-    """`count` of the prompts for training, drawn with replacement."""
+    """`count` of the prompts for training, drawn with replacement by `seed`."""
     prompts, random = shapes.prompts(), np.random.default_rng(derive_seed("shapes prompts", seed))
     return [prompts[i] for i in random.integers(0, len(prompts), count)]
 
 
 @torch.no_grad()
 def encoded(vae: AutoencoderTiny, prompts: Sequence[str], seed: int = 0, batch: int = 250) -> Tensor:
-    """Latents (n, 4, 8, 8) of unit variance, of one picture for each of n `prompts`."""
+    """Latents (n, 4, 8, 8) of unit variance, of one picture for each of n prompts.
+
+    Args:
+        vae: the autoencoder.
+        prompts: n prompts.
+        seed: determines the pictures.
+        batch: pictures that are encoded at once.
+    """
     random, parts = np.random.default_rng(derive_seed("shapes pictures", seed)), []
     for start in range(0, len(prompts), batch):
         pictures = np.stack([shapes.draw(prompt, random) for prompt in prompts[start : start + batch]])
@@ -287,14 +300,19 @@ def train_unet(
 
 @torch.no_grad()
 def embedded(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Embeddings (m, CONTEXT, d) of the empty prompt and the different `prompts`, and the row of each prompt (n,)."""
+    """Embeddings (m, CONTEXT, d) of the empty prompt and the different `prompts`, and the row of each prompt (n,).
+
+    Args:
+        pipeline: its tokenizer and text encoder are used.
+        prompts: n prompts.
+    """
     known = {prompt: row for row, prompt in enumerate(["", *dict.fromkeys(prompts)])}
     text = pipeline.text_encoder(tokens_of(pipeline.tokenizer, list(known))).last_hidden_state
     return text, torch.tensor([known[prompt] for prompt in prompts])
 
 
 def tokens_of(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Token ids (n, CONTEXT) of n prompts, padded as in the pipeline."""
+    """Token ids (n, CONTEXT) of n `prompts` by `tokenizer`, padded as in the pipeline."""
     return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
@@ -356,7 +374,16 @@ def sampled(
     guidance_scale: float = GUIDANCE_SCALE,
     batch_size: int = 100,
 ) -> np.ndarray:
-    """The pictures of `judge_prompts`, float32 (n, 3, 32, 32) in [-1, 1]."""
+    """The pictures of `judge_prompts`, float32 (n, 3, 32, 32) in [-1, 1].
+
+    Args:
+        pipeline: a text-to-image pipeline with any scheduler.
+        prompts: n prompts.
+        seed: seed of the noise, with the prompt.
+        num_inference_steps: steps of the scheduler.
+        guidance_scale: scale of classifier-free guidance; 1 is none.
+        batch_size: prompts in a call of the pipeline.
+    """
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(prompts), batch_size):
