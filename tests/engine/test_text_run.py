@@ -107,7 +107,9 @@ def test_a_lora_is_distilled_from_prompts_alone_and_resumes_bit_for_bit(tmp_path
         assert all(key.startswith("unet.") for key in file.keys())  # noqa: SIM118
 
 
-def test_a_run_draws_its_prompts_verifies_its_lora_and_exports_again_as_a_whole_pipeline(tmp_path, teachers, prompts):
+def test_a_run_draws_its_prompts_verifies_its_lora_and_exports_again_as_a_whole_pipeline(
+    tmp_path, teachers, prompts, capsys
+):
     style = tmp_path / "style"
     teacher = PIPELINES["sd"]()
     add_lora(teacher.unet, rank=2)
@@ -117,6 +119,8 @@ def test_a_run_draws_its_prompts_verifies_its_lora_and_exports_again_as_a_whole_
     settings = {"prompts": prompts, "teacher_lora": [style], "validation_prompts": ["a red square", "two circles"]}
     folder = train(tmp_path / "run", teachers / "sd", verify=True, validation_steps=4, **settings)
     assert (folder / "samples" / "step-0000004.png").is_file() and (folder / "pipeline/samples/prompts.png").is_file()
+    train(folder, teachers / "sd", verify=True, validation_steps=4, **settings)
+    assert "This run is finished." in capsys.readouterr().out
     lora = StableDiffusionPipeline.from_pretrained(teachers / "sd", safety_checker=None)
     lora.load_lora_weights(style)
     lora.fuse_lora()

@@ -119,7 +119,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
             if accelerator.is_main_process:
                 _say_what_it_is(trainer, folder)
         goal = [run.max_train_steps, run.export_weights, run.export_variant]
-        goal = json.dumps(goal + [run.search_levels] if run.search_levels else goal)
+        goal = json.dumps(goal + [choice for choice in (run.search_levels, run.fuse) if choice])
         if resumed and trainer.step >= run.max_train_steps and _holds(folder, goal):
             trainer.say(f"This run is finished. Its model is in {folder / RunFiles.MODEL}.")
         else:
@@ -231,7 +231,9 @@ def _how_to_push(publisher: Publisher, folder: Path) -> str:
 def _holds(folder: Path, export: str) -> bool:
     """Whether the last export of the run was `export`, and its files still exist."""
     model = folder / RunFiles.MODEL
-    files = [model / "model_index.json", *model.glob("*/*.json"), *model.glob("*/*.safetensors")]
+    lora = model / "pytorch_lora_weights.safetensors"
+    index = lora if lora.exists() else model / "model_index.json"
+    files = [index, *model.glob("*/*.json"), *model.glob("*/*.safetensors")]
     return holds(folder / RunFiles.EXPORTED, export) and all(file.is_file() and file.stat().st_size for file in files)
 
 
