@@ -139,13 +139,6 @@ def shapes() -> str:
     return table(head, rows)
 
 
-def lora_order() -> str:
-    """Two orders of a task LoRA and a distillation."""
-    values = RESULTS["lora_order"]["values"]
-    head = ["", "1 step", "2 steps", "4 steps"]
-    return table(head, [[name, *(f"{100 * m:.1f} % ± {100 * s:.1f}" for m, s in row)] for name, row in values.items()])
-
-
 def budget(paper: dict) -> str:
     """Steps, images and GPUs of the recipe for CIFAR-10."""
     if not paper["recipe"]:
@@ -201,7 +194,6 @@ TABLES = {
     "guidance": guidance,
     "papers": papers,
     "shapes": shapes,
-    "lora_order": lora_order,
 }
 PLACE = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
