@@ -66,7 +66,7 @@ setup(
     package_dir={f"cm_diffusers.{name}": folder for name, folder in BESIDE.items()},
     package_data={
         "cm_diffusers": ["py.typed"],
-        "cm_diffusers.hub_cards": ["model_card.md", "report.html", "page/*", "space/*"],
+        "cm_diffusers.hub_cards": ["model_card.md", "text_card.md", "report.html", "page/*", "space/*"],
         "cm_diffusers.scripts": ["configs/*.yaml", "accelerate/*.yaml", "help/*.txt"],
     },
     entry_points={"console_scripts": ["cm-diffusers = cm_diffusers.cli:main"]},
