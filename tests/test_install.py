@@ -49,7 +49,8 @@ def test_a_wheel_holds_every_module_and_what_they_read_and_nothing_else(wheel_fo
     modules = files(ROOT / "cm_diffusers", "*.py") | {f"cm_diffusers/{name}" for name in files(ROOT / "pipelines")}
     modules |= {f"cm_diffusers/{name.replace('training/', 'scripts/')}" for name in files(ROOT / "training")}
     folders = [files(ROOT / "hub_cards" / name) for name in ("space", "page")]
-    templates = {f"cm_diffusers/hub_cards/{name}" for name in ("model_card.md", "text_card.md", "report.html", *set().union(*folders))}
+    alone = ("model_card.md", "text_card.md", "report.html")
+    templates = {f"cm_diffusers/hub_cards/{name}" for name in (*alone, *set().union(*folders))}
     assert files(wheel_folder / "cm_diffusers") == modules | templates | {"cm_diffusers/py.typed"}
     info = f"cm_diffusers-{cm_diffusers.__version__}.dist-info"
     assert {path.name for path in wheel_folder.iterdir()} == {"cm_diffusers", info, "bin"}

@@ -110,7 +110,7 @@ def moving_target(network: nn.Module) -> nn.Module:
 def move_towards(target: nn.Module, network: nn.Module, decay: float) -> None:
     """Update the weights of `target`: target <- `decay` target + (1 - `decay`) `network`."""
     pairs = [(a, b) for a, b in zip(target.parameters(), network.parameters()) if b.requires_grad]
-    torch._foreach_lerp_(*(list(weights) for weights in zip(*pairs)), 1 - decay)
+    torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
 
 
 def estimate_and_target(
