@@ -44,7 +44,9 @@ def flags(folder, method="ect", **settings):
 def run(folder, method="ect", **settings):
     """Train in this process, without verifying or drawing the export, to save seconds; returns the run's folder."""
     with mock.patch("cm_diffusers.engine.saved.export.verify_export"):
-        with mock.patch("cm_diffusers.engine.training.product.draw_grids", return_value={}):
+        draw = mock.patch("cm_diffusers.engine.training.text.TextProduct.draw", return_value=({}, {}))
+        verify = mock.patch("cm_diffusers.engine.text.export._verify")
+        with mock.patch("cm_diffusers.engine.training.product.draw_grids", return_value={}), draw, verify:
             train(parse_config(flags(folder, method, **settings), [method], ""))
     return Path(folder)
 

@@ -8,11 +8,13 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from cm_diffusers.engine.config import DataArguments, ModelArguments, RunArguments
+from cm_diffusers.engine.saved.lora import add_lora, save_lora
 from cm_diffusers.engine.sharing import hub as engine_hub
 from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.objectives.options import flags_of
 from tests.helpers import stock_pipelines as stock
 from tests.helpers.breadth import narrowed
+from tests.helpers.tiny_text import PIPELINES
 from tests.helpers.training_runs import run
 
 
@@ -59,6 +61,28 @@ def more_images(folder):
     return {}
 
 
+def of_text(folder):
+    """Settings of a run that distils a text-to-image model."""
+    teacher = PIPELINES["sd"]()
+    teacher.save_pretrained(folder.with_name("text_teacher"))
+    none = dict.fromkeys(("dataset_name", "class_conditional", "max_train_samples", "model_preset"))
+    file = folder.with_name("prompts.txt")
+    file.write_text("a red circle\ntwo blue squares")
+    return none | {"pretrained_teacher_model": folder.with_name("text_teacher"), "prompts": file}
+
+
+def prompts(folder):
+    folder.write_text("a red circle\ntwo blue squares")
+    return {name: value for name, value in of_text(folder).items() if name != "prompts"}
+
+
+def lora(folder):
+    pipeline = PIPELINES["sd"]()
+    add_lora(pipeline.unet, rank=2)
+    save_lora(pipeline, folder)
+    return of_text(folder)
+
+
 # flag: (function that fills the folder and returns further settings, methods to train with the flag)
 CASES = {
     "dataset_name": (images, ["ect"]),
@@ -71,6 +95,8 @@ CASES = {
     "vae_name_or_path": (autoencoder, ["ect", "ctm"]),
     "pretrained_teacher_model": (model, ["cd", "lcm", "tcd", "ecd", "scd", "ctm"]),
     "discriminator_backbone": (backbone, ["ctm"]),
+    "prompts": (prompts, ["lcm"]),
+    "teacher_lora": (lora, ["lcm"]),
 }
 RUNS = [(name, method) for name, (_, methods) in CASES.items() for method in methods]
 
