@@ -21,7 +21,7 @@ import runpy, sys
 from pathlib import Path
 
 process = Path(sys.argv[1])
-sys.meta_path.insert(0, runpy.run_path(str(process.with_name("clean_process.py")))["_Hidden"]())
+sys.meta_path.insert(0, runpy.run_path(str(process.parents[1] / "saved" / "clean_process.py"))["_Hidden"]())
 two_images = runpy.run_path(str(process))["two_images"]
 import numpy
 from huggingface_hub import hf_hub_download

