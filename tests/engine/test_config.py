@@ -443,7 +443,8 @@ def test_shipped_configs_parse_with_their_script(path):
     method = yaml.safe_load(path.read_text())["method"]
     scripts = [path.read_text() for path in (REPOSITORY / "training").glob("train_*.py")]
     lists = [re.search(r"^METHODS = (\[.*?\])", source, re.M | re.S) for source in scripts]
-    (methods,) = [names for found in lists if found and method in (names := yaml.safe_load(found[1]))]
+    fitting = [names for found in lists if found and method in (names := yaml.safe_load(found[1]))]
+    methods = max(fitting, key=len)  # train_text_to_image.py shares some methods, and has no recipes
     config = parse_config(["--config", str(path)], methods, "")
     given = yaml.safe_load(path.read_text())
     read = {key: config.to_dict()[key] for key in given}
