@@ -447,7 +447,7 @@ def test_a_dit_that_older_diffusers_saved_is_read(tmp_path):
 
 def test_a_text_conditional_pipeline_is_refused_with_the_reason(tmp_path):
     (tmp_path / "model_index.json").write_text(
-        '{"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}'
+        '{"_class_name": "FluxPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}'
     )
     with pytest.raises(ValueError, match="conditioned on text; this version reads .*DDPMPipeline, DDIMPipeline"):
         load_teacher(str(tmp_path), ModelArguments())

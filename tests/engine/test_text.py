@@ -5,6 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
 from cm_diffusers.engine.saved.lora import add_lora
+from cm_diffusers.engine.saved.start import guided
 from cm_diffusers.engine.saved.text import encode_prompts, free_encoders, read_text_to_image, too_long
 from tests.helpers.stock_text_pipelines import TEXT_TO_IMAGE
 from tests.helpers.tiny_text import CONTEXT, PIPELINES
@@ -39,7 +40,7 @@ def test_a_prompt_guides_as_in_the_pipeline_s_own_step(kind, scale, prediction):
     sigma = model.spec.process.sigma(torch.full((2,), float(time)).double()).float()
     x = sample / model.spec.process.alpha(sigma)[:, None, None, None]
     with torch.no_grad():
-        found = model.guided(scale, condition.nulls)(x, sigma, condition)
+        found = guided(model, scale, nulls=condition.nulls)(x, sigma, condition)
     torch.testing.assert_close(found, clean, rtol=1e-5, atol=1e-5 * clean.abs().max().item())
 
 
