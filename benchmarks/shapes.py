@@ -20,12 +20,10 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from datasets import Dataset, Features, Image, Value
 from diffusers import DiffusionPipeline
-from PIL import Image as Pictures
 
 from cm_diffusers.engine.pictures.prompts import save_prompt_grid
-from cm_diffusers.toys import shapes, shapes_teacher
+from cm_diffusers.toys import shapes_teacher
 
 
 SCRIPT = Path(__file__).resolve().parent.parent / "training" / "train_text_to_image.py"
@@ -35,15 +33,6 @@ SHOWN = 6
 STUDENTS = ("lcm", "tcd", "ecd")
 STUDENT_STEPS = 300
 FLAGS = "--lora_rank 32 --train_batch_size 64 --learning_rate 1e-3 --ema_half_life 5 --logging_steps 50".split()
-
-
-def write_pictures(file: Path, count: int) -> None:
-    """Write `count` pictures with captions as a parquet file."""
-    prompts, random = shapes_teacher.drawn_prompts(count), np.random.default_rng(1)
-    pixels = [((shapes.draw(prompt, random) + 1) * 127.5).round().astype(np.uint8) for prompt in prompts]
-    images = [Pictures.fromarray(picture.transpose(1, 2, 0)) for picture in pixels]
-    features = Features({"image": Image(), "text": Value("string")})
-    Dataset.from_dict({"image": images, "text": prompts}, features=features).to_parquet(file)
 
 
 def distil(method: str, folder: Path, teacher: Path, pictures: Path, steps: int) -> None:
@@ -75,7 +64,7 @@ def main() -> None:
         (teacher / "trained").touch()
     pictures = folder / "pictures.parquet"
     if not pictures.exists():
-        write_pictures(pictures, size.pictures)
+        shapes_teacher.write_pictures(pictures, size.pictures)
 
     prompts = shapes_teacher.held_out_prompts(50 if args.quick else 400)
     pipeline, scale = DiffusionPipeline.from_pretrained(teacher), shapes_teacher.GUIDANCE_SCALE

@@ -20,6 +20,7 @@ from cm_diffusers.pipelines.image_pipeline import ImagePipeline
 
 
 OURS = (ConsistencyPipeline, DenoisingPipeline, TrigFlowPipeline, MeanFlowPipeline, CTMPipeline)
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 CAPTION = 12  # height of a caption in pixels
 PIPELINES = {"ConsistencyModelPipeline": ConsistencyPipeline, **{cls.__name__: cls for cls in OURS}}
 
@@ -41,7 +42,7 @@ def load_pipeline(
     if Path(name_or_path).exists() and not (Path(name_or_path) / "model_index.json").is_file():
         inside = Path(name_or_path) / "pipeline"
         hint = f" Its model is {str(inside)!r}." if (inside / "model_index.json").is_file() else ""
-        if (Path(name_or_path) / "pytorch_lora_weights.safetensors").is_file():
+        if (Path(name_or_path) / LORA_FILE).is_file():
             hint = " It is a LoRA: its card shows how diffusers loads it beside its base model."
         raise ValueError(f"{name_or_path!r} is not a model: it has no model_index.json.{hint}")
     _check_links(Path(name_or_path))
@@ -54,7 +55,13 @@ def load_pipeline(
     if not isinstance(kind, str) or kind not in kinds:
         text = isinstance(config, dict) and any(key.startswith(("text_", "tokenizer")) for key in config)
         why = ", which is conditioned on text" if text else ""
-        raise ValueError(f"model {name_or_path!r} is a {kind}{why}; this version reads {', '.join(kinds)}.")
+        hint = ""
+        if text and "StableDiffusionPipeline" not in kinds:
+            hint = (
+                " Sample a text-to-image model with diffusers itself, as its card shows; to distil one, give it as"
+                " --pretrained_teacher_model."
+            )
+        raise ValueError(f"model {name_or_path!r} is a {kind}{why}; this version reads {', '.join(kinds)}.{hint}")
     try:
         return kinds[kind].from_pretrained(
             name_or_path, revision=revision, use_safetensors=True, local_files_only=cached, **kwargs

@@ -24,6 +24,9 @@ from cm_diffusers.engine.processes import ends_with_a_line
 from cm_diffusers.engine.sharing.card import renew_card
 from cm_diffusers.engine.sharing.hub import Publisher, Push
 from cm_diffusers.engine.sharing.space import SPACE, write_space
+from cm_diffusers.engine.text.card import card_of_any_model
+from cm_diffusers.engine.text.export import is_text_to_image
+from cm_diffusers.sampling import LORA_FILE
 
 
 def push(args: argparse.Namespace) -> bool:
@@ -35,14 +38,16 @@ def push(args: argparse.Namespace) -> bool:
     Raises:
         ValueError: the folder holds no model, the Hub is unreachable, or it refuses the name or the token.
     """
-    if not (args.model_dir / "model_index.json").is_file():
+    if not any((args.model_dir / file).is_file() for file in ("model_index.json", LORA_FILE)):
         raise ValueError(
-            f"model_dir {str(args.model_dir)!r} is not a model: it has no model_index.json. Give"
-            " the folder pipeline of a run."
+            f"model_dir {str(args.model_dir)!r} is not a model: it has no model_index.json or {LORA_FILE}. Give the"
+            " folder pipeline of a run."
         )
+    if args.space and is_text_to_image(args.model_dir):
+        raise ValueError("space: the demo shows no text-to-image models. Leave out --space.")
     publisher = Publisher(args.hub_model_id or args.model_dir.resolve().parent.name, args.hub_private_repo)
     publisher.check(now=True)
-    renew_card(args.model_dir, publisher.repo_id)
+    renew_card(args.model_dir, publisher.repo_id, card_of_any_model)
     publisher.push(Push(args.model_dir, "Upload model", args.tag))
     if not publisher.finish(args.hub_timeout):
         return False

@@ -5,7 +5,9 @@
 The task is a new palette: red and blue change places, green and yellow too. A LoRA learns it from pictures by the
 diffusion loss. Then, for each seed:
 
-- "task first": the teacher with this LoRA (`--teacher_lora`) is distilled into a second LoRA. Both are loaded.
+- "task first": the teacher with this LoRA (`--teacher_lora`) is distilled into a second LoRA, on pictures of the task.
+  Both LoRAs are loaded.
+- "task first, old pictures": the same on pictures of the old palette, which the teacher with the task does not make.
 - "distilled first": the LoRA of the teacher without the task is loaded beside the task LoRA, which never met it.
 
 The judge counts pictures of held-out prompts that are right in the new palette, by number of steps. Results go to
@@ -32,6 +34,7 @@ PALETTE = {"red": "blue", "blue": "red", "green": "yellow", "yellow": "green"}
 STEPS = (1, 2, 4)
 TEACHER_STEPS = 25
 TASK_STEPS = 300
+ORDERS = ("task first", "task first, old pictures", "distilled first")
 BATCH = 64
 
 
@@ -91,6 +94,9 @@ def main() -> None:
     args = parser.parse_args()
     teacher, pictures = args.shapes / "teacher", args.shapes / "pictures.parquet"
     prompts, rows = shapes_teacher.held_out_prompts(200), []
+    repainted_pictures = args.shapes / "repainted.parquet"
+    if not repainted_pictures.exists():
+        shapes_teacher.write_pictures(repainted_pictures, shapes_teacher.FULL.pictures, repainted)
     for seed in range(args.seeds):
         home = args.shapes / "order" / str(seed)
         train_task(teacher, home / "task", seed)
@@ -98,14 +104,15 @@ def main() -> None:
         pipeline.load_lora_weights(home / "task")
         scale = shapes_teacher.GUIDANCE_SCALE
         row = {"seed": seed, "teacher with task": judged(pipeline, prompts, TEACHER_STEPS, scale, seed)}
-        for order, task in (("task first", home / "task"), ("distilled first", None)):
-            folder = home / order.replace(" ", "_")
-            distil(teacher, pictures, folder, seed, args.steps, task)
+        settings = (home / "task", repainted_pictures), (home / "task", pictures), (None, pictures)
+        for order, (task, data) in zip(ORDERS, settings):
+            folder = home / order.replace(", ", "_").replace(" ", "_")
+            distil(teacher, data, folder, seed, args.steps, task)
             row[order] = shares(teacher, home / "task", folder / "pipeline", prompts, seed)
         rows.append(row)
         print(json.dumps(row), flush=True)
         (args.shapes / "lora_order.json").write_text(json.dumps(rows, indent=1))
-    for order in ("task first", "distilled first"):
+    for order in ORDERS:
         found = {n: np.array([row[order][str(n)] for row in rows]) for n in STEPS}
         print(order, {n: f"{values.mean():.3f} +- {values.std():.3f}" for n, values in found.items()})
 

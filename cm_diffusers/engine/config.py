@@ -52,6 +52,7 @@ TEXT = (  # settings for text-to-image models and for adapters
     "caption_column", "prompts", "proportion_empty_prompts", "validation_prompts", "teacher_lora", "lora_rank",
     "lora_alpha", "lora_target_modules", "base_precision", "unet_time_cond_proj_dim", "fuse"
 )  # fmt: skip
+FOR_PROMPTS = ("prompts", "proportion_empty_prompts", "resolution", "max_train_samples")  # settings without images
 BESIDE_TRAINING: dict[str, Any] = {"may_change": True, "in_recipe": False}  # settings that do not affect the weights
 
 
@@ -312,6 +313,11 @@ class DataArguments(Options):
                 "Give exactly one of dataset_name and train_data_dir (or prompts, for a text-to-image model);"
                 f" got {' and '.join(sources) or 'none'}."
             )
+        if self.prompts is not None:
+            changed = [entry.name for entry in fields(self) if getattr(self, entry.name) != entry.default]
+            needing = [name for name in changed if name not in FOR_PROMPTS]
+            if needing:
+                raise ValueError(f"{needing[0]} needs images, and prompts has none. Leave one of them out.")
         if self.dataset_revision is not None and (self.dataset_name is None or Path(self.dataset_name).exists()):
             raise ValueError(
                 f"dataset_revision {self.dataset_revision!r} needs a Hub dataset as --dataset_name. Leave it out for"

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
+from datasets import Dataset, Features, Image, Value
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -238,6 +240,21 @@ def drawn_prompts(count: int, seed: int = 0) -> list[str]:
 
 
 @torch.no_grad()
+def write_pictures(file: Path, count: int, wanted: Callable[[str], str] = str) -> None:
+    """Write pictures of drawn prompts, with the prompts as captions, as a parquet file.
+
+    Args:
+        file: the file to write.
+        count: number of pictures.
+        wanted: maps a caption to the prompt that is drawn for it.
+    """
+    prompts, random = drawn_prompts(count), np.random.default_rng(1)
+    pixels = [((shapes.draw(wanted(prompt), random) + 1) * 127.5).round().astype(np.uint8) for prompt in prompts]
+    images = [PIL.Image.fromarray(picture.transpose(1, 2, 0)) for picture in pixels]
+    features = Features({"image": Image(), "text": Value("string")})
+    Dataset.from_dict({"image": images, "text": prompts}, features=features).to_parquet(file)
+
+
 def encoded(vae: AutoencoderTiny, prompts: Sequence[str], seed: int = 0, batch: int = 250) -> Tensor:
     """Latents (n, 4, 8, 8) of unit variance, of one picture for each of n prompts.
 

@@ -246,6 +246,11 @@ def test_tangents_are_float32_and_the_pass_that_is_trained_is_cast(
     assert seen == {(False, torch.float32), (True, torch.bfloat16)}
 
 
+def test_fp16_is_refused_on_a_cpu_where_it_would_be_float32(tmp_path):
+    with pytest.raises(ValueError, match="mixed_precision fp16 needs a GPU. On a CPU leave it out"):
+        run(tmp_path, mixed_precision="fp16")
+
+
 # --- fp16 ----------------------------------------------------------------------------------------------------------
 
 

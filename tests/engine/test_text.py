@@ -92,6 +92,9 @@ def test_what_is_no_teacher_is_refused():
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="it is a few-step model already"):
         read_text_to_image(pipe)
+    pipe.scheduler = DDIMScheduler.from_config(PIPELINES["sd"]().scheduler.config, rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="has zero terminal SNR .*it predicts v_prediction or sample"):
+        read_text_to_image(pipe)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(PIPELINES["sd"]().scheduler.config)
     read_text_to_image(pipe)
     add_lora(pipe.unet, rank=2)

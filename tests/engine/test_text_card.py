@@ -35,7 +35,7 @@ from tests.helpers.tiny_text import PIPELINES
 
 
 AROUND = RunSummary(10, 4, 2, "3 x 8 x 8", DataDescription(123, 4, (4, 4)))
-GRIDS = {"prompts": {"file": "samples/prompts.png", "prompts": "two red circles | a green triangle"}}
+GRIDS = {"prompts": {"file": "samples/prompts.png", "prompts": ["two red circles", "a green | triangle"]}}
 
 
 @pytest.fixture
@@ -112,6 +112,15 @@ def test_a_lora_needs_its_base_and_its_scheduler(base, method, scheduler):
         'image = pipe("two red circles", num_inference_steps=4, guidance_scale=1).images[0]',
     ]
     assert ("`eta=g`" in str(text_card(facts, "user/few"))) == (method == "tcd")
+
+
+@pytest.mark.parametrize("resolution, words", [(8, ""), (16, ", height=16, width=16")])
+def test_the_code_makes_an_image_of_the_size_of_the_training(base, tmp_path, resolution, words):
+    _, student, facts = finished(base, fuse=True, resolution=resolution)
+    save_fused_model(student, tmp_path / "whole", str(base), verify=False)
+    found = code_of(text_card(facts, str(tmp_path / "whole")))
+    assert f'pipe("two red circles"{words}, num_inference_steps' in found
+    assert image_of(found).size == (resolution, resolution)
 
 
 def test_the_code_of_a_whole_pipeline_is_two_lines_and_makes_an_image(base, tmp_path):

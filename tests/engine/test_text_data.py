@@ -313,7 +313,7 @@ def test_batches_depend_on_the_seed_alone_and_not_on_the_number_of_processes(tmp
 
 
 def test_two_processes_share_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_cache, "_without_warnings", nullcontext)  # it is global, and these are threads
+    monkeypatch.setattr(prompt_cache, "without_warnings", nullcontext)  # it is global, and these are threads
     folder_of(tmp_path / "data", CAPTIONS)
     pipes = [PIPELINES["sd"]() for _ in range(2)]
     barrier, counts, made = threading.Barrier(2), [0, 0], [None, None]
@@ -373,6 +373,15 @@ def test_other_captions_and_other_autoencoders_change_the_fingerprint_but_captio
     assert not torch.equal(changed.rows([0]), other.rows([0]))
 
 
+def test_another_network_of_the_teacher_changes_the_fingerprint_but_keeps_latents_and_embeddings(tmp_path):
+    first, pipe = text_data(tmp_path, PIPELINES["sd"]()), PIPELINES["sd"]()
+    with torch.no_grad():
+        next(pipe.unet.parameters()).view(-1)[0] += 1
+    pipe.vae.encode, said = None, []
+    other = text_data(tmp_path, pipe, said)
+    assert other.description.fingerprint != first.description.fingerprint and not said
+
+
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_buckets_give_batches_of_one_shape_with_its_sizes(tmp_path, kind):
     pipe, sizes = PIPELINES[kind](), ((16, 16), (12, 20), (20, 12))
@@ -401,7 +410,7 @@ def test_buckets_give_batches_of_one_shape_with_its_sizes(tmp_path, kind):
         ({"random_flip": True}, "random_flip is not for latents: mirrored latents"),
         ({"random_crop": True}, "random_crop is not for latents: images are encoded once"),
         ({"channels": 1}, "the autoencoder takes images of 3 channels, the dataset gives 1: set --channels 3"),
-        ({"resolution": [8, 7]}, "resolution must be multiples of 2, .* got 8 x 7"),
+        ({"resolution": [8, 12]}, "resolution must be multiples of 8, .* got 8 x 12"),
     ],
 )
 def test_settings_that_latents_exclude_are_refused(tmp_path, settings, message):
@@ -525,8 +534,12 @@ def test_a_stopped_call_continues_with_the_missing_samples(tmp_path):
     [
         ({"aspect_ratio_buckets": True}, "aspect_ratio_buckets needs images, and prompts has none"),
         ({"extra_datasets": ["digits"]}, "extra_datasets needs images, and prompts has none"),
-        ({"random_flip": True}, "random_flip is not for latents"),
-        ({"resolution": [7]}, "resolution must be multiples of 2"),
+        ({"random_flip": True}, "random_flip needs images"),
+        ({"caption_column": "text"}, "caption_column needs images"),
+        ({"channels": 3}, "channels needs images"),
+        ({"max_image_pixels": 9}, "max_image_pixels needs images"),
+        ({"dataloader_num_workers": 1}, "dataloader_num_workers needs images"),
+        ({"resolution": [12]}, "resolution must be multiples of 8, .* got 12 x 12"),
     ],
 )
 def test_settings_that_need_images_are_refused(tmp_path, settings, message):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from cm_diffusers.core.frozen import copied
 from cm_diffusers.core.interpolants import VE
@@ -279,6 +281,24 @@ def test_the_fused_pipeline_is_complete_and_makes_the_images_of_the_lora(bases, 
     assert type(whole) is type(pipe) and type(whole.scheduler) is LCMScheduler
     assert not hasattr(whole.unet, "peft_config")
     assert np.abs(sample_prompts(whole, encode_prompts(whole, PROMPTS), SEEDS, 2) - expected).max() < 1e-4
+
+
+def test_a_safety_checker_stays_in_the_fused_pipeline_without_a_word(bases, tmp_path, capfd):
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**small, "image_size": 8, "patch_size": 4, "projection_dim": 8}
+    words = {**small, "vocab_size": 10, "bos_token_id": 0, "eos_token_id": 1}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=words, vision_config=vision, projection_dim=8))
+    pipe, _ = loaded(bases, "sd", free=False)
+    pipe.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessor())
+    pipe.save_pretrained(tmp_path / "base")
+    free_encoders(pipe)
+    trained(pipe)
+    capfd.readouterr()
+    save_fused_model(pipe, tmp_path / "whole", str(tmp_path / "base"), verify=False)
+    captured = capfd.readouterr()
+    assert "StableDiffusionSafetyChecker" not in captured.out + captured.err
+    assert "safety_checker" in DiffusionPipeline.load_config(tmp_path / "whole")
+    assert (tmp_path / "whole" / "safety_checker" / "model.safetensors").is_file()
 
 
 def test_a_student_with_all_weights_is_saved_whole(bases, tmp_path):

@@ -21,6 +21,8 @@ from cm_diffusers.engine.saved.lora import add_lora, save_lora, trained_weights
 from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.training.build import build_trainer
 from cm_diffusers.engine.training.run import main
+from cm_diffusers.engine.training.text import METHODS
+from tests.helpers.scripts import load_script
 from tests.helpers.tiny_text import PIPELINES
 from tests.helpers.training_runs import differences, read_log, tensors
 
@@ -139,10 +141,26 @@ def test_a_run_draws_its_prompts_verifies_its_lora_and_exports_again_as_a_whole_
     assert abs(images[0].images - images[1].images).max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_pictures_have_the_size_of_the_training_and_long_prompts_are_said_once(
+    tmp_path, teachers, prompts, kind, capfd
+):
+    long = " ".join(["a red circle"] * 6)
+    settings = {"resolution": [8, 16], "validation_prompts": [long, "a red square"], "max_train_steps": 1}
+    (tmp_path / "prompts.txt").write_text(f"{prompts.read_text()}\n{long}")
+    trainer = trainer_of(tmp_path, teachers / kind, prompts=tmp_path / "prompts.txt", **settings)
+    assert trainer.product._images(trainer.exported(), 1, 1.0).shape == (2, 8, 16, 3)
+    captured = capfd.readouterr()
+    said = captured.out + captured.err
+    assert said.count("more than 12 tokens") == 1 and "truncated" not in said and "Token indices" not in said
+
+
 @pytest.mark.parametrize("method", ["tcd", "cd", "ecd"])
-def test_the_other_methods_distil_a_lora_from_captioned_images(tmp_path, teachers, pictures, method):
+def test_the_other_methods_distil_a_lora_from_captioned_images(tmp_path, teachers, pictures, method, capsys):
     settings = {"train_data_dir": pictures, "resolution": 8, "proportion_empty_prompts": 0.2}
     folder = train(tmp_path / "run", teachers / "sd", method, **settings)
+    out = capsys.readouterr().out
+    assert f"Saved {folder / 'pipeline'}.\n" in out  # no pictures and no curves were drawn
     first, *_, last = read_log(folder)
     assert last["step"] == 4 and all(torch.isfinite(torch.tensor(row["loss"])) for row in (first, last))
 
@@ -186,6 +204,9 @@ def test_after_caching_no_encoder_is_alive(tmp_path, teachers, prompts):
         ({"caption_column": "words"}, "words"),
         ({"class_conditional": True}, "class_conditional is not for text-to-image models"),
         ({"random_flip": True}, "random_flip is not for latents"),
+        ({"cache_latents": True}, "cache_latents is not for text-to-image models"),
+        ({"train_data_dir": None, "prompts": "p.txt", "vae_encode_batch_size": 4}, "vae_encode_batch_size needs im"),
+        ({"resolution": 12}, "resolution must be multiples of 8, .* got 12 x 12"),
         ({"streaming": True}, "streaming is not for text-to-image models"),
         ({"lora_target_modules": ["to_x"]}, "lora_target_modules to_x: no layer has such a name"),
         ({"lora_rank": None, "lora_target_modules": None, "lora_alpha": 2.0}, "lora_alpha is for a LoRA"),
@@ -193,5 +214,22 @@ def test_after_caching_no_encoder_is_alive(tmp_path, teachers, prompts):
     ],
 )
 def test_settings_that_can_t_be_followed_are_refused(tmp_path, teachers, pictures, settings, message):
+    settings = {"train_data_dir": pictures, "resolution": 8, **settings}
     with pytest.raises(ValueError, match=message):
-        trainer_of(tmp_path, teachers / "sd", train_data_dir=pictures, **{"resolution": 8, **settings})
+        trainer_of(tmp_path, teachers / "sd", **settings)
+
+
+@pytest.mark.parametrize(
+    "method, reason",
+    [
+        ("scd", ", because it needs the network's derivative by time, and .* trained on integer times"),
+        ("ctm", ", because it adds a second time to the network, which no stock scheduler knows"),
+    ],
+)
+def test_methods_that_do_not_distil_text_to_image_models_are_refused(tmp_path, teachers, prompts, method, reason):
+    script = load_script("train_text_to_image")
+    assert tuple(script.METHODS) == METHODS
+    flags = words(tmp_path, teachers / "sd", method, prompts=prompts, lora_rank=None, lora_target_modules=None)
+    refused = f"method {method} is not for text-to-image models{reason}. Choose lcm, tcd, cd or ecd"
+    with pytest.raises(ValueError, match=refused):
+        build_trainer(parse_config(flags, [method], ""), start_accelerator())

@@ -64,11 +64,11 @@ def more_images(folder):
 def of_text(folder):
     """Settings of a run that distils a text-to-image model."""
     teacher = PIPELINES["sd"]()
-    teacher.save_pretrained(folder.with_name("text_teacher"))
+    teacher.save_pretrained(folder.with_name(f"{NAME}-teacher"))
     none = dict.fromkeys(("dataset_name", "class_conditional", "max_train_samples", "model_preset"))
-    file = folder.with_name("prompts.txt")
+    file = folder.with_name(f"{NAME}.txt")
     file.write_text("a red circle\ntwo blue squares")
-    return none | {"pretrained_teacher_model": folder.with_name("text_teacher"), "prompts": file}
+    return none | {"pretrained_teacher_model": folder.with_name(f"{NAME}-teacher"), "prompts": file}
 
 
 def prompts(folder):
@@ -80,7 +80,7 @@ def lora(folder):
     pipeline = PIPELINES["sd"]()
     add_lora(pipeline.unet, rank=2)
     save_lora(pipeline, folder)
-    return of_text(folder)
+    return of_text(folder) | {"lora_rank": 2, "fuse": True}
 
 
 # flag: (function that fills the folder and returns further settings, methods to train with the flag)

@@ -5,13 +5,20 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
+from huggingface_hub import ModelCard
 
+from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.engine.saved.lora import trained_weights
 from cm_diffusers.engine.saved.text import free_encoders
+from cm_diffusers.engine.sharing import hub as engine_hub
+from cm_diffusers.engine.sharing.hub import Publisher, Push
 from cm_diffusers.engine.text import clean_process as text_process
 from cm_diffusers.engine.text.card import text_card
 from cm_diffusers.engine.text.export import save_fused_model, save_lora_model
 from tests.engine.test_text_card import finished
+from tests.helpers.loopback import pushed
+from tests.helpers.scripts import load_script
 from tests.helpers.tiny_text import PIPELINES
 
 
@@ -36,9 +43,36 @@ assert "cm_diffusers" not in sys.modules
 """
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_result_is_pushed_later_under_its_own_name_without_a_demo(hub, api, tmp_path, monkeypatch, capsys, fuse):
+    monkeypatch.setattr(engine_hub, "HfApi", lambda: api)
+    PIPELINES["sd"]().save_pretrained(tmp_path / "base")
+    _, student, facts = finished(tmp_path / "base", fuse=fuse)
+    model = tmp_path / "run" / RunFiles.MODEL
+    save = save_fused_model if fuse else save_lora_model
+    save(student, model, str(tmp_path / "base"), verify=False)
+    (tmp_path / "run" / RunFiles.FACTS).write_text(json.dumps(facts))
+    push = load_script("push").main
+    with pytest.raises(SystemExit) as end:
+        push(["--model_dir", str(model), "--hub_model_id", "tester/few", "--space"])
+    assert "the demo shows no text-to-image models" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        push(["--model_dir", str(model), "--hub_model_id", "tester/few"])
+    assert end.value.code == 0
+    files = pushed(hub, "tester/few")
+    assert ("pytorch_lora_weights.safetensors" in files) == (not fuse) and "scheduler/scheduler_config.json" in files
+    local = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
+    assert local <= files.keys()
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.pipeline_tag == "text-to-image" and '"tester/few"' in card.text.split("```")[1]
+
+
 def published(api, folder, name):
+    """Push a folder as runs do."""
     api.create_repo(f"tester/{name}")
-    api.upload_folder(repo_id=f"tester/{name}", folder_path=folder)
+    publisher = Publisher(f"tester/{name}", api=api)
+    publisher.push(Push(folder, "End of training"))
+    assert publisher.finish(60)
 
 
 def test_the_code_on_the_cards_makes_the_images_of_the_training(hub, api, tmp_path):

@@ -1,10 +1,14 @@
 """Text-to-image pipelines of diffusers (Stable Diffusion, SDXL), read as denoisers, and prompts as conditions."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
@@ -64,6 +68,12 @@ def read_text_to_image(pipeline: DiffusionPipeline) -> TextModel:
             " pipe.fuse_lora() and pipe.unload_lora_weights()."
         )
     spec = read_scheduler(pipeline.scheduler)
+    if spec.prediction == "epsilon" and math.isinf(spec.process.sigma_max):
+        raise ValueError(
+            f"its {type(pipeline.scheduler).__name__} has zero terminal SNR (rescale_betas_zero_snr) and predicts"
+            " epsilon, from which no sampler can start. Give the scheduler of the network's training; with zero"
+            " terminal SNR it predicts v_prediction or sample."
+        )
     count = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
     encoders = [
         part for part in PARTS if part.startswith("text_encoder") and getattr(pipeline, part, None) is not None
@@ -74,6 +84,20 @@ def read_text_to_image(pipeline: DiffusionPipeline) -> TextModel:
         f" {size} x {size} pixels"
     )
     return TextModel(with_conditions(unet), spec, pipeline.vae, None, pipeline, description)
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silence the warnings of diffusers and transformers, for calls whose faults this library names itself."""
+    logs = [library.utils.logging for library in (diffusers, transformers)]
+    before = [log.get_verbosity() for log in logs]
+    try:
+        for log in logs:
+            log.set_verbosity_error()
+        yield
+    finally:
+        for log, level in zip(logs, before):
+            log.set_verbosity(level)
 
 
 def fuse_loras(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
@@ -89,7 +113,7 @@ def fuse_loras(pipeline: DiffusionPipeline, names: Sequence[str]) -> None:
     for name in names:
         import_peft()
         try:
-            with looked_up(name) as cached:
+            with looked_up(name) as cached, without_warnings():
                 pipeline.load_lora_weights(name, local_files_only=cached)
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()

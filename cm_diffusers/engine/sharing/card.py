@@ -4,7 +4,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -348,7 +348,7 @@ def model_card(facts: Mapping[str, Any], repo: str, metrics: Path) -> ModelCard:
     return card
 
 
-def renew_card(model: Path, repo: str) -> None:
+def renew_card(model: Path, repo: str, make: Callable[[Mapping[str, Any], str, Path], ModelCard] = model_card) -> None:
     """Write the card of a run's saved model again, with a new name and the newest metrics.
 
     card.json and metrics.json are read beside the model's folder. Without card.json, the card is left unchanged.
@@ -356,6 +356,7 @@ def renew_card(model: Path, repo: str) -> None:
     Args:
         model: folder of the saved model.
         repo: the new name: a Hub id, or the name of a folder.
+        make: makes the card from its facts, its name and the path of metrics.json.
 
     Raises:
         ValueError: card.json or metrics.json is damaged.
@@ -363,7 +364,7 @@ def renew_card(model: Path, repo: str) -> None:
     file = model.parent / RunFiles.FACTS
     if os.path.lexists(file):
         try:
-            card = model_card(read_facts(file), repo, model.parent / RunFiles.METRICS)
+            card = make(read_facts(file), repo, model.parent / RunFiles.METRICS)
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             if RunFiles.METRICS in str(error):
                 raise

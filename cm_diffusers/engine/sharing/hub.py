@@ -27,11 +27,13 @@ from huggingface_hub.utils import httpx  # the library's client: httpx in 1.x, h
 from cm_diffusers.engine.checkpoint import DamagedCheckpoint, load_checkpoint
 from cm_diffusers.engine.files import headline, remove
 from cm_diffusers.lookup import AWAY
+from cm_diffusers.sampling import LORA_FILE
 
 
 PUBLISHED = (
     "README.md", "data.json", "model_index.json", "pipeline.py", "*/config.json", "*/scheduler_config.json",
-    "*/cm_diffusers.py", "*/*.safetensors", "*/*.safetensors.index*.json", "samples/*.png",
+    "*/cm_diffusers.py", "*/*.safetensors", "*/*.safetensors.index*.json", "samples/*.png", LORA_FILE,
+    "tokenizer*/*.json", "tokenizer*/merges.txt", "feature_extractor/preprocessor_config.json",
 )  # fmt: skip
 CHECKPOINT_BRANCH = "checkpoint"
 CHECKPOINT_FILES = ("manifest.json", "state.json", "*.safetensors")

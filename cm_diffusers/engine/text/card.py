@@ -14,7 +14,7 @@ import cm_diffusers
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.files import HUB_CARDS, RunFiles
 from cm_diffusers.engine.shareable import hub_id
-from cm_diffusers.engine.sharing.card import RunSummary, card_facts, read_facts
+from cm_diffusers.engine.sharing.card import RunSummary, card_facts, model_card, read_facts
 from cm_diffusers.objectives import Objective
 
 
@@ -27,7 +27,7 @@ def text_card_facts(
     objective: Objective,
     pipeline: DiffusionPipeline,
     run: RunSummary,
-    grids: Mapping[str, Mapping[str, str]],
+    grids: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the facts for the card of `pipeline` as JSON values, without its name.
 
@@ -36,7 +36,7 @@ def text_card_facts(
         objective: the method.
         pipeline: the student.
         run: further facts of the run.
-        grids: by title, a picture in the model's folder ("file") and its prompts ("prompts", separated by " | ").
+        grids: by title, a picture in the model's folder ("file") and its prompts ("prompts", a list).
     """
     unet, args, options = pipeline.unet, config.model, config.options
     plain = SimpleNamespace(unet=unet, scheduler=pipeline.scheduler, default_steps=(STEPS,))
@@ -46,7 +46,9 @@ def text_card_facts(
     scale = f"scale {args.teacher_guidance_scale:g}"
     if options.draws_guidance:
         scale = f"scales {options.w_min:g} to {options.w_max:g}"
-    prompts = [prompt for grid in grids.values() for prompt in grid["prompts"].split(" | ")]
+    own = unet.config.sample_size * pipeline.vae_scale_factor
+    size = (config.data.resolution * 2)[:2] if config.data.resolution else [own, own]
+    prompts = [prompt for grid in grids.values() for prompt in grid["prompts"]]
     if config.data.prompts is not None:
         facts |= {"dataset": "prompts alone, without images"}
     return facts | {
@@ -61,6 +63,7 @@ def text_card_facts(
         "scheduler": type(pipeline.scheduler).__name__,
         "guidance": scale,
         "guidance_input": guidance_input(config),
+        "size": None if size == [own, own] else size,  # the pipeline's default
         "prompt": prompts[0] if prompts else "a photo of a cat",
     }
 
@@ -93,8 +96,23 @@ def text_snippet(facts: Mapping[str, Any], repo: str) -> str:
         lines.append(f"pipe.load_lora_weights({name})")
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({name}, subfolder="scheduler")')
     prompt, scale = json.dumps(facts["prompt"], ensure_ascii=False), facts["guidance_input"] or 1
-    lines.append(f"image = pipe({prompt}, num_inference_steps={STEPS}, guidance_scale={scale:g}).images[0]")
+    size = "" if facts["size"] is None else ", height={}, width={}".format(*facts["size"])
+    lines.append(f"image = pipe({prompt}{size}, num_inference_steps={STEPS}, guidance_scale={scale:g}).images[0]")
     return "\n".join(lines)
+
+
+def card_of_any_model(facts: Mapping[str, Any], repo: str, metrics: Path) -> ModelCard:
+    """Make the card of a text-to-image model or of another model.
+
+    Args:
+        facts: from `text_card_facts`, or from `card_facts`.
+        repo: the name of the model in the card.
+        metrics: path of metrics.json, which can be missing.
+
+    Raises:
+        ValueError: the metrics are damaged, or the front matter of the card can't be read back.
+    """
+    return text_card(facts, repo) if "guidance_input" in facts else model_card(facts, repo, metrics)
 
 
 def usage(folder: Path, config: Config) -> str:

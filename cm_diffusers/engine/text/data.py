@@ -4,6 +4,7 @@ The latents are those of images with captions, or of the teacher's own samples i
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -28,6 +29,7 @@ from cm_diffusers.models.text_unet import wanted_entries
 from cm_diffusers.objectives.options import check_for_latents
 
 
+SIDES = 8  # sides of pictures are multiples of it in all pipelines of diffusers
 TEACHER_STEPS = 25  # of the teacher's samples, for prompts without images
 
 
@@ -132,14 +134,15 @@ class TextData(ImageData):
         """Check the settings, and encode the prompts, after which the encoders leave memory."""
         check_for_latents(replace(args, aspect_ratio_buckets=False))
         factor = pipeline.vae_scale_factor
-        if any(side % factor for side in size):
+        multiple = math.lcm(factor, SIDES)
+        if any(side % multiple for side in size):
             raise ValueError(
-                f"resolution must be multiples of {factor}, by which the autoencoder shrinks images; got"
-                f" {size[0]} x {size[1]}."
+                f"resolution must be multiples of {multiple}, as diffusers' pipelines need; got {size[0]} x {size[1]}."
             )
         self.args, self.show_progress = args, shared["show_progress"]
         self.labels = self.num_classes = self._classes = self._mixture = self._buckets = None
         self.resolution = size[0] // factor, size[1] // factor
+        self._teacher = digest_of_network(pipeline.unet)
         pipeline.to(device)
         self.vae = pipeline.vae.float().eval().requires_grad_(False)
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(captions))}
@@ -170,7 +173,7 @@ class TextData(ImageData):
         self._sizes = torch.empty(len(self.images), 6)
         for indices, (height, width) in zip(rows, shapes):
             self._sizes[list(indices)] = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-        keys = [cache.key for cache in (*caches, *self._prompts.caches)]
+        keys = [self._teacher, *(cache.key for cache in (*caches, *self._prompts.caches))]
         self._fingerprint = digest(*(key.encode() for key in keys), self._prompt.numpy().tobytes())
         own = {cache.folder for cache in (*caches, *self._prompts.caches)}
         others = sorted(path.relative_to(folder) for path in folder.glob("*/*") if path not in own)
@@ -241,9 +244,6 @@ class PromptData(TextData):
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         shared: dict[str, Any] = {"rank": rank, "world": world, "say": say, "show_progress": show_progress}
-        for name in ("aspect_ratio_buckets", "extra_datasets"):
-            if getattr(args, name):
-                raise ValueError(f"{name} needs images, and prompts has none. Leave one of them out.")
         own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         height, width = ((args.resolution or [own]) * 2)[:2]
         count = args.max_train_samples or len(prompts)
@@ -251,7 +251,7 @@ class PromptData(TextData):
         self._prepare(args, (height, width), captions, pipeline, folder, device, wait, shared)
         scheduler = sampler_of(pipeline.scheduler)
         settings = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
-        facts = [digest_of_network(pipeline.unet), type(scheduler).__name__, settings, TEACHER_STEPS, guidance_scale]
+        facts = [self._teacher, type(scheduler).__name__, settings, TEACHER_STEPS, guidance_scale]
         facts += [seed, height, width, self._prompts.key, self._prompt.tolist()]
 
         def sampled(rows: range) -> dict[str, Tensor]:

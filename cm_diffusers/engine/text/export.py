@@ -26,11 +26,12 @@ from cm_diffusers.engine.saved.base_precision import cast_calls, full_state
 from cm_diffusers.engine.saved.export import ROUNDING, _new_network, _put_in_place
 from cm_diffusers.engine.saved.lora import fused_state, has_lora, save_lora, trained_weights
 from cm_diffusers.engine.saved.stock import read_scheduler
-from cm_diffusers.engine.saved.text import PARTS, fuse_loras
+from cm_diffusers.engine.saved.text import PARTS, fuse_loras, without_warnings
 from cm_diffusers.engine.text import clean_process
 from cm_diffusers.lookup import looked_up
 from cm_diffusers.objectives import Objective
 from cm_diffusers.pipelines.travel import save_with_code
+from cm_diffusers.sampling import LORA_FILE
 
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that the few-step schedulers know by name
@@ -93,6 +94,7 @@ def sample_prompts(
     guidance_scale: float = 1.0,
     output_type: str = "np",
     batch_size: int = 8,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Sample images (B, H, W, 3) in [0, 1] of encoded prompts. An image depends on its own prompt and seed only.
 
@@ -100,21 +102,22 @@ def sample_prompts(
 
     Args:
         pipeline: a text-to-image pipeline; it needs no text encoders.
-        condition: the B prompts of `encode_prompts`. The "sizes" of SDXL choose the size of the images, which is
-            otherwise that of the network.
+        condition: the B prompts of `encode_prompts`. The "sizes" of SDXL choose the size of the images.
         seeds: one seed per prompt.
         num_inference_steps: number of sampling steps.
         guidance_scale: 1 is no guidance, which otherwise needs the null rows. A network with an input for the scale
             receives it instead.
         output_type: "np" for images, or "latent" for latents (B, C, h, w).
         batch_size: largest number of images in a batch.
+        size: height and width of the images in pixels, for a model without "sizes"; None for those of the network.
     """
     quiet = copy.copy(pipeline)
     quiet.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(seeds), batch_size):
         rows = slice(start, start + batch_size)
-        inputs = _inputs(pipeline, condition.rows(rows), guidance_scale)
+        inputs = {"height": size[0], "width": size[1]} if size else {}
+        inputs |= _inputs(pipeline, condition.rows(rows), guidance_scale)
         with cast_calls(pipeline.unet):
             latents = quiet(
                 **inputs,
@@ -158,6 +161,13 @@ def _inputs(pipeline: DiffusionPipeline, condition: Condition, scale: float) -> 
         inputs |= {"original_size": (old_height, old_width), "crops_coords_top_left": (top, left)}
         inputs |= {"target_size": (height, width), "height": height, "width": width}
     return inputs
+
+
+def is_text_to_image(folder: Path) -> bool:
+    """Whether a saved model is a text-to-image model: a LoRA, or a pipeline with a tokenizer."""
+    if (folder / LORA_FILE).is_file():
+        return True
+    return any(name.startswith("tokenizer") for name in DiffusionPipeline.load_config(folder))
 
 
 def save_lora_model(
@@ -234,7 +244,7 @@ def _whole(pipeline: DiffusionPipeline, base: str, loras: list[str], **source: A
         network = _new_network(network, fused_state(network, trained_weights(network)))
     parts = {name: part for name, part in pipeline.components.items() if part is not None} | {"unet": network}
     if any(getattr(pipeline, name, 0) is None for name in PARTS):
-        with looked_up(base, revision=source["revision"]) as cached:
+        with looked_up(base, revision=source["revision"]) as cached, without_warnings():
             given = {} if loras else parts  # LoRAs are fused into a whole pipeline
             loaded = type(pipeline).from_pretrained(
                 base, use_safetensors=True, local_files_only=cached, **source, **given

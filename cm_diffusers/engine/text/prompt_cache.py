@@ -1,19 +1,16 @@
 """Embeddings of prompts, computed once and kept in files, so that the text encoders can leave memory."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import diffusers
-import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from cm_diffusers.core.conditions import Condition
 from cm_diffusers.engine.data.row_cache import RowCache, digest_of_network
 from cm_diffusers.engine.files import digest
-from cm_diffusers.engine.saved.text import PARTS, encode_prompts, read_sizes, too_long
+from cm_diffusers.engine.saved.text import PARTS, encode_prompts, read_sizes, too_long, without_warnings
 
 
 class PromptCache:
@@ -61,7 +58,7 @@ class PromptCache:
         Raises:
             OSError: a shard can't be written; the message names the file.
         """
-        with _without_warnings():
+        with without_warnings():
             count = self._rows.fill()
             self._nulls.fill()
             cut = too_long(self.pipeline, self.prompts) if count and self._is_main else []
@@ -94,20 +91,6 @@ class PromptCache:
 
     def _embed_null(self, rows: range) -> dict[str, Tensor]:
         return {name: null[None] for name, null in encode_prompts(self.pipeline, [""]).nulls.items()}
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence the warnings of pipelines and tokenizers, which repeat for every batch that a prompt was cut."""
-    logs = [library.utils.logging for library in (diffusers, transformers)]
-    before = [log.get_verbosity() for log in logs]
-    try:
-        for log in logs:
-            log.set_verbosity_error()
-        yield
-    finally:
-        for log, level in zip(logs, before):
-            log.set_verbosity(level)
 
 
 def digest_of_encoders(pipeline: DiffusionPipeline) -> str:

@@ -42,6 +42,16 @@ def choose_precision(method: type[Objective], asked: str | None) -> tuple[str, s
     return told, None
 
 
+def check_device(precision: str, device: torch.device) -> None:
+    """Check that `device` computes in `precision`.
+
+    Raises:
+        ValueError: fp16 on a CPU, where Accelerate would compute in float32 without a word.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs a GPU. On a CPU leave it out, which means float32, or give bf16.")
+
+
 class CastPass(nn.Module):
     """A wrapper whose forward pass Accelerate casts to the mixed precision.
 

@@ -23,12 +23,13 @@ from cm_diffusers.engine.sharing.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES,
 from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
 from cm_diffusers.engine.training.budget import within_budget
 from cm_diffusers.engine.training.build import build_trainer
-from cm_diffusers.engine.training.precision import choose_precision
+from cm_diffusers.engine.training.precision import check_device, choose_precision
 from cm_diffusers.engine.training.run_folder import check_ours, look_over
 from cm_diffusers.engine.training.same_run import check_before_data
 from cm_diffusers.engine.training.tracking import check_trackers, start_trackers
 from cm_diffusers.engine.training.trainer import Trainer
 from cm_diffusers.objectives import OBJECTIVES
+from cm_diffusers.sampling import LORA_FILE
 
 
 def main(argv: Sequence[str] | None, methods: Sequence[str], description: str) -> None:
@@ -86,6 +87,7 @@ def _train(config: Config, stopping: Stopping) -> Path:
         log_with=run.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / run.logging_dir)),
     )
+    check_device(precision, accelerator.device)
     with together(accelerator):
         if accelerator.is_main_process:
             check_ours(folder)
@@ -231,15 +233,14 @@ def _how_to_push(publisher: Publisher, folder: Path) -> str:
 def _holds(folder: Path, export: str) -> bool:
     """Whether the last export of the run was `export`, and its files still exist."""
     model = folder / RunFiles.MODEL
-    lora = model / "pytorch_lora_weights.safetensors"
+    lora = model / LORA_FILE
     index = lora if lora.exists() else model / "model_index.json"
     files = [index, *model.glob("*/*.json"), *model.glob("*/*.safetensors")]
     return holds(folder / RunFiles.EXPORTED, export) and all(file.is_file() and file.stat().st_size for file in files)
 
 
 def _say_what_next(trainer: Trainer, folder: Path) -> None:
-    print(
-        f"\nSaved {folder / RunFiles.MODEL}; pictures in {folder / RunFiles.PICTURES},"
-        f" curves in {folder / RunFiles.CURVES}."
-        f"\n{trainer.product.next_command(folder / RunFiles.MODEL)}"
-    )
+    places = (("pictures", folder / RunFiles.PICTURES), ("curves", folder / RunFiles.CURVES))
+    parts = [f"Saved {folder / RunFiles.MODEL}"]
+    parts += [" ".join(f"{what} in {path}" for what, path in places if path.exists())]
+    print(f"\n{'; '.join(filter(None, parts))}.\n{trainer.product.next_command(folder / RunFiles.MODEL)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.core.conditions import Condition
-from cm_diffusers.engine.config import Config
+from cm_diffusers.engine.config import Config, ModelArguments
 from cm_diffusers.engine.data.captions import read_prompts
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.files import RunFiles
@@ -22,7 +22,7 @@ from cm_diffusers.engine.pictures.prompts import save_prompt_grid
 from cm_diffusers.engine.saved.base_precision import is_packed
 from cm_diffusers.engine.saved.export import network_with
 from cm_diffusers.engine.saved.lora import has_lora
-from cm_diffusers.engine.saved.text import TextModel, encode_prompts
+from cm_diffusers.engine.saved.text import TextModel, encode_prompts, read_sizes, without_warnings
 from cm_diffusers.engine.sharing.card import RunSummary
 from cm_diffusers.engine.text.card import guidance_input, text_card, text_card_facts, usage
 from cm_diffusers.engine.text.data import PromptData, TextData
@@ -34,12 +34,14 @@ from cm_diffusers.engine.text.export import (
     student_pipeline,
 )
 from cm_diffusers.engine.training.product import Product
+from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.objectives.options import check_for_latents
 
 
 STEPS = (1, 2, 4, 8)  # of the pictures
 TEACHER_STEPS = 25
 SHOWN = 4  # prompts of the pictures, by default
+METHODS = ("lcm", "tcd", "cd", "ecd")  # whose students stock schedulers sample
 NOT_FOR_TEXT = (
     "class_conditional", "label_column", "label_dropout", "search_levels", "export_variant", "from_scratch"
 )  # fmt: skip
@@ -69,10 +71,22 @@ def check_text_settings(config: Config) -> None:
     Raises:
         ValueError: it has one.
     """
+    if config.method not in METHODS:
+        why = "it adds a second time to the network, which no stock scheduler knows"
+        if OBJECTIVES[config.method].needs_tangents:
+            why = "it needs the network's derivative by time, and this network was trained on integer times"
+        raise ValueError(
+            f"method {config.method} is not for text-to-image models, because {why}. Choose {', '.join(METHODS[:-1])}"
+            f" or {METHODS[-1]}."
+        )
     settings = config.to_dict()
     for name in NOT_FOR_TEXT:
         if settings[name]:
             raise ValueError(f"{name} is not for text-to-image models. Leave it out.")
+    if config.data.cache_latents:
+        raise ValueError("cache_latents is not for text-to-image models, whose latents are always kept. Leave it out.")
+    if config.data.prompts is not None and config.model.vae_encode_batch_size != ModelArguments.vae_encode_batch_size:
+        raise ValueError("vae_encode_batch_size needs images, and prompts has none. Leave one of them out.")
     if config.data.streaming:
         raise ValueError("streaming is not for text-to-image models, whose latents are computed once. Leave it out.")
     check_for_latents(replace(config.data, aspect_ratio_buckets=False), config.options)
@@ -80,10 +94,11 @@ def check_text_settings(config: Config) -> None:
 
 @dataclass(frozen=True)
 class ShownPrompts:
-    """The prompts of the pictures, and their embeddings."""
+    """The prompts of the pictures, their embeddings, and the height and width of the pictures in pixels."""
 
     prompts: list[str]
     condition: Condition
+    size: tuple[int, int]
 
 
 def load_text(config: Config, teacher: TextModel, accelerator: Accelerator) -> tuple[Config, TextData, ShownPrompts]:
@@ -122,7 +137,10 @@ def load_text(config: Config, teacher: TextModel, accelerator: Accelerator) -> t
             images = ImageData(config.data, False, folder / RunFiles.SCANNED, show_progress=main, captioned=True)
         prompts = images.captions or []
     shown = config.run.validation_prompts or list(dict.fromkeys(prompts))[:SHOWN]
-    pictures = ShownPrompts(shown, encode_prompts(pipeline, shown))
+    height, width = (config.data.resolution * 2)[:2]
+    with without_warnings():  # of long prompts, which the cache of the prompts names
+        condition = encode_prompts(pipeline, shown, read_sizes(pipeline, len(shown), height, width))
+    pictures = ShownPrompts(shown, condition, (height, width))
     if config.data.prompts is not None:
         scale, seed = teacher_scale(config), config.run.seed
         sampling = {"guidance_scale": scale, "seed": seed, "autocast": accelerator.autocast}
@@ -187,7 +205,7 @@ class TextProduct(Product):
         shown, columns = self.shown, []
         scale = guidance_input(self.config) or 1.0
         for steps in STEPS:
-            images = sample_prompts(pipeline, shown.condition, range(len(shown.prompts)), steps, scale)
+            images = self._images(pipeline, steps, scale)
             columns.append((f"{steps} step{'s' if steps > 1 else ''}", images))
         columns.append((f"teacher, {TEACHER_STEPS} steps", self._teacher_images()))
         save_prompt_grid(samples, shown.prompts, columns)
@@ -196,18 +214,22 @@ class TextProduct(Product):
     def _teacher_images(self) -> np.ndarray:
         """The teacher's images of the shown prompts, made once."""
         if self._of_teacher is None:
-            seeds, scale = range(len(self.shown.prompts)), teacher_scale(self.config)
-            self._of_teacher = sample_prompts(self.teacher.pipeline, self.shown.condition, seeds, TEACHER_STEPS, scale)
+            self._of_teacher = self._images(self.teacher.pipeline, TEACHER_STEPS, teacher_scale(self.config))
         return self._of_teacher
 
-    def grids(self, pipeline: DiffusionPipeline, folder: Path) -> dict[str, dict[str, str]]:
+    def _images(self, pipeline: DiffusionPipeline, steps: int, scale: float) -> np.ndarray:
+        """Images of the shown prompts, with the seeds 0, 1, 2, ..."""
+        shown = self.shown
+        return sample_prompts(pipeline, shown.condition, range(len(shown.prompts)), steps, scale, size=shown.size)
+
+    def grids(self, pipeline: DiffusionPipeline, folder: Path) -> dict[str, dict[str, Any]]:
         """Draw the picture of the card into the model's `folder`."""
         file = Path("samples") / "prompts.png"
         self.draw(pipeline, folder / file)
-        return {"prompts": {"file": str(file), "prompts": " | ".join(self.shown.prompts)}}
+        return {"prompts": {"file": str(file), "prompts": self.shown.prompts}}
 
     def facts(
-        self, pipeline: DiffusionPipeline, run: RunSummary, grids: Mapping[str, Mapping[str, str]]
+        self, pipeline: DiffusionPipeline, run: RunSummary, grids: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
         """The facts of the card as JSON values, from facts of the run and the result of `grids`."""
         return text_card_facts(self.config, self.objective, pipeline, run, grids)
