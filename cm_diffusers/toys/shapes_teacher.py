@@ -239,7 +239,6 @@ def drawn_prompts(count: int, seed: int = 0) -> list[str]:
     return [prompts[i] for i in random.integers(0, len(prompts), count)]
 
 
-@torch.no_grad()
 def write_pictures(file: Path, count: int, wanted: Callable[[str], str] = str) -> None:
     """Write pictures of drawn prompts, with the prompts as captions, as a parquet file.
 
@@ -255,6 +254,7 @@ def write_pictures(file: Path, count: int, wanted: Callable[[str], str] = str) -
     Dataset.from_dict({"image": images, "text": prompts}, features=features).to_parquet(file)
 
 
+@torch.no_grad()
 def encoded(vae: AutoencoderTiny, prompts: Sequence[str], seed: int = 0, batch: int = 250) -> Tensor:
     """Latents (n, 4, 8, 8) of unit variance, of one picture for each of n prompts.
 

@@ -34,8 +34,10 @@ from cm_diffusers.core.conditions import of_classes
 from cm_diffusers.core.denoisers import EDMDenoiser
 from cm_diffusers.core.solvers import euler_step, heun_step
 from cm_diffusers.engine.config import ModelArguments
-from cm_diffusers.engine.saved.start import load_teacher
+from cm_diffusers.engine.saved.start import load_start, load_teacher
 from cm_diffusers.engine.saved.stock import is_few_step, read_scheduler, read_stock, without_variance
+from cm_diffusers.objectives import ECT
+from cm_diffusers.sampling import load_pipeline
 from tests.helpers.stock_pipelines import COSINE, PIPELINES, ZERO_SNR, dit, save, unet
 
 
@@ -451,3 +453,6 @@ def test_a_text_conditional_pipeline_is_refused_with_the_reason(tmp_path):
     )
     with pytest.raises(ValueError, match="conditioned on text; this version reads .*DDPMPipeline, DDIMPipeline"):
         load_teacher(str(tmp_path), ModelArguments())
+    for load in (load_pipeline, lambda name: load_start(ModelArguments(pretrained_model_name_or_path=name), ECT)):
+        with pytest.raises(ValueError, match="with diffusers itself, .* to distil one, give it as --pretrained_teach"):
+            load(str(tmp_path))

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 
 from cm_diffusers.engine.saved.lora import add_lora
 from cm_diffusers.engine.saved.start import guided
 from cm_diffusers.engine.saved.text import encode_prompts, free_encoders, read_text_to_image, too_long
+from cm_diffusers.models.text_unet import with_guidance_input
 from tests.helpers.stock_text_pipelines import TEXT_TO_IMAGE
 from tests.helpers.tiny_text import CONTEXT, PIPELINES
 
@@ -92,6 +99,17 @@ def test_what_is_no_teacher_is_refused():
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="it is a few-step model already"):
         read_text_to_image(pipe)
+    pipe = PIPELINES["sd"]()
+    pipe.register_modules(unet=with_guidance_input(pipe.unet, 8))
+    with pytest.raises(ValueError, match="a few-step model already \\(by its scheduler or its guidance input\\)"):
+        read_text_to_image(pipe)
+    pipe = PIPELINES["sd"]()
+    for scheduler in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler(), DDIMScheduler(prediction_type="sample")):
+        pipe.scheduler = scheduler
+        with pytest.raises(
+            ValueError, match="says that its network predicts '(edm|flow|sample)'. This version"
+        ):
+            read_text_to_image(pipe)
     pipe.scheduler = DDIMScheduler.from_config(PIPELINES["sd"]().scheduler.config, rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="has zero terminal SNR .*it predicts v_prediction or sample"):
         read_text_to_image(pipe)

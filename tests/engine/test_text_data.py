@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from cm_diffusers.core.draws import Draws, derive_seed
@@ -551,3 +551,8 @@ def test_latents_are_never_clipped(tmp_path):
     euler = EulerDiscreteScheduler(beta_schedule="scaled_linear")  # its config says nothing of clipping
     assert sampler_of(euler).config.clip_sample is False
     assert sampler_of(DDIMScheduler(clip_sample=True)).config.clip_sample is False
+
+
+def test_schedules_that_ddim_does_not_know_by_name_are_sampled():
+    teacher = DDPMScheduler(beta_schedule="sigmoid")
+    torch.testing.assert_close(sampler_of(teacher).alphas_cumprod, teacher.alphas_cumprod, rtol=1e-6, atol=0)

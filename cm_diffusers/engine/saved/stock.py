@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, DiTTransformer2DModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+    VQModel,
+)
 from torch import nn
 
 from cm_diffusers.core.denoisers import Denoiser
@@ -21,6 +29,7 @@ SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"
 )  # fmt: skip
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+KNOWN_TO_ALL = ("linear", "scaled_linear", "squaredcos_cap_v2")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 # samplers of few-step networks, which jump to clean data or along the ODE and predict no posterior mean
 FEW_STEPS = (
@@ -188,6 +197,18 @@ def _read_settings(scheduler: Any) -> ModelSpec:
         )
     spec = ModelSpec(None, "timestep", prediction=prediction, noise_schedule=schedule)
     return replace(spec, sigma_max=min(HIGHEST_SIGMA, spec.process.sigma_max))
+
+
+def known_schedule(schedule: dict[str, Any]) -> dict[str, Any]:
+    """A noise schedule in words that every scheduler of diffusers knows: rare names become the betas themselves.
+
+    Args:
+        schedule: a `ModelSpec.noise_schedule`.
+    """
+    if schedule.get("trained_betas") is not None or schedule["beta_schedule"] in KNOWN_TO_ALL:
+        return schedule
+    betas = DDPMScheduler(**schedule).betas
+    return {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas)}
 
 
 def _check_levels(scheduler: Any, spec: ModelSpec) -> None:

@@ -68,6 +68,11 @@ def read_text_to_image(pipeline: DiffusionPipeline) -> TextModel:
             " pipe.fuse_lora() and pipe.unload_lora_weights()."
         )
     spec = read_scheduler(pipeline.scheduler)
+    if spec.prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"its {type(pipeline.scheduler).__name__} says that its network predicts {spec.prediction!r}. This version"
+            " distils networks that predict epsilon or v_prediction, whose students stock schedulers sample."
+        )
     if spec.prediction == "epsilon" and math.isinf(spec.process.sigma_max):
         raise ValueError(
             f"its {type(pipeline.scheduler).__name__} has zero terminal SNR (rescale_betas_zero_snr) and predicts"

@@ -23,6 +23,7 @@ from cm_diffusers.engine.data.images import SIGMA_DATA_SAMPLES, ImageData
 from cm_diffusers.engine.data.latents import encode
 from cm_diffusers.engine.data.row_cache import RowCache, digest_of_network
 from cm_diffusers.engine.files import digest
+from cm_diffusers.engine.saved.stock import known_schedule, read_scheduler
 from cm_diffusers.engine.saved.text import free_encoders
 from cm_diffusers.engine.text.prompt_cache import PromptCache
 from cm_diffusers.models.text_unet import wanted_entries
@@ -271,16 +272,14 @@ class PromptData(TextData):
         return torch.randn(pipeline.unet.config.in_channels, *self.resolution, generator=generator)
 
 
-def sampler_of(scheduler: Any) -> Any:
-    """The scheduler that samples a teacher deterministically: DDIM, or the teacher's own one for EDM and flow models.
+def sampler_of(scheduler: Any) -> DDIMScheduler:
+    """The scheduler that samples a teacher deterministically.
 
     Args:
-        scheduler: the teacher's scheduler.
+        scheduler: the teacher's scheduler, which has a table of noise levels.
     """
-    config = scheduler.config
-    if "beta_schedule" not in config or config.get("prediction_type") == "flow_prediction":
-        return type(scheduler).from_config(config)
-    return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)  # both are for pixels
+    schedule = known_schedule(dict(read_scheduler(scheduler).noise_schedule))
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False, **schedule)  # for pixels
 
 
 def sample(

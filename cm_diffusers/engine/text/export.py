@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler, SchedulerMixin, TCDScheduler
+from diffusers import DiffusionPipeline, LCMScheduler, SchedulerMixin, TCDScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,16 +25,13 @@ from cm_diffusers.engine.files import fsync_folder, naming, remove
 from cm_diffusers.engine.saved.base_precision import cast_calls, full_state
 from cm_diffusers.engine.saved.export import ROUNDING, _new_network, _put_in_place
 from cm_diffusers.engine.saved.lora import fused_state, has_lora, save_lora, trained_weights
-from cm_diffusers.engine.saved.stock import read_scheduler
+from cm_diffusers.engine.saved.stock import known_schedule, read_scheduler
 from cm_diffusers.engine.saved.text import PARTS, fuse_loras, without_warnings
 from cm_diffusers.engine.text import clean_process
 from cm_diffusers.lookup import looked_up
 from cm_diffusers.objectives import Objective
 from cm_diffusers.pipelines.travel import save_with_code
 from cm_diffusers.sampling import LORA_FILE
-
-
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that the few-step schedulers know by name
 
 
 def few_step_scheduler(method: str, teacher_scheduler: SchedulerMixin, objective: Objective) -> SchedulerMixin:
@@ -59,14 +56,12 @@ def few_step_scheduler(method: str, teacher_scheduler: SchedulerMixin, objective
             f"no stock scheduler samples a student of the method {method}, because its network {what}. Choose a method"
             " such as lcm, tcd, cd or ecd."
         )
-    schedule = dict(read_scheduler(teacher_scheduler).noise_schedule)
+    schedule = known_schedule(dict(read_scheduler(teacher_scheduler).noise_schedule))
     sigmas = spec.process.sigma(torch.arange(len(spec.process.angles), dtype=torch.float64))
     times, steps = len(sigmas), getattr(objective.options, "num_ddim_timesteps", None)
     levels = int((sigmas <= spec.sigma_max * (1 + 1e-6)).sum())
     if levels == times and steps is not None and times % steps == 0:
         levels = steps
-    if schedule.get("trained_betas") is None and schedule["beta_schedule"] not in BETA_SCHEDULES:
-        schedule = {"trained_betas": DDPMScheduler(**schedule).betas.tolist(), "num_train_timesteps": times}
     kind = TCDScheduler if method == "tcd" else LCMScheduler
     return kind(**schedule, prediction_type=spec.prediction, original_inference_steps=levels, steps_offset=1)
 
