@@ -8,6 +8,7 @@ The command replaces what stands between `<!-- numbers: NAME -->` and `<!-- end 
 import re
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from cm_diffusers.objectives import OBJECTIVES
@@ -139,6 +140,18 @@ def shapes() -> str:
     return table(head, rows)
 
 
+def lora_order() -> str:
+    """Orders of a task LoRA and of distillation: mean and standard deviation over seeds."""
+    values = RESULTS["lora_order"]["values"]
+    head = ["", *(f"{n} step{'s' * (n > 1)}" for n in (1, 2, 4))]
+    rows = []
+    for order, found in values.items():
+        if isinstance(found, dict):
+            shares = (100 * np.array(found[n]) for n in (1, 2, 4))
+            rows.append([order, *(f"{share.mean():.1f} +- {share.std(ddof=1):.1f} %" for share in shares)])
+    return table(head, rows)
+
+
 def budget(paper: dict) -> str:
     """Steps, images and GPUs of the recipe for CIFAR-10."""
     if not paper["recipe"]:
@@ -194,6 +207,7 @@ TABLES = {
     "guidance": guidance,
     "papers": papers,
     "shapes": shapes,
+    "lora_order": lora_order,
 }
 PLACE = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

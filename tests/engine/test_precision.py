@@ -273,11 +273,10 @@ def fp16(accelerate, monkeypatch):
 
 
 def states(folder):
-    """For each step: the weights and averages in one vector, and the scale."""
+    """For each step: the weights in one vector, and the scale."""
     count = len(list(folder.glob("checkpoint-*")))
     read = [load_checkpoint(folder / f"checkpoint-{step}") for step in range(1, count + 1)]
-    groups = ("model", "ema_halflife_500kimg")
-    weights = [torch.cat([v.flatten() for g in groups for _, v in sorted(c.tensors[g].items())]) for c in read]
+    weights = [torch.cat([v.flatten() for _, v in sorted(c.tensors["model"].items())]) for c in read]
     return weights, [c.state["scaler"]["scale"] for c in read]
 
 

@@ -10,9 +10,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from cm_diffusers.engine.config import RunArguments
+from cm_diffusers.engine.training.radam import RAdam
 
 
-NAMED = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+NAMED = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": RAdam}
 NUMBERS = {kind.__name__: kind for kind in (bool, int, float)}
 
 
@@ -25,7 +26,7 @@ def build_optimizer(network: nn.Module, run: RunArguments) -> torch.optim.Optimi
     cls = optimizer_class(run.optimizer)
     betas, decay = (run.adam_beta1, run.adam_beta2), run.adam_weight_decay
     settings = {"lr": run.learning_rate, "betas": betas, "eps": run.adam_epsilon, "weight_decay": decay}
-    settings["foreach"] = True  # fewer calls than one for each tensor, also on a CPU
+    settings["fused" if run.optimizer in NAMED else "foreach"] = True  # fewer calls than some for each tensor
     known = inspect.signature(cls).parameters
     if not any(part.kind is part.VAR_KEYWORD for part in known.values()):
         _check_taken(cls, known, run)
@@ -67,6 +68,22 @@ def _check_taken(cls: type, known: Any, run: RunArguments) -> None:
         for name in names:
             if argument not in known and getattr(run, name) != default[name]:
                 raise ValueError(f"{name} has no effect: {cls.__name__} has no argument {argument}. Leave {name} out.")
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
+    """Take a step of an optimiser, or none.
+
+    Optimisers of one kernel, as `NAMED`, decide on the device. Others wait for it.
+
+    Args:
+        optimizer: the optimiser, with gradients.
+        skipped: () bool, whether the step is skipped. It then changes nothing.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # the interface of gradient scalers
+        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+        optimizer.step()
+    elif not skipped.item():
+        optimizer.step()
 
 
 class LearningRate:

@@ -15,6 +15,7 @@ from cm_diffusers.engine.training.divergence import norm
 from cm_diffusers.engine.training.meter import LossMeter
 from cm_diffusers.engine.training.optimisers import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from cm_diffusers.engine.training.precision import CastPass
+from cm_diffusers.engine.training.skipping import Skipped, SkippedSteps
 from cm_diffusers.objectives import Objective
 
 
@@ -62,8 +63,13 @@ class RunState:
             self.adversary.attach(accelerator.prepare_model(discriminator))
         self.ema = EMA(network, average_profiles(run))
         self.start_norm = norm(self.weights().values())
-        self.step = self.skipped = self.skipped_in_a_row = 0
-        self.meter = LossMeter(objective.terms)
+        self.step = 0
+        self.skips = SkippedSteps(accelerator)
+        self.meter = self.new_meter()
+
+    def new_meter(self, values: list | None = None) -> LossMeter:
+        """A meter of the losses that continues from `values`."""
+        return LossMeter(self.objective.terms, values, self.accelerator.device)
 
     def weights(self) -> dict[str, Tensor]:
         """The weights (any shape) of the network by name, without copies and without frozen ones."""
@@ -85,12 +91,12 @@ class RunState:
             **auxiliary,
         }
 
-    def values(self) -> dict[str, Any]:
-        """The rest of the state, as values for JSON."""
+    def values(self, skipped: Skipped) -> dict[str, Any]:
+        """The rest of the state, as values for JSON, with the last look at the skipped steps."""
         scaler = self.accelerator.scaler
         return {
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped": skipped.count,
+            "skipped_in_a_row": skipped.in_a_row,
             "meter": self.meter.values.tolist(),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
@@ -109,16 +115,15 @@ class RunState:
         if self.adversary is not None:
             self.adversary.network.load_state_dict(tensors["discriminator"])
             load_optimizer_tensors(self.adversary_optimizer.optimizer, tensors["discriminator_optimizer"])
-        self.step, self.skipped = checkpoint.step, values["skipped"]
-        self.skipped_in_a_row = values["skipped_in_a_row"]
-        on_main = self.accelerator.is_main_process
-        self.meter = LossMeter(self.objective.terms, values["meter"] if on_main else None)
+        self.step = checkpoint.step
+        self.skips = SkippedSteps(self.accelerator, values["skipped"], values["skipped_in_a_row"])
+        self.meter = self.new_meter(values["meter"] if self.accelerator.is_main_process else None)
         if self.accelerator.scaler is not None and values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
 
     def gather_meter(self) -> None:
         """Add the losses of all processes to the meter of the main process, and empty the other meters."""
         if self.accelerator.num_processes > 1:
-            self.meter.values = self.accelerator.reduce(self.meter.values.to(self.accelerator.device)).cpu()
+            self.meter.values = self.accelerator.reduce(self.meter.values)
             if not self.accelerator.is_main_process:
-                self.meter = LossMeter(self.objective.terms)
+                self.meter = self.new_meter()

@@ -1,6 +1,5 @@
 """One training step, with the same result on any number of processes."""
 
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.engine.config import Config
@@ -18,27 +17,31 @@ from cm_diffusers.engine.data.streams import StreamFault
 from cm_diffusers.engine.processes import agreed
 from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.training.batches import as_they_are, as_trained, cropped
-from cm_diffusers.engine.training.optimisers import LearningRate
+from cm_diffusers.engine.training.optimisers import LearningRate, step_unless
 from cm_diffusers.engine.training.state import RunState
 from cm_diffusers.objectives import Loss
+
+
+AGREED = 10  # steps between two agreements on a stop
 
 
 class StepResult(NamedTuple):
     """The result of a training step.
 
     Args:
-        norm: the norm of this process's gradient before clipping.
-        skipped: whether the step was skipped on all processes, because a loss or gradient was not finite.
+        norm: () the norm of the gradient before clipping, on the device.
         stop: whether any process was asked to stop.
     """
 
-    norm: float
-    skipped: bool
+    norm: Tensor
     stop: bool
 
 
 class TrainingStep:
     """Takes one training step for each call.
+
+    On a GPU it launches the step's work and does not wait for it. If a loss or gradient is not finite on any process,
+    the weights and the optimiser stay as they are on all of them.
 
     Args:
         config: the settings.
@@ -80,30 +83,23 @@ class TrainingStep:
                 rows = as_they_are(cropped(raw, self.data, draws), self.data, accelerator.device)
                 batch = as_trained(rows, draws, self.config, objective)
                 loss = player.loss(batch, draws)
-                accelerator.backward(loss.total / self.share.accumulation)
+                shown = torch.where(loss.total.isfinite(), 1.0, torch.nan)  # to all gradients
+                accelerator.backward(loss.total * shown / self.share.accumulation)
             losses.append(loss)
 
-        # agreement
+        # skip, or step
         accelerator.unscale_gradients(optimizer)
         gradients = [p.grad for p in player.network.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        finite_loss = math.isfinite(sum(loss.total.item() for loss in losses))
-        finite = finite_loss and math.isfinite(norm.item())
-        skipped, diverged, stop = agreed(accelerator, not finite, not finite_loss, stopping.requested != 0)
-
-        # skip, or step
-        if skipped:
-            self._skip(diverged)
-        else:
-            self._step(player.network, optimizer, norm, losses)
+        self._step(player.network, optimizer.optimizer, norm, losses)
         optimizer.zero_grad()
         state.step += 1
 
         # averages
-        if not skipped and player is objective:
+        if player is objective:
             objective.after_step(state.step - 1)
             state.ema.update(state.step * self.share.global_batch, self.share.global_batch)
-        return StepResult(norm.item(), skipped, stop)
+        return StepResult(norm, self._asked_to_stop(stopping))
 
     def _rows(self, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows of the dataset for each forward pass of the step."""
@@ -116,20 +112,26 @@ class TrainingStep:
             raise StreamFault(next(filter(None, gather_object([fault]))))
         return rows
 
-    def _step(self, network: nn.Module, optimizer: Any, norm: torch.Tensor, losses: list[Loss]) -> None:
+    def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer, norm: Tensor, losses: list[Loss]) -> None:
+        """Step the optimiser and count the losses, unless the norm of the gradient is not finite."""
+        state, scaler = self.state, self.accelerator.scaler
+        skipped, is_fault = ~norm.isfinite(), torch.ones((), dtype=torch.bool, device=norm.device)
+        if scaler is not None:  # a scale that is too high is not a fault of the run
+            finite = torch.stack([loss.total.detach() for loss in losses]).isfinite().all()
+            is_fault = ~finite | (scaler._get_scale_async() <= 1)
         if self.run.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(network.parameters(), self.run.max_grad_norm, norm)
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.state.step)
-        optimizer.step()
-        self.state.skipped_in_a_row = 0
-        for loss in losses:
-            self.state.meter.add(loss.per_sample, loss.sigma, loss.terms)
-
-    def _skip(self, diverged: bool) -> None:
-        scaler = self.accelerator.scaler
-        scaled_too_high = scaler is not None and not diverged and scaler.get_scale() > 1
+        for group in state.optimizer.param_groups:
+            group["lr"] = self.learning_rate(state.step)
+        step_unless(optimizer, skipped)
         if scaler is not None:
-            scaler.update()  # lowers the scale
-        self.state.skipped += 1
-        self.state.skipped_in_a_row += not scaled_too_high  # a scale that is too high is not a fault of the run
+            scaler.update()
+        state.skips.add(skipped, is_fault, state.step + 1)
+        for loss in losses:
+            state.meter.add(loss.per_sample, loss.sigma, loss.terms, left_out=skipped)
+
+    def _asked_to_stop(self, stopping: Stopping) -> bool:
+        """Whether any process was asked to stop. Several GPUs agree on it every 10 steps, as they wait for it."""
+        if self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu" and self.state.step % AGREED:
+            return False
+        return agreed(self.accelerator, stopping.requested != 0)[0]

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.checkpoint import (
@@ -31,13 +32,16 @@ from cm_diffusers.engine.processes import together
 from cm_diffusers.engine.sharing.card import RunSummary
 from cm_diffusers.engine.stopping import Stopping
 from cm_diffusers.engine.training.divergence import Diverged, advice, breakage, go_back, is_sound, read_note
-from cm_diffusers.engine.training.meter import LossMeter
 from cm_diffusers.engine.training.product import Product
 from cm_diffusers.engine.training.same_run import check_same_run
+from cm_diffusers.engine.training.skipping import Skipped
 from cm_diffusers.engine.training.state import RunState, average_profiles, exported_weights
 from cm_diffusers.engine.training.step import StepResult, TrainingStep
 from cm_diffusers.engine.training.tracking import log_pictures
 from cm_diffusers.objectives import Objective
+
+
+LOOK_STEPS = 20  # at most so many steps are taken between two looks at the skipped ones
 
 
 class Trainer:
@@ -70,6 +74,7 @@ class Trainer:
         self.state = RunState(objective, run, accelerator)
         self.take_step = TrainingStep(config, data, self.state, self.share, accelerator)
         self.on_save: Callable[[], None] = lambda: None  # called on the main process after each sound checkpoint
+        self.skipped = Skipped()  # as it was at the last look
         self.product = kind(config, objective, data, accelerator.device)
 
     @property
@@ -119,12 +124,16 @@ class Trainer:
                 result = self._take_step(batches, stopping)
                 bar.update()
                 last = self.step == run.max_train_steps
-                if last or self.step % run.logging_steps == 0:
+                logged = last or self.step % run.logging_steps == 0
+                saved = last or result.stop or self.step % run.checkpointing_steps == 0
+                if logged or saved or self.step % LOOK_STEPS == 0:
+                    self._look_at_skipped()
+                if logged:
                     now = time.perf_counter()
                     row = self._log(result.norm, (now - clock) / max(1, self.step - clock_step))
                     clock, clock_step = now, self.step
                     bar.set_postfix(loss=row["loss"], skipped=row["skipped"], **self.objective.describe(self.step - 1))
-                if result.stop or last or self.step % run.checkpointing_steps == 0:
+                if saved:
                     sound = self.save()
                     with together(self.accelerator):
                         if main and not last and sound:  # the export follows the last step
@@ -149,19 +158,17 @@ class Trainer:
             raise ValueError(
                 f"{fault} The run is saved at step {self.step}. Repair the dataset; the same command resumes the run."
             ) from None
-        if result.skipped:
-            self._look_at_skipped(self.step - 1)
         return result
 
-    def _log(self, norm: float, seconds_per_step: float) -> dict[str, Any]:
+    def _log(self, norm: Tensor, seconds_per_step: float) -> dict[str, Any]:
         """Append a line to the log for the steps since its last line."""
         state = self.state
         state.gather_meter()
-        row = {"step": state.step, **state.meter.read(), "grad_norm": norm}
-        row |= {"lr": self.take_step.learning_rate(state.step - 1), "skipped": state.skipped}
+        row = {"step": state.step, **state.meter.read(), "grad_norm": norm.item()}
+        row |= {"lr": self.take_step.learning_rate(state.step - 1), "skipped": self.skipped.count}
         row |= self.objective.describe(state.step - 1)
         row["time"] = {"images_per_second": round(self.share.global_batch / seconds_per_step, 1)}
-        state.meter = LossMeter(self.objective.terms)
+        state.meter = state.new_meter()
         with together(self.accelerator), naming(self.log_file):
             if self.accelerator.is_main_process:
                 with open(self.log_file, "a") as file:
@@ -201,12 +208,12 @@ class Trainer:
             if self.accelerator.is_main_process:
                 tensors, average = state.tensors(), average_profiles(self.run)[0].name
                 fault = breakage(tensors["model"], state.start_norm)
-                sound = is_sound(tensors, average, state.start_norm, state.skipped_in_a_row)
+                sound = is_sound(tensors, average, state.start_norm, self.skipped.in_a_row)
                 values = {
                     "config": self.config.given.to_dict(),
                     "data": self.data.description.to_dict(),
                     "global_batch": self.share.global_batch,
-                    **state.values(),
+                    **state.values(self.skipped),
                     "sound": sound,
                 }
                 try:
@@ -254,6 +261,7 @@ class Trainer:
                 f" {self.run.max_train_steps}. Give {checkpoint.step} or more to continue, or another --output_dir."
             )
         self.state.load(checkpoint)
+        self.skipped = self.state.skips.look()
         if self.accelerator.is_main_process:
             set_aside_newer(self.folder, self.step)
         self._cut_log()
@@ -267,27 +275,31 @@ class Trainer:
 
     # --- divergence --------------------------------------------------------------------------------------------
 
-    def _look_at_skipped(self, step: int) -> None:
-        """Warn about the first skipped step. End the run if the weights are broken or too many steps are skipped."""
-        in_a_row = self.state.skipped_in_a_row
+    def _look_at_skipped(self) -> None:
+        """Warn about skipped steps. End the run if the weights are broken or too many steps are skipped."""
+        before, self.skipped = self.skipped, self.state.skips.look()
+        new, step = self.skipped.count - before.count, self.skipped.last - 1
+        if not new:
+            return
         fault = breakage(self.state.weights(), self.state.start_norm)
         if fault:
             self._diverge(f"The run has diverged by step {step + 1}: {fault}", step)
-        if in_a_row > self.run.max_skipped_steps:
+        if self.skipped.longest > self.run.max_skipped_steps:
             self._diverge(
-                f"{in_a_row} steps in a row, up to step {step + 1}, had a loss or gradient that is not finite,"
-                " although the weights are finite",
+                f"{self.skipped.longest} steps in a row, up to step {step + 1}, had a loss or gradient that is not"
+                " finite, although the weights are finite",
                 step,
             )
-        if in_a_row == 1:
+        if self.skipped.longest and not before.in_a_row:
+            which = f"step {step + 1} is" if new == 1 else f"{new} steps up to step {step + 1} are"
             self.say(
-                f"WARNING: step {step + 1} is skipped, because its loss or gradient is not finite. The weights are"
-                " unchanged. Check the images if this happens often."
+                f"WARNING: {which} skipped, because the loss or gradient is not finite. The weights are unchanged."
+                " Check the images if this happens often."
             )
 
     def _diverge(self, why: str, step: int) -> NoReturn:
         """End the run in a state from which it can continue at its newest sound checkpoint."""
         sound = [go_back(self.folder, step, self.run) if self.accelerator.is_main_process else None]
         (sound,) = broadcast_object_list(sound)
-        moved = self.state.skipped <= step
+        moved = self.skipped.count <= step
         raise Diverged(f"{why}. The run ends. " + advice(self.run, self.accelerator.mixed_precision, sound, moved))
