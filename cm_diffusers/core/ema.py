@@ -54,6 +54,9 @@ class EMA:
         self.module = module
         self.profiles = {profile.name: profile for profile in profiles}
         weights = changing_state(module, module)
+        named = module.named_parameters(remove_duplicate=False)  # as in a state dict
+        self._weights = {name: weight for name, weight in named if weight.requires_grad}
+        self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in weights}
         self.shadows = {name: {k: self._shadow(v) for k, v in weights.items()} for name in self.profiles}
 
     @staticmethod
@@ -63,12 +66,9 @@ class EMA:
     @torch.no_grad()
     def update(self, images_seen: int, batch_size: int) -> None:
         """Update the averages after an optimiser step on `batch_size` images; `images_seen` includes these."""
-        named = self.module.named_parameters(remove_duplicate=False)  # as in a state dict
-        parameters = {name: weight for name, weight in named if weight.requires_grad}
-        weights = [p.detach().float() for p in parameters.values()]
+        weights = [weight.detach().float() for weight in self._weights.values()]
         for name, profile in self.profiles.items():
             shadow = self.shadows[name]
-            torch._foreach_lerp_([shadow[n] for n in parameters], weights, 1 - profile(images_seen, batch_size))
-            for n, buffer in self.module.named_buffers():
-                if n in shadow:
-                    shadow[n].copy_(buffer)
+            torch._foreach_lerp_([shadow[n] for n in self._weights], weights, 1 - profile(images_seen, batch_size))
+            for n, buffer in self._buffers.items():
+                shadow[n].copy_(buffer)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from cm_diffusers.core.conditions import Condition, call_network, keywords_for
 from cm_diffusers.core.differentiable_augmentation import differentiable_augmentation
 from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.radam import RAdam
 from cm_diffusers.objectives.base import Batch, Loss
 from cm_diffusers.objectives.options import STEPS, Length, Options, option
 
@@ -67,7 +68,7 @@ class Adversary:
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Adam as in StyleGAN-XL (Sauer et al. 2022, arXiv:2202.00273), rectified as in the authors' code of CTM."""
-        return torch.optim.RAdam(self.network.parameters(), self.options.discriminator_learning_rate, (0.5, 0.9))
+        return RAdam(self.network.parameters(), self.options.discriminator_learning_rate, (0.5, 0.9))
 
     def is_on(self, step: int) -> bool:
         """Whether `step` has an adversarial loss."""

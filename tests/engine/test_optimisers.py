@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cm_diffusers.core.radam import RAdam
 from cm_diffusers.engine.config import RunArguments
 from cm_diffusers.engine.training.optimisers import (
     build_optimizer,
@@ -10,7 +11,6 @@ from cm_diffusers.engine.training.optimisers import (
     optimizer_tensors,
     step_unless,
 )
-from cm_diffusers.engine.training.radam import RAdam
 
 
 SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.995), "eps": 1e-6, "weight_decay": 0.1}

@@ -9,8 +9,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from cm_diffusers.core.radam import RAdam
 from cm_diffusers.engine.config import RunArguments
-from cm_diffusers.engine.training.radam import RAdam
 
 
 NAMED = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": RAdam}

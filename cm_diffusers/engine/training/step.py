@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.engine.config import Config
@@ -89,9 +89,9 @@ class TrainingStep:
 
         # skip, or step
         accelerator.unscale_gradients(optimizer)
-        gradients = [p.grad for p in player.network.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._step(player.network, optimizer.optimizer, norm, losses)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        self._step(optimizer.optimizer, weights, norm, losses)
         optimizer.zero_grad()
         state.step += 1
 
@@ -112,7 +112,7 @@ class TrainingStep:
             raise StreamFault(next(filter(None, gather_object([fault]))))
         return rows
 
-    def _step(self, network: nn.Module, optimizer: torch.optim.Optimizer, norm: Tensor, losses: list[Loss]) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer, weights: list[Tensor], norm: Tensor, losses: list[Loss]) -> None:
         """Step the optimiser and count the losses, unless the norm of the gradient is not finite."""
         state, scaler = self.state, self.accelerator.scaler
         skipped, is_fault = ~norm.isfinite(), torch.ones((), dtype=torch.bool, device=norm.device)
@@ -120,7 +120,7 @@ class TrainingStep:
             finite = torch.stack([loss.total.detach() for loss in losses]).isfinite().all()
             is_fault = ~finite | (scaler._get_scale_async() <= 1)
         if self.run.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(network.parameters(), self.run.max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(weights, self.run.max_grad_norm, norm)
         for group in state.optimizer.param_groups:
             group["lr"] = self.learning_rate(state.step)
         step_unless(optimizer, skipped)

@@ -36,6 +36,14 @@ class RAdam(torch.optim.Adam):
     """RAdam with the signature and the steps of `torch.optim.RAdam`, to rounding.
 
     A step that is skipped by `found_inf`, as gradient scalers set it, counts for r_t.
+
+    Args:
+        params: parameters (any shape), or parameter groups.
+        lr: learning rate, at least 0.
+        betas: decays of the two moments, in [0, 1).
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: weight of the L2 penalty, at least 0.
+        fused: use one kernel for all parameters.
     """
 
     def __init__(
@@ -64,7 +72,11 @@ class RAdam(torch.optim.Adam):
                 group["lr"], group["eps"] = lr, eps
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, also one of `torch.optim.RAdam`, which counts the steps of each tensor alone."""
+        """Load a state, also one of `torch.optim.RAdam`, which counts the steps of each tensor alone.
+
+        Args:
+            state_dict: from `state_dict`.
+        """
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             if not group.setdefault("taken", 0):
