@@ -61,6 +61,11 @@ class RAdam(torch.optim.Adam):
             group["taken"] = 0
 
     def step(self, closure: Callable | None = None) -> Any:
+        """Take a step, and return the loss of `closure`, which computes it and the gradients anew if it is given.
+
+        Args:
+            closure: returns the loss.
+        """
         settings = [(group["lr"], group["eps"]) for group in self.param_groups]
         for group, (lr, eps) in zip(self.param_groups, settings):
             group["taken"] += 1
