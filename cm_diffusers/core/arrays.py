@@ -25,6 +25,25 @@ def in_float64(values: Tensor) -> Tensor:
     return (values.cpu() if lacks_float64(values.device) else values).double()
 
 
+class Table:
+    """A constant tensor that is copied once to each device which asks for it, so that no training step waits for it.
+
+    Args:
+        values: the tensor, of any shape, in float64 on the CPU.
+    """
+
+    def __init__(self, values: Tensor):
+        self.values = values
+        self._copies = {values.device: values}
+
+    def at(self, device: torch.device) -> Tensor:
+        """The tensor on `device`, or on the CPU if the device lacks float64."""
+        place = torch.device("cpu") if lacks_float64(device) else device
+        if place not in self._copies:
+            self._copies[place] = self.values.to(place)
+        return self._copies[place]
+
+
 def append_dims(values: Tensor, like: Tensor) -> Tensor:
     """Reshape per-sample `values` (B,) so that they broadcast against `like` (B, ...)."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

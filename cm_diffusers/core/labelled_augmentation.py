@@ -12,6 +12,8 @@ et al. 2020, arXiv:2006.06676, appendix B.2). Two things differ from that paper:
 """
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +97,8 @@ def _mirrored(pixels: Tensor, last: Tensor | int) -> Tensor:
     return last - (pixels.remainder(2 * last) - last).abs()
 
 
-def _filters(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+@cache
+def _filters(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """A matrix (2 size + 10, size) that doubles a row of `size` pixels, and one that undoes it.
 
     Pixel m is at the place 2 m + CENTRE of the doubled row; beyond its ends the row is mirrored.
@@ -105,7 +108,7 @@ def _filters(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
     taps = torch.tensor(SYM6, dtype=torch.float64)
     band = torch.where((tap >= 0) & (tap < len(SYM6)), taps[tap.clamp(0, len(SYM6) - 1)], 0)
     double = band.new_zeros(len(places), size).index_add_(1, _mirrored(pixels, size - 1), band)
-    return double.to(like), band[:, MARGIN:-MARGIN].T.to(like)
+    return double.to(device, dtype), band[:, MARGIN:-MARGIN].T.to(device, dtype)
 
 
 def _read(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
@@ -116,10 +119,11 @@ def _read(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
         shift: (B, 2), (x, y) in pixels.
     """
     height, width = images.shape[2:]
-    (double_y, halve_y), (double_x, halve_x) = _filters(height, images), _filters(width, images)
-    last = torch.tensor([width - 1, height - 1]).to(images)
+    like: dict[str, Any] = {"dtype": images.dtype, "device": images.device}
+    (double_y, halve_y), (double_x, halve_x) = _filters(height, **like), _filters(width, **like)
+    last = torch.stack([images.new_full((), width - 1), images.new_full((), height - 1)])
     ends = 2 * last + len(SYM6) - 1  # the last places of the doubled image
-    x, y = ((torch.arange(len(d)).to(images) - CENTRE) / 2 for d in (double_x, double_y))
+    x, y = ((torch.arange(len(d), **like) - CENTRE) / 2 for d in (double_x, double_y))
     places = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) - last / 2
     places = torch.einsum("bij,bhwj->bhwi", matrix.to(images), places - shift.to(images)[:, None, None])
     grid = 2 * (2 * _mirrored(places + last / 2, last) + CENTRE) / ends - 1

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from cm_diffusers.core.arrays import in_float64
+from cm_diffusers.core.arrays import Table, in_float64
 
 
 def lognormal(normal: Tensor, mean: float, std: float) -> Tensor:
@@ -43,8 +43,34 @@ def linear_law(n: int) -> Tensor:
 
 
 def draw_bins(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Indices (B,) with the distribution `probabilities` (n,), from `uniform` draws (B,) in [0, 1)."""
-    places = in_float64(uniform)
-    cumulative = probabilities.cumsum(0).to(places.device)
-    bins = torch.searchsorted(cumulative, places, right=True).clamp(max=len(probabilities) - 1)
-    return bins.to(uniform.device)
+    """Indices (B,) with the distribution `probabilities` (n,), from `uniform` draws (B,) in [0, 1).
+
+    The indices are where `probabilities` are.
+    """
+    places = in_float64(uniform).to(probabilities.device)
+    return torch.searchsorted(probabilities.cumsum(0), places, right=True).clamp(max=len(probabilities) - 1)
+
+
+class LevelPairs:
+    """The pairs of neighbouring noise levels of a grid, and their law: the times of CT, CD and their relatives.
+
+    Args:
+        sigmas: increasing levels (n,), float64.
+        law: the probabilities (n - 1,) of the pairs, float64; None for equal ones.
+    """
+
+    def __init__(self, sigmas: Tensor, law: Tensor | None = None):
+        self._sigmas, self._law = Table(sigmas), Table(uniform_bins(sigmas) if law is None else law)
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        """Indices (B,) of pairs, from `uniform` draws (B,) in [0, 1)."""
+        return draw_bins(self._law.at(uniform.device), uniform)
+
+    def levels(self, indices: Tensor, like: Tensor) -> Tensor:
+        """The levels (B,) at `indices` (B,), in the dtype and on the device of `like`."""
+        return self._sigmas.at(indices.device)[indices].to(like)
+
+    def gaps(self, indices: Tensor, like: Tensor) -> Tensor:
+        """The differences (B,) of the pairs at `indices` (B,), in the dtype and on the device of `like`."""
+        sigmas = self._sigmas.at(indices.device)
+        return (sigmas[indices + 1] - sigmas[indices]).to(like)

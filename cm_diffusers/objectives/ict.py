@@ -11,6 +11,7 @@ It differs from CT in five ways:
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Self
 
 from diffusers import DiffusionPipeline
@@ -20,7 +21,7 @@ from cm_diffusers.core.distances import ict_huber_c, pseudo_huber
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.karras import karras_sigmas
-from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins
+from cm_diffusers.core.noise_levels import LevelPairs, lognormal_bins
 from cm_diffusers.core.schedules import ict_scales
 from cm_diffusers.core.weightings import inverse_gap
 from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
@@ -52,6 +53,13 @@ class ICTOptions(Options):
         if self.huber_c is None and dimensions is not None:
             options = replace(options, huber_c=ict_huber_c(dimensions))
         return options
+
+
+@cache
+def lognormal_pairs(n: int, sigma_min: float, sigma_max: float, mean: float, std: float) -> LevelPairs:
+    """The pairs of a Karras grid of `n` levels with the law of eq. 9, which many steps share."""
+    sigmas = karras_sigmas(n, sigma_min, sigma_max).flip(0)
+    return LevelPairs(sigmas, lognormal_bins(sigmas, mean, std))
 
 
 class ICT(Objective):
@@ -89,10 +97,10 @@ class ICT(Objective):
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
         x0 = batch.samples
-        sigmas = karras_sigmas(self.scales(draws.step), self.sigma_min, self.spec.sigma_max).flip(0)
-        law = lognormal_bins(sigmas, self.options.p_mean, self.options.p_std)  # eq. 9
-        i = draw_bins(law, draws.uniform("sigma").cpu())
-        u, t, gap = sigmas[i].to(x0), sigmas[i + 1].to(x0), sigmas.diff()[i].to(x0)
+        levels = (self.scales(draws.step), self.sigma_min, self.spec.sigma_max)
+        pairs = lognormal_pairs(*levels, self.options.p_mean, self.options.p_std)
+        i = pairs.draw(draws.uniform("sigma"))
+        u, t, gap = pairs.levels(i, x0), pairs.levels(i + 1, x0), pairs.gaps(i, x0)
         noise = draws.normal("noise", x0.shape[1:])
         x_t, x_u = VE().add_noise(x0, noise, t), VE().add_noise(x0, noise, u)
         estimate, target = estimate_and_target(

@@ -74,6 +74,6 @@ class TCD(LCM):
     def ends(
         self, n: Tensor, draws: Draws, *, x_t: Tensor, estimate: Tensor, x_u: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
-        m = (draws.uniform("target").cpu() * (n + 1)).long()
-        t, u, s = (self.sigmas[i].to(x_t) for i in (n + 1, n, m))
+        m = (draws.uniform("target") * (n + 1)).long()
+        t, u, s = (self.level(i, x_t) for i in (n + 1, n, m))
         return self.jump(x_t, estimate, t, s), self.jump(x_u, target, u, s)
