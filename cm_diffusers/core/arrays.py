@@ -25,6 +25,13 @@ def in_float64(values: Tensor) -> Tensor:
     return (values.cpu() if lacks_float64(values.device) else values).double()
 
 
+def sent(values: Tensor, device: torch.device | str) -> Tensor:
+    """`values` (any shape) on `device`. A GPU gets them from pinned memory, so that the process does not wait."""
+    if torch.device(device).type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 class Table:
     """A constant tensor that is copied once to each device which asks for it, so that no training step waits for it.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.arrays import append_dims, sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Condition:
 
     def to(self, device: torch.device | str) -> "Condition":
         """The same condition on `device`."""
-        entries, nulls = ({n: value.to(device) for n, value in part.items()} for part in (self.entries, self.nulls))
+        entries, nulls = ({n: sent(value, device) for n, value in part.items()} for part in (self.entries, self.nulls))
         return Condition(entries, nulls)
 
     def also(self, **entries: Tensor) -> "Condition":

@@ -104,9 +104,9 @@ def process_in_words(spec: ModelSpec) -> str:
     return f"predicts {spec.prediction} on a {name} VP schedule of {steps} steps, sigma {low:.2g} to {high}"
 
 
-def nulls_of(null_class: int | None) -> dict[str, torch.Tensor]:
-    """Return the null conditioning: the label `null_class` as int64 (), or nothing for None."""
-    return {} if null_class is None else {"class_labels": torch.tensor(null_class)}
+def nulls_of(null_class: int | None, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Return the null conditioning on `device`: the label `null_class` as int64 (), or nothing for None."""
+    return {} if null_class is None else {"class_labels": torch.full((), null_class, device=device)}
 
 
 def is_few_step(scheduler: Any) -> bool:

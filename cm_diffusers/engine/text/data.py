@@ -153,7 +153,7 @@ class TextData(ImageData):
         self._prompts.encode()
         wait()
         free_encoders(pipeline)
-        self.nulls = self._prompts.nulls
+        self.nulls = {name: null.to(device) for name, null in self._prompts.nulls.items()}
 
     def _fill(
         self,
@@ -197,7 +197,7 @@ class TextData(ImageData):
     def conditioned(self, entries: dict[str, Tensor]) -> Condition:
         """Return the condition of a batch with embeddings and null rows, from the entries (B, ...) of `batches`."""
         sizes = {name: entry for name, entry in entries.items() if name == "sizes"}
-        return self._prompts.rows(entries["prompt"]).also(**sizes)
+        return self._prompts.rows(entries["prompt"]).also(**sizes).with_nulls(self.nulls)
 
     def measure_sigma_data(self) -> float:
         """Return the root mean square of the latents, estimated on at most 10,000 of them."""

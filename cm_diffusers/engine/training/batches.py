@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from cm_diffusers.core.arrays import sent
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.labelled_augmentation import augment
 from cm_diffusers.engine.config import Config
@@ -27,7 +28,7 @@ def as_they_are(raw: dict[str, Any], data: ImageData, device: torch.device) -> B
     """
     images = raw["images"]
     images = images if torch.is_tensor(images) else crops(images, data.resolution)
-    images = images.to(device, non_blocking=True)
+    images = sent(images, device)
     if data.vae is None:  # latents need no scaling
         images = images.float() / 127.5 - 1
     return Batch(images, data.conditioned(raw["condition"]).to(device))
@@ -67,7 +68,7 @@ def as_trained(batch: Batch, draws: Draws, config: Config, objective: Objective)
         condition = condition.also(augment_labels=labels)
     if config.model.label_dropout:
         dropped = draws.uniform("label dropout") < config.model.label_dropout
-        condition = condition.with_nulls(nulls_of(null_class(objective.network))).dropped(dropped)
+        condition = condition.with_nulls(nulls_of(null_class(objective.network), images.device)).dropped(dropped)
     if config.data.proportion_empty_prompts:
         condition = condition.dropped(draws.uniform("prompt dropout") < config.data.proportion_empty_prompts)
     return Batch(images, condition)

@@ -1,12 +1,14 @@
 """The state of a run, as a checkpoint holds it: networks, averages, optimisers and counters."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from cm_diffusers.core.denoisers import Guided
 from cm_diffusers.core.ema import EMA, ConstantDecay, HalfLife
 from cm_diffusers.core.frozen import changing_state, load_changing_state
 from cm_diffusers.engine.checkpoint import Checkpoint
@@ -52,6 +54,9 @@ class RunState:
         teacher = [objective.teacher.network] if objective.teacher is not None else []
         for module in (*objective.auxiliary.values(), *teacher):
             accelerator.prepare_model(module, evaluation_mode=True)
+        if isinstance(objective.teacher, Guided):
+            nulls = {name: null.to(accelerator.device) for name, null in objective.teacher.nulls.items()}
+            objective.teacher = replace(objective.teacher, nulls=nulls)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(network, run))
         model = accelerator.prepare_model(CastPass(torch.compile(network) if run.compile else network))
         model.train()
