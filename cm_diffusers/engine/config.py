@@ -418,7 +418,9 @@ class RunArguments(Options):
         "Multiply float32 matrices on a GPU in TF32, which is faster but keeps only 10 mantissa bits, like fp16.",
         may_change=True,
     )
-    compile: bool = option(False, "Compile the network with torch.compile.", may_change=True)
+    compile: bool = option(
+        False, "Compile the network, its teacher and its target network with torch.compile.", may_change=True
+    )
     ema_half_life: list[float] | None = option(
         None,
         "Half-lives of exponential moving averages (EMA) of the weights, in thousands of images; the first average is"

@@ -65,6 +65,16 @@ def traced(monkeypatch):
 QUICK = ("cdm", "mean_flow")  # the others take a minute or more
 
 
+def test_teacher_and_target_are_compiled_too(teacher, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        torch, "compile", lambda function: lambda *args, **kwargs: called.append(function) or function(*args, **kwargs)
+    )
+    run(tmp_path, "cd", pretrained_teacher_model=teacher, num_scales=4, max_train_steps=1, compile=True)
+    assert len(called) == 4  # a Heun step of the teacher, the student and its target
+    assert len({function.__self__ if hasattr(function, "__self__") else function for function in called}) == 3
+
+
 @pytest.mark.parametrize(
     "method",
     [pytest.param(method, marks=pytest.mark.wide if method in QUICK else pytest.mark.slow) for method in OBJECTIVES],

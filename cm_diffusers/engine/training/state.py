@@ -54,6 +54,8 @@ class RunState:
         teacher = [objective.teacher.network] if objective.teacher is not None else []
         for module in (*objective.auxiliary.values(), *teacher):
             accelerator.prepare_model(module, evaluation_mode=True)
+            if run.compile:
+                module.compile()
         if isinstance(objective.teacher, Guided):
             nulls = {name: null.to(accelerator.device) for name, null in objective.teacher.nulls.items()}
             objective.teacher = replace(objective.teacher, nulls=nulls)
