@@ -82,15 +82,18 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, heads, H W, d), from the output `qkv` (B, 3 heads d, H, W) of a 1x1 convolution."""
-    # fused kernels require that a head's channels are adjacent
-    heads_first = qkv.view(qkv.shape[0], 3, heads, -1, math.prod(qkv.shape[2:])).transpose(3, 4).contiguous()
-    q, k, v = heads_first.unbind(1)
+    """Queries, keys and values of all `heads`, each (B, heads, H W, d).
+
+    `qkv` (B, 3 heads d, H, W) is the output of a 1x1 convolution.
+    """
+    # fused kernels require that the channels of a head are adjacent
+    split = qkv.view(qkv.shape[0], 3, heads, -1, math.prod(qkv.shape[2:])).transpose(3, 4).contiguous()
+    q, k, v = split.unbind(1)
     return q, k, v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, for queries, keys and values (B, heads, n, d)."""
+    """softmax(q k^T / sqrt(d)) v, for queries `q`, keys `k` and values `v` (B, heads, n, d)."""
     if under_tangent():
         weights = (q @ (k / math.sqrt(k.shape[3])).transpose(2, 3)).softmax(3).to(v.dtype)
         return weights @ v
