@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from cm_diffusers.engine.stopping import Stopping
+from cm_diffusers.models import build_unet, fused
 from cm_diffusers.objectives import OBJECTIVES
 from tests.helpers.scripts import load_script
 from tests.helpers.training_runs import run
@@ -42,6 +43,14 @@ SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_can_be_read(path):
     load_script(path.stem, path.parent.relative_to(ROOT))
+
+
+def test_fused_kernels_keep_half_the_memory_or_less(monkeypatch):
+    kept_memory = load_script("kept_memory", "benchmarks")
+    network = build_unet("ddpmpp_tiny", (8, 8), 3, 10)
+    plain = kept_memory.kept_bytes_per_image(network, 8, torch.bfloat16)
+    monkeypatch.setattr(fused, "under_tangent", lambda: True)
+    assert 0 < plain < 0.5 * kept_memory.kept_bytes_per_image(network, 8, torch.bfloat16)
 
 
 @pytest.mark.wide

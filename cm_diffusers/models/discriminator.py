@@ -157,6 +157,8 @@ class ProjectedDiscriminator(_ToldOfClasses, nn.Module):
         self._frozen = (backbone.requires_grad_(False).eval(),)  # a tuple hides it from nn.Module
         size = image_size or getattr(getattr(backbone, "config", None), "image_size", None) or 224
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.stems = nn.ModuleList(self._stem(count, width) for count in backbone.channels)
         self.heads = nn.ModuleList(ProjectionHead(width, num_classes) for _ in backbone.channels)
 
@@ -180,7 +182,7 @@ class ProjectedDiscriminator(_ToldOfClasses, nn.Module):
             # only shrinking needs the filter
             shrinks = any(before > after for before, after in zip(images.shape[2:], self.image_size))
             images = F.interpolate(images, self.image_size, mode="bilinear", antialias=shrinks)
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = self.mean.to(images), self.std.to(images)
         return ((images + 1) / 2 - mean) / std  # one channel becomes three here
 
     def forward(self, images: Tensor, class_labels: Tensor | None = None) -> Tensor:

@@ -78,7 +78,9 @@ class DiTModel(ModelMixin, ConfigMixin):
             class_labels: int64 (B,) in [0, num_class_embeds]. The last label and None mean the null class.
             return_dict: False gives the tuple (sample,).
         """
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        if not torch.is_tensor(timestep):
+            timestep = torch.full((), timestep, device=sample.device)
+        timestep = timestep.to(sample.device).expand(sample.shape[0])
         if class_labels is None:
             class_labels = torch.full((sample.shape[0],), self.config.num_class_embeds, device=sample.device)
         return self.transformer(sample, timestep, class_labels, return_dict=return_dict)

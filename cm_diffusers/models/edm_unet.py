@@ -19,8 +19,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from .fused import attention, group_norm, split_heads, under_tangent
 from .keyed_dropout import KeyedDropout, KeyedDropoutMixin
 
 
@@ -63,8 +63,7 @@ class FullLinear(nn.Linear):
 class FullGroupNorm(nn.GroupNorm):
     """Group norm that computes in float32 or better and returns the dtype of its input.
 
-    There are 32 groups, or `channels` // 4 if that is fewer. Weight and bias are applied outside the stock group norm,
-    because torch.compile can't trace the JVP of a group norm that has them.
+    There are 32 groups, or `channels` // 4 if that is fewer.
 
     Args:
         channels: number of channels.
@@ -76,27 +75,36 @@ class FullGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` (B, C, H, W); the result has its dtype."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = (p.to(dtype)[:, None, None] for p in (self.weight, self.bias))
-        with torch.autocast(x.device.type, enabled=False):
-            h = F.group_norm(x.to(dtype).contiguous(), self.num_groups, eps=self.eps)
-        return torch.addcmul(bias, h, weight).to(x.dtype)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def resample(x: Tensor, taps: Sequence[float], up: bool, padding: int | None = None) -> Tensor:
-    """Filter `x` (B, C, H, W) by `taps` along both axes, at twice or half the resolution.
+class Resample(nn.Module):
+    """Filter images by `taps` along both axes, at twice or half the resolution.
 
     Args:
-        taps: the filter: [1, 1] repeats or averages pixels, [1, 3, 3, 1] is smoother.
+        taps: the filter: (1, 1) repeats or averages pixels, (1, 3, 3, 1) is smoother.
         up: True doubles the resolution, False halves it.
         padding: pixels of zeros on each side, (len(taps) - 1) // 2 by default.
     """
-    channels, f = x.shape[1], x.new_tensor(taps)
-    kernel = (f.outer(f) / f.sum().square()).expand(channels, 1, -1, -1)
-    padding = (len(taps) - 1) // 2 if padding is None else padding
-    if up:
-        return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding, groups=channels)
-    return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
+
+    def __init__(self, taps: Sequence[float], up: bool, padding: int | None = None):
+        super().__init__()
+        self.up, self.padding = up, (len(taps) - 1) // 2 if padding is None else padding
+        kernel = None
+        if tuple(taps) != (1, 1) or self.padding:
+            # on the CPU even where weights are made without values: nothing loads this table
+            f = torch.tensor(taps, dtype=torch.float32, device="cpu")
+            kernel = f.outer(f) * ((4 if up else 1) / f.sum().square())
+        self.register_buffer("kernel", kernel, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Filter `x` (B, C, H, W) to (B, C, 2 H, 2 W) or (B, C, H / 2, W / 2)."""
+        if self.kernel is None:
+            return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.avg_pool2d(x, 2)
+        channels = x.shape[1]
+        convolution = F.conv_transpose2d if self.up else F.conv2d
+        kernel = self.kernel.to(x).expand(channels, 1, -1, -1)
+        return convolution(x, kernel, stride=2, padding=self.padding, groups=channels)
 
 
 class NoiseFeatures(nn.Module):
@@ -146,7 +154,7 @@ class ResidualBlock(nn.Module):
         scale_shift: True scales and shifts after the norm (ADM); False shifts before the norm ("score").
         skip_scale: factor on each sum of a branch and its skip connection.
         eps: added to the variance in the group norms.
-        taps: the filter of `up` and `down`, see `resample`.
+        taps: the filter of `up` and `down`, see `Resample`.
         dropout: dropout probability.
         head_dim: channels per attention head; None for one head.
         attention: whether the block ends with self-attention.
@@ -170,8 +178,8 @@ class ResidualBlock(nn.Module):
         down: bool = False,
     ):
         super().__init__()
-        self.scale_shift, self.skip_scale, self.taps = scale_shift, skip_scale, taps
-        self.resamples, self.up = up or down, up
+        self.scale_shift, self.skip_scale = scale_shift, skip_scale
+        self.resample = Resample(taps, up) if up or down else None
         self.norm1 = FullGroupNorm(in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.modulation = FullLinear(embedding, out_channels * (2 if scale_shift else 1))
@@ -179,7 +187,7 @@ class ResidualBlock(nn.Module):
         self.dropout = KeyedDropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         # ADM only resamples the skip connection, without a convolution
-        projects = in_channels != out_channels or self.resamples and not scale_shift
+        projects = in_channels != out_channels or self.resample is not None and not scale_shift
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if projects else nn.Identity()
         self.heads = out_channels // (head_dim or out_channels) if attention else 0
         if attention:
@@ -193,8 +201,8 @@ class ResidualBlock(nn.Module):
         `keys` (B,), int64, are the dropout keys; None draws ordinary dropout.
         """
         h = F.silu(self.norm1(x))
-        if self.resamples:
-            h, x = (resample(y, self.taps, self.up) for y in (h, x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
         h = self.conv1(h)
         modulation = self.modulation(embedding)[..., None, None].to(h.dtype)
         if self.scale_shift:
@@ -206,11 +214,8 @@ class ResidualBlock(nn.Module):
         return (h + self._attend(h)) * self.skip_scale if self.heads else h
 
     def _attend(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm3(x)).view(batch, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.unbind(1)
-        weights = (q.transpose(2, 3) @ (k / math.sqrt(k.shape[2]))).softmax(3).to(v.dtype)
-        return self.proj((v @ weights.transpose(2, 3)).reshape(x.shape))
+        h = attention(*split_heads(self.qkv(self.norm3(x)), self.heads))
+        return self.proj(h.transpose(2, 3).reshape(x.shape))
 
 
 class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
@@ -307,6 +312,8 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         width = widths[0] if adm else model_channels
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down_blocks, self.aux_down, skips = nn.ModuleList(), nn.ModuleList(), [width]
+        self.aux_shrink = Resample(resample_filter, False, 0 if encoder_type == "residual" else None)
+        self.aux_enlarge = Resample(resample_filter, True)
         side = in_channels  # channels of the side path of the encoder
         for level, channels in enumerate(widths):
             blocks = nn.ModuleList()
@@ -404,7 +411,7 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         """sigma (B, 1, 1, 1) for "vp" and "ve", else None, and the noise label (B,) of the network's training."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         if not torch.is_tensor(timestep):
-            timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
+            timestep = torch.full((), timestep, dtype=dtype, device=sample.device)
         timestep = timestep.to(sample.device, torch.promote_types(timestep.dtype, dtype)).expand(sample.shape[0])
         kind = self.config.preconditioning
         if kind in ("none", "edm"):
@@ -457,7 +464,7 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
 
     def _network(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
         """Output of the U-Net for `x` (B, C, H, W), before the preconditioning is converted."""
-        taps, encoder_type = self.config.resample_filter, self.config.encoder_type
+        encoder_type = self.config.encoder_type
         side, h = x, self.conv_in(x)
         skips = [h]
         for level, blocks in enumerate(self.down_blocks):
@@ -465,10 +472,10 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
                 h = self._apply_block(block, h, embedding, keys)
                 if level > 0 and i == 0 and encoder_type != "standard":
                     if encoder_type == "skip":
-                        side = resample(side, taps, up=False)
+                        side = self.aux_shrink(side)
                         h = h + self.aux_down[level - 1](side)
                     else:
-                        side = resample(self.aux_down[level - 1](side), taps, up=False, padding=0)
+                        side = self.aux_shrink(self.aux_down[level - 1](side))
                         side = h = (h + side) / math.sqrt(2)
                 skips.append(h)
         for block in self.mid_blocks:
@@ -486,11 +493,10 @@ class EDMUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
     def _read_out(self, norm: nn.Module, conv: nn.Module, h: Tensor, image: Tensor | None) -> Tensor:
         """Read an image out of the state `h` and add the enlarged `image` of the level below."""
         read = conv(F.silu(norm(h)))
-        return read if image is None else read + resample(image, self.config.resample_filter, up=True)
+        return read if image is None else read + self.aux_enlarge(image)
 
     def _apply_block(self, block: ResidualBlock, h: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
         # gradient checkpointing recomputes after the end of the JVP, when tangents are gone
-        dual = any(forward_ad.unpack_dual(value).tangent is not None for value in (h, embedding))
-        if self.gradient_checkpointing and torch.is_grad_enabled() and not dual:
+        if self.gradient_checkpointing and torch.is_grad_enabled() and not under_tangent():
             return self._gradient_checkpointing_func(block, h, embedding, keys)
         return block(h, embedding, keys)

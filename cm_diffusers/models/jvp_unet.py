@@ -4,8 +4,8 @@ Continuous-time consistency models need dF/dt from one Jacobian-vector product (
 section 4.1), and so do mean flows (Geng et al. 2025, arXiv:2505.13447). This network therefore has three properties:
 
 - The derivative in t stays bounded: time features have low frequencies, scales and shifts are pixel-normalised.
-- Every operation has a forward-mode derivative: attention is a plain softmax(QK^T)V, because the fused kernels have
-  no such derivative.
+- Every operation has a forward-mode derivative: under a tangent, attention is a plain softmax(QK^T)V, because the
+  fused kernels have no such derivative.
 - Time in float64 stays in float64, and time is never rounded to bfloat16.
 """
 
@@ -19,8 +19,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from .fused import attention, group_norm, split_heads, under_tangent
 from .keyed_dropout import KeyedDropout, KeyedDropoutMixin
 
 
@@ -57,19 +57,13 @@ class Float32GroupNorm(nn.GroupNorm):
     """Group norm that computes and returns float32 or better.
 
     Under autocast on a CPU, the stock group norm returns a bfloat16 value with a float32 tangent, which a convolution
-    refuses. Weight and bias are applied outside the stock group norm, because torch.compile can't trace the JVP of a
-    group norm that has them.
+    refuses.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` (B, C, H, W)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            h = F.group_norm(x.to(dtype).contiguous(), self.num_groups, eps=self.eps)
-        if not self.affine:
-            return h
-        weight, bias = (p.to(dtype)[:, None, None] for p in (self.weight, self.bias))
-        return torch.addcmul(bias, h, weight)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, dtype)
 
 
 def pixel_norm(x: Tensor, eps: float, dim: int = 1) -> Tensor:
@@ -138,13 +132,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the result of the attention to `x` (B, C, H, W)."""
-        batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x).to(x.dtype)).view(batch, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.unbind(1)
+        q, k, v = split_heads(self.qkv(self.norm(x).to(x.dtype)), self.heads)
         # unit size: no logit exceeds the square root of the head's width, so the softmax can't saturate
-        q, k = pixel_norm(q, 1e-4, 2), pixel_norm(k, 1e-4, 2)
-        weights = (q.transpose(2, 3) @ k / math.sqrt(q.shape[2])).softmax(3).to(v.dtype)
-        return x + self.proj((v @ weights.transpose(2, 3)).reshape(x.shape))
+        h = attention(pixel_norm(q, 1e-4, 3), pixel_norm(k, 1e-4, 3), v)
+        return x + self.proj(h.transpose(2, 3).reshape(x.shape))
 
 
 class Block(nn.Module):
@@ -334,7 +325,7 @@ class JVPUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
 
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         if not torch.is_tensor(timestep):
-            timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
+            timestep = torch.full((), timestep, dtype=dtype, device=sample.device)
         timestep = timestep.to(sample.device, torch.promote_types(timestep.dtype, dtype)).expand(batch)
         embedding = self.time_embedding(self.time_proj(timestep))
         log_variance = None if self.log_variance_head is None else self.log_variance_head(embedding).squeeze(1)
@@ -365,11 +356,7 @@ class JVPUNet2DModel(KeyedDropoutMixin, ModelMixin, ConfigMixin):
         return JVPUNet2DOutput(sample, log_variance)
 
     def _apply_block(self, block: Block, h: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled() and not (_is_dual(h) or _is_dual(embedding)):
+        # gradient checkpointing recomputes after the end of the JVP, when tangents are gone
+        if self.gradient_checkpointing and torch.is_grad_enabled() and not under_tangent():
             return self._gradient_checkpointing_func(block, h, embedding, keys)
         return block(h, embedding, keys)
-
-
-def _is_dual(x: Tensor) -> bool:
-    """Whether `x` carries a tangent. Gradient checkpointing would recompute it after the JVP, which is an error."""
-    return forward_ad.unpack_dual(x).tangent is not None

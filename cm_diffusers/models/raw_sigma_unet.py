@@ -88,7 +88,7 @@ class RawSigmaUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError("class_labels are not for this network: it is unconditional.")
         dtype = torch.promote_types(self.dtype, torch.float32)
         if not torch.is_tensor(timestep):
-            timestep = torch.tensor(timestep, dtype=dtype)
+            timestep = torch.full((), timestep, dtype=dtype, device=sample.device)
         timestep = timestep.to(sample.device, torch.promote_types(timestep.dtype, dtype)).expand(sample.shape[0])
         sigma = (timestep / 250).exp()
         norm = (sigma**2 + self.config.sigma_data**2).sqrt()

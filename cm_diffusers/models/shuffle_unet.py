@@ -138,7 +138,9 @@ class ShuffleUNet2DModel(ModelMixin, ConfigMixin):
         if class_labels is not None:
             raise ValueError("class_labels are not for this network: it is unconditional.")
         dtype = torch.promote_types(self.dtype, torch.float32)
-        timestep = torch.as_tensor(timestep, device=sample.device).to(dtype).expand(sample.shape[0])
+        if not torch.is_tensor(timestep):
+            timestep = torch.full((), timestep, dtype=dtype, device=sample.device)
+        timestep = timestep.to(sample.device, dtype).expand(sample.shape[0])
         count = self.config.time_channels // 2
         steps = torch.arange(count, dtype=dtype, device=sample.device)
         angles = timestep[:, None] * (-math.log(10) / (count - 1) * steps).exp()  # frequencies from 1 down to 1/10

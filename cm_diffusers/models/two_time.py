@@ -207,10 +207,10 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
             condition["class_labels"] = class_labels
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         if isinstance(timestep, float):  # the stock network would round a float
-            timestep = torch.tensor(timestep, dtype=dtype, device=sample.device)
+            timestep = torch.full((), timestep, dtype=dtype, device=sample.device)
         if target_timestep is not None:
             if not torch.is_tensor(target_timestep):
-                target_timestep = torch.tensor(target_timestep, dtype=dtype, device=sample.device)
+                target_timestep = torch.full((), target_timestep, dtype=dtype, device=sample.device)
             target_timestep = target_timestep.to(sample.device, torch.promote_types(target_timestep.dtype, dtype))
             _call.embedding = self.target_time_embedding(target_timestep.expand(sample.shape[0]))
         try:

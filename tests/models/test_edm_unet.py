@@ -15,7 +15,7 @@ from cm_diffusers.models import (
     TwoTimeModel,
     keep_time_embedding_in_float32,
 )
-from cm_diffusers.models.edm_unet import NoiseFeatures, resample
+from cm_diffusers.models.edm_unet import NoiseFeatures, Resample
 from cm_diffusers.models.keyed_dropout import KeyedDropout
 
 
@@ -222,15 +222,15 @@ def test_a_second_time_can_be_added_by_the_wrapper():
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
 def test_filters_keep_a_constant_and_undo_each_other_on_it(taps):
     x = torch.full((1, 2, 8, 8), 3.0)
-    half, double = resample(x, taps, up=False), resample(x, taps, up=True)
+    half, double = Resample(taps, up=False)(x), Resample(taps, up=True)(x)
     assert half.shape == (1, 2, 4, 4) and double.shape == (1, 2, 16, 16)
     inner = slice(1, -1)  # [1, 3, 3, 1] mixes in zeros at the border
     for result in (half, double):
         torch.testing.assert_close(result[..., inner, inner], torch.full_like(result[..., inner, inner], 3.0))
     y = torch.arange(16.0).view(1, 1, 4, 4)
     if taps == (1, 1):
-        assert torch.equal(resample(y, taps, up=False), torch.nn.functional.avg_pool2d(y, 2))
-        assert torch.equal(resample(y, taps, up=True), torch.nn.functional.interpolate(y, scale_factor=2.0))
+        assert torch.equal(Resample(taps, up=False)(y)[0, 0], torch.tensor([[2.5, 4.5], [10.5, 12.5]]))
+        assert torch.equal(Resample(taps, up=True)(y)[0, 0], y[0, 0].repeat_interleave(2, 0).repeat_interleave(2, 1))
 
 
 def test_time_features_by_hand():
