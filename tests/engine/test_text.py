@@ -106,9 +106,7 @@ def test_what_is_no_teacher_is_refused():
     pipe = PIPELINES["sd"]()
     for scheduler in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler(), DDIMScheduler(prediction_type="sample")):
         pipe.scheduler = scheduler
-        with pytest.raises(
-            ValueError, match="says that its network predicts '(edm|flow|sample)'. This version"
-        ):
+        with pytest.raises(ValueError, match="says that its network predicts '(edm|flow|sample)'. This version"):
             read_text_to_image(pipe)
     pipe.scheduler = DDIMScheduler.from_config(PIPELINES["sd"]().scheduler.config, rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="has zero terminal SNR .*it predicts v_prediction or sample"):
