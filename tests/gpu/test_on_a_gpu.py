@@ -1,4 +1,4 @@
-"""What only a GPU shows. `pytest -m gpu tests/gpu` runs these tests where there is one; benchmarks/on_gpu.sh does so."""
+"""What only a GPU shows: `pytest -m gpu tests/gpu`, or benchmarks/on_gpu.sh. Without a GPU all of it is skipped."""
 
 import subprocess
 
