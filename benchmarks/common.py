@@ -1,4 +1,4 @@
-"""Paired timings: the whole and its parts take turns in one run, so that changes of the machine's speed cancel.
+"""Timings. Paired ones take turns in one run, the whole and its parts, so that changes of the machine's speed cancel.
 
 On one thread without a GPU, the clock is the CPU time of the process, which other programs on the core don't affect.
 """
@@ -7,9 +7,15 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
+
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def seconds(function: Callable[[], object], repeats: int = 1) -> float:
@@ -37,6 +43,59 @@ def paired(whole: Callable[[], object], parts: dict[str, Callable[[], object]], 
     low, ratio, high = (round(q, 3) for q in statistics.quantiles(ratios, n=4))
     report = {f"{name}_ms": round(1000 * statistics.median(values), 2) for name, values in times.items()}
     return report | {"ratio": ratio, "ratio_quartiles": [low, high]}
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def milliseconds(function: Callable[[], object], repeats: int = 8, warm: int = 2) -> float:
+    """Of a call, of which `repeats` run one after the other, as in training; only the last is waited for."""
+    for _ in range(warm):
+        function()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    synchronize()
+    return round(1000 * (time.perf_counter() - start) / repeats, 3)
+
+
+def host_milliseconds(function: Callable[[], object], repeats: int = 5) -> float:
+    """Until a call returns, if the device has nothing else to do: the median of `repeats` calls."""
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times), 3)
+
+
+def peak_gib(function: Callable[[], object]) -> float | None:
+    """Peak memory of a call on the GPU."""
+    if not CUDA:
+        return None
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    synchronize()
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Autocast to "bf16" or "fp16", or float32 with TF32 ("tf32") or without ("no")."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = name != "no"
+    try:
+        with torch.autocast(DEVICE.type, DTYPES[name]) if name in DTYPES else nullcontext():
+            yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def show(rows: dict[str, dict]) -> None:

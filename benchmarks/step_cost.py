@@ -80,19 +80,37 @@ METHODS = {  # the solver is Heun's method, which calls the teacher twice
 BATCH = 64
 
 
-def build_trainer(name: str, folder: str, accelerator: Accelerator, batch: int = BATCH) -> Trainer:
-    """A trainer for the entry `name` of `METHODS`, on images of noise. A teacher is a copy of the network."""
+def build_trainer(
+    name: str,
+    folder: str,
+    accelerator: Accelerator,
+    batch: int = BATCH,
+    shape: tuple[int, ...] = (28, 28),
+    preset: str | None = None,
+    flags: tuple[str, ...] = (),
+) -> Trainer:
+    """A trainer for the entry `name` of `METHODS`, on images of noise. A teacher is a copy of the network.
+
+    Args:
+        name: the entry.
+        folder: an empty folder for data and run.
+        accelerator: the processes and the precision.
+        batch: number of images of a step.
+        shape: (height, width) of grey images, or (height, width, 3).
+        preset: the network, in place of that of the entry.
+        flags: further flags of the training.
+    """
     method = METHODS[name]
     name = method.method or name
     Path(folder, "data").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (256, 28, 28), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (256, *shape), dtype=np.uint8)
     features = Features({"image": Image(), "label": Value("int64")})
     rows = {"image": list(pixels), "label": [i % 10 for i in range(len(pixels))]}
     Dataset.from_dict(rows, features=features).to_parquet(f"{folder}/data/train.parquet")
-    flags = ["--dataset_name", f"{folder}/data", "--output_dir", f"{folder}/run", "--class_conditional"]
-    flags += ["--train_batch_size", str(batch), *method.flags]
-    config = parse_config(["--method", name, *flags], [name], "")
-    config = replace(config, model=replace(config.model, model_preset=method.preset))
+    words = ["--dataset_name", f"{folder}/data", "--output_dir", f"{folder}/run", "--class_conditional"]
+    words += ["--train_batch_size", str(batch), *method.flags, *flags]
+    config = parse_config(["--method", name, *words], [name], "")
+    config = replace(config, model=replace(config.model, model_preset=preset or method.preset))
     data = ImageData(config.data, True, show_progress=False)
     start = build_start(config.model, data, 0, method=OBJECTIVES[name], options=config.options)
     teacher = None

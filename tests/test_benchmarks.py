@@ -36,6 +36,53 @@ def test_the_text_to_image_step_that_is_timed_changes_the_adapter(tmp_path):
     assert changed and all("lora" in name for name in changed)
 
 
+def test_waits_are_reads_of_the_device_and_blocking_copies_to_it():
+    script, device = load_script("waits", "benchmarks"), torch.device("cpu")
+    weight, images = torch.ones(3), torch.arange(6)
+    script.mark_host([images])
+
+    def step():
+        weight.sum().item()  # read
+        if (weight > 2).all():  # read
+            return
+        torch.tensor([1.0, 2.0], device=device)  # copied
+        images[:2].float().to(device)  # copied
+        images.to(device, non_blocking=True)
+        (weight + images[:3].to(device)).max()  # copied
+        weight[torch.tensor([0, 2])]  # copied
+        weight.cpu().tolist()  # read once
+        torch.zeros(3, device=device) + weight.to(torch.float64).new_zeros(3)
+        (torch.ones(2) * images[0]).sum().item(), len(images), images.tolist()  # the host's own
+
+    places = script.waits(step)
+    assert set(places.values()) == {1} and len(places) == 7
+    first = step.__code__.co_firstlineno
+    assert sorted(int(place.split(":")[1]) - first for place in places) == [1, 2, 4, 5, 7, 8, 9]
+
+
+@pytest.mark.wide
+def test_the_benchmark_of_a_gpu_has_a_row_for_each_method(tmp_path, monkeypatch):
+    gpu, out = load_script("gpu", "benchmarks"), tmp_path / "gpu.json"
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--tiny", "--out", str(out), "--sections", "waits", "save"])
+    gpu.main()
+    rows = json.loads(out.read_text())
+    assert not any("error" in row for row in rows) and {row["section"] for row in rows} == {"machine", "waits", "save"}
+    counted = {row["name"]: row for row in rows if "waits_per_step" in row}
+    assert counted.keys() == OBJECTIVES.keys() and all(row["host_ms"] > 0 for row in counted.values())
+
+
+def test_a_failure_is_a_row_and_nothing_starts_after_the_budget(tmp_path, monkeypatch):
+    gpu, out = load_script("gpu", "benchmarks"), tmp_path / "gpu.json"
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--tiny", "--out", str(out), "--sections", "draws", "save"])
+    monkeypatch.setitem(gpu.SECTIONS, "draws", lambda bench: 1 / 0)
+    monkeypatch.setitem(gpu.SECTIONS, "save", lambda bench: setattr(bench, "end", 0.0))
+    gpu.main()
+    assert [row.get("error") for row in json.loads(out.read_text())][1] == "ZeroDivisionError: division by zero"
+    monkeypatch.setitem(gpu.SECTIONS, "draws", lambda bench: setattr(bench, "end", 0.0))
+    gpu.main()
+    assert json.loads(out.read_text())[-1] == {"section": "save", "name": "save", "skipped": "the budget is spent"}
+
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
 

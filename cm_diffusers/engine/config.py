@@ -414,8 +414,15 @@ class RunArguments(Options):
         choices=["no", "fp16", "bf16"],
     )
     allow_tf32: bool = option(
+        True,
+        "Compute float32 products and convolutions on a GPU in TF32, which is faster and keeps 10 of 23 mantissa bits,"
+        " like fp16. --allow_tf32 false keeps all of them, and so does --deterministic.",
+        may_change=True,
+    )
+    deterministic: bool = option(
         False,
-        "Multiply float32 matrices on a GPU in TF32, which is faster but keeps only 10 mantissa bits, like fp16.",
+        "Repeat the weights of a run bit for bit on a GPU as well, which is slower: use only algorithms that repeat"
+        " their results. Data and random numbers repeat without it on any device, and weights on a CPU.",
         may_change=True,
     )
     compile: bool = option(
@@ -690,6 +697,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "true|false" if action.type is string_to_bool else super()._get_default_metavar_for_optional(action)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings[0].startswith("--") or action.nargs == 0:
             return super()._format_action_invocation(action)
@@ -714,7 +724,8 @@ class _Parser(HfArgumentParser):
 
     def format_sections(self, own: bool) -> str:
         """The help for the options of the method (`own`), or for the options that all methods share."""
-        formatter, actions = self._get_formatter(), {action.dest: action for action in self._actions}
+        formatter = self._get_formatter()
+        actions = {action.dest: action for action in reversed(self._actions)}  # a switch, not its --no_ form
         for title, names in list(self.sections.items())[:1] if own else list(self.sections.items())[1:]:
             formatter.start_section(title)
             formatter.add_arguments([actions[name] for name in names])

@@ -6,13 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from torch import Tensor
 
 from cm_diffusers.engine.files import GOES_ON, explain
 from cm_diffusers.parent import parent
@@ -20,10 +22,15 @@ from cm_diffusers.scripts import LAUNCHED_BY
 
 
 PATIENCE = 20.0  # seconds in which a launcher ends the other processes after one has failed
+WAIT = timedelta(days=2)  # for work of the main process; NCCL's own ten minutes are less than one export can take
+SENT_BYTES = 64 << 20  # rows that processes exchange at once
 
 
 def start_accelerator(**settings: Any) -> Accelerator:
     """Create `Accelerator(**settings)` for all launched processes, on the CPU if there is no other device.
+
+    Processes wait up to `WAIT` for each other. Distributed gradients are not copied, and buffers not broadcast: no
+    network here has a buffer that depends on the data.
 
     Raises:
         ValueError: the launched processes do not form one group, for example with --multi_gpu on a machine without
@@ -31,7 +38,12 @@ def start_accelerator(**settings: Any) -> Accelerator:
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     by_launcher = launched > 1 and "LOCAL_RANK" in os.environ
-    accelerator = Accelerator(cpu=by_launcher and not torch.accelerator.is_available(), **settings)
+    distributed = [
+        InitProcessGroupKwargs(timeout=WAIT),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+    ]
+    on_cpu = by_launcher and not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=distributed, **settings)
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched, but Accelerate knows of {accelerator.num_processes}. Start them with"
@@ -68,6 +80,70 @@ def agreed(accelerator: Accelerator, *flags: bool) -> list[bool]:
     if accelerator.num_processes == 1:
         return list(flags)
     return (accelerator.reduce(torch.tensor(flags, device=accelerator.device).float()) > 0).tolist()
+
+
+class Team:
+    """The processes of a run, as they share the work on its data. All of them make the same calls.
+
+    Args:
+        accelerator: the processes; None for this process alone.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world: number of processes.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None):
+        self._accelerator = accelerator
+        self.rank, self.world = (
+            (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        )
+
+    def main_first(self) -> AbstractContextManager[None]:
+        """A context in which the main process goes first, for example to download a file that the others then find."""
+        return nullcontext() if self.world == 1 else self._accelerator.main_process_first()
+
+    def part(self, count: int, multiple: int = 1) -> range:
+        """The rows of `count` that this process works on. Parts follow each other in the order of the ranks.
+
+        Args:
+            count: number of all rows.
+            multiple: parts begin at multiples of this number, so that batches of it are those of one process.
+        """
+        batches = -(-count // multiple)
+        first, last = (batches * rank // self.world * multiple for rank in (self.rank, self.rank + 1))
+        return range(min(first, count), min(last, count))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes in the order of the ranks."""
+        return [value] if self.world == 1 else gather_object([value])
+
+    def join(self, rows: Tensor) -> Tensor:
+        """The rows of all processes in the order of the ranks.
+
+        Args:
+            rows: the rows of this process (n, ...) on the CPU. A process without rows can give any shape (0, ...).
+
+        Returns:
+            (sum of n, ...) on the CPU.
+        """
+        if self.world == 1:
+            return rows
+        shapes = self.gather(tuple(rows.shape))
+        inner = next((shape[1:] for shape in shapes if shape[0]), shapes[0][1:])
+        whole = rows.new_empty(sum(shape[0] for shape in shapes), *inner)
+        row_bytes = max(1, whole[:1].numel() * whole.element_size())
+        for rank, own in enumerate(whole.split([shape[0] for shape in shapes])):
+            if rank == self.rank and len(rows):
+                own.copy_(rows)
+            for piece in own.split(max(1, SENT_BYTES // row_bytes)) if len(own) else ():
+                sent = broadcast(piece.to(self._accelerator.device, copy=True), from_process=rank)
+                if rank != self.rank:
+                    piece.copy_(sent)
+        return whole
+
+
+ALONE = Team()
 
 
 @contextmanager

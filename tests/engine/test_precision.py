@@ -1,4 +1,4 @@
-"""The precision of a run, which depends on its method, and compiled runs."""
+"""The precision of a run, which depends on its method, compiled runs, and the switches of a GPU's arithmetic."""
 
 import copy
 import functools
@@ -14,8 +14,9 @@ from sklearn.datasets import load_digits
 import cm_diffusers.engine.training.run as run_module
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.engine.checkpoint import load_checkpoint
+from cm_diffusers.engine.config import RunArguments
 from cm_diffusers.engine.training.divergence import Diverged
-from cm_diffusers.engine.training.precision import CastPass, choose_precision
+from cm_diffusers.engine.training.precision import CastPass, arithmetic, choose_precision
 from cm_diffusers.models import JVPUNet2DModel, build_unet, keep_time_embedding_in_float32
 from cm_diffusers.objectives import OBJECTIVES, Batch, Diffusion, ModelSpec
 from tests.helpers.breadth import narrowed
@@ -358,18 +359,52 @@ def test_a_norm_that_overflows_moves_no_weight_though_each_gradient_is_finite(fp
     assert [row["skipped"] for row in read_log(tmp_path)] == [0, 1, 1]
 
 
-@pytest.fixture
-def matmul():
-    """The TF32 setting, off during the test; monkeypatch can't restore it."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield torch.backends.cuda.matmul
-    torch.backends.cuda.matmul.allow_tf32 = before
+# --- the arithmetic of a GPU ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_matrices_are_multiplied_in_tf32_where_that_is_asked_for(asked, matmul, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(run_module, "_export", lambda *args, **kwargs: seen.append(matmul.allow_tf32))
-    run(tmp_path, "ect", max_train_steps=1, allow_tf32=asked, pretrain_steps=0, stage_steps=1)
-    assert seen == [asked]
+def switches():
+    """The switches of torch, and the variable that cuBLAS reads."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    return {
+        "benchmark": cudnn.benchmark,
+        "deterministic": (cudnn.deterministic, *algorithms, os.environ.get("CUBLAS_WORKSPACE_CONFIG")),
+        "tf32": (matmul.allow_tf32, cudnn.allow_tf32),
+    }
+
+
+FAST = {"benchmark": True, "deterministic": (False, False, False, None), "tf32": (True, True)}
+EXACT = {"benchmark": False, "deterministic": (True, True, False, ":4096:8"), "tf32": (False, False)}
+
+
+@pytest.mark.parametrize(
+    "asked, expected",
+    [
+        ({}, FAST),
+        ({"allow_tf32": True}, FAST),
+        ({"allow_tf32": False}, FAST | {"tf32": (False, False)}),
+        ({"deterministic": True}, EXACT),
+        ({"deterministic": True, "allow_tf32": True}, EXACT),
+    ],
+)
+def test_a_run_sets_the_switches_of_a_gpu_and_puts_them_back(asked, expected, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before, seen, start = switches(), [], run_module.start_accelerator
+    monkeypatch.setattr(run_module, "start_accelerator", lambda **given: seen.append(switches()) or start(**given))
+    monkeypatch.setattr(run_module, "_export", lambda *args, **given: seen.append(switches()))
+    run(tmp_path, "ect", max_train_steps=1, pretrain_steps=0, stage_steps=1, **asked)
+    assert seen == [expected, expected] and before not in seen and switches() == before
+
+
+def test_the_switches_are_put_back_after_an_error_and_a_workspace_of_the_user_is_kept(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    before = switches()
+    with pytest.raises(KeyError), arithmetic(RunArguments(deterministic=True)):
+        assert switches() == EXACT | {"deterministic": (True, True, False, ":16:8")}
+        raise KeyError
+    assert switches() == before
+
+
+@pytest.mark.parametrize("method", narrowed(OBJECTIVES, "ect"))
+def test_every_method_has_repeatable_algorithms_on_a_cpu(train, method):
+    assert train("exact", method, deterministic=True) == train("plain", method)

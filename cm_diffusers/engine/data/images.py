@@ -51,6 +51,7 @@ from cm_diffusers.engine.data.shards import load_shards, names_shards
 from cm_diffusers.engine.data.sources import declares_parts, is_table, load_local
 from cm_diffusers.engine.data.streams import StreamedRows, StreamOrder, numbered, stream_batches
 from cm_diffusers.engine.files import digest
+from cm_diffusers.engine.processes import ALONE, Team
 from cm_diffusers.lookup import looked_up
 from cm_diffusers.pixels import size_of
 
@@ -185,6 +186,7 @@ class ImageData:
         scanned: file that caches the findings of the pass over all images until the data change.
         show_progress: show bars, and print what was read and what was left out.
         captioned: also read captions. With --aspect_ratio_buckets, call `fill_buckets` then, as `TextData` does.
+        team: the processes that share the pass over all images. All of them make the dataset together.
 
     Attributes:
         images: uint8 (N, C, H, W) in memory, `DecodedImages` if they don't fit or are cropped in training, or None
@@ -210,6 +212,7 @@ class ImageData:
         scanned: Path | None = None,
         show_progress: bool = True,
         captioned: bool = False,
+        team: Team = ALONE,
     ):
         self.args, self.show_progress = args, show_progress
         if captioned and args.streaming:
@@ -217,16 +220,9 @@ class ImageData:
                 "captions can't be read from a stream, because prompts are encoded once, before training. Leave out"
                 " --streaming."
             )
-        source = load_source(args, class_conditional, self._say, captioned)
-        features = source.features or source._resolve_features().features
-        self.column = find_image_column(features, args.image_column)
-        self.label_column = find_label_column(features, args.label_column) if class_conditional else None
         self._mixture = self._buckets = self.digest = None
-        self.captions = self._captions_of(source, self.column) if captioned else None
-        if args.extra_datasets:
-            source = self._mixed(source)
-            features = source.features
-        self.source = undecoded(source, self.column, features)
+        with team.main_first():
+            features = self._load(class_conditional, captioned)
         self.resolution = self._find_size()
         self.num_classes = self.labels = self._classes = self._fingerprint = None
         if args.streaming:
@@ -236,7 +232,21 @@ class ImageData:
         else:
             if self.label_column is not None:
                 self._read_labels(features)
-            self._look_at_all(scanned)
+            self._look_at_all(scanned, team)
+
+    def _load(self, class_conditional: bool, captioned: bool) -> datasets.Features:
+        """Find the rows and their columns, and return the features."""
+        args = self.args
+        source = load_source(args, class_conditional, self._say, captioned)
+        features = source.features or source._resolve_features().features
+        self.column = find_image_column(features, args.image_column)
+        self.label_column = find_label_column(features, args.label_column) if class_conditional else None
+        self.captions = self._captions_of(source, self.column) if captioned else None
+        if args.extra_datasets:
+            source = self._mixed(source)
+            features = source.features
+        self.source = undecoded(source, self.column, features)
+        return features
 
     def _mixed(self, first: datasets.Dataset) -> datasets.Dataset:
         """Append the extra datasets to the first one, in columns "image" and "label"."""
@@ -314,17 +324,17 @@ class ImageData:
     def _decoder(self, rows: Any) -> DecodedImages:
         return DecodedImages(rows, self.column, self.args.channels, self.resolution, self.args.max_image_pixels)
 
-    def _look_at_all(self, scanned: Path | None) -> None:
+    def _look_at_all(self, scanned: Path | None, team: Team) -> None:
         """Decode every image once, or load what an earlier pass found; keep the images in memory if they fit."""
         decoder = self._decoder(self.source)
         size = len(decoder) * (self.args.channels or 3) * self.resolution[0] * self.resolution[1]
         keep = size <= CACHE_BYTES and not (self.args.random_crop or self.args.aspect_ratio_buckets)
         key = self._key(keep)
         found = None if scanned is None else load_scan(scanned, key)
-        if found is None:
+        if not all(team.gather(found is not None)):
             workers, ratios = self.args.dataloader_num_workers, self.args.aspect_ratio_buckets
-            found = scan(decoder, keep, workers, self.show_progress, ratios)
-            if scanned is not None:
+            found = scan(decoder, keep, workers, self.show_progress, ratios, team)
+            if scanned is not None and team.rank == 0:
                 scanned.parent.mkdir(parents=True, exist_ok=True)
                 save_scan(scanned, key, *found)
         facts, images = found

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from cm_diffusers.core.draws import permutation
 from cm_diffusers.engine.data.images import SIGMA_DATA_SAMPLES, ImageData
 from cm_diffusers.engine.files import replace_file
+from cm_diffusers.engine.processes import ALONE, Team
 from cm_diffusers.objectives.options import check_for_latents
 
 
@@ -42,6 +43,7 @@ class LatentData(ImageData):
         device: device that encodes.
         say: prints a line.
         batch_size: number of images encoded at once.
+        team: the processes that share the work.
 
     Raises:
         ValueError: a stream, an option that latents exclude (such as --random_flip), or images with other channels
@@ -56,6 +58,7 @@ class LatentData(ImageData):
         device: torch.device | str = "cpu",
         say: Callable[[str], None] = print,
         batch_size: int = 64,
+        team: Team = ALONE,
     ):
         check_for_latents(data.args)
         if data.channels != vae.config.in_channels:
@@ -68,21 +71,23 @@ class LatentData(ImageData):
         self.vae = vae.float().eval().requires_grad_(False).to(device)
         self.show_progress = data.show_progress
         self._fingerprint = key = _key(data, vae)
-        latents = None if cache is None else _read(cache, key, say)
-        if latents is None:
-            latents = self._encode(data, device, batch_size)
-            if cache is not None:
+        latents = None if cache is None else _read(cache, key, say if team.rank == 0 else lambda line: None)
+        if not all(team.gather(latents is not None)):
+            latents = self._encode(data, device, batch_size, team)
+            if cache is not None and team.rank == 0:
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(cache, save({"latents": latents}, {"key": key, "sha256": _digest(latents)}))
         self.images, self.channels, self.resolution = latents, latents.shape[1], tuple(latents.shape[2:])
 
-    def _encode(self, data: ImageData, device: torch.device | str, batch_size: int) -> Tensor:
-        parts = []
-        bar = range(0, len(data.images), batch_size)
+    def _encode(self, data: ImageData, device: torch.device | str, batch_size: int, team: Team) -> Tensor:
+        """Encode the images, in the batches of one process."""
+        own, parts = team.part(len(data.images), batch_size), [torch.empty(0)]
+        bar = range(own.start, own.stop, batch_size)
         for start in tqdm(bar, desc="Encoding images", disable=not self.show_progress, leave=False):
-            images = data.rows(list(range(start, min(start + batch_size, len(data.images)))))
+            images = data.rows(list(range(start, min(start + batch_size, own.stop))))
             parts.append(encode(self.vae, images.to(device).float() / 127.5 - 1).cpu())
-        return torch.cat(parts).contiguous()  # encoders can return channels-last tensors
+        latents = torch.cat(parts[1:] or parts)
+        return team.join(latents.contiguous())  # encoders can return channels-last tensors
 
     def measure_sigma_data(self) -> float:
         """Return the root mean square of the latents, estimated on at most 10,000 of them."""

@@ -19,11 +19,12 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from cm_diffusers.engine.data.records import Content, decode_content, name_in_messages, open_image, read_content, why
 from cm_diffusers.engine.files import written_aside
+from cm_diffusers.engine.processes import ALONE, Team
 from cm_diffusers.engine.stopping import leave_signals_to_the_run
 from cm_diffusers.pixels import Extrema, Ranges, extrema, is_grey, size_of, to_uint8
 
@@ -195,58 +196,83 @@ class DecodedImages(Dataset):
 
 
 def scan(
-    decoder: DecodedImages, keep: bool, workers: int = 0, show_progress: bool = True, ratios: bool = False
+    decoder: DecodedImages,
+    keep: bool,
+    workers: int = 0,
+    show_progress: bool = True,
+    ratios: bool = False,
+    team: Team = ALONE,
 ) -> tuple[ScanFindings, Tensor]:
     """Decode every image once.
 
     Args:
         decoder: the images.
         keep: keep the decoded images in memory.
-        workers: number of processes that decode.
+        workers: number of processes that decode, for each process of the team.
         show_progress: show a bar.
         ratios: also note the aspect ratio of each image.
+        team: the processes that share the images. Each gets the findings and the images of all.
 
     Returns:
         The findings, and the images, uint8 (N, C, H, W), with N = 0 unless they are kept.
 
     Raises:
         ValueError: images can't be read (all are counted, and the first 20 are listed with the reason), or no common
-            value range fits all images.
+            value range fits all images. It is raised on all processes.
     """
-    facts, digest, faults, images = ScanFindings(), hashlib.sha256(), [], torch.empty(0, 1, *decoder.resolution)
-    ranges, own = Ranges(), {}  # the value ranges by which images were decoded
-    bar = {"desc": "Reading images", "total": len(decoder), "disable": not show_progress, "leave": False}
-    for i, seen in enumerate(tqdm(loaded(decoder, workers, batch_size=None), **bar)):
+    part = team.part(len(decoder))
+    facts, digests, faults, images = ScanFindings(), bytearray(), [], torch.empty(0, 1, *decoder.resolution)
+    own = {}  # the value ranges by which images were decoded
+    bar = {"desc": "Reading images", "total": len(part), "disable": not show_progress, "leave": False}
+    seen_images = loaded(Subset(decoder, part), workers, batch_size=None)
+    for i, seen in zip(part, tqdm(seen_images, **bar), strict=True):
         if isinstance(seen, str):
             faults.append(seen)
             continue
         size = "{} x {}".format(*seen.size)
         facts.channels = facts.channels if seen.grey else 3
-        ranges.add(f"row {i}", seen.extrema)
         if seen.extrema is not None:
             own[i] = seen.extrema
         facts.sizes[size] += 1
         if ratios:
             facts.ratios.append(round(seen.size[0] / seen.size[1], 4))
         facts.examples.setdefault(size, f"row {i}")
-        digest.update(seen.digest)
+        digests += seen.digest
         if keep:
             if not len(images) or len(seen.pixels) > images.shape[1]:  # the first image, or the first colour image
                 before = images
-                images = torch.empty(len(decoder), len(seen.pixels), *decoder.resolution, dtype=torch.uint8)
+                images = torch.empty(len(part), len(seen.pixels), *decoder.resolution, dtype=torch.uint8)
                 images[: len(before)] = before
-            images[i] = seen.pixels
+            images[i - part.start] = seen.pixels
+    facts = _merged(team.gather((facts, bytes(digests), faults, own)), len(decoder))
+    if not keep:
+        return facts, images
+    decoder.scales = facts.scales
+    for i, seen in own.items():
+        if seen.scale != facts.scales[seen.type]:
+            images[i - part.start] = decoder.take(i)
+    channels = max(team.gather(images.shape[1]))
+    return facts, team.join(images.to(torch.uint8).expand(-1, channels, -1, -1))
+
+
+def _merged(found: Sequence[tuple[ScanFindings, bytes, list[str], dict[int, Extrema]]], number: int) -> ScanFindings:
+    """The findings of all `number` images from those of each process: facts, digests, faults and value ranges."""
+    faults = [fault for _, _, part, _ in found for fault in part]
     if faults:
         listed = "".join(f"\n  {fault}" for fault in faults[:LISTED_FAULTS])
         more = "\n  ..." if len(faults) > LISTED_FAULTS else ""
-        raise ValueError(f"{len(faults)} of {len(decoder)} images can't be read; repair or remove them:{listed}{more}")
-    facts.scales, facts.ranges, facts.fingerprint = ranges.scales, ranges.describe(), digest.hexdigest()
-    if keep:
-        decoder.scales = facts.scales
+        raise ValueError(f"{len(faults)} of {number} images can't be read; repair or remove them:{listed}{more}")
+    merged, ranges, digest = ScanFindings(), Ranges(), hashlib.sha256()
+    for facts, digests, _, own in found:
+        merged.channels = max(merged.channels, facts.channels)
+        merged.sizes.update(facts.sizes)
+        merged.examples = facts.examples | merged.examples  # the first ones win
+        merged.ratios += facts.ratios
+        digest.update(digests)
         for i, seen in own.items():
-            if seen.scale != facts.scales[seen.type]:
-                images[i] = decoder.take(i)
-    return facts, images
+            ranges.add(f"row {i}", seen)
+    merged.scales, merged.ranges, merged.fingerprint = ranges.scales, ranges.describe(), digest.hexdigest()
+    return merged
 
 
 def loaded(rows: Dataset, workers: int, **settings: Any) -> Iterator[Any]:

@@ -4,13 +4,12 @@ import copy
 import json
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
@@ -25,7 +24,7 @@ from cm_diffusers.engine.evaluation.watch import follow
 from cm_diffusers.engine.files import RunFiles, replace_file, why
 from cm_diffusers.engine.pictures.curves import QUALITIES, plot_quality
 from cm_diffusers.engine.places import check_place
-from cm_diffusers.engine.processes import start_accelerator
+from cm_diffusers.engine.processes import Team, start_accelerator
 from cm_diffusers.engine.saved.export import save_pipeline
 from cm_diffusers.engine.shareable import ON_THIS_MACHINE, hub_id
 from cm_diffusers.engine.sharing.card import draw_grids, read_facts, read_report, renew_card
@@ -57,8 +56,7 @@ def evaluate(args: EvaluationArguments, data_args: DataArguments) -> dict[str, A
     _check_folder(args)
     _check_images(args)
     disable_progress_bar()
-    # the other processes wait while the main process measures, which can exceed the default half an hour
-    accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
+    accelerator = start_accelerator()
     clock, judge, report, real = Clock(), None, {}, {}
     results = _earlier_results(args)
     for step, subject in _subjects(args, accelerator, {row["step"] for row in results}):
@@ -127,9 +125,7 @@ def _subjects(
     """Yield (training step or None, model or images) for everything to be evaluated."""
     if args.images_dir:
         settings, main = DataArguments(train_data_dir=args.images_dir), accelerator.is_main_process
-        with accelerator.main_process_first():
-            data = ImageData(settings, class_conditional=False, show_progress=main)
-        yield None, data
+        yield None, ImageData(settings, class_conditional=False, show_progress=main, team=Team(accelerator))
     elif args.watch:
         yield from follow(Path(args.watch), accelerator, done, args.folder / ".watched")
     else:

@@ -13,6 +13,7 @@ from cm_diffusers.engine.config import DataArguments
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.evaluation.arguments import EvaluationArguments
 from cm_diffusers.engine.evaluation.judge import Clock, Judge, RealLabels
+from cm_diffusers.engine.processes import Team
 from cm_diffusers.engine.shareable import ON_THIS_MACHINE, hub_id
 from cm_diffusers.evaluation import (
     Extractor,
@@ -51,9 +52,8 @@ def build_judge(
     main = accelerator.is_main_process
     with clock("reference"):
         name = args.feature_extractor or _best_extractor(args, accelerator)
-        with accelerator.main_process_first():
-            labelled = name == "classifier" or data_args.label_column is not None
-            data = ImageData(data_args, class_conditional=labelled, show_progress=main)
+        labelled = name == "classifier" or data_args.label_column is not None
+        data = ImageData(data_args, class_conditional=labelled, show_progress=main, team=Team(accelerator))
         found = (data.channels, *data.resolution)
         if found != shape:
             raise ValueError(

@@ -18,6 +18,7 @@ from cm_diffusers.engine.data.description import DescribedData
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.latents import LatentData
 from cm_diffusers.engine.files import RunFiles
+from cm_diffusers.engine.processes import Team
 from cm_diffusers.engine.saved.base_precision import set_base_precision
 from cm_diffusers.engine.saved.discriminators import build_discriminator
 from cm_diffusers.engine.saved.lora import fuse_passes, has_lora
@@ -143,8 +144,8 @@ def build_trainer(config: Config, accelerator: Accelerator) -> Trainer:
         kind = partial(TextProduct, teacher=models.teacher, shown=shown)
     else:
         refuse_text_settings(config)
-        with accelerator.main_process_first():
-            images = ImageData(config.data, model.class_conditional, folder / RunFiles.SCANNED, show_progress=main)
+        scanned, team = folder / RunFiles.SCANNED, Team(accelerator)
+        images = ImageData(config.data, model.class_conditional, scanned, show_progress=main, team=team)
     if model.sigma_data is None and (config.run.allow_data_change or not (models.teacher or models.start)):
         config = replace(config, model=replace(model, sigma_data=_measured_before(folder)))
     config = _with_epochs(config, len(images.images) if config.run.num_train_epochs else 0, accelerator)
@@ -199,8 +200,8 @@ def _measured_before(folder: Path) -> float | None:
 
 def _latents(config: Config, images: ImageData, vae: nn.Module, accelerator: Accelerator) -> LatentData:
     cache = Path(config.run.output_dir) / RunFiles.LATENTS if config.data.cache_latents else None
-    with accelerator.main_process_first():
-        return LatentData(images, vae, cache, accelerator.device, tqdm.write, config.model.vae_encode_batch_size)
+    batch, team = config.model.vae_encode_batch_size, Team(accelerator)
+    return LatentData(images, vae, cache, accelerator.device, tqdm.write, batch, team)
 
 
 def _described(trainer: Trainer, models: SavedModels) -> list[str]:

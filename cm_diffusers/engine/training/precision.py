@@ -1,14 +1,18 @@
-"""The precision of a run: the default of its method, and the forward pass that Accelerate casts."""
+"""The arithmetic of a run: its precision, the forward pass that Accelerate casts, and whether it repeats its bits."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from cm_diffusers.engine.config import RunArguments
 from cm_diffusers.objectives import Objective
 
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # read by cuBLAS at its start
 UNSAID = (None, "no")  # accelerate launch also sets "no" if the user gives no precision
 
 
@@ -50,6 +54,32 @@ def check_device(precision: str, device: torch.device) -> None:
     """
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU. On a CPU leave it out, which means float32, or give bf16.")
+
+
+@contextmanager
+def arithmetic(run: RunArguments) -> Iterator[None]:
+    """A context in which GPUs compute as `run` asks. Enter it before CUDA starts; its end restores torch's settings.
+
+    With `deterministic`, every operation has an algorithm that repeats its bits; torch raises RuntimeError for an
+    operation that has none. Otherwise cuDNN times its algorithms and takes the fastest, and TF32 is as `allow_tf32`
+    says.
+    """
+    cudnn, matmul, exact = torch.backends.cudnn, torch.backends.cuda.matmul, run.deterministic
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(WORKSPACE)
+    tf32 = run.allow_tf32 and not exact
+    try:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = not exact, exact, tf32, tf32
+        if exact:
+            os.environ.setdefault(WORKSPACE, ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
 
 
 class CastPass(nn.Module):

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate.utils import ProjectConfiguration
 from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
@@ -23,7 +22,7 @@ from cm_diffusers.engine.sharing.hub import CHECKPOINT_BRANCH, CHECKPOINT_FILES,
 from cm_diffusers.engine.stopping import Stopped, Stopping, unbroken_output
 from cm_diffusers.engine.training.budget import within_budget
 from cm_diffusers.engine.training.build import build_trainer
-from cm_diffusers.engine.training.precision import check_device, choose_precision
+from cm_diffusers.engine.training.precision import arithmetic, check_device, choose_precision
 from cm_diffusers.engine.training.run_folder import check_ours, look_over
 from cm_diffusers.engine.training.same_run import check_before_data
 from cm_diffusers.engine.training.tracking import check_trackers, start_trackers
@@ -64,7 +63,7 @@ def train(config: Config) -> Path:
         ValueError: the settings or data are invalid, or the run can't continue.
         Stopped: the run was asked to stop. If it had begun to train, its state is saved.
     """
-    with unbroken_output(), Stopping() as stopping:
+    with unbroken_output(), Stopping() as stopping, arithmetic(config.run):
         try:
             return _train(config, stopping)
         except Stopped as stop:
@@ -78,8 +77,6 @@ def _train(config: Config, stopping: Stopping) -> Path:
     run = config.run
     folder = Path(run.output_dir)
     disable_progress_bar()
-    if run.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
     check_trackers(run.trackers)
     precision, warning = choose_precision(OBJECTIVES[config.method], run.mixed_precision)
     accelerator = start_accelerator(

@@ -19,6 +19,7 @@ from cm_diffusers.engine.data.captions import read_prompts
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.files import RunFiles
 from cm_diffusers.engine.pictures.prompts import save_prompt_grid
+from cm_diffusers.engine.processes import Team
 from cm_diffusers.engine.saved.base_precision import is_packed
 from cm_diffusers.engine.saved.export import network_with
 from cm_diffusers.engine.saved.lora import has_lora
@@ -133,8 +134,8 @@ def load_text(config: Config, teacher: TextModel, accelerator: Accelerator) -> t
     if config.data.prompts is not None:
         prompts = read_prompts(Path(config.data.prompts))
     else:
-        with accelerator.main_process_first():
-            images = ImageData(config.data, False, folder / RunFiles.SCANNED, show_progress=main, captioned=True)
+        scanned, team = folder / RunFiles.SCANNED, Team(accelerator)
+        images = ImageData(config.data, False, scanned, show_progress=main, captioned=True, team=team)
         prompts = images.captions or []
     shown = config.run.validation_prompts or list(dict.fromkeys(prompts))[:SHOWN]
     height, width = (config.data.resolution * 2)[:2]
