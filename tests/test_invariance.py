@@ -5,7 +5,8 @@
     OMP_NUM_THREADS=1 python -m tests.test_invariance --renew
 
 On a machine like the recording one, numbers are equal to rounding: processors of one name can differ in the last bit.
-On others they are close. Version 0.1.0 (commit bb2b019) wrote the archives of folders and runs, which are never renewed.
+On others they are close. Version 0.1.0 (commit bb2b019) wrote the archives of folders and runs, which are never
+renewed.
 """
 
 import json
