@@ -22,6 +22,7 @@ STUDENT = ("--pretrained_model_name_or_path", "user/model")
 LENGTHS = {
     "afhqv2_cdm": (None, None, 78125, None),
     "afhqv2_edm": (None, None, 39062, None),
+    "cifar10_8_minutes": (4000, 800, 280, None),
     "cifar10_cd": (None, None, 19531, None),
     "cifar10_cdm_cond": (None, None, 19531, None),
     "cifar10_cdm_uncond": (None, None, 19531, None),
