@@ -1,5 +1,6 @@
 """Helpers by which formulas accept torch tensors and NumPy arrays, in which schedulers choose noise levels."""
 
+from functools import lru_cache
 from types import ModuleType
 from typing import TypeVar
 
@@ -23,6 +24,15 @@ def lacks_float64(device: str | torch.device | None) -> bool:
 def in_float64(values: Tensor) -> Tensor:
     """`values` (any shape) in float64: on their device, or on the CPU if the device lacks float64."""
     return (values.cpu() if lacks_float64(values.device) else values).double()
+
+
+@lru_cache(maxsize=32)
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A constant float64 `table` (any shape) on `device`, or on the CPU if the device lacks float64.
+
+    The copy of each table object is kept, because a copy to a GPU waits for all work in its queue.
+    """
+    return table if lacks_float64(device) else table.to(device)
 
 
 def append_dims(values: Tensor, like: Tensor) -> Tensor:

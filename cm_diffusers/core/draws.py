@@ -127,9 +127,9 @@ class SequentialDraws(Draws):
 
     rule = 1
 
-    def __init__(self, seed: int, step: int, rows: Sequence[int], device: torch.device | str = "cpu"):
-        super().__init__(seed, step, rows, device)
-        self._generator = torch.Generator()
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator()
 
     def _draw(self, sampler: Callable, name: str, shape: Sequence[int]) -> Tensor:
         out = torch.empty(len(self.rows), *shape)

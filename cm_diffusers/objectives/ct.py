@@ -13,8 +13,7 @@ from torch import nn
 
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
-from cm_diffusers.core.karras import karras_sigmas
-from cm_diffusers.core.noise_levels import draw_bins, uniform_bins
+from cm_diffusers.core.noise_levels import draw_levels, uniform_bins
 from cm_diffusers.core.schedules import ct_scales, ct_target_decay
 from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.consistency import (
@@ -97,9 +96,8 @@ class CT(Objective):
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
         x0, options = batch.samples, self.options
-        sigmas = karras_sigmas(self.scales(draws.step), self.sigma_min, self.spec.sigma_max).flip(0)
-        n = draw_bins(uniform_bins(sigmas), draws.uniform("sigma").cpu())
-        u, t = sigmas[n].to(x0), sigmas[n + 1].to(x0)
+        n, high, uniform = self.scales(draws.step), self.spec.sigma_max, draws.uniform("sigma")
+        u, t = (level.to(x0) for level in draw_levels(uniform_bins, n, self.sigma_min, high, uniform))
         noise = draws.normal("noise", x0.shape[1:])
         x_t, x_u = VE().add_noise(x0, noise, t), VE().add_noise(x0, noise, u)
         estimate, target = estimate_and_target(

@@ -11,7 +11,8 @@ It differs from CT in five ways:
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -19,8 +20,7 @@ from torch import nn
 from cm_diffusers.core.distances import ict_huber_c, pseudo_huber
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
-from cm_diffusers.core.karras import karras_sigmas
-from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins
+from cm_diffusers.core.noise_levels import draw_levels, lognormal_bins
 from cm_diffusers.core.schedules import ict_scales
 from cm_diffusers.core.weightings import inverse_gap
 from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
@@ -83,16 +83,19 @@ class ICT(Objective):
         paper="[Song & Dhariwal 2023](https://arxiv.org/abs/2310.14189), sec. 3",
     )
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.law = partial(lognormal_bins, mean=self.options.p_mean, std=self.options.p_std)  # eq. 9
+
     def scales(self, step: int) -> int:
         """Number of levels in the grid at `step`."""
         return ict_scales(step, self.total_steps, self.options.s0, self.options.s1)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
         x0 = batch.samples
-        sigmas = karras_sigmas(self.scales(draws.step), self.sigma_min, self.spec.sigma_max).flip(0)
-        law = lognormal_bins(sigmas, self.options.p_mean, self.options.p_std)  # eq. 9
-        i = draw_bins(law, draws.uniform("sigma").cpu())
-        u, t, gap = sigmas[i].to(x0), sigmas[i + 1].to(x0), sigmas.diff()[i].to(x0)
+        n, high, uniform = self.scales(draws.step), self.spec.sigma_max, draws.uniform("sigma")
+        u, t = draw_levels(self.law, n, self.sigma_min, high, uniform)
+        u, t, gap = u.to(x0), t.to(x0), (t - u).to(x0)
         noise = draws.normal("noise", x0.shape[1:])
         x_t, x_u = VE().add_noise(x0, noise, t), VE().add_noise(x0, noise, u)
         estimate, target = estimate_and_target(

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.arrays import append_dims, on_device
 from cm_diffusers.core.denoisers import Denoiser, Guided
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE, VP
@@ -117,8 +117,10 @@ class LCM(Objective):
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
         x0, condition, options = batch.samples, batch.condition, self.options
-        n = (draws.uniform("sigma").cpu() * options.num_ddim_timesteps).long()
-        u, t = self.sigmas[n].to(x0), self.sigmas[n + 1].to(x0)
+        uniform = draws.uniform("sigma")
+        sigmas = on_device(self.sigmas, uniform.device)
+        n = (uniform * options.num_ddim_timesteps).long().to(sigmas.device)
+        u, t = sigmas[n].to(x0), sigmas[n + 1].to(x0)
         x_t = VE().add_noise(x0, draws.normal("noise", x0.shape[1:]), t)
         teacher = self.teacher
         if options.w_max is not None:
