@@ -21,7 +21,7 @@ STDLIB = set(sys.stdlib_module_names)
 PARTS = {
     "core": ((), {"torch", "numpy"}),
     "registration": ((), set()),
-    "models": (("registration",), {"torch", "numpy", "diffusers"}),
+    "models": (("core", "registration"), {"torch", "numpy", "diffusers"}),
     "schedulers": (("core", "registration"), {"torch", "numpy", "diffusers"}),
     "pipelines": (("core",), {"torch", "numpy", "diffusers", "PIL"}),  # diffusers needs PIL
     "lookup": ((), {"huggingface_hub"}),

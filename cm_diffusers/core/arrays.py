@@ -1,5 +1,6 @@
 """Helpers by which formulas accept torch tensors and NumPy arrays, in which schedulers choose noise levels."""
 
+from functools import lru_cache
 from types import ModuleType
 from typing import TypeVar
 
@@ -32,23 +33,13 @@ def sent(values: Tensor, device: torch.device | str) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
-class Table:
-    """A constant tensor that is copied once to each device which asks for it, so that no training step waits for it.
+@lru_cache(maxsize=32)
+def on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A constant float64 `table` (any shape) on `device`, or on the CPU if the device lacks float64.
 
-    Args:
-        values: the tensor, of any shape, in float64 on the CPU.
+    The copy of each table object is kept, because a copy to a GPU waits for all work in its queue.
     """
-
-    def __init__(self, values: Tensor):
-        self.values = values
-        self._copies = {values.device: values}
-
-    def at(self, device: torch.device) -> Tensor:
-        """The tensor on `device`, or on the CPU if the device lacks float64."""
-        place = torch.device("cpu") if lacks_float64(device) else device
-        if place not in self._copies:
-            self._copies[place] = self.values.to(place)
-        return self._copies[place]
+    return table if lacks_float64(device) else table.to(device)
 
 
 def append_dims(values: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from cm_diffusers.core.arrays import Table, append_dims, in_float64
+from cm_diffusers.core.arrays import append_dims, in_float64, on_device
 from cm_diffusers.core.parameterisation import input_norm
 from cm_diffusers.core.time_labels import flow_time_up_to_infinity, sigma_of_angle, sigma_of_flow_time, vp_angles
 
@@ -125,7 +125,6 @@ class VP(Interpolant):
                 "alphas_cumprod must be a vector of at least 2 values that strictly decrease within [0, 1]."
             )
         self.angles = vp_angles(abar)
-        self._table = Table(self.angles)
         self.sigma_max = self.sigma(torch.tensor(len(abar) - 1.0, dtype=torch.float64)).item()
 
     def alpha(self, sigma: Tensor) -> Tensor:
@@ -137,7 +136,7 @@ class VP(Interpolant):
     def time(self, sigma: Tensor) -> Tensor:
         # `time_labels.vp_time` for batches on any device; the two differ in the last bit of float64
         angle = in_float64(sigma).atan()
-        angles = self._table.at(angle.device)
+        angles = on_device(self.angles, angle.device)
         left = (torch.searchsorted(angles, angle, right=True) - 1).clamp(0, len(angles) - 2)
         share = (angle - angles[left]) / (angles[left + 1] - angles[left])
         return (left + share).clamp(0, len(angles) - 1).to(sigma)
@@ -145,7 +144,7 @@ class VP(Interpolant):
     def sigma(self, time: Tensor) -> Tensor:
         last = len(self.angles) - 1
         place = in_float64(time).clamp(0, last)
-        angles = self._table.at(place.device)
+        angles = on_device(self.angles, place.device)
         left = place.long().clamp(max=last - 1)
         angle = angles[left] + (place - left) * (angles[left + 1] - angles[left])
         return sigma_of_angle(angle).to(time)

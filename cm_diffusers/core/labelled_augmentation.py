@@ -12,8 +12,7 @@ et al. 2020, arXiv:2006.06676, appendix B.2). Two things differ from that paper:
 """
 
 import math
-from functools import cache
-from typing import Any
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +68,8 @@ def augment(images: Tensor, draws: Draws, probability: float) -> tuple[Tensor, T
     mirror_x, mirror_y = (u[:, 5] < 0.5).float(), (u[:, 6] < 0.5).float() * chosen[:, 0]
     turn = math.pi * (2 * u[:, 7] - 1) * chosen[:, 2]
     axis = math.pi * (2 * u[:, 8] - 1) * (u[:, 9] < 0.5)
-    normals = draws.normal("augmentation sizes", (4,)).to(images.device) * chosen[:, [1, 3, 4, 4]]
-    scale, stretch, right, down = normals.unbind(1)
+    sizes = draws.normal("augmentation sizes", (4,)).to(images.device).unbind(1)
+    scale, stretch, right, down = (size * chosen[:, i] for size, i in zip(sizes, (1, 3, 4, 4)))
     parts = [mirror_x, mirror_y, scale, turn.cos() - 1, turn.sin()]
     labels = torch.stack([*parts, stretch * axis.cos(), stretch * axis.sin(), right, down], 1)
     for dim, mirror in ((3, mirror_x), (2, mirror_y)):
@@ -97,8 +96,7 @@ def _mirrored(pixels: Tensor, last: Tensor | int) -> Tensor:
     return last - (pixels.remainder(2 * last) - last).abs()
 
 
-@cache
-def _filters(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _filters(size: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (2 size + 10, size) that doubles a row of `size` pixels, and one that undoes it.
 
     Pixel m is at the place 2 m + CENTRE of the doubled row; beyond its ends the row is mirrored.
@@ -108,7 +106,14 @@ def _filters(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     taps = torch.tensor(SYM6, dtype=torch.float64)
     band = torch.where((tap >= 0) & (tap < len(SYM6)), taps[tap.clamp(0, len(SYM6) - 1)], 0)
     double = band.new_zeros(len(places), size).index_add_(1, _mirrored(pixels, size - 1), band)
-    return double.to(device, dtype), band[:, MARGIN:-MARGIN].T.to(device, dtype)
+    return double.to(like), band[:, MARGIN:-MARGIN].T.to(like)
+
+
+@lru_cache(maxsize=32)
+def _tables(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """The filters of columns and of rows, and the last pixel (x, y). They are kept, because a copy waits for a GPU."""
+    last = torch.tensor([width - 1, height - 1], dtype=dtype).to(device)
+    return *_filters(height, last), *_filters(width, last), last
 
 
 def _read(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
@@ -118,12 +123,9 @@ def _read(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
         matrix: (B, 2, 2), on (x, y).
         shift: (B, 2), (x, y) in pixels.
     """
-    height, width = images.shape[2:]
-    like: dict[str, Any] = {"dtype": images.dtype, "device": images.device}
-    (double_y, halve_y), (double_x, halve_x) = _filters(height, **like), _filters(width, **like)
-    last = torch.stack([images.new_full((), width - 1), images.new_full((), height - 1)])
+    double_y, halve_y, double_x, halve_x, last = _tables(*images.shape[2:], images.dtype, images.device)
     ends = 2 * last + len(SYM6) - 1  # the last places of the doubled image
-    x, y = ((torch.arange(len(d), **like) - CENTRE) / 2 for d in (double_x, double_y))
+    x, y = ((torch.arange(len(d), device=d.device).to(d.dtype) - CENTRE) / 2 for d in (double_x, double_y))
     places = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) - last / 2
     places = torch.einsum("bij,bhwj->bhwi", matrix.to(images), places - shift.to(images)[:, None, None])
     grid = 2 * (2 * _mirrored(places + last / 2, last) + CENTRE) / ends - 1

@@ -1,11 +1,14 @@
 """Distributions of the noise level in training."""
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from cm_diffusers.core.arrays import Table, in_float64
+from cm_diffusers.core.arrays import in_float64, on_device
+from cm_diffusers.core.karras import karras_sigmas
 
 
 def lognormal(normal: Tensor, mean: float, std: float) -> Tensor:
@@ -43,34 +46,36 @@ def linear_law(n: int) -> Tensor:
 
 
 def draw_bins(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Indices (B,) with the distribution `probabilities` (n,), from `uniform` draws (B,) in [0, 1).
-
-    The indices are where `probabilities` are.
-    """
-    places = in_float64(uniform).to(probabilities.device)
-    return torch.searchsorted(probabilities.cumsum(0), places, right=True).clamp(max=len(probabilities) - 1)
+    """Indices (B,) with the distribution `probabilities` (n,), from `uniform` draws (B,) in [0, 1)."""
+    return _bins(probabilities.cumsum(0).to(in_float64(uniform).device), uniform).to(uniform.device)
 
 
-class LevelPairs:
-    """The pairs of neighbouring noise levels of a grid, and their law: the times of CT, CD and their relatives.
+def draw_levels(
+    law: Callable[[Tensor], Tensor], n: int, sigma_min: float, sigma_max: float, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draw neighbouring levels u < t of the Karras grid of `n` levels.
 
     Args:
-        sigmas: increasing levels (n,), float64.
-        law: the probabilities (n - 1,) of the pairs, float64; None for equal ones.
+        law: the distribution (n - 1,) of the index of u, as a function of the rising levels (n,). Grids are kept for
+            each `law` object, because a copy to a GPU waits for all work in its queue.
+        n: number of levels, at least 2.
+        sigma_min, sigma_max: the lowest and the highest level.
+        uniform: draws (B,) in [0, 1).
+
+    Returns:
+        u and t, float64 (B,) each, on the device of `uniform`, or on the CPU if that lacks float64.
     """
+    sigmas, cumulative = (on_device(table, uniform.device) for table in _grid(law, n, sigma_min, sigma_max))
+    bins = _bins(cumulative, uniform)
+    return sigmas[bins], sigmas[bins + 1]
 
-    def __init__(self, sigmas: Tensor, law: Tensor | None = None):
-        self._sigmas, self._law = Table(sigmas), Table(uniform_bins(sigmas) if law is None else law)
 
-    def draw(self, uniform: Tensor) -> Tensor:
-        """Indices (B,) of pairs, from `uniform` draws (B,) in [0, 1)."""
-        return draw_bins(self._law.at(uniform.device), uniform)
+@lru_cache(maxsize=4)
+def _grid(law: Callable[[Tensor], Tensor], n: int, sigma_min: float, sigma_max: float) -> tuple[Tensor, Tensor]:
+    """The rising levels (n,), and the cumulative distribution (n - 1,) of the lower one of a pair."""
+    sigmas = karras_sigmas(n, sigma_min, sigma_max).flip(0)
+    return sigmas, law(sigmas).cumsum(0)
 
-    def levels(self, indices: Tensor, like: Tensor) -> Tensor:
-        """The levels (B,) at `indices` (B,), in the dtype and on the device of `like`."""
-        return self._sigmas.at(indices.device)[indices].to(like)
 
-    def gaps(self, indices: Tensor, like: Tensor) -> Tensor:
-        """The differences (B,) of the pairs at `indices` (B,), in the dtype and on the device of `like`."""
-        sigmas = self._sigmas.at(indices.device)
-        return (sigmas[indices + 1] - sigmas[indices]).to(like)
+def _bins(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    return torch.searchsorted(cumulative, in_float64(uniform), right=True).clamp(max=len(cumulative) - 1)

@@ -1,4 +1,4 @@
-"""Networks. Each file imports only torch, numpy, diffusers and the other networks' files."""
+"""Networks. Each file imports only torch, numpy, diffusers, formulas of `core` and the other networks' files."""
 
 from cm_diffusers.models.discriminator import PatchDiscriminator, ProjectedDiscriminator
 from cm_diffusers.models.dit import DiTModel

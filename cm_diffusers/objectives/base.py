@@ -160,10 +160,10 @@ class Objective(ABC):
 
     def key_dropout(self, draws: Draws) -> None:
         """Tie the dropout masks of the next batch to the rows of `draws`, in networks with keyed dropout."""
-        for network in (self.network, *self.auxiliary.values()):
-            key_dropout: Callable | None = getattr(network, "key_dropout", None)
-            if key_dropout is not None:
-                key_dropout(draws.keys("dropout"))
+        keyed = [net for net in (self.network, *self.auxiliary.values()) if hasattr(net, "key_dropout")]
+        keys = draws.keys("dropout") if keyed else None
+        for network in keyed:
+            network.key_dropout(keys, draws.rule)
 
     @abstractmethod
     def loss(self, batch: Batch, draws: Draws) -> Loss:

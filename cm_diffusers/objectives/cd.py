@@ -14,8 +14,7 @@ from torch import nn
 from cm_diffusers.core.denoisers import Denoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
-from cm_diffusers.core.karras import karras_sigmas
-from cm_diffusers.core.noise_levels import LevelPairs
+from cm_diffusers.core.noise_levels import draw_levels, uniform_bins
 from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.consistency import (
     CM_WEIGHTS,
@@ -92,12 +91,11 @@ class CD(Objective):
         super().__init__(*args, **kwargs)
         self.target = moving_target(self.network)
         self.auxiliary = {"target": self.target}
-        self.pairs = LevelPairs(karras_sigmas(self.options.num_scales, self.sigma_min, self.spec.sigma_max).flip(0))
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
         x0, condition, options = batch.samples, batch.condition, self.options
-        n = self.pairs.draw(draws.uniform("sigma"))
-        u, t = self.pairs.levels(n, x0), self.pairs.levels(n + 1, x0)
+        n, high, uniform = options.num_scales, self.spec.sigma_max, draws.uniform("sigma")
+        u, t = (level.to(x0) for level in draw_levels(uniform_bins, n, self.sigma_min, high, uniform))
         x_t = VE().add_noise(x0, draws.normal("noise", x0.shape[1:]), t)
         x_u = teacher_step(self.teacher, x_t, t=t, u=u, condition=condition, solver=options.solver)  # eq. 6
         estimate, target = estimate_and_target(

@@ -6,7 +6,6 @@ Unlike iCT it has the average as target and draws levels uniformly; unlike CD it
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -14,8 +13,7 @@ from torch import nn
 
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
-from cm_diffusers.core.karras import karras_sigmas
-from cm_diffusers.core.noise_levels import LevelPairs
+from cm_diffusers.core.noise_levels import draw_levels, uniform_bins
 from cm_diffusers.core.schedules import ct_scales, ct_target_decay
 from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
 from cm_diffusers.objectives.consistency import (
@@ -58,12 +56,6 @@ class CTOptions(Options):
         check_distance(self.distance)
 
 
-@cache
-def karras_pairs(n: int, sigma_min: float, sigma_max: float) -> LevelPairs:
-    """The pairs of a Karras grid of `n` levels, which many steps share."""
-    return LevelPairs(karras_sigmas(n, sigma_min, sigma_max).flip(0))
-
-
 class CT(Objective):
     """E[ lambda(sigma_n) d(D(x0 + sigma_{n+1} z, sigma_{n+1}), D-(x0 + sigma_n z, sigma_n)) ], n uniform.
 
@@ -104,9 +96,8 @@ class CT(Objective):
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
         x0, options = batch.samples, self.options
-        pairs = karras_pairs(self.scales(draws.step), self.sigma_min, self.spec.sigma_max)
-        n = pairs.draw(draws.uniform("sigma"))
-        u, t = pairs.levels(n, x0), pairs.levels(n + 1, x0)
+        n, high, uniform = self.scales(draws.step), self.spec.sigma_max, draws.uniform("sigma")
+        u, t = (level.to(x0) for level in draw_levels(uniform_bins, n, self.sigma_min, high, uniform))
         noise = draws.normal("noise", x0.shape[1:])
         x_t, x_u = VE().add_noise(x0, noise, t), VE().add_noise(x0, noise, u)
         estimate, target = estimate_and_target(

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.core.arrays import Table, in_float64
+from cm_diffusers.core.arrays import in_float64, on_device
 from cm_diffusers.core.conditions import Condition
 from cm_diffusers.core.denoisers import TrajectoryDenoiser
 from cm_diffusers.core.draws import Draws
@@ -72,7 +72,6 @@ class CTM(Objective):
         self.floor = self.sigma_min  # stands for clean data whatever the network predicts
         self.target = self.auxiliary["target"] = moving_target(self.network)
         self.sigmas = karras_sigmas(self.options.num_scales, self.sigma_min, self.spec.sigma_max)
-        self._table = Table(self.sigmas)
         if self.options.gan_weight:
             if discriminator is None:
                 config: Any = self.network.config
@@ -95,7 +94,7 @@ class CTM(Objective):
         k = 1 + int(draw_bins(linear_law(self.options.solver_steps), draws.shared("k")))
         first = (in_float64(draws.uniform("t")) * (n - k)).long()
         last = first + k + (in_float64(draws.uniform("s")) * (n - first - k)).long()
-        sigmas = self._table.at(first.device)
+        sigmas = on_device(self.sigmas, first.device)
         return sigmas[first + torch.arange(k + 1, device=first.device)[:, None]], sigmas[last]
 
     def point_at_u(self, x: Tensor, levels: Tensor, *, x0: Tensor, noise: Tensor, condition: Condition) -> Tensor:

@@ -11,8 +11,8 @@ It differs from CT in five ways:
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -20,8 +20,7 @@ from torch import nn
 from cm_diffusers.core.distances import ict_huber_c, pseudo_huber
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
-from cm_diffusers.core.karras import karras_sigmas
-from cm_diffusers.core.noise_levels import LevelPairs, lognormal_bins
+from cm_diffusers.core.noise_levels import draw_levels, lognormal_bins
 from cm_diffusers.core.schedules import ict_scales
 from cm_diffusers.core.weightings import inverse_gap
 from cm_diffusers.objectives.base import Batch, Loss, Objective, Summary
@@ -55,13 +54,6 @@ class ICTOptions(Options):
         return options
 
 
-@cache
-def lognormal_pairs(n: int, sigma_min: float, sigma_max: float, mean: float, std: float) -> LevelPairs:
-    """The pairs of a Karras grid of `n` levels with the law of eq. 9, which many steps share."""
-    sigmas = karras_sigmas(n, sigma_min, sigma_max).flip(0)
-    return LevelPairs(sigmas, lognormal_bins(sigmas, mean, std))
-
-
 class ICT(Objective):
     """E[ d(D(x0 + sigma_{i+1} z, sigma_{i+1}), sg D(x0 + sigma_i z, sigma_i)) / (sigma_{i+1} - sigma_i) ].
 
@@ -91,16 +83,19 @@ class ICT(Objective):
         paper="[Song & Dhariwal 2023](https://arxiv.org/abs/2310.14189), sec. 3",
     )
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.law = partial(lognormal_bins, mean=self.options.p_mean, std=self.options.p_std)  # eq. 9
+
     def scales(self, step: int) -> int:
         """Number of levels in the grid at `step`."""
         return ict_scales(step, self.total_steps, self.options.s0, self.options.s1)
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
         x0 = batch.samples
-        levels = (self.scales(draws.step), self.sigma_min, self.spec.sigma_max)
-        pairs = lognormal_pairs(*levels, self.options.p_mean, self.options.p_std)
-        i = pairs.draw(draws.uniform("sigma"))
-        u, t, gap = pairs.levels(i, x0), pairs.levels(i + 1, x0), pairs.gaps(i, x0)
+        n, high, uniform = self.scales(draws.step), self.spec.sigma_max, draws.uniform("sigma")
+        u, t = draw_levels(self.law, n, self.sigma_min, high, uniform)
+        u, t, gap = u.to(x0), t.to(x0), (t - u).to(x0)
         noise = draws.normal("noise", x0.shape[1:])
         x_t, x_u = VE().add_noise(x0, noise, t), VE().add_noise(x0, noise, u)
         estimate, target = estimate_and_target(

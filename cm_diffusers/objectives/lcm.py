@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from cm_diffusers.core.arrays import Table, append_dims
+from cm_diffusers.core.arrays import append_dims, on_device
 from cm_diffusers.core.denoisers import Denoiser, Guided
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE, VP
@@ -106,12 +106,6 @@ class LCM(Objective):
         self.target = moving_target(self.network)
         self.auxiliary = {"target": self.target}
         self.sigmas = self._levels()
-        self._table = Table(self.sigmas)
-
-    def level(self, n: Tensor, like: Tensor) -> Tensor:
-        """The levels (B,) at the indices `n` (B,), in the dtype and on the device of `like`."""
-        sigmas = self._table.at(n.device)
-        return sigmas[n.to(sigmas.device)].to(like)
 
     def _levels(self) -> Tensor:
         """The levels (N + 1,), rising, float64: times of the table, or a Karras grid for other processes."""
@@ -123,8 +117,10 @@ class LCM(Objective):
 
     def loss(self, batch: Batch, draws: Draws) -> Loss:
         x0, condition, options = batch.samples, batch.condition, self.options
-        n = (draws.uniform("sigma") * options.num_ddim_timesteps).long()
-        u, t = self.level(n, x0), self.level(n + 1, x0)
+        uniform = draws.uniform("sigma")
+        sigmas = on_device(self.sigmas, uniform.device)
+        n = (uniform * options.num_ddim_timesteps).long().to(sigmas.device)
+        u, t = sigmas[n].to(x0), sigmas[n + 1].to(x0)
         x_t = VE().add_noise(x0, draws.normal("noise", x0.shape[1:]), t)
         teacher = self.teacher
         if options.w_max is not None:
@@ -159,7 +155,7 @@ class LCM(Objective):
             x_u: the points (B, ...) at u.
             target: the target network's denoised `x_u`.
         """
-        above = append_dims(n > 0, x_u)  # the lowest level stands for the data
+        above = append_dims(n.to(x_u.device) > 0, x_u)  # the lowest level stands for the data
         return estimate, torch.where(above, target, x_u)
 
     def after_step(self, step: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cm_diffusers.core.arrays import append_dims
+from cm_diffusers.core.arrays import append_dims, on_device
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
 from cm_diffusers.objectives.base import Summary
@@ -74,6 +74,7 @@ class TCD(LCM):
     def ends(
         self, n: Tensor, draws: Draws, *, x_t: Tensor, estimate: Tensor, x_u: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
-        m = (draws.uniform("target") * (n + 1)).long()
-        t, u, s = (self.level(i, x_t) for i in (n + 1, n, m))
+        m = (draws.uniform("target").to(n.device) * (n + 1)).long()
+        sigmas = on_device(self.sigmas, n.device)
+        t, u, s = (sigmas[i].to(x_t) for i in (n + 1, n, m))
         return self.jump(x_t, estimate, t, s), self.jump(x_u, target, u, s)

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from cm_diffusers.core.draws import Draws, derive_seed
+from cm_diffusers.core.draws import Draws, SequentialDraws, derive_seed
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class ToyNetwork(ModelMixin, ConfigMixin):
         return torch.cat([phases.sin(), phases.cos()], 1)
 
 
-class ToyDraws(Draws):
+class ToyDraws(SequentialDraws):
     """Draws of a whole batch from one stream, which is faster; a single process does not need a stream per row."""
 
     def _draw(self, sampler, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -1,12 +1,16 @@
 """The grids, laws and weights of CT and iCT, against values from the papers' formulas."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.karras import karras_sigmas
-from cm_diffusers.core.noise_levels import draw_bins, lognormal_bins, uniform_bins
+from cm_diffusers.core.noise_levels import draw_bins, draw_levels, lognormal_bins, uniform_bins
 from cm_diffusers.core.schedules import ct_scales, ct_target_decay, ict_scales
 from cm_diffusers.core.weightings import edm_weight, inverse_gap, karras_weight, snr_weight
+from tests.helpers.dispatched import Dispatched
 
 
 @pytest.mark.parametrize(
@@ -91,3 +95,23 @@ def test_karras_weight_is_that_of_edm():
     sigma = torch.tensor([0.002, 0.02, 0.5, 80.0], dtype=torch.float64)
     torch.testing.assert_close(karras_weight(sigma, 0.5), edm_weight(sigma, 0.5))
     torch.testing.assert_close(snr_weight(sigma) * sigma**2, torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("law", [uniform_bins, partial(lognormal_bins, mean=-1.1, std=2.0)])
+def test_levels_are_drawn_from_their_grid(law):
+    uniform = Draws(0, 0, range(1000)).uniform("sigma")
+    u, t = draw_levels(law, 18, 0.002, 80.0, uniform)
+    sigmas = karras_sigmas(18, 0.002, 80.0).flip(0)
+    bins = draw_bins(law(sigmas), uniform)
+    assert torch.equal(u, sigmas[bins]) and torch.equal(t, sigmas[bins + 1])
+
+
+def test_levels_are_drawn_without_a_copy_from_the_host():
+    """A copy to a GPU would wait for the work in its queue. "meta" stands for the GPU."""
+    for step in range(2):
+        uniform = Draws(0, step, range(8), "meta").uniform("sigma")
+        with Dispatched() as dispatched:
+            u, t = draw_levels(uniform_bins, 18, 0.002, 80.0, uniform)
+        assert u.device.type == t.device.type == "meta"
+        assert ({"cpu", "meta"} in dispatched.devices) is (step == 0)
+    assert dispatched.devices and all(devices == {"meta"} for devices in dispatched.devices)

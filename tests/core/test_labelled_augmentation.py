@@ -8,6 +8,7 @@ import torch
 
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.labelled_augmentation import SYM6, _filters, _read, augment
+from tests.helpers.dispatched import Dispatched
 
 
 def waves(x, y, height, width):
@@ -129,3 +130,13 @@ def test_a_row_does_not_depend_on_how_the_batch_is_split():
         torch.testing.assert_close(a, torch.cat(b), rtol=0, atol=1e-6)
     for draws in (Draws(7, 4, range(8)), Draws(8, 3, range(8))):
         assert (augment(x, draws, 0.8)[1] - whole[1]).abs().sum(1).min() > 1e-3
+
+
+def test_a_second_batch_copies_nothing_from_the_host():
+    """A copy to a GPU would wait for the work in its queue. "meta" stands for the GPU."""
+    for step in range(2):
+        x, draws = torch.zeros(3, 1, 8, 10, device="meta"), Draws(0, step, range(3), "meta")
+        with Dispatched() as dispatched:
+            images, labels = augment(x, draws, 0.5)
+    assert images.shape == x.shape and labels.shape == (3, 9)
+    assert dispatched.devices and all(devices == {"meta"} for devices in dispatched.devices)

@@ -7,7 +7,7 @@ from torch.func import jvp
 
 from cm_diffusers.models import UNET_PRESETS, JVPUNet2DModel, build_unet, keep_time_embedding_in_float32
 from cm_diffusers.models.jvp_unet import TimeFeatures, pixel_norm
-from cm_diffusers.models.keyed_dropout import GAMMA, KeyedDropout, _mix
+from cm_diffusers.models.keyed_dropout import KeyedDropout
 
 
 KINDS = ("positional", "fourier")
@@ -312,72 +312,6 @@ def test_a_copy_is_its_own():
 # --- keyed dropout
 
 
-def masks(keys, layer=0, shape=(1, 1000), p=0.5):
-    """Masks (rows, ...) of 0 and 1 / (1 - p)."""
-    return KeyedDropout(p, layer)(torch.ones(len(keys), *shape, dtype=torch.float64), torch.as_tensor(keys))
-
-
-def test_mixing_is_splitmix64():
-    states = [(1234567 + (i + 1) * GAMMA + 2**63) % 2**64 - 2**63 for i in range(3)]
-    # the generator's published test values for seed 1234567
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert [value % 2**64 for value in _mix(torch.tensor(states)).tolist()] == expected
-
-
-@pytest.mark.parametrize("p", [0.05, 0.2, 0.5, 0.9])
-def test_masks_keep_what_they_should(p):
-    mask = masks(range(500), shape=(20, 50), p=p)
-    assert set(mask.unique().tolist()) == {0.0, 1 / (1 - p)}
-    count, kept = mask.numel(), (mask > 0).double().mean().item()
-    assert abs(kept - (1 - p)) < 4 * math.sqrt(p * (1 - p) / count)
-    # by rows and by columns as well: chi-square against the binomial law
-    for dim in (0, 1):
-        rates = (mask > 0).double().flatten(1).mean(1 - dim)
-        z = (rates - (1 - p)) / math.sqrt(p * (1 - p) * len(rates) / count)
-        assert abs(z.square().mean().item() - 1) < 5 * math.sqrt(2 / len(z))
-
-
-def test_masks_of_rows_layers_and_positions_are_independent():
-    torch.manual_seed(0)
-    keys = torch.cat([torch.arange(100), torch.randint(-(2**63), 2**63 - 1, (100,))])
-    signs = [2 * (masks(keys, layer, (2000,), p=0.5) > 0).double() - 1 for layer in range(3)]
-    count = 2000
-    rows = signs[0] @ signs[0].T / count
-    off = rows[~torch.eye(200, dtype=bool)]
-    assert off.abs().max() < 6 / math.sqrt(count) and off.std().item() == pytest.approx(count**-0.5, rel=0.05)
-    for first, second in ((0, 1), (1, 2), (0, 2)):
-        across = signs[first] @ signs[second].T / count  # equal and different rows
-        assert across.abs().max() < 6 / math.sqrt(count) and across.std().item() == pytest.approx(
-            count**-0.5, rel=0.05
-        )
-    for lag in (1, 2, 3, 8, 64, 100, 128, 256):
-        for sign in signs:
-            correlation = (sign[:, lag:] * sign[:, :-lag]).mean().item()
-            assert abs(correlation) < 5 / math.sqrt(200 * (2000 - lag))
-    # a layer's stream is not its neighbour's stream, shifted
-    for lag in range(1, 20):
-        for a, b in ((signs[0][:, lag:], signs[1][:, :-lag]), (signs[1][:, lag:], signs[0][:, :-lag])):
-            assert abs((a * b).mean().item()) < 5 / math.sqrt(200 * (2000 - lag))
-
-
-def test_masks_have_the_values_of_a_reference():
-    """The reference computes the same numbers with Python's integers."""
-
-    def mix(z):
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-        return z ^ z >> 31
-
-    def kept(key, layer, position, p):
-        value = mix(mix(mix((key + 0x9E3779B97F4A7C15) % 2**64) ^ layer) ^ position)
-        return (value + 2**63) % 2**64 - 2**63 >= math.floor((p - 0.5) * 2**64)
-
-    for key in (0, 1, -1, 2**63 - 1, -(2**63)):
-        for layer in (0, 7):
-            expected = [kept(key, layer, position, 0.3) for position in range(60)]
-            assert (masks([key], layer, (3, 4, 5), p=0.3).flatten() > 0).tolist() == expected
-
-
 def test_keyed_dropout_does_not_depend_on_the_batch_or_the_generator():
     network = randomised(dropout=0.4).double().train()
     x, t, _, _ = inputs(torch.float64, batch=4)
@@ -409,11 +343,6 @@ def test_without_keys_dropout_is_the_ordinary_one():
 def test_every_layer_has_an_index():
     layers = [m.layer for m in build_unet("jvp_small", (8, 8), 1).modules() if isinstance(m, KeyedDropout)]
     assert layers == list(range(len(layers))) and len(layers) == 11
-
-
-@pytest.mark.parametrize("p, expected", [(0.0, 1.0), (1.0, 0.0)])
-def test_dropout_at_its_limits(p, expected):
-    assert (masks([1, 2], p=p) == expected).all()
 
 
 @pytest.mark.parametrize(

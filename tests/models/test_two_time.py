@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DModel
 from torch.func import jvp
 
+from cm_diffusers.core import counter_hash
 from cm_diffusers.models import (
     JVPUNet2DModel,
     TwoTimeModel,
@@ -288,7 +289,7 @@ def test_what_the_network_lacks_is_lacking():
 @torch.no_grad()
 def test_the_files_in_one_stand_alone(tmp_path, monkeypatch):
     """The bundle is made as for a saved model's folder."""
-    files = (fused, keyed_dropout, jvp_unet, two_time)
+    files = (counter_hash, fused, keyed_dropout, jvp_unet, two_time)
     sources = {module.__name__: inspect.getsource(module) for module in files}
     (tmp_path / "exported_networks.py").write_text(bundle(sources, "networks", "0"))
     monkeypatch.syspath_prepend(tmp_path)

@@ -198,15 +198,10 @@ class FixedStep(Draws):
     """The random numbers of step 0 in float64, with the curriculum of another step."""
 
     def __init__(self, step):
-        super().__init__(0, 0, range(len(X0)))
-        self.step = step
+        super().__init__(0, step, range(len(X0)))
 
-    def _draw(self, sampler, name, shape):
-        step, self.step = self.step, 0
-        try:
-            return super()._draw(sampler, name, shape).double()
-        finally:
-            self.step = step
+    def normal(self, name, shape=()):
+        return Draws(0, 0, self.rows).normal(name, shape).double()
 
 
 def test_ecd_where_r_is_zero_learns_the_teachers_denoised_image():

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cm_diffusers.core.denoisers import Guided
+from cm_diffusers.core.draws import Draws, draws_by
 from cm_diffusers.core.ema import EMA, ConstantDecay, HalfLife
 from cm_diffusers.core.frozen import changing_state, load_changing_state
 from cm_diffusers.engine.checkpoint import Checkpoint
@@ -71,6 +72,7 @@ class RunState:
         self.ema = EMA(network, average_profiles(run))
         self.start_norm = norm(self.weights().values())
         self.step = 0
+        self.draws = Draws
         self.skips = SkippedSteps(accelerator)
         self.meter = self.new_meter()
 
@@ -106,11 +108,17 @@ class RunState:
             "skipped_in_a_row": skipped.in_a_row,
             "meter": self.meter.values.tolist(),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "draws": self.draws.rule,
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Load the state of `checkpoint`, which holds the results of `tensors` and `values`."""
+        """Load the state of `checkpoint`, which holds the results of `tensors` and `values`.
+
+        Raises:
+            ValueError: a later version began the run, and this one does not know its random numbers.
+        """
         tensors, values = checkpoint.tensors, checkpoint.state
+        self.draws = draws_by(values.get("draws", 1))  # the first runs recorded no rule
         network = self.objective.network
         load_changing_state(network, network, tensors["model"])
         for name, shadow in self.ema.shadows.items():

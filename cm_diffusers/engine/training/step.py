@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from cm_diffusers.core.draws import Draws
 from cm_diffusers.engine.config import Config
 from cm_diffusers.engine.data.images import ImageData
 from cm_diffusers.engine.data.order import ProcessShare
@@ -76,7 +75,7 @@ class TrainingStep:
         # draws and losses
         losses = []
         for micro, raw in enumerate(self._rows(batches)):
-            draws = Draws(self.run.seed, state.step, self.share.rows(micro), accelerator.device)
+            draws = state.draws(self.run.seed, state.step, self.share.rows(micro), accelerator.device)
             objective.key_dropout(draws)
             last = micro == self.share.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(player.model):
