@@ -86,8 +86,10 @@ class Draws:
         Networks with keyed dropout take `keys`, and the equality is exact.
         """
         devices = [] if self.device.type == "cpu" else [self.device]
+        # `torch.manual_seed` also notes a stack trace for each kind of device that the machine lacks, which is slow
+        seed = torch.manual_seed if devices else torch.default_generator.manual_seed
         with torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda"):
-            torch.manual_seed(derive_seed(self.seed, "dropout", self.step, self.rows[0]))
+            seed(derive_seed(self.seed, "dropout", self.step, self.rows[0]))
             yield
 
     @cached_property

@@ -6,6 +6,7 @@ continues to the data, and adds the losses of a diffusion model and of a discrim
 ODE of a teacher or of the model's own denoiser, or from the data.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from cm_diffusers.core.denoisers import TrajectoryDenoiser
 from cm_diffusers.core.draws import Draws
 from cm_diffusers.core.interpolants import VE
 from cm_diffusers.core.karras import karras_sigma, karras_sigmas
-from cm_diffusers.core.noise_levels import draw_bins, linear_law, lognormal
+from cm_diffusers.core.noise_levels import linear_law, lognormal
 from cm_diffusers.models import PatchDiscriminator, TwoTimeModel
 from cm_diffusers.objectives.adversarial import Adversary
 from cm_diffusers.objectives.balance import Cut, Part, balanced, last_layer
@@ -91,7 +92,8 @@ class CTM(Objective):
     def times(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Random levels from t down to u, (k + 1, B), and s <= u (B,), by `draws`: all triples of the grid occur."""
         n = len(self.sigmas)
-        k = 1 + int(draw_bins(linear_law(self.options.solver_steps), draws.shared("k")))
+        law = linear_law(self.options.solver_steps).cumsum(0).tolist()
+        k = 1 + min(bisect_right(law, draws.shared("k").item()), len(law) - 1)
         first = (in_float64(draws.uniform("t")) * (n - k)).long()
         last = first + k + (in_float64(draws.uniform("s")) * (n - first - k)).long()
         sigmas = on_device(self.sigmas, first.device)
