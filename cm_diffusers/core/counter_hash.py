@@ -22,16 +22,17 @@ def mix(z: Tensor) -> Tensor:
     return z
 
 
-def stream(seeds: Tensor, count: int, first: int = 0) -> Tensor:
-    """Return `count` numbers of each stream, from place `first` on, on the device of `seeds`.
+def stream(seeds: Tensor, count: int, part: int = 0) -> Tensor:
+    """Return the first `count` numbers of each stream, or of one of its parts, on the device of `seeds`.
 
     Args:
         seeds: int64 (B,), one per stream.
-        count: numbers per stream.
-        first: the place of the first number, from 0.
+        count: numbers per stream, fewer than 2^32.
+        part: parts begin at multiples of 2^32.
 
     Returns:
         int64 (B, `count`), uniform on all 64-bit integers.
     """
-    places = torch.arange(first + 1, first + count + 1, device=seeds.device)
+    # by |, not +: torch.compile takes products of sums of indices for index arithmetic, which must not wrap around
+    places = torch.arange(1, count + 1, device=seeds.device) | part << 32
     return mix(seeds[:, None] + places * GAMMA)

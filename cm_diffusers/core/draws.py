@@ -108,7 +108,7 @@ class Draws:
         """Numbers of the rows' streams (b, n), for successive blocks of rows, with the rows of `out` (B, n, ...)."""
         count = out.shape[1]
         rows = max(1, BLOCK // max(count, 1) if self._hashed_on.type == "cpu" else len(out))
-        for seeds, part in zip(self._seeds(name).split(rows), out.split(rows)):
+        for seeds, part in zip(torch.split(self._seeds(name), rows), torch.split(out, rows)):
             yield stream(seeds, count), part
 
 

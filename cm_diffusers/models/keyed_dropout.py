@@ -42,7 +42,7 @@ def kept_by_products(keys: Tensor, layer: int, count: int, p: float) -> Tensor:
         p: dropout probability in (0, 1).
     """
     rows = -(-count // COLUMNS)
-    random = stream(keys, COLUMNS // 2 + rows, first=layer << 32).view(torch.int32)
+    random = stream(keys, COLUMNS // 2 + rows, part=layer).view(torch.int32)
     c, a, b = random[:, None, :COLUMNS], random[:, COLUMNS::2, None], random[:, COLUMNS + 1 :: 2, None]
     # signed numbers are uniform on [-2^31, 2^31)
     return torch.addcmul(a, b, c).flatten(1)[:, :count] >= math.floor((p - 0.5) * 2**32)

@@ -160,7 +160,8 @@ class Objective(ABC):
 
     def key_dropout(self, draws: Draws) -> None:
         """Tie the dropout masks of the next batch to the rows of `draws`, in networks with keyed dropout."""
-        keyed = [net for net in (self.network, *self.auxiliary.values()) if hasattr(net, "key_dropout")]
+        networks: list[Any] = [self.network, *self.auxiliary.values()]
+        keyed = [network for network in networks if hasattr(network, "key_dropout")]
         keys = draws.keys("dropout") if keyed else None
         for network in keyed:
             network.key_dropout(keys, draws.rule)

@@ -103,6 +103,18 @@ def test_what_stays_is_scaled_and_so_are_gradients_and_tangents(dtype, rule):
     assert value.dtype == tangent.dtype == x.grad.dtype == dtype
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [0, 5])
+def test_compiled_masks_are_the_same(layer):
+    module, keys = dropout(0.3, layer), many_keys()[98:102]
+    compiled = torch.compile(module, fullgraph=True)
+    for shape in ((3, 16, 16), (3, 7, 9)):
+        x = torch.randn(4, *shape, requires_grad=True)
+        found, expected = compiled(x, keys), module(x, keys)
+        assert torch.equal(found, expected)
+        assert torch.equal(*(torch.autograd.grad(value.sum(), x)[0] for value in (found, expected)))
+
+
 # --- cost
 
 
