@@ -252,7 +252,11 @@ def test_tangents_are_float32_and_the_pass_that_is_trained_is_cast(
 
     monkeypatch.setattr(JVPUNet2DModel, "forward", spy)
     if compiled:  # without tracing, which would bypass the spy
-        monkeypatch.setattr(torch, "compile", lambda network: torch._dynamo.OptimizedModule(network, lambda f: f))
+
+        def wrapped(part):
+            return torch._dynamo.OptimizedModule(part, lambda f: f) if isinstance(part, torch.nn.Module) else part
+
+        monkeypatch.setattr(torch, "compile", wrapped)
     train("run", method, mixed_precision="bf16", compile=compiled)
     assert seen == {(False, torch.float32), (True, torch.bfloat16)}
 
