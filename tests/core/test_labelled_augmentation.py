@@ -99,7 +99,7 @@ def test_the_filter_is_orthogonal_with_six_vanishing_moments():
         assert product == pytest.approx(float(shift == 0), abs=1e-11)
     for moment in range(6):
         assert ((-1) ** k * (k - 5.5) ** moment * taps).sum().item() == pytest.approx(0, abs=1e-8)
-    double, halve = _filters(16, taps.dtype, taps.device)
+    double, halve = _filters(16, taps)
     torch.testing.assert_close((halve @ double)[3:-3], torch.eye(16, dtype=torch.float64)[3:-3], rtol=0, atol=1e-11)
 
 
