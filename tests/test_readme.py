@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = {"train": [m for m in OBJECTIVES if m not in ("diffusion", "cdm")], "diffuse": ["diffusion", "cdm"]}
-METHODS["text"] = ["lcm", "tcd", "cd", "ecd"]
+METHODS["text"] = ["lcm", "tcd", "cd", "ecd", "scd"]
 SCRIPTS = {"prepare": "prepare_data", "toy": "train_toy"}
 PARSERS = {"sample": "parse_args", "edit": "parse_args", "export": "parse_args", "convert": "parse_args"}
 

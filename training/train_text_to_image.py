@@ -18,7 +18,7 @@ import cm_diffusers.engine.help_pages  # noqa: F401  (first: answers --help befo
 from cm_diffusers.engine.training.run import main
 
 
-METHODS = ["lcm", "tcd", "cd", "ecd"]
+METHODS = ["lcm", "tcd", "cd", "ecd", "scd"]
 
 if __name__ == "__main__":
     main(None, METHODS, __doc__)

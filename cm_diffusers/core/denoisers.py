@@ -14,7 +14,7 @@ from torch import Tensor
 from cm_diffusers.core.arrays import append_dims
 from cm_diffusers.core.conditions import NOTHING, Condition, Rewired, call_network
 from cm_diffusers.core.guidance import guide
-from cm_diffusers.core.interpolants import Interpolant, LinearFlow, TrigFlow
+from cm_diffusers.core.interpolants import VP, Interpolant, LinearFlow, TrigFlow
 from cm_diffusers.core.parameterisation import edm_scalings, jump_scalings, read_out_on_process
 from cm_diffusers.core.time_labels import LABELS_OF_PREDICTION, TIME_LABELS
 
@@ -228,6 +228,33 @@ def as_trigflow(network: Callable, sigma_data: float, time_scale: float = 1.0) -
         keep = append_dims(sigma_data * cos - sin / sigma_data, x)
         sample = (keep * x + output.sample.to(x.dtype)) / m
         return SimpleNamespace(sample=sample, log_variance=getattr(output, "log_variance", None))
+
+    return Rewired(network, F)
+
+
+def vp_as_trigflow(network: Callable, process: VP, prediction: str, sigma_data: float) -> Callable:
+    """The TrigFlow network F with the same denoiser as a VP network; both are called like a model's network.
+
+    With alpha = 1 / sqrt(1 + sigma_data^2 tan(t)^2), the same point is alpha sigma_data x / cos(t) in the scale of VP.
+    Equal denoised images require
+
+        F(x, t) = (epsilon - sin(t) x) / cos(t) = alpha v / cos(t) + (sigma_data^2 - 1) tan(t) alpha^2 x
+
+    Args:
+        network: predicts `prediction`. It receives times of the process's table, and times between them.
+        process: the process of `network`.
+        prediction: "epsilon" or "v_prediction".
+        sigma_data: the sigma_data of TrigFlow.
+    """
+
+    def F(x: Tensor, t: Tensor, **condition: Tensor) -> SimpleNamespace:
+        sigma = sigma_data * t.tan()
+        cos, alpha = append_dims(t.cos(), x), append_dims(process.alpha(sigma), x)
+        output = network(alpha * sigma_data * x / cos, process.time(sigma), **condition).sample.to(x.dtype)
+        if prediction == "epsilon":
+            return SimpleNamespace(sample=(output - append_dims(t.sin(), x) * x) / cos)
+        excess = (sigma_data**2 - 1) * append_dims(t.tan(), x) * alpha**2
+        return SimpleNamespace(sample=alpha * output / cos + excess * x)
 
     return Rewired(network, F)
 

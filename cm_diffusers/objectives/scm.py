@@ -121,6 +121,8 @@ class SCT(Objective):
         x0, condition = batch.samples, batch.condition
         sigma_data = self.spec.sigma_data
         sigma = lognormal(draws.normal("sigma"), self.options.p_mean, self.options.p_std)
+        if self.spec.noise_schedule is not None:
+            sigma = sigma.clamp(max=self.spec.sigma_max)  # beyond it the table of times has no derivative
         t = (sigma / sigma_data).atan()
         cos, sin = append_dims(t.cos(), x0), append_dims(t.sin(), x0)
         z = sigma_data * draws.normal("noise", x0.shape[1:])

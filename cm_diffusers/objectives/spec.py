@@ -7,7 +7,14 @@ from typing import Any
 
 from diffusers import DDPMScheduler
 
-from cm_diffusers.core.denoisers import Denoiser, EDMDenoiser, ProcessDenoiser, TrajectoryDenoiser, as_trigflow
+from cm_diffusers.core.denoisers import (
+    Denoiser,
+    EDMDenoiser,
+    ProcessDenoiser,
+    TrajectoryDenoiser,
+    as_trigflow,
+    vp_as_trigflow,
+)
 from cm_diffusers.core.interpolants import VE, VP, Interpolant, LinearFlow, TrigFlow
 from cm_diffusers.core.parameterisation import JUMP_PREDICTIONS
 
@@ -91,7 +98,9 @@ class ModelSpec:
         return 1 / 250 if self.time_label == "log_sigma" else 4 / self.time_scale
 
     def as_trigflow(self, network: Callable) -> Callable:
-        """The TrigFlow network F with the same denoiser: a TrigFlow `network` itself, or a flow model converted."""
+        """The TrigFlow network F with the same denoiser: a TrigFlow `network` itself, or another one converted."""
         if self.prediction == "flow":
             return as_trigflow(network, self.sigma_data, self.time_scale)
+        if isinstance(self.process, VP):
+            return vp_as_trigflow(network, self.process, self.prediction, self.sigma_data)
         return network

@@ -5,10 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
-from cm_diffusers.core.denoisers import EDMDenoiser, as_trigflow, flow_denoiser, trigflow_denoiser, trigflow_velocity
+from cm_diffusers.core.denoisers import (
+    EDMDenoiser,
+    ProcessDenoiser,
+    as_trigflow,
+    flow_denoiser,
+    trigflow_denoiser,
+    trigflow_velocity,
+    vp_as_trigflow,
+)
 from cm_diffusers.core.draws import Draws
+from cm_diffusers.core.interpolants import VP
 from cm_diffusers.core.tangents import NotDifferentiable
 from cm_diffusers.objectives import OBJECTIVES, Batch, ModelSpec
 from cm_diffusers.objectives.mean_flow import MeanFlow, MeanFlowOptions
@@ -171,6 +181,17 @@ def test_a_flow_model_is_a_trigflow_model_after_a_change_of_variables(time_scale
     as_flow = flow_denoiser(flow, time_scale=time_scale)
     as_trig = trigflow_denoiser(as_trigflow(flow, SIGMA_DATA, time_scale), SIGMA_DATA)
     torch.testing.assert_close(as_trig(x, sigma), as_flow(x, sigma), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_vp_model_is_a_trigflow_model_after_a_change_of_variables(prediction, sigma_data):
+    network = Closed(lambda x, t: (1.3 * x).sin() + 0.4 * (t / 999).cos())
+    process = VP(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod)
+    x, sigma = torch.randn(6, 1, 2, 2).double(), torch.tensor([0.03, 0.1, 0.2, 1.0, 7.0, 14.6]).double()
+    as_vp = ProcessDenoiser(network, process, prediction=prediction, sigma_data=sigma_data)
+    as_trig = trigflow_denoiser(vp_as_trigflow(network, process, prediction, sigma_data), sigma_data)
+    torch.testing.assert_close(as_trig(x, sigma), as_vp(x, sigma), rtol=1e-9, atol=1e-9)
 
 
 def test_velocity_of_gaussian_data_is_zero_in_trigflow():

@@ -454,7 +454,9 @@ def build_start(
         saved = saved or load_start(args, method)
         start = converted(_from_pretrained(saved, args, data), method, options, taught=teacher is not None)
     elif teacher is not None and not args.from_scratch:
-        start = converted(_from_teacher(teacher, args), method, options, taught=True)
+        start = _from_teacher(teacher, args)
+        if not isinstance(teacher, TextModel):  # whose methods train it as it is
+            start = converted(start, method, options, taught=True)
     else:
         start = _from_scratch(args, data, method.prediction(options), teacher and teacher.spec.sigma_data)
     taught = teacher.spec.sigma_data if teacher is not None else None

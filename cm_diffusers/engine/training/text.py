@@ -35,14 +35,13 @@ from cm_diffusers.engine.text.export import (
     student_pipeline,
 )
 from cm_diffusers.engine.training.product import Product
-from cm_diffusers.objectives import OBJECTIVES
 from cm_diffusers.objectives.options import check_for_latents
 
 
 STEPS = (1, 2, 4, 8)  # of the pictures
 TEACHER_STEPS = 25
 SHOWN = 4  # prompts of the pictures, by default
-METHODS = ("lcm", "tcd", "cd", "ecd")  # whose students stock schedulers sample
+METHODS = ("lcm", "tcd", "cd", "ecd", "scd")  # whose students stock schedulers sample
 NOT_FOR_TEXT = (
     "class_conditional", "label_column", "label_dropout", "search_levels", "export_variant", "from_scratch"
 )  # fmt: skip
@@ -73,12 +72,9 @@ def check_text_settings(config: Config) -> None:
         ValueError: it has one.
     """
     if config.method not in METHODS:
-        why = "it adds a second time to the network, which no stock scheduler knows"
-        if OBJECTIVES[config.method].needs_tangents:
-            why = "it needs the network's derivative by time, and this network was trained on integer times"
         raise ValueError(
-            f"method {config.method} is not for text-to-image models, because {why}. Choose {', '.join(METHODS[:-1])}"
-            f" or {METHODS[-1]}."
+            f"method {config.method} is not for text-to-image models, because it adds a second time to the network,"
+            f" which no stock scheduler knows. Choose {', '.join(METHODS[:-1])} or {METHODS[-1]}."
         )
     settings = config.to_dict()
     for name in NOT_FOR_TEXT:
