@@ -287,3 +287,12 @@ def test_seeds_do_not_depend_on_the_process():
         [sys.executable, "-c", code], env={"PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True
     )
     assert int(run.stdout) == derive_seed(0, "noise", 5, 3)
+
+
+def test_dropout_on_a_cpu_seeds_its_generator_alone(monkeypatch):
+    """`torch.manual_seed` also notes a stack trace for each kind of device that the machine lacks."""
+    with Draws(0, 3, range(4)).dropout():
+        expected = torch.rand(3)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: 1 / 0)
+    with Draws(0, 3, range(4)).dropout():
+        assert torch.equal(torch.rand(3), expected)
