@@ -126,7 +126,7 @@ class Trainer:
                 last = self.step == run.max_train_steps
                 logged = last or self.step % run.logging_steps == 0
                 saved = last or result.stop or self.step % run.checkpointing_steps == 0
-                if logged or saved or self.step % LOOK_STEPS == 0:
+                if logged or self.step % LOOK_STEPS == 0:  # `save` looks by itself
                     self._look_at_skipped()
                 if logged:
                     now = time.perf_counter()
@@ -201,6 +201,7 @@ class Trainer:
         Raises:
             Diverged: the weights are broken and nothing was saved. It is raised on all processes.
         """
+        self._look_at_skipped()
         state = self.state
         state.gather_meter()
         fault, sound = "", False
