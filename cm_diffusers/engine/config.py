@@ -305,6 +305,11 @@ class DataArguments(Options):
 
     _argument_group_name = "data"
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of `resolution`, in pixels."""
+        return None if self.resolution is None else (self.resolution[0], self.resolution[-1])
+
     def __post_init__(self) -> None:
         super().__post_init__()
         sources = [name for name in ("dataset_name", "train_data_dir", "prompts") if getattr(self, name) is not None]

@@ -279,14 +279,14 @@ class ImageData:
 
     def _find_size(self) -> tuple[int, int]:
         """(height, width) from the settings, or of the first readable image."""
-        asked, faults = self.args.resolution, []
+        faults = []
         for i, row in numbered(self.source, FIRST):
             try:
                 image = open_image(row[self.column], self.args.max_image_pixels)
             except Exception as error:  # the scan will name every fault
                 faults.append(f"{name_in_messages(i, row[self.column])}: {why(error)}")
                 continue
-            return size_of(image) if asked is None else tuple((asked * 2)[:2])
+            return self.args.size or size_of(image)
         if not faults:
             raise ValueError(
                 f"dataset {self.args.train_data_dir or self.args.dataset_name!r} is empty. Check its files and"

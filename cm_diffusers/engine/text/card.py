@@ -47,7 +47,7 @@ def text_card_facts(
     if options.draws_guidance:
         scale = f"scales {options.w_min:g} to {options.w_max:g}"
     own = unet.config.sample_size * pipeline.vae_scale_factor
-    size = (config.data.resolution * 2)[:2] if config.data.resolution else [own, own]
+    size = config.data.size or (own, own)
     prompts = [prompt for grid in grids.values() for prompt in grid["prompts"]]
     if config.data.prompts is not None:
         facts |= {"dataset": "prompts alone, without images"}
@@ -63,7 +63,7 @@ def text_card_facts(
         "scheduler": type(pipeline.scheduler).__name__,
         "guidance": scale,
         "guidance_input": guidance_input(config),
-        "size": None if size == [own, own] else size,  # the pipeline's default
+        "size": None if size == (own, own) else list(size),  # the pipeline's default
         "prompt": prompts[0] if prompts else "a photo of a cat",
     }
 

@@ -246,7 +246,7 @@ class PromptData(TextData):
     ):
         shared: dict[str, Any] = {"rank": rank, "world": world, "say": say, "show_progress": show_progress}
         own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        height, width = ((args.resolution or [own]) * 2)[:2]
+        height, width = args.size or (own, own)
         count = args.max_train_samples or len(prompts)
         captions = [prompts[i % len(prompts)] for i in range(count)]
         self._prepare(args, (height, width), captions, pipeline, folder, device, wait, shared)

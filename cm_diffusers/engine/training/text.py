@@ -134,7 +134,7 @@ def load_text(config: Config, teacher: TextModel, accelerator: Accelerator) -> t
         images = ImageData(config.data, False, scanned, show_progress=main, captioned=True, team=team)
         prompts = images.captions or []
     shown = config.run.validation_prompts or list(dict.fromkeys(prompts))[:SHOWN]
-    height, width = (config.data.resolution * 2)[:2]
+    height, width = config.data.size
     with without_warnings():  # of long prompts, which the cache of the prompts names
         condition = encode_prompts(pipeline, shown, read_sizes(pipeline, len(shown), height, width))
     pictures = ShownPrompts(shown, condition, (height, width))
